@@ -1,0 +1,39 @@
+"""Every error of this package: one base, one subclass per door."""
+
+from __future__ import annotations
+
+
+class SparseDMError(Exception):
+    """Base of every error raised here; the message names the value, the place and the way out."""
+
+
+class PatternError(SparseDMError, ValueError):
+    """A sparsity pattern that cannot be read, or does not fit the weight it is applied to."""
+
+
+class ConfigError(SparseDMError, ValueError):
+    """An option that does not exist, or that names nothing in the model."""
+
+
+class MaskError(SparseDMError, ValueError):
+    """A weight that cannot be masked, e.g. because it holds NaN or Inf."""
+
+
+class CaptureError(SparseDMError, RuntimeError):
+    """A forward that could not be captured as a graph."""
+
+
+class DenseRunError(SparseDMError, RuntimeError):
+    """A call that would have run, or has run, without its masks."""
+
+
+class GraphError(SparseDMError, RuntimeError):
+    """A rewritten graph that is not legal: a bug of this package, worth a report."""
+
+
+class CheckpointError(SparseDMError, RuntimeError):
+    """A file that cannot be saved, or does not fit the model it is loaded into."""
+
+
+class DataError(SparseDMError, ValueError):
+    """Training or evaluation data of the wrong kind, shape or range."""

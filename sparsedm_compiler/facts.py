@@ -1,0 +1,127 @@
+"""The frozen values that analyses return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from .pattern import Pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to one weight: pruned to ``pattern``, or left dense for ``refusal``.
+
+    ``weight``: parameter name in the model. ``op``: "linear", "conv2d", ... ``shape``: the
+    weight's shape. Exactly one of ``pattern`` and ``refusal`` is set.
+    """
+
+    weight: str
+    op: str
+    shape: tuple[int, ...]
+    pattern: Pattern | None = None
+    refusal: str | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the weight is pruned."""
+        return self.pattern is not None
+
+
+@dataclass(frozen=True, slots=True)
+class MacRow:
+    """MACs of one operand of one call node.
+
+    ``name``: the weight's parameter name, or the node's name where no parameter is involved.
+    ``kind``: "conv", "linear" or "attention" (a product of two activations).
+    ``shape``: the weight's shape, () for attention. ``dense``/``sparse``: exact MACs before and
+    after pruning (equal where the row stays dense, ``refusal`` says why).
+    """
+
+    name: str
+    kind: str
+    op: str
+    shape: tuple[int, ...]
+    dense: int
+    sparse: int
+    pattern: Pattern | None = None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MacsReport:
+    """MACs of one forward: ``dense`` and ``sparse`` are conv+linear, ``attention`` is apart."""
+
+    dense: int
+    sparse: int
+    attention: int
+    rows: tuple[MacRow, ...] = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: totals, the convention, and one entry per row."""
+        return {
+            "convention": CONVENTION,
+            "dense": self.dense,
+            "sparse": self.sparse,
+            "attention": self.attention,
+            "rows": [
+                {
+                    "name": row.name,
+                    "kind": row.kind,
+                    "op": row.op,
+                    "shape": list(row.shape),
+                    "dense": row.dense,
+                    "sparse": row.sparse,
+                    "pattern": None if row.pattern is None else str(row.pattern),
+                    "refusal": row.refusal,
+                }
+                for row in self.rows
+            ],
+        }
+
+    def __str__(self) -> str:
+        body = [
+            (row.name, row.op, "x".join(map(str, row.shape)), row.dense, row.sparse, note(row))
+            for row in self.rows
+        ]
+        total = [
+            ("conv+linear", "", "", self.dense, self.sparse, ""),
+            ("attention QK+AV", "", "", self.attention, self.attention, ""),
+        ]
+        headers = ("layer", "op", "weight", "dense MACs", "sparse MACs", "pattern")
+        table = tabulate(body + total, headers, intfmt=",", disable_numparse=[0, 1, 2, 5])
+        return f"{table}\n{CONVENTION}"
+
+
+CONVENTION = (
+    "1 MAC = one multiply-accumulate; conv and linear layers are counted together, "
+    "attention (QK+AV) apart; norms, activations and embeddings are not counted"
+)
+
+
+def note(row: MacRow | Decision) -> str:
+    """The pattern of a pruned row, or "dense: " and the reason."""
+    if row.pattern is not None:
+        return str(row.pattern)
+    return "" if row.refusal is None else f"dense: {row.refusal}"
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """How the prunable ops of a graph are wired.
+
+    ``first``/``last``: ops that read a graph input alone / feed only graph outputs.
+    ``skips``: long connections (source, merge) that bypass other ops. ``critical_path``: the
+    chain of ops that carries the most MACs, ``critical_macs`` their sum: the bound on what
+    sparsity can win without running branches side by side.
+    """
+
+    first: frozenset[str]
+    last: frozenset[str]
+    skips: tuple[tuple[str, str], ...]
+    critical_path: tuple[str, ...]
+    critical_macs: int
+    macs: Mapping[str, int] = field(repr=False)
