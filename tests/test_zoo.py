@@ -1,0 +1,83 @@
+"""The zoo keeps what it promises: a battery on a model that cannot fail proves nothing."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from .zoo import FAMILIES, Family, sample_of
+
+each = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+def run(family: Family, model: torch.nn.Module, **ask: int) -> torch.Tensor:
+    args, kwargs = family.inputs(model, **ask)
+    return sample_of(model(*args, **kwargs))
+
+
+@each
+def test_every_parameter_gets_a_gradient(family: Family) -> None:
+    model, args, kwargs = family.make(batch=2)
+    sample_of(model(*args, **kwargs)).square().sum().backward()
+    silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert silent == family.unread
+
+
+@each
+def test_same_seed_same_model_same_inputs(family: Family) -> None:
+    one, two = (run(family, family.build()) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, run(family, family.build(seed=1)))
+    assert one.std() > 0.01
+
+
+@each
+def test_batches_sizes_and_timesteps_as_promised(family: Family) -> None:
+    model = family.build()
+    small = run(family, model, batch=1)
+    assert run(family, model, batch=3).shape == (3, *small.shape[1:])
+    if family.second_size is not None:
+        assert run(family, model, size=family.second_size).numel() == 4 * small.numel()
+    call = family.inputs(model)
+    args, kwargs = family.at(call, 3 if family.int_timestep else torch.tensor([3]))
+    assert not torch.equal(sample_of(model(*args, **kwargs)), small)
+    if family.return_dict:
+        args, kwargs = call
+        (plain,) = model(*args, **kwargs, return_dict=False)
+        assert torch.equal(plain, small)
+
+
+@each
+def test_checkpointing_as_promised(family: Family) -> None:
+    model = family.build().train()
+    read = [param for name, param in model.named_parameters() if name not in family.unread]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return torch.autograd.grad(run(family, model).sum(), read)
+
+    plain = gradients()
+    model.enable_gradient_checkpointing()
+    torch.testing.assert_close(gradients(), plain)
+
+
+@each
+def test_random_in_train_as_promised(family: Family) -> None:
+    model = family.build().train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        outputs = [run(family, model, batch=8) for _ in range(8)]
+    assert family.random_in_train == any(not torch.equal(outputs[0], out) for out in outputs)
+
+
+@each
+def test_fast_and_small(family: Family) -> None:
+    model, args, kwargs = family.make()
+    assert sum(param.numel() for param in model.parameters()) < 200_000
+    model(*args, **kwargs)
+    start = time.perf_counter()
+    model(*args, **kwargs)
+    assert time.perf_counter() - start < 1.0
