@@ -1,0 +1,90 @@
+"""Selection networks: the n-th largest of m by the fewest running maxima and minima."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+
+Wires = list[int]
+Swap = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``high = max(a, b)`` and ``low = min(a, b)``; None where nobody reads the result.
+
+    ``spent``: the wires that no later step reads.
+    """
+
+    a: int
+    b: int
+    high: int | None
+    low: int | None
+    spent: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Steps from the input wires 0..k-1 to the wires ``outputs``; a wire is written once."""
+
+    steps: tuple[Step, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def cost(self) -> int:
+        """How many maxima and minima it takes."""
+        return sum((step.high is not None) + (step.low is not None) for step in self.steps)
+
+
+@cache
+def selection(sizes: tuple[int, ...], ranks: tuple[int, ...]) -> Network:
+    """The network from sorted lists of these sizes to these ranks of them all, 0 the largest.
+
+    The lists, largest first, lie one behind the other on the input wires; an unsorted wire is a
+    list of one. Lists are merged in pairs (odd-even merge, Batcher 1968) and cut to the ranks that
+    can still matter; then every result that leads to no output is dropped.
+
+    >>> selection((1, 1, 1, 1), (1, 2)).cost
+    8
+    """
+    swaps: list[Swap] = []
+    wires = count()
+    lists = [[next(wires) for _ in range(size)] for size in sizes]
+    while len(lists) > 1:
+        pairs = zip(lists[::2], lists[1::2], strict=False)
+        merged = [_merge(a, b, swaps, wires)[: max(ranks) + 1] for a, b in pairs]
+        lists = merged + lists[len(lists) // 2 * 2 :]
+    outputs = tuple(lists[0][rank] for rank in ranks)
+    return Network(_pruned(swaps, outputs), outputs)
+
+
+def _merge(a: Wires, b: Wires, swaps: list[Swap], wires: Iterator[int]) -> Wires:
+    """The wires of two sorted lists as one sorted list; the swaps it takes are appended."""
+    if not a or not b:
+        return a or b
+    if len(a) == len(b) == 1:
+        swaps.append((a[0], b[0], next(wires), next(wires)))
+        return list(swaps[-1][2:])
+    even = _merge(a[::2], b[::2], swaps, wires)
+    odd = _merge(a[1::2], b[1::2], swaps, wires)
+    out = [even[0]]
+    for high, low in zip(odd, even[1:], strict=False):
+        out += _merge([high], [low], swaps, wires)
+    shared = min(len(odd), len(even) - 1)
+    return out + odd[shared:] + even[1 + shared :]
+
+
+def _pruned(swaps: list[Swap], outputs: tuple[int, ...]) -> tuple[Step, ...]:
+    """The steps that lead to the outputs."""
+    read = set(outputs)
+    steps = []
+    for a, b, high, low in reversed(swaps):
+        if high in read or low in read:
+            spent = tuple(wire for wire in (a, b) if wire not in read)
+            steps.append(
+                Step(a, b, high if high in read else None, low if low in read else None, spent)
+            )
+            read.update((a, b))
+    return tuple(reversed(steps))

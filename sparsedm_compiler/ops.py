@@ -1,0 +1,43 @@
+"""The custom op ``sparsedm::mask_ste``: masked forward, straight-through backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .masks import kept, unchecked_nm_mask
+from .pattern import Pattern
+
+
+@torch.library.custom_op("sparsedm::mask_ste", mutates_args=())
+def _mask_ste(weight: Tensor, pattern: str) -> Tensor:
+    return kept(weight, unchecked_nm_mask(weight, Pattern.parse(pattern)))
+
+
+@_mask_ste.register_fake
+def _(weight: Tensor, pattern: str) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _straight_through(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+    return grad, None
+
+
+_mask_ste.register_autograd(_straight_through)
+
+mask_ste_op = torch.ops.sparsedm.mask_ste.default
+"""The op as it stands in a graph: ``mask_ste_op(weight, "2:4")``."""
+
+
+def mask_ste(weight: Tensor, pattern: str | Pattern) -> Tensor:
+    """``mask * weight`` whose gradient reaches every weight: dL/dW = dL/d(mask * W).
+
+    Returns a new tensor of the weight's shape, strides and dtype, under autocast too.
+
+    >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0]], requires_grad=True)
+    >>> mask_ste(weight, "2:4").sum().backward()
+    >>> weight.grad
+    tensor([[1., 1., 1., 1.]])
+    """
+    masked: Tensor = mask_ste_op(weight, str(Pattern.parse(pattern)))
+    return masked
