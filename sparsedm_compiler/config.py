@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import ConfigError
 from .pattern import Pattern
 
 MODES = ("train", "infer")
-POLICIES = ("structural", "uvit")
-
-KeepDense = tuple[str, ...] | Callable[[str], bool]
-"""Globs over module and parameter names, or a predicate over parameter names."""
+POLICIES = ("structural", "uvit", "all")
 
 Inner = str | Callable[..., Any]
 """What compiles the rewritten graph: "auto", a torch.compile backend's name, or a backend."""
@@ -21,11 +20,15 @@ Inner = str | Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What to prune to which pattern, and what compiles the result."""
+    """What to prune to which pattern, and what compiles the result.
+
+    ``keep_dense``: globs over module and parameter names, or (until ``resolved``) a predicate over
+    parameter names.
+    """
 
     pattern: Pattern
     mode: str = "train"
-    keep_dense: KeepDense = ()
+    keep_dense: tuple[str, ...] | Callable[[str], bool] = ()
     overrides: tuple[tuple[str, Pattern], ...] = ()
     policy: str = "structural"
     inner: Inner = "auto"
@@ -51,3 +54,47 @@ class Config:
             raise ConfigError(f"keep_dense {dense!r} is not made of names and globs")
         chosen = tuple((glob, Pattern.parse(text)) for glob, text in (overrides or {}).items())
         return Config(Pattern.parse(pattern), mode, dense, chosen, policy, inner)
+
+    @property
+    def dense_globs(self) -> tuple[str, ...]:
+        """``keep_dense`` of a resolved Config."""
+        assert isinstance(self.keep_dense, tuple)
+        return self.keep_dense
+
+    def resolved(self, parameters: Iterable[tuple[str, ...]]) -> Config:
+        """This Config for a model with these parameter names: the predicate asked, globs checked.
+
+        Raises ConfigError for a glob that names nothing.
+        """
+        parameters = tuple(parameters)
+        config = self.asked(parameters)
+        globs = [("keep_dense", glob) for glob in config.dense_globs]
+        globs += [("overrides", glob) for glob, _ in self.overrides]
+        for option, glob in globs:
+            if not any(matches(glob, names) for names in parameters):
+                known = sorted({names[0].rpartition(".")[0] for names in parameters})
+                near = get_close_matches(glob, known, n=3, cutoff=0.3) or known[:3]
+                raise ConfigError(
+                    f"{option} {glob!r} names no parameter of the model; near it: {', '.join(near)}"
+                )
+        return config
+
+    def asked(self, parameters: Iterable[tuple[str, ...]]) -> Config:
+        """This Config with the predicate of ``keep_dense`` replaced by the names it chooses."""
+        if isinstance(self.keep_dense, tuple):
+            return self
+        chosen = (name for names in parameters for name in names if self.keep_dense(name))
+        return replace(self, keep_dense=tuple(chosen))
+
+
+def matches(glob: str, names: Iterable[str]) -> bool:
+    """Whether the glob names one of these parameters, its module, or a module around it.
+
+    >>> matches("blocks.*.attn", ["blocks.3.attn.qkv.weight"])
+    True
+    """
+    for name in names:
+        parts = name.split(".")
+        if any(fnmatchcase(".".join(parts[:end]), glob) for end in range(1, len(parts) + 1)):
+            return True
+    return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tabulate import tabulate
@@ -29,6 +29,10 @@ class Decision:
     def accepted(self) -> bool:
         """Whether the weight is pruned."""
         return self.pattern is not None
+
+    def prefixed(self, prefix: str) -> Decision:
+        """The same decision with the weight's name inside a larger model."""
+        return replace(self, weight=prefix + self.weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,180 @@
+"""The whole story: capture -> analyse -> rewrite -> lower -> run.
+
+``compile`` only installs the guarded forward. At the first call, and again for every new shape or
+setting, TorchDynamo captures the module's own forward and hands each graph to
+``SparseForward._backend``:
+
+    captured        the graph, its placeholders named after parameters     capture.py
+    find_sites      every product in it, with the parameter behind         passes/find_sites.py
+    mark_prunable   a Decision per weight                                  passes/mark_prunable.py
+    run_rewrites    linear(x, w) -> linear(x, mask_ste(w)), then verify    pipeline.py
+    lower           the inner compiler; in mode "infer" folded weights     lowering.py
+
+and every call proves that the graph has run                               runtime.py
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .capture import capture, own_forward, parameter_names, watch_eager
+from .config import Config, Inner
+from .errors import ConfigError
+from .facts import Decision, MacsReport, Topology
+from .lowering import resolve
+from .passes import count_macs as count
+from .passes import eager_sites, find_sites, mark_eager, mark_prunable
+from .passes import topology as wire
+from .pattern import Pattern
+from .report import Explanation
+from .runtime import SparseForward, masked_parameters, require_compiled
+
+Model = TypeVar("Model", bound=nn.Module)
+KeepDense = str | Iterable[str] | Callable[[str], bool]
+Overrides = Mapping[str, str | Pattern]
+
+
+def compile(
+    model: Model,
+    pattern: str | Pattern,
+    *,
+    mode: str = "train",
+    keep_dense: KeepDense = (),
+    overrides: Overrides | None = None,
+    policy: str = "structural",
+    inplace: bool = False,
+    inner: Inner = "auto",
+) -> Model:
+    """A copy of ``model`` that runs its Conv and Linear weights masked to an N:M pattern.
+
+    The copy has the same class, config and state_dict keys; its parameters stay dense ("latent")
+    and are masked afresh in every forward, with a straight-through gradient (``mode="train"``), or
+    masked once (``mode="infer"``). ``pattern``: "n:m" keeps n of m, "1:8x16" shares masks among
+    rows, "64:2:8" is V:n:m. ``keep_dense``: names or globs of layers, or a predicate over parameter
+    names. ``overrides``: {glob: pattern}, the first match wins. ``policy``: "structural" keeps the
+    first and last op dense, "all" does not, "uvit" prunes the layers the paper prunes.
+    ``inplace``: change ``model`` itself. ``inner``: what compiles the rewritten graph, any
+    torch.compile backend ("auto": Inductor where there is a C++ compiler, else "eager").
+
+    The graph is captured at the first call. A model returned from here runs its masks or raises
+    DenseRunError. Raises PatternError or ConfigError for options that fit nothing.
+
+    >>> import torch, sparsedm_compiler as sdm
+    >>> net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+    >>> student = sdm.compile(net, pattern="2:4", inner="eager")
+    >>> _ = student(torch.randn(1, 8))
+    >>> sdm.explain(student).masked
+    ('1.weight',)
+    """
+    check_model(model)
+    config = Config.of(
+        pattern, mode=mode, keep_dense=keep_dense, overrides=overrides, policy=policy, inner=inner
+    )
+    if isinstance(inner, str):
+        resolve(inner)
+    student = model if inplace else copy.deepcopy(model)
+    config = config.resolved(list(parameter_names(student).values()))
+    return install(student, config)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ConfigError for what cannot be compiled: wrappers, scripts, no module at all."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"compile takes an nn.Module, not a {type(model).__name__}")
+    wrappers = (torch._dynamo.OptimizedModule, nn.DataParallel)
+    if isinstance(model, (*wrappers, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)):
+        raise ConfigError(
+            f"{type(model).__name__} wraps the model; compile the model itself, then wrap the result"
+        )
+
+
+def install(
+    student: Model,
+    config: Config,
+    decisions: Mapping[str, Decision] | None = None,
+    known: frozenset[str] | None = None,
+) -> Model:
+    """Put the guarded forward into ``student``; ``known``: the parameters that may be pruned."""
+    if config.mode == "infer":
+        student.requires_grad_(False)
+    if known is None:
+        known = frozenset(chain.from_iterable(parameter_names(student).values()))
+    SparseForward(student, config, known, decisions or {}, own_forward(student)).install()
+    return student
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """What became of every weight of a compiled model, with the reason where it stays dense.
+
+    With inputs the model is called once first (without gradients). Looks through wrappers (DDP,
+    torch.compile). Raises ConfigError if ``model`` was not compiled.
+    """
+    found = require_compiled(model)
+    if args or kwargs:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    rows = [d.prefixed(prefix) for prefix, forward in found for d in forward.decisions.values()]
+    first = found[0][1]
+    inner = first.config.inner
+    return Explanation(
+        rows=tuple(rows),
+        masked=tuple(masked_parameters(model)),
+        mode=first.config.mode,
+        inner=resolve(inner) if isinstance(inner, str) else inner.__name__,
+        broken=next((forward.broken for _, forward in found if forward.broken), None),
+    )
+
+
+def count_macs(
+    model: nn.Module,
+    *args: Any,
+    pattern: str | Pattern = "2:4",
+    keep_dense: KeepDense = (),
+    overrides: Overrides | None = None,
+    policy: str = "structural",
+    **kwargs: Any,
+) -> MacsReport:
+    """Exact MACs of one forward of ``model(*args, **kwargs)``, dense and as pruned to ``pattern``.
+
+    conv+linear in ``.dense`` and ``.sparse``, attention apart in ``.attention``, one row per call
+    node in ``.rows``; ``str()`` is a table. Nothing is computed, so that models and inputs on the
+    meta device work. Raises PatternError or ConfigError for options that fit nothing.
+
+    >>> import torch, sparsedm_compiler as sdm
+    >>> net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+    >>> report = sdm.count_macs(net, torch.randn(1, 8), pattern="2:4")
+    >>> report.dense, report.sparse
+    (192, 160)
+    """
+    config = Config.of(pattern, keep_dense=keep_dense, overrides=overrides, policy=policy)
+    config = config.resolved(list(parameter_names(model).values()))
+    with torch.no_grad():
+        graph = capture(model, *args, **kwargs)
+        if graph is not None:
+            sites = find_sites(graph)
+            return count(sites.sites, mark_prunable(sites, config))
+        seen = eager_sites(watch_eager(model, *args, **kwargs))
+    return count(seen, mark_eager(seen, config))
+
+
+def topology(model: nn.Module, *args: Any, **kwargs: Any) -> Topology:
+    """How the prunable ops of ``model(*args, **kwargs)`` are wired.
+
+    First and last layers, skip connections and the path with the most MACs. Raises ConfigError
+    for a model that no single graph holds.
+    """
+    with torch.no_grad():
+        graph = capture(model, *args, **kwargs)
+    if graph is None:
+        raise ConfigError(
+            f"{type(model).__name__} takes several graphs (its forward asks tensors for Python "
+            "values), so it has no topology; torch.compile(model, fullgraph=True) shows the line"
+        )
+    return wire(find_sites(graph))
+

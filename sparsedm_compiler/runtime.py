@@ -1,0 +1,281 @@
+"""The guarded forward: it runs its masks or raises.
+
+``compile`` keeps a ``SparseForward`` in ``module.__dict__["forward"]``. The class, its config and
+its state_dict stay what they are; calling the module runs the class's own forward through
+TorchDynamo with our backend, and every call proves that the masked graph has run.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .capture import (
+    BROKEN,
+    Captured,
+    EagerProduct,
+    OwnForward,
+    Watch,
+    captured,
+    captured_by_source,
+    dynamo_settings,
+    our_errors,
+    private_forward,
+    watch_eager,
+)
+from .config import Config
+from .errors import ConfigError, DenseRunError, MaskError
+from .facts import Decision
+from .lowering import Folded, lower
+from .passes.find_sites import eager_sites, find_sites
+from .passes.mark_prunable import base_name, decide, mark_eager, mark_prunable
+from .pattern import Pattern
+from .pipeline import run_rewrites
+from .report import break_line, user_line
+
+KEY = "_sparsedm"
+"""Where a compiled module keeps its SparseForward, beside ``forward``, in its ``__dict__``."""
+
+
+class SparseForward(OwnForward):
+    """The forward of one compiled module.
+
+    ``decisions``: by weight name, fixed by the first capture that meets the weight, so that train
+    and eval, every resolution, a copy and a reloaded file all prune the same weights.
+    ``known``: the parameters the module had when it was compiled. ``broken``: why the model runs
+    as several graphs, None while one holds it all.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        known: frozenset[str],
+        decisions: Mapping[str, Decision],
+        override: Callable[..., Any] | None,
+    ) -> None:
+        self.module = module
+        self.config = config
+        self.known = known
+        self.decisions = dict(decisions)
+        self.override = override
+        self.broken: str | None = None
+        self.__signature__ = inspect.signature(
+            override or types.MethodType(type(module).forward, module)
+        )
+        self._compiled: Callable[..., Any] | None = None
+        self._thread = threading.local()
+
+    def install(self) -> None:
+        """Become the forward of the module."""
+        self.module.__dict__["forward"] = self
+        self.module.__dict__[KEY] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    @torch.compiler.disable(reason="a sparsedm model compiles itself; leave out fullgraph=True")
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        before = self._runs
+        with dynamo_settings(), our_errors():
+            try:
+                out = self._call(*args, **kwargs)
+            except FailOnRecompileLimitHit as limit:
+                raise DenseRunError(
+                    f"{self._name} has been compiled for more shapes and settings than it may: "
+                    f"pad its inputs to fewer shapes ({limit})"
+                ) from limit
+        if self._runs == before:
+            raise DenseRunError(
+                f"{self._name} ran without its masks, so its output was dropped: TorchDynamo did "
+                "not compile the call. Unset TORCHDYNAMO_DISABLE, leave the force_eager stance, "
+                "and call it outside of dispatch modes such as FlopCounterMode"
+            )
+        return out
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = self._compile(fullgraph=True)
+        if self.broken is None:
+            try:
+                return self._compiled(self.module, *args, **kwargs)
+            except BROKEN as unsupported:
+                self._go_partial(break_line(unsupported), *args, **kwargs)
+        with Watch(self.module, self._refuse_eager):
+            return self._compiled(self.module, *args, **kwargs)
+
+    def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
+        forward = private_forward(self.module)
+        run: Callable[..., Any] = torch.compile(
+            forward, backend=self._backend, fullgraph=fullgraph
+        )
+        return run
+
+    def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
+        """Run as several graphs from now on: decide by an eager run, since none holds it all."""
+        seen = eager_sites(watch_eager(self.module, *args, **kwargs))
+        self._adopt(mark_eager(seen, self.config, self.known))
+        self.broken = reason
+        self._compiled = self._compile(fullgraph=False)
+
+    def _refuse_eager(self, seen: EagerProduct) -> None:
+        """An accepted weight that Python between the graphs multiplies would be dense there."""
+        for site in eager_sites((seen,)):
+            weight = base_name(site.label)
+            decision = self.decisions.get(weight)
+            if decision is None:
+                decision = decide(site, site.refusal, self.config, self.known)
+            if site.names and decision.accepted:
+                raise DenseRunError(
+                    f"{weight!r} would run dense: its {site.op_name} lies in Python that cannot "
+                    f"be captured, at {user_line()}. Keep it dense with "
+                    f"keep_dense=[{weight!r}], or make that code capturable: {self.broken}"
+                )
+
+    def _adopt(self, decisions: tuple[Decision, ...]) -> None:
+        for decision in decisions:
+            self.decisions.setdefault(decision.weight, decision)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graph = captured(gm, example_inputs, self.module)
+        whole = self.broken is None
+        self._adopt(mark_prunable(find_sites(graph), self.config, self.known, whole=whole))
+        patterns = patterns_of(graph, self.decisions)
+        if whole and not patterns:
+            raise ConfigError(nothing_to_prune(self._name, self.config, self.decisions))
+        check_finite(graph, example_inputs, patterns)
+        run = build(graph, example_inputs, patterns, self.config)
+
+        def counted(*inputs: Any) -> Any:
+            out = run(*inputs)
+            self._thread.runs = self._runs + 1
+            return out
+
+        return counted
+
+    @property
+    def _runs(self) -> int:
+        return self._thread.__dict__.get("runs", 0)
+
+    @property
+    def _name(self) -> str:
+        return type(self.module).__name__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseForward:
+        return SparseForward(
+            copy.deepcopy(self.module, memo),
+            self.config,
+            self.known,
+            self.decisions,
+            copy.deepcopy(self.override, memo),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = (self.module, self.config, self.known, self.decisions, self.override)
+        return SparseForward, state
+
+
+def build(
+    graph: Captured,
+    example_inputs: list[Any],
+    patterns: Mapping[fx.Node, Pattern],
+    config: Config,
+) -> Callable[..., Any]:
+    """Rewrite (train) or fold (infer) the graph, and hand it to the inner compiler."""
+    if config.mode == "train":
+        run_rewrites(graph.gm, patterns)
+        return lower(graph.gm, example_inputs, config.inner)
+    places = {node: place for place, node in enumerate(graph.gm.graph.find_nodes(op="placeholder"))}
+    return Folded(
+        lower(graph.gm, example_inputs, config.inner),
+        {places[node]: pattern for node, pattern in patterns.items()},
+        {places[node]: graph.names[node][0] for node in patterns},
+    )
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], config: Config
+) -> Callable[..., Any]:
+    """One graph of a model we never saw (the torch.compile entry point)."""
+    graph = captured_by_source(gm)
+    config = config.asked(graph.names.values())
+    decisions = mark_prunable(find_sites(graph), config)
+    patterns = patterns_of(graph, {decision.weight: decision for decision in decisions})
+    check_finite(graph, example_inputs, patterns)
+    return build(graph, example_inputs, patterns, config)
+
+
+def patterns_of(graph: Captured, decisions: Mapping[str, Decision]) -> dict[fx.Node, Pattern]:
+    """The placeholders of the graph that are pruned weights, with their patterns."""
+    found = {}
+    for node, names in graph.names.items():
+        decision = decisions.get(base_name(names[0]))
+        if decision is not None and decision.pattern is not None:
+            found[node] = decision.pattern
+    return found
+
+
+def check_finite(
+    graph: Captured, example_inputs: list[Any], patterns: Mapping[fx.Node, Pattern]
+) -> None:
+    """Raise MaskError if a weight to be masked holds NaN or Inf: its magnitudes mean nothing."""
+    for node, value in zip(graph.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if node not in patterns or not isinstance(value, Tensor) or value.is_meta:
+            continue
+        if not isinstance(value, FakeTensor) and not bool(value.detach().isfinite().all()):
+            raise MaskError(
+                f"parameter {graph.names[node][0]!r} holds NaN or Inf, so its mask would be "
+                "arbitrary; load a checkpoint with finite weights"
+            )
+
+
+def nothing_to_prune(name: str, config: Config, decisions: Mapping[str, Decision]) -> str:
+    """The sentence for a model of which every weight stays dense."""
+    reasons = "; ".join(f"{d.weight}: {d.refusal}" for d in list(decisions.values())[:3])
+    return (
+        f"no weight of {name} is pruned to {config.pattern} ({reasons or 'it multiplies by none'});"
+        " choose a smaller m, or policy='all' to prune the first and last layer too"
+    )
+
+
+def sparse_forwards(model: nn.Module) -> Iterator[tuple[str, SparseForward]]:
+    """(prefix of its parameter names, SparseForward) of every compiled module inside ``model``."""
+    for name, module in model.named_modules():
+        forward = module.__dict__.get(KEY)
+        if isinstance(forward, SparseForward) and forward.module is module:
+            yield (f"{name}." if name else ""), forward
+
+
+def require_compiled(model: nn.Module) -> list[tuple[str, SparseForward]]:
+    """The SparseForwards inside ``model``. Raises ConfigError if there are none."""
+    found = list(sparse_forwards(model))
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} was not compiled; first: model = "
+            "sparsedm_compiler.compile(model, pattern='2:4')"
+        )
+    return found
+
+
+def masked_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, Pattern]]:
+    """The parameters that run masked, by their name in ``model``, each with its pattern.
+
+    Empty before the first call of the model, which captures it. Looks through wrappers (DDP, an
+    outer torch.compile). Raises ConfigError if no module inside ``model`` was compiled.
+    """
+    found = {}
+    for prefix, forward in require_compiled(model):
+        for name, parameter in forward.module.named_parameters():
+            decision = forward.decisions.get(base_name(name))
+            if decision is not None and decision.pattern is not None:
+                found[prefix + name] = (parameter, decision.pattern)
+    return found

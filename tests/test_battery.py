@@ -1,0 +1,275 @@
+"""Law 1: a model from ``compile`` runs its masks, whatever is done to it, or raises.
+
+Every situation, for every family, against the hand-masked oracle, to the bit: the inner compiler
+is "eager", so that the same kernels run on the same values.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.oracle import assert_gradients, assert_same, gradients, hand_masked, masked_patterns, oracle_of
+from torch import Tensor, nn
+from tests.zoo import FAMILIES, Call, Family, sample_of
+
+import sparsedm_compiler as sdm
+
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+modes = pytest.mark.parametrize("mode", ["train", "infer"])
+
+
+def compiled(family: Family, mode: str = "train", pattern: str = "2:4") -> nn.Module:
+    return sdm.compile(family.build(), pattern, mode=mode, inner="eager")
+
+
+@torch.no_grad()
+def run(model: nn.Module | Callable[..., Any], call: Call) -> Tensor:
+    return sample_of(model(*call[0], **call[1]))
+
+
+def check(model: nn.Module, call: Call, runs: Any = None) -> None:
+    """The model (called through ``runs``) gives its oracle's output, and not the dense one."""
+    out = run(model if runs is None else runs, call)
+    assert_same(out, run(oracle_of(model), call))
+    assert not torch.equal(out, run(hand_masked(model, {}), call))
+
+
+@families
+@modes
+def test_plain_call_and_what_the_model_stays(family: Family, mode: str) -> None:
+    dense, call = family.build(), family.inputs(family.build())
+    before = copy.deepcopy(dense.state_dict())
+    student = sdm.compile(dense, "2:4", mode=mode, inner="eager")
+    check(student, call)
+    assert type(student) is type(dense)
+    assert list(student.state_dict()) == list(before)
+    for name, tensor in student.state_dict().items():
+        assert_same(tensor, before[name])
+        assert_same(dense.state_dict()[name], before[name])
+    assert_same(run(dense, call), run(family.build(), call))
+
+
+@families
+def test_gradients_of_every_parameter(family: Family) -> None:
+    student, call = compiled(family), family.inputs(family.build(), 2)
+    run(student, call)
+    assert_gradients(student, oracle_of(student), call, family.unread)
+
+
+@families
+@modes
+def test_shapes_timesteps_and_flags(family: Family, mode: str) -> None:
+    student = compiled(family, mode)
+    call = family.inputs(student, 1)
+    check(student, call)
+    check(student, family.inputs(student, 3))
+    if family.second_size is not None:
+        check(student, family.inputs(student, 2, size=family.second_size))
+    check(student, family.at(call, torch.tensor([7], dtype=torch.long)))
+    if family.int_timestep:
+        for timestep in (3, 5):
+            check(student, family.at(call, timestep))
+    if family.return_dict:
+        check(student, (call[0], {**call[1], "return_dict": False}))
+
+
+@families
+def test_train_and_eval_toggles(family: Family) -> None:
+    student = compiled(family)
+    call = family.inputs(student, 2)
+    for training in (True, False, True):
+        student.train(training)
+        run(student, call)
+        oracle = oracle_of(student)
+        torch.manual_seed(3)
+        ours = run(student, call)
+        torch.manual_seed(3)
+        assert_same(ours, run(oracle, call))
+
+
+@families
+def test_autocast_and_bfloat16(family: Family) -> None:
+    student = compiled(family)
+    call = family.inputs(student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(student, call)
+        assert_gradients(student, oracle_of(student), call, family.unread)
+    student.to(torch.bfloat16)
+    cast = lambda x: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+    half = torch.utils._pytree.tree_map(cast, call)
+    out = run(student, half)
+    assert out.dtype == torch.bfloat16
+    check(student, half)
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+
+
+@families
+@modes
+def test_copies(family: Family, mode: str) -> None:
+    """deepcopy, AveragedModel and torch.save: the copy masks its own weights, called or not."""
+    student = compiled(family, mode)
+    call = family.inputs(student)
+    early = copy.deepcopy(student)
+    run(student, call)
+    file = io.BytesIO()
+    torch.save(student, file)
+    file.seek(0)
+    averaged = torch.optim.swa_utils.AveragedModel(student)
+    copies = [early, copy.deepcopy(student), averaged.module, torch.load(file, weights_only=False)]
+    for twin in copies:
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(1.5).roll(1)
+        check(twin, call)
+        assert masked_patterns(twin) == masked_patterns(student)
+    check(student, call)
+    assert_same(run(averaged, call), run(averaged.module, call))
+
+
+@families
+@modes
+def test_outer_compile(family: Family, mode: str) -> None:
+    student = compiled(family, mode)
+    call = family.inputs(student)
+    run(student, call)
+    check(student, call, torch.compile(student, backend="eager"))
+    check(student, call, torch.compile(lambda *a, **k: student(*a, **k), backend="eager"))
+    student.compile(backend="eager")
+    check(student, call)
+
+
+@families
+@modes
+def test_weight_updates_are_seen(family: Family, mode: str) -> None:
+    student = compiled(family, mode)
+    call = family.inputs(student)
+    check(student, call)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    check(student, call)
+    student.load_state_dict(family.build(seed=1).state_dict())
+    check(student, call)
+    name = next(iter(masked_patterns(student)))
+    layer = student.get_submodule(name.rpartition(".")[0])
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight), requires_grad=mode == "train")
+    check(student, call)
+
+
+@families
+def test_hooks_added_afterwards(family: Family) -> None:
+    student = compiled(family)
+    call = family.inputs(student)
+    before = run(student, call)
+    oracle = oracle_of(student)
+    name = next(iter(masked_patterns(student))).rpartition(".")[0]
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda m, args, out: out * 2)
+        for model in (student, oracle)
+    ]
+    after = run(student, call)
+    assert_same(after, run(oracle, call))
+    assert not torch.equal(after, before)
+    for handle in handles:
+        handle.remove()
+    assert_same(run(student, call), before)
+
+
+@families
+def test_lora_added_afterwards(family: Family) -> None:
+    peft = pytest.importorskip("peft")
+    student = compiled(family)
+    call = family.inputs(student)
+    run(student, call)
+    oracle, patterns = oracle_of(student), masked_patterns(student)
+    linear = [n for n in patterns if student.get_parameter(n).dim() == 2 and "attn" in n]
+    config = peft.LoraConfig(
+        r=4, target_modules=[linear[0].removesuffix(".weight")], init_lora_weights=False
+    )
+    torch.manual_seed(0)
+    peft.inject_adapter_in_model(config, student)
+    torch.manual_seed(0)
+    peft.inject_adapter_in_model(config, oracle)
+    out = run(student, call)
+    assert_same(out, run(oracle, call))
+    wrapped = {name.replace(".base_layer.", ".") for name in masked_patterns(student)}
+    assert wrapped == set(patterns)
+    adapters = [row for row in sdm.explain(student).rows if "lora" in row.weight]
+    assert adapters
+    assert all(row.refusal == "it was added to the model after compile()" for row in adapters)
+
+
+@families
+def test_gradient_checkpointing(family: Family) -> None:
+    if not family.checkpointing:
+        pytest.skip("the family has no gradient checkpointing")
+    student = compiled(family)
+    call = family.inputs(student)
+    run(student, call)
+    student.enable_gradient_checkpointing()
+    student.train()
+    oracle = oracle_of(student)
+    assert_gradients(student, oracle, call, family.unread)
+    student.disable_gradient_checkpointing()
+    plain, again = gradients(student, call), gradients(oracle, call)
+    for name, gradient in plain.items():
+        assert_same(gradient, again[name])
+
+
+@families
+def test_save_pretrained_round_trip(family: Family, tmp_path: Any) -> None:
+    student = compiled(family)
+    call = family.inputs(student)
+    check(student, call)
+    sdm.save(student, tmp_path / "student.safetensors")
+    loaded = sdm.load(tmp_path / "student.safetensors", family.build(seed=5), inner="eager")
+    assert_same(run(loaded, call), run(student, call))
+    assert masked_patterns(loaded) == masked_patterns(student)
+    assert sdm.explain(loaded).rows == sdm.explain(student).rows
+    if family.name != "uvit":
+        student.save_pretrained(tmp_path / "diffusers")
+        plain = type(student).from_pretrained(tmp_path / "diffusers").eval()
+        assert_same(run(plain, call), run(hand_masked(student, {}), call))
+        again = sdm.compile(plain, "2:4", inner="eager")
+        assert_same(run(again, call), run(student, call))
+
+
+@families
+def test_ddp_with_many_buckets(family: Family, tmp_path: Any) -> None:
+    student = compiled(family)
+    call = family.inputs(student)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(
+            student, bucket_cap_mb=0.001, find_unused_parameters=bool(family.unread)
+        )
+        run(wrapped, call)
+        ours = gradients(wrapped, call)
+        theirs = gradients(oracle_of(student), call)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(ours) >= len(list(student.parameters())) - len(family.unread)
+    for name, gradient in theirs.items():
+        assert_same(ours[f"module.{name}"], gradient)
+
+
+@families
+@modes
+def test_force_eager_raises(family: Family, mode: str) -> None:
+    student = compiled(family, mode)
+    call = family.inputs(student)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(sdm.DenseRunError):
+        run(student, call)
+    check(student, call)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(sdm.DenseRunError):
+        run(student, call)
+    with torch._dynamo.config.patch(disable=True), pytest.raises(sdm.DenseRunError):
+        run(student, call)
+    check(student, call)

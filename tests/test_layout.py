@@ -1,0 +1,110 @@
+"""The direction of imports, sizes, and what a fresh import costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparsedm_compiler
+
+PACKAGE = Path(sparsedm_compiler.__file__).parent
+
+# Each group imports only from groups above it, or from inside itself.
+ORDER = (
+    ("errors",),
+    ("pattern",),
+    ("config", "facts", "table", "networks"),
+    ("selection",),
+    ("masks",),
+    ("ops",),
+    ("graph",),
+    ("capture",),
+    ("passes.find_sites",),
+    ("passes.topology",),
+    ("passes.mark_prunable", "passes.insert_mask_ste"),
+    ("passes.count_macs",),
+    ("passes",),
+    ("verify", "report"),
+    ("pipeline", "lowering"),
+    ("runtime",),
+    ("compiler", "backends", "backends.dynamo"),
+    ("storage",),
+)
+RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
+APART = {"models", "train", "evaluate"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts).removesuffix(".__init__").removesuffix("__init__")] = path
+    return found
+
+
+def imports_of(name: str, path: Path) -> set[str]:
+    """The modules of the package that a module imports, at whatever depth of its code."""
+    base = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    base = [part for part in base if part]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            stem = base[: len(base) - node.level + 1]
+            target = ".".join([*stem, *(node.module or "").split(".")]).strip(".")
+            found |= {target} if target else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparsedm_compiler"):
+            found.add((node.module or "").removeprefix("sparsedm_compiler").lstrip("."))
+    return found - {""}
+
+
+CORE = {name: path for name, path in modules().items() if name.split(".")[0] not in {*APART, ""}}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_imports_point_one_way(name: str) -> None:
+    assert name in RANK, f"give {name} a place in ORDER"
+    for target in imports_of(name, CORE[name]):
+        assert target.split(".")[0] not in APART, f"{name} imports {target}"
+        assert RANK[target] <= RANK[name], f"{name} imports {target}, which is below it"
+
+
+def test_pattern_and_errors_need_no_torch() -> None:
+    for name in ("errors", "pattern", "config"):
+        assert "torch" not in CORE[name].read_text().replace("torch.compile", "")
+
+
+def test_evaluate_and_models_know_nothing_of_the_compiler() -> None:
+    allowed = {"errors", "evaluate", "models"}
+    for name, path in modules().items():
+        if name.split(".")[0] in ("evaluate", "models"):
+            tops = {target.split(".")[0] for target in imports_of(name, path)}
+            assert tops <= allowed, f"{name} imports {tops - allowed}"
+
+
+def test_train_uses_only_public_names() -> None:
+    for name, path in modules().items():
+        if name.split(".")[0] == "train":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module is None:
+                    names = {alias.name for alias in node.names}
+                    assert names <= {*sparsedm_compiler.__all__}, name
+
+
+@pytest.mark.parametrize("name", modules())
+def test_modules_stay_small(name: str) -> None:
+    assert len(modules()[name].read_text().splitlines()) < 300
+
+
+def test_importing_the_package_needs_only_the_core_dependencies() -> None:
+    """No diffusers, matplotlib, torchvision or scipy: those are extras."""
+    code = (
+        "import sys, sparsedm_compiler, sparsedm_compiler.backends.dynamo; "
+        "print(sorted({'diffusers','matplotlib','torchvision','pytorch_fid','sklearn'}"
+        " & {*sys.modules}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
