@@ -69,6 +69,7 @@ def features(
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """The Fréchet distance between Gaussians fitted to two sets of features [n, d].
 
+    Compare values only at equal n: fewer images give larger distances, the more so below n = d.
     Raises DataError for features of different widths, fewer than 2 rows, or NaN and Inf.
 
     >>> same = torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]])
@@ -86,8 +87,10 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     from pytorch_fid.fid_score import calculate_frechet_distance
 
     with warnings.catch_warnings():
-        # scipy 1.17 announces the end of sqrtm(disp=), which pytorch-fid 0.3.0 passes.
+        # scipy 1.17 announces the end of sqrtm(disp=), which pytorch-fid 0.3.0 passes, and
+        # warns of the singular product that pytorch-fid itself looks for and mends.
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*disp.*")
+        warnings.filterwarnings("ignore", message="Matrix is singular")
         return float(calculate_frechet_distance(*moments(features_a), *moments(features_b)))
 
 

@@ -1,0 +1,70 @@
+"""The distance against its closed form, and pytorch-fid beside whatever torchvision there is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsedm_compiler.errors import DataError
+from sparsedm_compiler.evaluate import features, frechet_distance, frechet_score, generator_at
+
+
+def normal(count: int, width: int) -> Tensor:
+    return torch.randn(count, width, generator=generator_at("normal"), dtype=torch.float64)
+
+
+def test_distance_equals_its_closed_form_for_a_shift_and_a_stretch() -> None:
+    a = normal(500, 6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, a + 2) == pytest.approx(6 * 4, rel=1e-6)
+    mean, spread = a.mean(0), a.var(0).sum()
+    expected = (4 * mean.square().sum() + 4 * spread).item()  # |3m - m|^2 + tr(C + 9C - 6C)
+    assert frechet_distance(a, 3 * a) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_score_names_what_it_depends_on_and_runs_the_network_in_eval_mode() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5))
+    images = normal(40, 4).float().reshape(40, 1, 2, 2)
+    score = frechet_score(network, images, images[:30] + 1, name="Pixels", sampler="DDIM 50 steps")
+    assert score.value == pytest.approx(
+        frechet_distance(images.flatten(1), images[:30].flatten(1) + 1), rel=1e-6
+    )
+    assert str(score) == (f"FD-Pixels {score.value:.3f} (40 vs 30 images, DDIM 50 steps)")
+    assert network[1].training
+    by_function = features(lambda x: x.flatten(1), images, batch_size=7)
+    assert torch.equal(by_function, features(network, images))
+
+
+def test_features_that_make_no_distance_are_refused() -> None:
+    a = normal(10, 3)
+    for wrong in (normal(10, 4), normal(10, 1)[:, 0], a[:1]):
+        with pytest.raises(DataError):
+            frechet_distance(a, wrong)
+    with pytest.raises(DataError, match="NaN"):
+        frechet_distance(a, a * torch.inf)
+
+
+FRESH = """
+import torch
+from sparsedm_compiler.evaluate import frechet_distance
+constant = torch.eye(3)[:2].repeat(2, 1)
+assert frechet_distance(constant, constant) < 1e-3
+from pytorch_fid.inception import InceptionV3
+from diffusers import UNet2DModel
+from transformers import CLIPTextModel
+"""
+
+
+def test_a_fresh_process_computes_a_distance_and_then_imports_diffusers_and_transformers() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FRESH],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
