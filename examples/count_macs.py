@@ -25,12 +25,11 @@ from tabulate import tabulate
 from torch import nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.errors import ConfigError, SparseDMError
-from sparsedm_compiler.facts import CONVENTION, MacsReport
+from sparsedm_compiler import ConfigError, MacsReport, Pattern, SparseDMError
+from sparsedm_compiler.facts import CONVENTION
 from sparsedm_compiler.models import PRESETS, example_inputs, preset
 from sparsedm_compiler.models.inputs import FEEDS
 from sparsedm_compiler.models.presets import Preset, find
-from sparsedm_compiler.pattern import Pattern
 
 Called = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """A model with the args and kwargs of one forward."""
@@ -87,7 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--model", action="append", help="what to count; repeat for more rows")
     what.add_argument("--list", action="store_true", help="print the presets and stop")
     add("--pattern", action="append", help="n:m keeps n of m; repeat for more columns (2:4)")
-    add("--policy", default="structural", help="which layers stay dense: structural or uvit")
+    add("--policy", default="structural", help="which layers stay dense: structural, uvit or all")
     add("--batch", type=int, help="samples in the batch (1)")
     add("--inputs", help="shapes for a factory that returns just a model: 1x3x32x32,1,1:int64")
     add("--per-layer", action="store_true", help="one line per layer as well")
@@ -173,11 +172,11 @@ def from_factory(name: str, inputs: str | None) -> Called:
     finally:
         sys.path.remove("")
     if not callable(factory):
-        raise ConfigError(f"{name} is a {type(factory).__name__}, not a function")
+        raise ConfigError(f"{name} is not a function but {factory!r}")
     made = factory()
     model, *call = made if isinstance(made, tuple) else (made,)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{name} returned a {type(model).__name__} where a model should be")
+        raise ConfigError(f"{name} returned {type(model).__name__} where a model should be")
     if not call:
         if inputs is None:
             raise ConfigError(f"{name} returns no inputs: give --inputs, e.g. 1x3x32x32,1")

@@ -181,6 +181,7 @@ def test_config_rebuilds_the_model() -> None:
     assert pickle.loads(pickle.dumps(model.config)) == model.config
     assert copy.deepcopy(model).config == model.config
     assert UViT(model.config, depth=0).config.depth == 0
+    assert [blk.skip_linear for blk in model.out_blocks] == [None, None]
 
 
 def test_positions_have_the_asked_spread() -> None:
