@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .errors import PatternError
 from .masks import kept, unchecked_nm_mask
 from .pattern import Pattern
 
 
 @torch.library.custom_op("sparsedm::mask_ste", mutates_args=())
 def _mask_ste(weight: Tensor, pattern: str) -> Tensor:
-    return kept(weight, unchecked_nm_mask(weight, Pattern.parse(pattern)))
+    return kept(weight, unchecked_nm_mask(weight, _fitting(weight, pattern)))
 
 
 @_mask_ste.register_fake
-def _(weight: Tensor, pattern: str) -> Tensor:
+def _fake(weight: Tensor, pattern: str) -> Tensor:
+    _fitting(weight, pattern)
     return torch.empty_like(weight)
 
 
@@ -32,12 +34,23 @@ mask_ste_op = torch.ops.sparsedm.mask_ste.default
 def mask_ste(weight: Tensor, pattern: str | Pattern) -> Tensor:
     """``mask * weight`` whose gradient reaches every weight: dL/dW = dL/d(mask * W).
 
-    Returns a new tensor of the weight's shape, strides and dtype, under autocast too.
+    Returns a new tensor of the weight's shape, strides and dtype, under autocast too. Raises
+    PatternError where ``nm_mask`` does; NaN and Inf are not looked for, they stay or are pruned.
 
     >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0]], requires_grad=True)
     >>> mask_ste(weight, "2:4").sum().backward()
     >>> weight.grad
     tensor([[1., 1., 1., 1.]])
     """
-    masked: Tensor = mask_ste_op(weight, str(Pattern.parse(pattern)))
+    masked: Tensor = mask_ste_op(weight, pattern if isinstance(pattern, str) else str(pattern))
     return masked
+
+
+def _fitting(weight: Tensor, text: str) -> Pattern:
+    pattern = Pattern.parse(text)
+    why = pattern.misfit(weight.shape[0], weight.shape[1])
+    if why is not None:
+        raise PatternError(
+            f"'{pattern}' does not fit a weight of shape {list(weight.shape)}: {why}"
+        )
+    return pattern

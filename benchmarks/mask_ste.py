@@ -1,0 +1,284 @@
+"""How a mask should enter a compiled graph: first-compile time and step time of the candidates.
+
+    python benchmarks/mask_ste.py --out mask_ste.json
+
+dense   no mask at all: the baseline
+op      one opaque op per weight, ``sparsedm::mask_ste``
+op-all  one opaque op for all weights (Tensor[] in, Tensor[] out)
+keys    tensor code that Inductor sees: unique integer keys, one threshold per group
+slices  tensor code that Inductor sees: thresholds, ties and masks slice by slice
+
+A step is forward + backward + SGD. Every first compile starts from empty caches, in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from tabulate import tabulate
+from timing import Samples, interleaved, machine, ratio, spread
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
+
+from sparsedm_compiler.masks import kept, unchecked_nm_mask
+from sparsedm_compiler.models.uvit import UViT, UViTConfig
+from sparsedm_compiler.networks import selection
+from sparsedm_compiler.ops import mask_ste
+from sparsedm_compiler.pattern import Pattern
+
+MaskAll = Callable[[list[Tensor]], list[Tensor]]
+
+
+@torch.library.custom_op(
+    "sparsedm_benchmark::mask_ste_all",
+    mutates_args=(),
+    schema="(Tensor[] weights, str[] patterns) -> Tensor[]",
+)
+def mask_ste_all(weights: list[Tensor], patterns: list[str]) -> list[Tensor]:
+    """All weights masked by one op."""
+    return [
+        kept(weight, unchecked_nm_mask(weight, Pattern.parse(text)))
+        for weight, text in zip(weights, patterns, strict=True)
+    ]
+
+
+mask_ste_all.register_fake(lambda weights, patterns: [torch.empty_like(w) for w in weights])
+mask_ste_all.register_autograd(lambda ctx, grads: (grads, None))
+
+
+def edge_of(places: list[Tensor], network: tuple[Any, ...], smallest: bool) -> Tensor:
+    """The n-th largest (or m-n-th smallest) of the slices."""
+    steps, output = network
+    high_of, low_of = torch.maximum, torch.minimum
+    if smallest:
+        high_of, low_of = low_of, high_of
+    wires = dict(enumerate(places))
+    for a, b, high, low in steps:
+        if high is not None:
+            wires[high] = high_of(wires[a], wires[b])
+        if low is not None:
+            wires[low] = low_of(wires[a], wires[b])
+    return wires[output]
+
+
+def plain_network(n: int, m: int) -> tuple[tuple[Any, ...], bool]:
+    """The selection network as plain tuples, which Dynamo reads without a guard per field."""
+    smallest = m - n < n
+    rank = (m - n if smallest else n) - 1
+    network = selection((1,) * m, (rank,))
+    steps = tuple((step.a, step.b, step.high, step.low) for step in network.steps)
+    return (steps, network.outputs[0]), smallest
+
+
+def keys_mask(weight: Tensor, pattern: Pattern, network: Any, smallest: bool) -> Tensor:
+    """The mask by unique keys: the weight's bits, then the place in the group (float32)."""
+    m = pattern.m
+    places = torch.arange(m - 1, -1, -1).view(1, 1, m, *[1] * (weight.dim() - 2))
+    bits = weight.abs().view(torch.int32).to(torch.int64)
+    keys = torch.unflatten(bits << 16, 1, (-1, m)) + places
+    edge = edge_of(list(keys.unbind(2)), network, smallest).unsqueeze(2)
+    return (keys > edge if smallest else keys >= edge).flatten(1, 2)
+
+
+def slices_mask(weight: Tensor, pattern: Pattern, network: Any, smallest: bool) -> Tensor:
+    """The mask slice by slice, ties by a running count from the end that loses."""
+    places = list(torch.unflatten(weight.abs(), 1, (-1, pattern.m)).unbind(2))
+    edge = edge_of(places, network, smallest)
+    beyond = [place < edge if smallest else place > edge for place in places]
+    count = pattern.m - pattern.n if smallest else pattern.n
+    room = count - sum(flag.to(torch.int32) for flag in beyond)
+    order = reversed(range(pattern.m)) if smallest else range(pattern.m)
+    taken: dict[int, Tensor] = {}
+    for i in order:
+        level = places[i] == edge
+        taken[i] = beyond[i] | (level & (room > 0))
+        room = room - level.to(torch.int32)
+    mask = torch.stack([taken[i] for i in range(pattern.m)], 2).flatten(1, 2)
+    return mask.logical_not() if smallest else mask
+
+
+def traced(weights: list[Tensor], mask_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """``w + (m w - w)``, the bracket without gradient: exactly ``m w``, straight through."""
+    out = []
+    for weight in weights:
+        value = weight.detach()
+        out.append(weight + (value * mask_of(value) - value))
+    return out
+
+
+def candidates(pattern: Pattern) -> dict[str, MaskAll]:
+    """What is compared."""
+    text = str(pattern)
+    network, smallest = plain_network(pattern.n, pattern.m)
+    how = {"pattern": pattern, "network": network, "smallest": smallest}
+    return {
+        "dense": lambda weights: weights,
+        "op": lambda weights: [mask_ste(weight, text) for weight in weights],
+        "op-all": lambda weights: mask_ste_all(weights, [text] * len(weights)),
+        "keys": partial(traced, mask_of=partial(keys_mask, **how)),
+        "slices": partial(traced, mask_of=partial(slices_mask, **how)),
+    }
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions beside a 1x1 shortcut."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, out)
+        self.conv1 = nn.Conv2d(width, out, 3, padding=1)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.shortcut = nn.Conv2d(width, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class ConvUNet(nn.Module):
+    """Three resolutions, seven residual blocks, long skips."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        widths = [width, 2 * width, 4 * width]
+        self.downs = nn.ModuleList(map(Residual, [width, *widths[:2]], widths))
+        self.middle = Residual(widths[2], widths[2])
+        outs = [widths[1], widths[0], width]
+        self.ups = nn.ModuleList(
+            Residual(below + skip, out)
+            for below, skip, out in zip([widths[2], *outs[:2]], reversed(widths), outs, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for down in self.downs:
+            x = down(x)
+            skips.append(x)
+            x = F.avg_pool2d(x, 2)
+        x = self.middle(x)
+        for up in self.ups:
+            x = up(torch.cat([F.interpolate(x, scale_factor=2), skips.pop()], 1))
+        return x
+
+
+def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, nn.Parameter]]:
+    """A model, inputs, and the weights to mask."""
+    torch.manual_seed(0)
+    model: nn.Module
+    if name == "uvit":
+        model = UViT(UViTConfig(img_size=16, embed_dim=256, depth=12, num_heads=4, conv=False))
+        inputs: tuple[Tensor, ...] = (torch.randn(4, 3, 16, 16), torch.rand(4))
+        names = ("qkv.weight", "attn.proj.weight", "fc1.weight", "fc2.weight")
+    else:
+        model, inputs = ConvUNet(), (torch.randn(4, 64, 16, 16),)
+        names = ("conv1.weight", "conv2.weight", "shortcut.weight")
+    weights = {key: value for key, value in model.named_parameters() if key.endswith(names)}
+    return model, inputs, weights
+
+
+def stepper(name: str, mask_all: MaskAll) -> tuple[Callable[[], Tensor], int]:
+    """A training step of a freshly built, compiled model, and the number of masked weights."""
+    model, inputs, weights = build(name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def masked(*args: Tensor) -> Tensor:
+        swapped = dict(zip(weights, mask_all(list(weights.values())), strict=True))
+        out: Tensor = torch.func.functional_call(model, swapped, args)
+        return out
+
+    forward = torch.compile(masked, backend="inductor", dynamic=False)
+
+    def step() -> Tensor:
+        loss = forward(*inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step, sum(weight.numel() for weight in weights.values())
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the compilers it has run."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+def compare(name: str, text: str, rounds: int, only: list[str]) -> dict[str, Any]:
+    """First compile and step of every candidate, on one model and pattern."""
+    chosen = {k: v for k, v in candidates(Pattern.parse(text)).items() if k in ("dense", *only)}
+    steps: dict[str, Callable[[], object]] = {}
+    compiled, losses, count = {}, {}, 0
+    for key, mask_all in chosen.items():
+        torch.compiler.reset()
+        steps[key], count = stepper(name, mask_all)
+        with fresh_cache():
+            before = cpu_seconds()
+            losses[key] = float(steps[key]())  # type: ignore[arg-type]
+            compiled[key] = cpu_seconds() - before
+    samples: dict[str, Samples] = interleaved(steps, rounds=rounds)
+    return {
+        "model": name,
+        "pattern": text,
+        "masked_weights": count,
+        "first_compile_cpu_s": compiled,
+        "first_loss": losses,
+        "step_ms": {k: 1e3 * sorted(s.cpu)[rounds // 2] for k, s in samples.items()},
+        "step_over_dense": {k: ratio(s.cpu, samples["dense"].cpu) for k, s in samples.items()},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line per model, pattern and candidate."""
+    body = [
+        (
+            row["model"],
+            row["pattern"],
+            key,
+            row["first_compile_cpu_s"][key],
+            row["step_ms"][key],
+            spread(row["step_over_dense"][key]),
+            f"{row['first_loss'][key]:.7f}",
+        )
+        for row in rows
+        for key in row["step_ms"]
+    ]
+    headers = ("model", "pattern", "mask", "compile s", "step ms", "step / dense", "first loss")
+    return tabulate(body, headers, floatfmt=".1f", disable_numparse=[0, 1, 2, 5, 6])
+
+
+def main() -> None:
+    """Print the table; write JSON where asked. All times are CPU time: others may be at work."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", nargs="+", default=["uvit", "unet"])
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4", "1:8", "2:8"])
+    parser.add_argument("--only", nargs="+", default=["op", "op-all", "keys", "slices"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch._inductor.config.compile_threads = 1
+    torch.compile(lambda x: F.gelu(x) + 1)(torch.randn(64, 64, requires_grad=True)).sum().backward()
+    rows = []
+    for name in args.models:
+        for text in args.patterns:
+            rows.append(compare(name, text, args.rounds, args.only))
+            print(table(rows[-1:]), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What a mask costs: ``nm_mask`` against an argsort and a topk, per pattern.
+
+    python benchmarks/masks.py --out masks.json
+
+Coarse patterns are compared with the free n:m of the same n and m: nothing else computes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from timing import interleaved, machine, ratio, spread
+from torch import Tensor
+
+from sparsedm_compiler.masks import unchecked_nm_mask
+from sparsedm_compiler.pattern import Pattern
+
+COARSE = ["1:8x16", "64:2:8"]
+PATTERNS = ["31:32", "3:4", "2:4", "1:4", "2:8", "1:8", "1:16", "1:32", "16:32", *COARSE]
+SHAPES = {"linear": (2048, 512), "conv": (256, 256, 3, 3)}
+
+
+def argsort_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """The published way: sort every group, drop the m - n smallest."""
+    groups = weight.abs().movedim(1, -1).reshape(-1, m)
+    drop = groups.argsort(dim=1)[:, : m - n]
+    return _back(torch.ones_like(groups, dtype=torch.bool).scatter_(1, drop, False), weight)
+
+
+def topk_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """The n largest of every group."""
+    groups = weight.abs().movedim(1, -1).reshape(-1, m)
+    keep = groups.topk(n, dim=1, sorted=False).indices
+    return _back(torch.zeros_like(groups, dtype=torch.bool).scatter_(1, keep, True), weight)
+
+
+def _back(groups: Tensor, weight: Tensor) -> Tensor:
+    shape = weight.movedim(1, -1).shape
+    return groups.reshape(shape).movedim(-1, 1)
+
+
+def compare(weight: Tensor, pattern: Pattern, rounds: int) -> dict[str, Any]:
+    """Milliseconds and ratios of one weight and pattern."""
+    n, m = pattern.n, pattern.m
+    calls: dict[str, Callable[[], object]] = {
+        "nm_mask": lambda: unchecked_nm_mask(weight, pattern),
+        "argsort": lambda: argsort_mask(weight, n, m),
+        "topk": lambda: topk_mask(weight, n, m),
+        "copy": weight.clone,
+    }
+    samples = interleaved(calls, rounds=rounds)
+    row: dict[str, Any] = {"pattern": str(pattern), "shape": list(weight.shape)}
+    for clock in ("wall", "cpu"):
+        times = {name: sample.of(clock) for name, sample in samples.items()}
+        row[clock] = {
+            "median_ms": {name: 1e3 * sorted(ts)[len(ts) // 2] for name, ts in times.items()},
+            "min_ms": {name: 1e3 * min(ts) for name, ts in times.items()},
+            "times_faster": {
+                name: ratio(times[name], times["nm_mask"]) for name in ("argsort", "topk")
+            },
+        }
+    return row
+
+
+def table(rows: list[dict[str, Any]], clock: str) -> str:
+    """One line per weight and pattern."""
+    body = [
+        (
+            row["pattern"],
+            "x".join(map(str, row["shape"])),
+            row[clock]["median_ms"]["nm_mask"],
+            row[clock]["min_ms"]["nm_mask"],
+            row[clock]["median_ms"]["copy"],
+            spread(row[clock]["times_faster"]["argsort"]),
+            spread(row[clock]["times_faster"]["topk"]),
+        )
+        for row in rows
+    ]
+    headers = ("pattern", "weight", "nm_mask ms", "best ms", "copy ms", "x argsort", "x topk")
+    return tabulate(body, headers, floatfmt=".2f", disable_numparse=[0, 1, 5, 6])
+
+
+def main() -> None:
+    """Print the table; write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = []
+    for shape in SHAPES.values():
+        weight = torch.randn(shape).to(args.device, getattr(torch, args.dtype))
+        for text in args.patterns:
+            rows.append(compare(weight, Pattern.parse(text), args.rounds))  # noqa: PERF401
+    print(f"{args.dtype} on {args.device}, {args.threads} threads, medians of {args.rounds}, ")
+    print(f"{args.clock} time; ratios are medians [quartiles] of the same rounds")
+    print(table(rows, args.clock))
+    if args.out:
+        args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
