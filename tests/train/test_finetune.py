@@ -1,0 +1,270 @@
+"""The loop against hand-written steps, and every refusal at its door."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sparsedm_compiler.errors import ConfigError, DataError, SparseDMError
+from sparsedm_compiler.evaluate import generator_at
+from sparsedm_compiler.train import FinetuneConfig, FinetuneResult, finetune, held_out_loss
+
+CONFIG = FinetuneConfig(
+    images=24, batch_size=8, lr=1e-2, alpha=0.7, beta=0.3, sr_ste_lambda=0.0, schedule="constant"
+)
+ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[:, None, None, None]
+
+
+class Boxed:
+    """As the outputs of diffusers."""
+
+    def __init__(self, sample: Tensor) -> None:
+        self.sample = sample
+
+
+class Denoiser(nn.Module):
+    """A linear noise prediction that sees the level and the class."""
+
+    def __init__(self, seed: int = 0, *, kind: str = "tensor", dropout: float = 0.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            self.mix = nn.Linear(4, 4)
+            self.levels = nn.Embedding(1000, 4)
+            self.classes = nn.Embedding(3, 4)
+        self.dropout = nn.Dropout(dropout)
+        self.kind = kind
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Any:
+        hidden = self.mix(x.flatten(1)) + self.levels(t)
+        if y is not None:
+            hidden = hidden + self.classes(y)
+        out = self.dropout(hidden).view_as(x)
+        return {"tensor": out, "tuple": (out, 1), "boxed": Boxed(out)}[self.kind]
+
+
+def images(count: int = 20) -> Tensor:
+    return torch.randn(count, 1, 2, 2, generator=generator_at("images"))
+
+
+def labels(count: int = 20) -> Tensor:
+    return torch.arange(count) % 3
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def tuned(student: nn.Module, data: Any = None, **options: Any) -> FinetuneResult:
+    data = (images(), labels()) if data is None else data
+    teacher = options.pop("teacher", None)
+    return finetune(student, teacher, data, config=CONFIG, progress=False, **options)
+
+
+def test_steps_equal_hand_written_steps() -> None:
+    student, teacher, (x_all, y_all) = Denoiser(0), Denoiser(1), (images(), labels())
+    oracle, before = copy.deepcopy(student), weights(teacher)
+    result = tuned(student, teacher=teacher, schedule="cosine")
+
+    order = [torch.randperm(20, generator=generator_at(0, "order", epoch)) for epoch in range(2)]
+    optimizer = torch.optim.AdamW(oracle.parameters(), betas=(0.99, 0.999), weight_decay=0.03)
+    losses = []
+    for step, rows in enumerate(torch.cat(order)[:24].split(8)):
+        source = generator_at(0, "noise", 8 * step)
+        x0, y = x_all[rows], y_all[rows]
+        eps = torch.randn(x0.shape, generator=source)
+        t = torch.randint(1000, (8,), generator=source)
+        x = ABAR[t].sqrt() * x0 + (1 - ABAR[t]).sqrt() * eps
+        guess = oracle(x, t, y)
+        loss = 0.7 * F.mse_loss(guess, eps) + 0.3 * F.mse_loss(guess, teacher(x, t, y).detach())
+        optimizer.param_groups[0]["lr"] = 1e-2 * (0.5 + 0.5 * math.cos(math.pi * step / 3))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert result.losses == pytest.approx(losses, rel=1e-4)
+    assert result.images == 24
+    torch.testing.assert_close(weights(student), weights(oracle), rtol=1e-3, atol=1e-5)
+    assert torch.equal(weights(teacher), before)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_average_starts_from_the_first_weights_and_warms_up() -> None:
+    student, trail = Denoiser(), []
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    optimizer.register_step_post_hook(lambda *_: trail.append(weights(student)))
+    expected = weights(student)
+    result = tuned(student, optimizer=optimizer, ema_decay=0.2)
+    for step, current in enumerate(trail, start=1):
+        decay = min(0.2, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * current
+    assert result.ema is not None
+    torch.testing.assert_close(weights(result.ema), expected)
+    assert list(result.ema.state_dict()) == list(student.state_dict())
+
+
+def test_a_second_run_is_the_same_and_another_seed_is_not() -> None:
+    first, again, other = (Denoiser(dropout=0.5) for _ in range(3))
+    losses = tuned(first).losses
+    torch.rand(7)  # the generator of the process has no say
+    assert tuned(again).losses == losses
+    assert torch.equal(weights(first), weights(again))
+    assert tuned(other, seed=1).losses != losses
+
+
+def test_the_loop_leaves_modes_and_seeds_as_they_were() -> None:
+    student, teacher = Denoiser(dropout=0.5).eval(), Denoiser(1, dropout=0.5)
+    student.classes.train()
+    state = torch.get_rng_state()
+    tuned(student, teacher=teacher)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (student.training, student.classes.training, teacher.training) == (False, True, True)
+
+
+def test_the_teacher_teaches_in_eval_mode() -> None:
+    calm, noisy = Denoiser(1), Denoiser(1, dropout=0.9)
+    assert tuned(Denoiser(), teacher=calm).losses == tuned(Denoiser(), teacher=noisy).losses
+
+
+@pytest.mark.parametrize("kind", ["tuple", "boxed"])
+def test_models_may_return_what_diffusers_models_return(kind: str) -> None:
+    plain = tuned(Denoiser(), teacher=Denoiser(1))
+    assert tuned(Denoiser(kind=kind), teacher=Denoiser(1, kind=kind)).losses == plain.losses
+
+
+def test_every_kind_of_data_trains() -> None:
+    x, y = images(), labels()
+    direct = tuned(Denoiser(), (x, y)).losses
+    assert tuned(Denoiser(), TensorDataset(x, y)).losses == direct
+    assert tuned(Denoiser(), x).losses == tuned(Denoiser(), TensorDataset(x)).losses != direct
+    loader = DataLoader(TensorDataset(x, y), batch_size=5)
+    ended = tuned(Denoiser(), loader, images=21)
+    assert (ended.images, len(ended.losses)) == (25, 5)
+
+
+def test_fine_tuning_lowers_the_held_out_loss_and_reports_it(tmp_path: Path) -> None:
+    student, held = Denoiser(), (images(50), labels(50))
+    before = held_out_loss(student, held)
+    result = tuned(student, images=800, held_out=held, held_out_every=400, out=tmp_path)
+    assert [entry.images for entry in result.held_out] == [0, 400, 800]
+    assert result.held_out[0].student == result.held_out[0].ema == before
+    assert result.held_out[-1].student == held_out_loss(student, held) < 0.8 * before
+    assert result.ema is not None
+    assert result.held_out[-1].ema == held_out_loss(result.ema, held)
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert saved["losses"] == list(result.losses)
+    assert saved["config"] == json.loads((tmp_path / "config.json").read_text())
+    assert saved["config"]["images"] == 800
+
+
+def test_held_out_loss_is_one_number_for_one_question() -> None:
+    model, data = Denoiser(dropout=0.5), (images(), labels())
+    first = held_out_loss(model, data)
+    assert held_out_loss(model, data) == first != held_out_loss(model, data, seed=1)
+    assert model.training
+    zero = Denoiser()
+    nn.init.zeros_(zero.levels.weight)
+    nn.init.zeros_(zero.mix.weight)
+    nn.init.zeros_(zero.mix.bias)
+    assert held_out_loss(zero, images(4000), draws=1) == pytest.approx(1.0, abs=0.03)
+
+
+def test_the_largest_gradient_is_clipped() -> None:
+    student = Denoiser()
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    before = weights(student)
+    tuned(student, optimizer=optimizer, images=8, max_grad_norm=1e-3)
+    assert (weights(student) - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_sr_ste_is_asked_for_and_taken_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class Handle:
+        def remove(self) -> None:
+            calls.append("removed")
+
+    def attach(optimizer: Any, model: Any, **options: Any) -> Handle:
+        calls.append((model, options))
+        return Handle()
+
+    monkeypatch.setattr("sparsedm_compiler.train.loop.sr_ste", attach)
+    student = Denoiser()
+    tuned(student)
+    assert calls == []
+    tuned(student, sr_ste_lambda=1e-3, sr_ste_form="decoupled")
+    assert calls == [(student, {"lam": 1e-3, "form": "decoupled"}), "removed"]
+
+
+def test_a_nan_loss_stops_before_the_weights_are_touched() -> None:
+    student, broken = Denoiser(), images()
+    broken[3] = math.nan
+    before = weights(student)
+    with pytest.raises(SparseDMError, match="the loss is nan after 0 images"):
+        tuned(student, broken, batch_size=20)
+    assert torch.equal(weights(student), before)
+
+
+def test_mixed_up_models_are_refused() -> None:
+    student = Denoiser()
+    with pytest.raises(ConfigError, match="share parameters"):
+        tuned(student, teacher=student)
+    with pytest.raises(ConfigError, match="does not have"):
+        tuned(student, optimizer=torch.optim.SGD(Denoiser().parameters(), lr=1.0))
+    with pytest.raises(ConfigError, match="requires_grad"):
+        tuned(Denoiser().requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"learning_rate": 1.0}, "no option 'learning_rate'"),
+        ({"images": 0}, "images 0"),
+        ({"lr": -1.0}, "lr -1.0"),
+        ({"beta": math.nan}, "beta nan"),
+        ({"schedule": "step"}, "'cosine' nor 'constant'"),
+        ({"ema_decay": 1.0}, "ema_decay 1.0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm 0.0"),
+        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "no add_noise"),
+        ({"scheduler": EulerDiscreteScheduler()}, "does not preserve variance"),
+        ({"scheduler": DDPMScheduler(prediction_type="v_prediction")}, "'v_prediction'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tuned(Denoiser(), **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ((images(4), labels(3)), "4 images, but 3 labels"),
+        (images(0), "no images"),
+        (images().byte(), "scale them"),
+        ("digits", "of type str"),
+        ([{"pixel_values": images()}], "of type dict"),
+        (iter([images(8)]), "not a generator"),
+    ],
+)
+def test_data_that_cannot_be_used_are_refused(data: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        tuned(Denoiser(), data)
+
+
+def test_a_prediction_of_another_shape_is_refused() -> None:
+    class Doubled(Denoiser):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Any:
+            return torch.cat([x, x], dim=1)
+
+    with pytest.raises(DataError, match="shaped like its input"):
+        tuned(Doubled())
