@@ -17,7 +17,12 @@ from typing import Any, NoReturn
 import torch
 import torch._dynamo
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    UncapturedHigherOrderOpError,
+    Unsupported,
+    UserError,
+)
 from torch.overrides import TorchFunctionMode
 
 from .errors import CaptureError, SparseDMError
@@ -27,7 +32,7 @@ from .table import TABLE, Entry
 RECOMPILE_LIMIT = 4096
 """Graphs one model may have: shapes, dtypes, train/eval, autocast. Beyond it a call raises."""
 
-BROKEN = (Unsupported, UserError)
+BROKEN = (Unsupported, UncapturedHigherOrderOpError, UserError)
 """What Dynamo raises for a forward that no single graph holds."""
 
 Names = tuple[str, ...]

@@ -46,6 +46,10 @@ KEY = "_sparsedm"
 """Where a compiled module keeps its SparseForward, beside ``forward``, in its ``__dict__``."""
 
 
+_NO_FRAMES = "found no compiled frames"
+"""How newer torch words that a call ran uncompiled; the run counter says it for all."""
+
+
 class SparseForward(OwnForward):
     """The forward of one compiled module.
 
@@ -94,6 +98,9 @@ class SparseForward(OwnForward):
                     f"{self._name} has been compiled for more shapes and settings than it may: "
                     f"pad its inputs to fewer shapes ({limit})"
                 ) from limit
+            except RuntimeError as error:
+                if _NO_FRAMES not in str(error):
+                    raise
         if self._runs == before:
             raise DenseRunError(
                 f"{self._name} ran without its masks, so its output was dropped: TorchDynamo did "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .compiler import check_model, install
 from .config import Config, Inner
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, PatternError
 from .facts import Decision
 from .pattern import Pattern
 from .runtime import require_compiled
@@ -79,7 +79,7 @@ def load(path: str | os.PathLike[str], model: Model, *, inner: Inner = "auto") -
         )
         decisions = {plain["weight"]: _decision(plain) for plain in meta["decisions"]}
         tensors.update({alias: tensors[name] for alias, name in meta["aliases"].items()})
-    except (KeyError, TypeError, ConfigError) as error:
+    except (KeyError, TypeError, ConfigError, PatternError) as error:
         raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error!r}") from error
     student = copy.deepcopy(model)
     try:
