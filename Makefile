@@ -1,0 +1,43 @@
+# The only things needed beforehand are Python (>= 3.10) and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types check bench clean
+
+help: ## show this help
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+env: $(READY) ## create the development environment in .venv
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: env ## prune, fine-tune and sample a digit model; writes out/demo
+	$(BIN)/python examples/demo.py
+
+test: env ## run all tests
+	$(BIN)/python -m pytest
+
+lint: env ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env ## mypy --strict on the package
+	$(BIN)/mypy
+
+check: lint types test ## everything CI runs
+
+bench: env ## the mask benchmarks; writes out/bench
+	@mkdir -p out/bench
+	$(BIN)/python benchmarks/masks.py --out out/bench/masks.json
+	$(BIN)/python benchmarks/mask_ste.py --out out/bench/mask_ste.json
+
+clean: ## remove the environment and everything generated
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
