@@ -5,6 +5,11 @@
 Fraction(1, 2)
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .compiler import compile, count_macs, explain, topology
 from .errors import (
     CaptureError,
@@ -23,7 +28,24 @@ from .report import Explanation
 from .runtime import masked_parameters
 from .storage import load, save
 
+if TYPE_CHECKING:
+    from .train import FinetuneConfig as FinetuneConfig
+    from .train import FinetuneResult as FinetuneResult
+    from .train import finetune as finetune
+    from .train import held_out_loss as held_out_loss
+    from .train.sr_ste import sr_ste as sr_ste
+
 __version__ = "0.1.0"
+
+_TRAIN = ("FinetuneConfig", "FinetuneResult", "finetune", "held_out_loss", "sr_ste")
+
+
+def __getattr__(name: str) -> Any:
+    """The harness, imported on first use: it needs the extra "train"."""
+    if name in _TRAIN:
+        return getattr(import_module(".train", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "CaptureError",

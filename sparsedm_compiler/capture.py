@@ -50,7 +50,7 @@ _SETTINGS = {
 
 def dynamo_settings() -> AbstractContextManager[None]:
     """Dynamo with a private recompile limit that raises, and with guards on hooks."""
-    patch: AbstractContextManager[None] = torch._dynamo.config.patch(_SETTINGS)  # type: ignore[no-untyped-call]
+    patch: AbstractContextManager[None] = torch._dynamo.config.patch(_SETTINGS)
     return patch
 
 
@@ -218,9 +218,7 @@ class Watch(TorchFunctionMode):
         self.see = see
         self.kept: list[Tensor] = []  # casts and views of parameters: ids stay theirs while held
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))

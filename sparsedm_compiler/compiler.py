@@ -90,7 +90,7 @@ def check_model(model: nn.Module) -> None:
     wrappers = (torch._dynamo.OptimizedModule, nn.DataParallel)
     if isinstance(model, (*wrappers, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)):
         raise ConfigError(
-            f"{type(model).__name__} wraps the model; compile the model itself, then wrap the result"
+            f"{type(model).__name__} wraps the model; compile the model itself and wrap the result"
         )
 
 
@@ -177,4 +177,3 @@ def topology(model: nn.Module, *args: Any, **kwargs: Any) -> Topology:
             "values), so it has no topology; torch.compile(model, fullgraph=True) shows the line"
         )
     return wire(find_sites(graph))
-

@@ -7,7 +7,7 @@ should not care: ``flatten`` inlines them, so that every analysis is a walk alon
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,7 +181,7 @@ class Reading:
     layout: str
 
 
-def trace(operand: Op, parameters: Mapping[Op, str]) -> Reading | None:
+def trace(operand: Op, parameters: Collection[Op]) -> Reading | None:
     """The parameter ``operand`` is a cast or view of; None for an activation."""
     turned = False
     op = operand

@@ -87,7 +87,9 @@ class SparseForward(OwnForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
 
-    @torch.compiler.disable(reason="a sparsedm model compiles itself; leave out fullgraph=True")
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="a sparsedm model compiles itself; leave out fullgraph=True"
+    )
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         before = self._runs
         with dynamo_settings(), our_errors():
@@ -122,9 +124,7 @@ class SparseForward(OwnForward):
 
     def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
         forward = private_forward(self.module)
-        run: Callable[..., Any] = torch.compile(
-            forward, backend=self._backend, fullgraph=fullgraph
-        )
+        run: Callable[..., Any] = torch.compile(forward, backend=self._backend, fullgraph=fullgraph)
         return run
 
     def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
@@ -171,7 +171,8 @@ class SparseForward(OwnForward):
 
     @property
     def _runs(self) -> int:
-        return self._thread.__dict__.get("runs", 0)
+        runs: int = self._thread.__dict__.get("runs", 0)
+        return runs
 
     @property
     def _name(self) -> str:
@@ -235,7 +236,9 @@ def check_finite(
     graph: Captured, example_inputs: list[Any], patterns: Mapping[fx.Node, Pattern]
 ) -> None:
     """Raise MaskError if a weight to be masked holds NaN or Inf: its magnitudes mean nothing."""
-    for node, value in zip(graph.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+    for node, value in zip(
+        graph.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True
+    ):
         if node not in patterns or not isinstance(value, Tensor) or value.is_meta:
             continue
         if not isinstance(value, FakeTensor) and not bool(value.detach().isfinite().all()):

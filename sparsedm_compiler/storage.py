@@ -27,7 +27,7 @@ _VERSION = 1
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the state_dict of a compiled model (latent dense weights) and its decisions to ``path``.
+    """Write a compiled model's state_dict (latent dense weights) and decisions to ``path``.
 
     The file is plain safetensors, readable without this package. It appears whole or not at all.
     Raises ConfigError if ``model`` was not compiled, CheckpointError if it cannot be written.

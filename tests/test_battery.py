@@ -13,11 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from tests.oracle import assert_gradients, assert_same, gradients, hand_masked, masked_patterns, oracle_of
 from torch import Tensor, nn
-from tests.zoo import FAMILIES, Call, Family, sample_of
 
 import sparsedm_compiler as sdm
+from tests.oracle import (
+    assert_gradients,
+    assert_same,
+    gradients,
+    hand_masked,
+    masked_patterns,
+    oracle_of,
+)
+from tests.zoo import FAMILIES, Call, Family, sample_of
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 modes = pytest.mark.parametrize("mode", ["train", "infer"])

@@ -59,9 +59,10 @@ def test_the_recompile_limit_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("recompile_limit", "accumulated_recompile_limit"):
         monkeypatch.setitem(capture._SETTINGS, key, 2)
     student = student_of()
+    for dims in (1, 2):
+        student(torch.randn(*[1] * dims, 8))
     with pytest.raises(sdm.DenseRunError, match="more shapes and settings than it may"):
-        for dims in range(1, 6):
-            student(torch.randn(*[1] * dims, 8))
+        student(torch.randn(1, 1, 1, 8))
 
 
 def test_disabled_by_the_environment_raises() -> None:
@@ -204,7 +205,7 @@ def test_bad_options(options: dict[str, Any], error: str) -> None:
 
 
 def test_what_cannot_be_compiled() -> None:
-    with pytest.raises(sdm.ConfigError, match="takes an nn.Module, not a function"):
+    with pytest.raises(sdm.ConfigError, match="Module, not a function"):
         sdm.compile(lambda x: x, "2:4")  # type: ignore[type-var]
     with pytest.raises(sdm.ConfigError, match="OptimizedModule wraps the model"):
         sdm.compile(torch.compile(Net()), "2:4")

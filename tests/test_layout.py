@@ -56,7 +56,9 @@ def imports_of(name: str, path: Path) -> set[str]:
             stem = base[: len(base) - node.level + 1]
             target = ".".join([*stem, *(node.module or "").split(".")]).strip(".")
             found |= {target} if target else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparsedm_compiler"):
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "sparsedm_compiler"
+        ):
             found.add((node.module or "").removeprefix("sparsedm_compiler").lstrip("."))
     return found - {""}
 

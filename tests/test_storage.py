@@ -74,10 +74,10 @@ def test_saving_before_the_first_call_keeps_the_options(tmp_path: Path) -> None:
 
 def test_what_cannot_be_loaded(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
     _, path = saved
-    with pytest.raises(sdm.CheckpointError, match="cannot read .*nowhere"):
+    with pytest.raises(sdm.CheckpointError, match=r"cannot read .*nowhere"):
         sdm.load(tmp_path / "nowhere", Tied())
     (tmp_path / "noise").write_bytes(b"not safetensors at all")
-    with pytest.raises(sdm.CheckpointError, match="cannot read .*noise"):
+    with pytest.raises(sdm.CheckpointError, match=r"cannot read .*noise"):
         sdm.load(tmp_path / "noise", Tied())
     save_file({"x": torch.zeros(1)}, tmp_path / "plain")
     with pytest.raises(sdm.CheckpointError, match="holds no sparsedm pattern"):

@@ -53,16 +53,12 @@ def find_sites(captured: Captured) -> Sites:
     held = (op for op in ops if op.node.op == "placeholder" and op not in parameters)
     inputs = frozenset(op for op in held if op.node not in captured.buffers)
     sites = [
-        _site(op, product, factors, parameters)
-        for op in ops
-        for product, factors in op.products()
+        _site(op, product, factors, parameters) for op in ops for product, factors in op.products()
     ]
     return Sites(ops, parameters, inputs, tuple(sites))
 
 
-def _site(
-    op: Op, product: Product, factors: tuple[Op, ...], parameters: dict[Op, Names]
-) -> Site:
+def _site(op: Op, product: Product, factors: tuple[Op, ...], parameters: dict[Op, Names]) -> Site:
     found = Site(op.name, TABLE[op.node.target].name, product, product.kind, op=op)
     for place, factor in enumerate(factors):
         reading = trace(factor, parameters)

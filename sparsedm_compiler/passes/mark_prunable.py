@@ -26,7 +26,9 @@ def mark_prunable(
     """
     first, last = ends(sites) if whole else (frozenset[Op](), frozenset[Op]())
     at_end = {**dict.fromkeys(last, "last"), **dict.fromkeys(first, "first")}
-    return _mark(sites.sites, config, known, {s: at_end[s.op] for s in sites.sites if s.op in at_end})
+    return _mark(
+        sites.sites, config, known, {s: at_end[s.op] for s in sites.sites if s.op in at_end}
+    )
 
 
 def mark_eager(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import networkx as nx
 from torch import Tensor
@@ -79,7 +80,7 @@ def topology(sites: Sites) -> Topology:
 
 
 def _heaviest_path(graph: nx.DiGraph[Op], macs: dict[Op, int]) -> list[Op]:
-    weighted = nx.DiGraph(
+    weighted: nx.DiGraph[Any] = nx.DiGraph(
         (a, b, {"weight": macs[b]}) for a, b in graph.edges if a in macs and b in macs
     )
     start = object()
@@ -94,9 +95,7 @@ def _skips(sites: Sites, names: dict[Op, str]) -> tuple[tuple[str, str], ...]:
     graph.remove_nodes_from(sites.inputs)
     kept = nx.transitive_reduction(graph).edges
     label = {**merges, **names}
-    return tuple(
-        (label[a], label[b]) for a, b in graph.edges if b in merges and (a, b) not in kept
-    )
+    return tuple((label[a], label[b]) for a, b in graph.edges if b in merges and (a, b) not in kept)
 
 
 def _is_merge(op: Op) -> bool:

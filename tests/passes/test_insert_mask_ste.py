@@ -64,7 +64,7 @@ wrap_body_0 = wrap_body_0()
 mask_ste_default_1 = torch.ops.sparsedm.mask_ste.default(l_self_modules_b_parameters_weight_, '2:4')
 tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, linear, mask_ste_default_1)
 x = operator.getitem(tag_activation_checkpoint, 0)
-linear_1 = torch._C._nn.linear(x, mask_ste_default, None)""",
+linear_1 = torch._C._nn.linear(x, mask_ste_default, None)""",  # noqa: E501
     )
 
 
