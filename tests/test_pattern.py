@@ -1,0 +1,106 @@
+"""``Pattern``: what strings it reads, what it refuses, and how it prints."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsedm_compiler.errors import PatternError, SparseDMError
+from sparsedm_compiler.pattern import Pattern
+
+
+@st.composite
+def patterns(draw: st.DrawFn) -> Pattern:
+    """Any legal pattern."""
+    m = draw(st.integers(1, 64))
+    if draw(st.booleans()) and m >= 4:
+        return Pattern(draw(st.integers(1, 4)), m, draw(st.integers(1, 128)), vnm=True)
+    return Pattern(draw(st.integers(1, m)), m, draw(st.integers(1, 128)))
+
+
+@settings(deadline=None)
+@given(patterns())
+def test_its_text_reads_back_as_itself(pattern: Pattern) -> None:
+    assert Pattern.parse(str(pattern)) == pattern
+    assert Pattern.parse(f"  {pattern}\n") == pattern
+    assert Pattern.parse(pattern) is pattern
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2:4", Pattern(2, 4)),
+        ("1:8", Pattern(1, 8)),
+        ("31:32", Pattern(31, 32)),
+        ("4:4", Pattern(4, 4)),
+        ("1:8x16", Pattern(1, 8, 16)),
+        ("64:2:8", Pattern(2, 8, 64, vnm=True)),
+        ("1:2:4", Pattern(2, 4, 1, vnm=True)),
+    ],
+)
+def test_n_is_kept_and_m_is_the_group(text: str, expected: Pattern) -> None:
+    assert Pattern.parse(text) == expected
+    assert str(expected) == text
+
+
+NOT_TWO_NUMBERS = ["", "2", "2/4", "2:4:", "-1:4", "2.0:4", "a:b", "2 : 4", "9999999:9999999"]
+NOT_N_OF_M = ["4:2", "0:4", "0:0", "0:2:8", "64:5:8", "64:1:3", "1:2:3:4"]
+NOT_SHARED = ["2:4x", "2:4x0", "1:8x16x2", "2:4x1:2", "0:2:4"]
+
+
+@pytest.mark.parametrize("text", NOT_TWO_NUMBERS + NOT_N_OF_M + NOT_SHARED)
+def test_what_is_no_pattern_is_refused_with_a_way_out(text: str) -> None:
+    with pytest.raises(PatternError, match=r"2:4|64:2:8|not >= 1"):
+        Pattern.parse(text)
+
+
+@pytest.mark.parametrize("value", [None, 24, 0.5, (2, 4), b"2:4"])
+def test_what_is_no_string_is_refused(value: Any) -> None:
+    with pytest.raises(PatternError, match="is not a string"):
+        Pattern.parse(value)
+
+
+def test_the_error_names_the_value_and_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="'4:2'"):
+        Pattern.parse("4:2")
+    assert issubclass(PatternError, SparseDMError)
+
+
+def test_density_is_exact() -> None:
+    assert Pattern.parse("31:32").density == Fraction(31, 32)
+    assert Pattern.parse("1:8x16").density == Fraction(1, 8)
+    assert Pattern.parse("64:2:8").density == Fraction(1, 4)
+
+
+@settings(deadline=None)
+@given(patterns())
+def test_dense_means_that_nothing_is_pruned(pattern: Pattern) -> None:
+    assert pattern.is_dense == (pattern.density == 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes", "reason"),
+    [
+        ("2:4", (8, 3), "input width 3 is not a multiple of 4"),
+        ("1:8x16", (24, 8), "output width 24 is not a multiple of the 16 shared rows"),
+        ("64:2:8", (32, 8), "output width 32 is not a multiple of the 64 shared rows"),
+        ("64:2:8", (64, 12), "input width 12 is not a multiple of 8"),
+        ("2:4", (7, 8), None),
+        ("1:8x16", (32, 16), None),
+        ("64:2:8", (128, 8), None),
+    ],
+)
+def test_misfit_says_why(text: str, sizes: tuple[int, int], reason: str | None) -> None:
+    assert Pattern.parse(text).misfit(*sizes) == reason
+
+
+def test_it_is_a_frozen_value() -> None:
+    pattern = Pattern.parse("2:4")
+    with pytest.raises(FrozenInstanceError):
+        pattern.n = 3  # type: ignore[misc]
+    assert len({pattern, Pattern(2, 4), Pattern(2, 4, 2)}) == 2

@@ -1,0 +1,419 @@
+"""SR-STE equals ``g + lam (1 - m) W`` to the bit, however the optimizer is driven.
+
+Weights, inputs and lambda are small multiples of powers of two, so every sum is exact in float32
+and the order of additions cannot hide an error.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler.train.sr_ste import sr_ste
+from tests.oracle import assert_same, brute_mask
+
+LAM = 2.0**-6
+LR = 0.5
+PATTERN = "2:4"
+Grads = dict[str, Tensor]
+
+
+class Net(nn.Module):
+    """First and last stay dense; ``middle`` is pruned, and used twice if asked."""
+
+    def __init__(self, *, twice: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.middle = nn.Linear(8, 8)
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.first(x))
+        return self.last(self.middle(x) if self.twice else x)
+
+
+def dyadic(*shape: int, seed: int, bound: int = 4) -> Tensor:
+    """Multiples of 1/4 in [-bound/4, bound/4]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-bound, bound + 1, shape, generator=generator) / 4
+
+
+def net(**kwargs: Any) -> Net:
+    model = Net(**kwargs)
+    with torch.no_grad():
+        for seed, weight in enumerate(model.parameters()):
+            weight.copy_(dyadic(*weight.shape, seed=seed))
+    return model
+
+
+def batch(seed: int = 100, size: int = 2) -> Tensor:
+    return dyadic(size, 4, seed=seed)
+
+
+def student_of(model: Net) -> Net:
+    student = sdm.compile(model, PATTERN, inner="eager")
+    student(batch())  # the capture finds the masked weights
+    assert list(sdm.masked_parameters(student)) == ["middle.weight"]
+    return student
+
+
+def ste_grads(model: nn.Module, *inputs: Tensor) -> Grads:
+    """Gradients of the masked model by hand: those of a dense copy with masked weights."""
+    oracle = copy.deepcopy(model)
+    for key in ("forward", "_sparsedm"):
+        oracle.__dict__.pop(key, None)
+    with torch.no_grad():
+        weight = oracle.get_parameter("middle.weight")
+        weight.mul_(brute_mask(weight, PATTERN))
+    for x in inputs:
+        oracle(x).sum().backward()
+    return {name: value.grad for name, value in oracle.named_parameters() if value.grad is not None}
+
+
+def term_of(weight: Tensor, lam: float = LAM) -> Tensor:
+    """``lam (1 - m) W``."""
+    return lam * (~brute_mask(weight, PATTERN)) * weight.detach()
+
+
+def sgd(model: nn.Module, **kwargs: Any) -> SGD:
+    return SGD(model.parameters(), lr=LR, **kwargs)
+
+
+def expected_step(model: nn.Module, grads: Grads, lam: float = LAM) -> Grads:
+    """Parameters after SGD on ``g + lam (1 - m) W``; under SGD both forms are the same."""
+    out = {}
+    for name, value in model.named_parameters():
+        grad = grads[name]
+        if name == "middle.weight":
+            grad = grad + term_of(value, lam)
+        out[name] = value.detach() - LR * grad
+    return out
+
+
+def assert_stepped(student: nn.Module, expected: Grads) -> None:
+    assert {name for name, _ in student.named_parameters()} == {*expected}
+    for name, value in student.named_parameters():
+        assert_same(value.detach(), expected[name])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_plain_step(fused: bool, twice: bool) -> None:
+    student = student_of(net(twice=twice))
+    expected = expected_step(student, ste_grads(student, batch()))
+    optimizer = sgd(student, fused=fused)
+    sr_ste(optimizer, student, lam=LAM)
+    student(batch()).sum().backward()
+    optimizer.step()
+    assert_stepped(student, expected)
+
+
+def test_the_term_is_not_zero_here() -> None:
+    """Else every test of this file would pass without it."""
+    assert int((term_of(net().middle.weight) != 0).sum()) > 20
+
+
+def test_accumulation_adds_it_once() -> None:
+    student = student_of(net())
+    inputs = [batch(seed) for seed in range(5)]
+    expected = expected_step(student, ste_grads(student, *inputs))
+    optimizer = sgd(student)
+    sr_ste(optimizer, student, lam=LAM)
+    for x in inputs:
+        student(x).sum().backward()
+    optimizer.step()
+    assert_stepped(student, expected)
+
+
+def test_the_mask_is_that_of_the_forward() -> None:
+    """Two steps: the second masks the weights the first has made."""
+    student = student_of(net())
+    optimizer = sgd(student)
+    sr_ste(optimizer, student, lam=LAM)
+    for seed in range(2):
+        expected = expected_step(student, ste_grads(student, batch(seed)))
+        optimizer.zero_grad()
+        student(batch(seed)).sum().backward()
+        optimizer.step()
+        assert_stepped(student, expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_loss_scaling_leaves_it_alone(fused: bool, unscale: bool) -> None:
+    student = student_of(net())
+    expected = expected_step(student, ste_grads(student, batch()))
+    optimizer = sgd(student, fused=fused)
+    sr_ste(optimizer, student, lam=LAM)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(student(batch()).sum()).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert_stepped(student, expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("form", ["paper", "decoupled"])
+def test_a_step_that_overflowed_is_skipped(fused: bool, form: str) -> None:
+    student = student_of(net())
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    optimizer = sgd(student, fused=fused)
+    sr_ste(optimizer, student, lam=LAM, form=form)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(student(batch()).sum() * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert_stepped(student, before)
+    optimizer.zero_grad()
+    expected = expected_step(student, ste_grads(student, batch()))
+    scaler.scale(student(batch()).sum()).backward()
+    scaler.step(optimizer)
+    assert_stepped(student, expected)
+
+
+@pytest.mark.parametrize("form", ["paper", "decoupled"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_adamw_sees_it_in_the_gradient_or_not_at_all(form: str, fused: bool, scaled: bool) -> None:
+    """The paper's term is rescaled by Adam like any gradient; the decoupled one is not."""
+    student, twin = student_of(net()), net()
+    how: dict[str, Any] = {"lr": 0.125, "weight_decay": 0.1, "fused": fused}
+    reference, optimizer = AdamW(twin.parameters(), **how), AdamW(student.parameters(), **how)
+    for name, grad in ste_grads(student, batch()).items():
+        twin.get_parameter(name).grad = grad
+    weight, term = twin.middle.weight, term_of(twin.middle.weight)
+    assert weight.grad is not None
+    if form == "paper":
+        weight.grad += term
+    else:
+        weight.data -= 0.125 * term
+    reference.step()
+    sr_ste(optimizer, student, lam=LAM, form=form)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+    scaler.scale(student(batch()).sum()).backward()
+    scaler.step(optimizer)
+    assert_stepped(student, {name: value.detach() for name, value in twin.named_parameters()})
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+@pytest.mark.parametrize("form", ["paper", "decoupled"])
+def test_a_closure_gets_it_after_its_backward(how: str, form: str) -> None:
+    student = student_of(net())
+    expected = expected_step(student, ste_grads(student, batch()))
+    optimizer = sgd(student)
+    sr_ste(optimizer, student, lam=LAM, form=form)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = student(batch()).sum()
+        loss.backward()
+        return loss.item()
+
+    before = student(batch()).sum().item()
+    loss = optimizer.step(closure) if how == "positional" else optimizer.step(closure=closure)
+    assert loss == before
+    assert_stepped(student, expected)
+
+
+class Thrice(SGD):
+    """Evaluates its closure three times a step, as a line search does, and moves nothing."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            return [closure() for _ in range(3)]
+
+
+@pytest.mark.parametrize("form", ["paper", "decoupled"])
+def test_a_closure_may_run_several_times_a_step(form: str) -> None:
+    """Each new gradient has the term once; the decoupled decay happens once a step."""
+    student = student_of(net())
+    weight = student.middle.weight
+    before, term = weight.detach().clone(), term_of(weight)
+    grad = ste_grads(student, batch())["middle.weight"]
+    optimizer = Thrice(student.parameters(), lr=LR)
+    sr_ste(optimizer, student, lam=LAM, form=form)
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        student(batch()).sum().backward()
+
+    optimizer.step(closure)
+    assert weight.grad is not None
+    if form == "paper":
+        assert_same(weight.detach(), before)
+        assert_same(weight.grad, grad + term)
+    else:
+        assert_same(weight.detach(), before - LR * term)
+
+
+@pytest.mark.parametrize("form", ["paper", "decoupled"])
+def test_a_tensor_for_a_learning_rate(form: str) -> None:
+    student = student_of(net())
+    expected = expected_step(student, ste_grads(student, batch()))
+    optimizer = SGD(student.parameters(), lr=torch.tensor(LR))
+    sr_ste(optimizer, student, lam=LAM, form=form)
+    student(batch()).sum().backward()
+    optimizer.step()
+    assert_stepped(student, expected)
+
+
+def test_decoupled_uses_the_lr_of_each_group() -> None:
+    student = student_of(net())
+    weight = student.middle.weight
+    before, term = weight.detach().clone(), term_of(weight)
+    groups = [{"params": [weight], "lr": 0.25}, {"params": student.first.parameters()}]
+    optimizer = SGD(groups, lr=LR)
+    sr_ste(optimizer, student, lam=LAM, form="decoupled")
+    grad = ste_grads(student, batch())["middle.weight"]
+    student(batch()).sum().backward()
+    optimizer.step()
+    assert_same(weight.detach(), before - 0.25 * term - 0.25 * grad)
+
+
+def test_maximize_still_pulls_to_zero() -> None:
+    student = student_of(net())
+    grads = {name: -grad for name, grad in ste_grads(student, batch()).items()}
+    expected = expected_step(student, grads)
+    optimizer = sgd(student, maximize=True)
+    sr_ste(optimizer, student, lam=LAM)
+    student(batch()).sum().backward()
+    optimizer.step()
+    assert_stepped(student, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_parameters(dtype: torch.dtype) -> None:
+    student = student_of(net())
+    student.to(dtype)
+    student(batch().to(dtype)).sum().backward()
+    weight = student.middle.weight
+    assert weight.grad is not None
+    exact = weight.grad.double() + term_of(weight.double(), lam=2e-4)
+    optimizer = sgd(student)
+    sr_ste(optimizer, student, lam=2e-4)
+    optimizer.step()
+    assert weight.grad.dtype == dtype
+    assert_same(weight.grad, exact.to(dtype))
+
+
+def test_lambda_zero_is_plain_ste() -> None:
+    student = student_of(net())
+    expected = expected_step(student, ste_grads(student, batch()), lam=0)
+    optimizer = sgd(student)
+    sr_ste(optimizer, student, lam=0)
+    student(batch()).sum().backward()
+    optimizer.step()
+    assert_stepped(student, expected)
+
+
+def test_remove_ends_it() -> None:
+    student = student_of(net())
+    expected = expected_step(student, ste_grads(student, batch()), lam=0)
+    optimizer = sgd(student)
+    sr_ste(optimizer, student, lam=LAM).remove()
+    student(batch()).sum().backward()
+    optimizer.step()
+    assert_stepped(student, expected)
+
+
+@pytest.mark.parametrize("form", ["paper", "decoupled"])
+def test_a_weight_without_gradient_is_left_alone(form: str) -> None:
+    student = student_of(net())
+    before = student.middle.weight.detach().clone()
+    optimizer = sgd(student)
+    sr_ste(optimizer, student, lam=LAM, form=form)
+    student.middle.weight.requires_grad_(False)
+    student(batch()).sum().backward()
+    optimizer.step()
+    assert_same(student.middle.weight.detach(), before)
+
+
+def test_the_defaults_are_those_of_the_paper() -> None:
+    student = student_of(net())
+    student(batch()).sum().backward()
+    weight = student.middle.weight
+    assert weight.grad is not None
+    expected = weight.grad.double() + term_of(weight.double(), lam=2e-4)
+    optimizer = sgd(student)
+    sr_ste(optimizer, student)
+    optimizer.step()
+    assert_same(weight.grad, expected.float())
+
+
+@pytest.mark.parametrize("form", ["Paper", "", None, "coupled"])
+def test_an_unknown_form_is_refused(form: Any) -> None:
+    student = student_of(net())
+    with pytest.raises(sdm.ConfigError, match="neither 'paper' nor 'decoupled'"):
+        sr_ste(sgd(student), student, form=form)
+
+
+@pytest.mark.parametrize("lam", [-1e-4, float("nan"), float("inf"), "2e-4", True, None])
+def test_a_lambda_that_is_none_is_refused(lam: Any) -> None:
+    student = student_of(net())
+    with pytest.raises(sdm.ConfigError, match="not a finite number >= 0"):
+        sr_ste(sgd(student), student, lam=lam)
+
+
+def test_a_model_that_was_not_compiled_is_refused() -> None:
+    with pytest.raises(sdm.SparseDMError, match="was not compiled"):
+        sr_ste(sgd(net()), net())
+
+
+def test_a_step_before_the_first_forward_raises() -> None:
+    student = sdm.compile(net(), PATTERN, inner="eager")
+    optimizer = sgd(student)
+    sr_ste(optimizer, student, lam=LAM)
+    with pytest.raises(sdm.SparseDMError, match="call the model before the first step"):
+        optimizer.step()
+
+
+def test_the_optimizer_of_another_model_raises() -> None:
+    student = student_of(net())
+    optimizer = sgd(net())
+    sr_ste(optimizer, student, lam=LAM)
+    student(batch()).sum().backward()
+    with pytest.raises(sdm.ConfigError, match="none of the 1 masked weights of Net"):
+        optimizer.step()
+
+
+def ddp_rank(rank: int, folder: str) -> None:
+    """One of two processes: a step of each form on its own half of the batch."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    try:
+        for form in ("paper", "decoupled"):
+            student = student_of(net())
+            parallel = DistributedDataParallel(student)
+            optimizer = sgd(student)
+            sr_ste(optimizer, student, lam=LAM, form=form)
+            parallel(batch(rank)).sum().backward()
+            optimizer.step()
+            torch.save(student.state_dict(), f"{folder}/{form}.{rank}")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_add_the_same_term_once(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(ddp_rank, args=(str(tmp_path),), nprocs=2, join=True)
+    model = net()
+    halves = [ste_grads(model, batch(rank)) for rank in range(2)]
+    grads = {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]}
+    expected = expected_step(model, grads)
+    saved = sorted(tmp_path.glob("*.[01]"))
+    assert len(saved) == 4
+    for path in saved:
+        weights = torch.load(path)
+        for name, value in expected.items():
+            assert_same(weights[name], value)
