@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,97 +13,10 @@ from sparsedm_compiler import selection
 from sparsedm_compiler.errors import MaskError, PatternError
 from sparsedm_compiler.masks import dropped, kept, nm_mask, unchecked_nm_mask
 from sparsedm_compiler.pattern import Pattern
+from tests.mask_cases import DTYPES, LAYOUTS, brute, channels_last, coarse_cases, free_cases
 from tests.oracle import brute_mask
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-KERNELS = ((), (3,), (1, 1), (2, 3), (2, 1, 2))
 properties = settings(deadline=None, max_examples=120)
-
-
-def brute(weight: Tensor, pattern: Pattern) -> Tensor:
-    """The mask, one group after the other, in plain Python."""
-    scores = weight.detach().double().abs().movedim(1, -1)
-    rows = scores.reshape(len(scores), -1, scores.shape[-1])  # [out, positions, in]
-    marks = torch.zeros(rows.shape, dtype=torch.bool)
-    for first in range(0, rows.shape[0], pattern.rows):
-        block = range(first, first + pattern.rows)
-        for place in range(rows.shape[1]):
-            for start in range(0, rows.shape[2], pattern.m):
-                group = range(start, start + pattern.m)
-                energy = {i: sum(float(rows[row, place, i]) ** 2 for row in block) for i in group}
-                shared = largest(energy, 4 if pattern.vnm else pattern.n)
-                for row in block:
-                    own = {i: float(rows[row, place, i]) for i in shared}
-                    chosen = largest(own, pattern.n) if pattern.vnm else shared
-                    marks[row, place, chosen] = True
-    return marks.reshape(scores.shape).movedim(-1, 1)
-
-
-def largest(scores: dict[int, float], n: int) -> list[int]:
-    """The n places of largest score, the lowest place first among equal ones."""
-    return sorted(sorted(scores, key=lambda place: (-scores[place], place))[:n])
-
-
-def contiguous(weight: Tensor) -> Tensor:
-    return weight
-
-
-def channels_last(weight: Tensor) -> Tensor:
-    return weight.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def reversed_strides(weight: Tensor) -> Tensor:
-    order = list(range(weight.dim()))[::-1]
-    return weight.permute(order).contiguous().permute(order)
-
-
-def every_other(weight: Tensor) -> Tensor:
-    return weight.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
-
-
-LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
-    contiguous,
-    channels_last,
-    reversed_strides,
-    every_other,
-)
-
-
-@st.composite
-def sizes(draw: st.DrawFn, largest: int = 32) -> Pattern:
-    """Any 0 < n <= m, free rows."""
-    m = draw(st.integers(1, largest))
-    return Pattern(draw(st.integers(1, m)), m)
-
-
-@st.composite
-def weights(draw: st.DrawFn, pattern: Pattern) -> Tensor:
-    """Small integers (so half of all groups tie, and every dtype holds them), in any layout."""
-    kernel = draw(st.sampled_from(KERNELS))
-    blocks, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    shape = (blocks * pattern.rows, groups * pattern.m, *kernel)
-    top = draw(st.sampled_from([1, 3, 100]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    values = torch.randint(-top, top + 1, shape, generator=generator)
-    layout = draw(st.sampled_from(LAYOUTS))
-    return layout(values.to(draw(st.sampled_from(DTYPES))))
-
-
-@st.composite
-def free_cases(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
-    pattern = draw(sizes())
-    return draw(weights(pattern)), pattern
-
-
-@st.composite
-def coarse_cases(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
-    rows = draw(st.integers(2, 5))
-    if draw(st.booleans()):
-        pattern = Pattern(draw(st.integers(1, 4)), draw(st.integers(4, 16)), rows, vnm=True)
-    else:
-        free = draw(sizes(16))
-        pattern = Pattern(free.n, free.m, rows)
-    return draw(weights(pattern)), pattern
 
 
 def groups_of(tensor: Tensor, m: int) -> Tensor:

@@ -1,108 +1,33 @@
-"""SR-STE equals ``g + lam (1 - m) W`` to the bit, however the optimizer is driven.
-
-Weights, inputs and lambda are small multiples of powers of two, so every sum is exact in float32
-and the order of additions cannot hide an error.
-"""
+"""SR-STE equals ``g + lam (1 - m) W`` to the bit, however the optimizer is driven."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.train.sr_ste import sr_ste
-from tests.oracle import assert_same, brute_mask
-
-LAM = 2.0**-6
-LR = 0.5
-PATTERN = "2:4"
-Grads = dict[str, Tensor]
-
-
-class Net(nn.Module):
-    """First and last stay dense; ``middle`` is pruned, and used twice if asked."""
-
-    def __init__(self, *, twice: bool = False) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
-        self.middle = nn.Linear(8, 8)
-        self.twice = twice
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.middle(self.first(x))
-        return self.last(self.middle(x) if self.twice else x)
-
-
-def dyadic(*shape: int, seed: int, bound: int = 4) -> Tensor:
-    """Multiples of 1/4 in [-bound/4, bound/4]."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-bound, bound + 1, shape, generator=generator) / 4
-
-
-def net(**kwargs: Any) -> Net:
-    model = Net(**kwargs)
-    with torch.no_grad():
-        for seed, weight in enumerate(model.parameters()):
-            weight.copy_(dyadic(*weight.shape, seed=seed))
-    return model
-
-
-def batch(seed: int = 100, size: int = 2) -> Tensor:
-    return dyadic(size, 4, seed=seed)
-
-
-def student_of(model: Net) -> Net:
-    student = sdm.compile(model, PATTERN, inner="eager")
-    student(batch())  # the capture finds the masked weights
-    assert list(sdm.masked_parameters(student)) == ["middle.weight"]
-    return student
-
-
-def ste_grads(model: nn.Module, *inputs: Tensor) -> Grads:
-    """Gradients of the masked model by hand: those of a dense copy with masked weights."""
-    oracle = copy.deepcopy(model)
-    for key in ("forward", "_sparsedm"):
-        oracle.__dict__.pop(key, None)
-    with torch.no_grad():
-        weight = oracle.get_parameter("middle.weight")
-        weight.mul_(brute_mask(weight, PATTERN))
-    for x in inputs:
-        oracle(x).sum().backward()
-    return {name: value.grad for name, value in oracle.named_parameters() if value.grad is not None}
-
-
-def term_of(weight: Tensor, lam: float = LAM) -> Tensor:
-    """``lam (1 - m) W``."""
-    return lam * (~brute_mask(weight, PATTERN)) * weight.detach()
-
-
-def sgd(model: nn.Module, **kwargs: Any) -> SGD:
-    return SGD(model.parameters(), lr=LR, **kwargs)
-
-
-def expected_step(model: nn.Module, grads: Grads, lam: float = LAM) -> Grads:
-    """Parameters after SGD on ``g + lam (1 - m) W``; under SGD both forms are the same."""
-    out = {}
-    for name, value in model.named_parameters():
-        grad = grads[name]
-        if name == "middle.weight":
-            grad = grad + term_of(value, lam)
-        out[name] = value.detach() - LR * grad
-    return out
-
-
-def assert_stepped(student: nn.Module, expected: Grads) -> None:
-    assert {name for name, _ in student.named_parameters()} == {*expected}
-    for name, value in student.named_parameters():
-        assert_same(value.detach(), expected[name])
+from tests.oracle import assert_same
+from tests.train.sr_ste_cases import (
+    FORMS,
+    LAM,
+    LR,
+    PATTERN,
+    assert_stepped,
+    batch,
+    expected_step,
+    net,
+    sgd,
+    ste_grads,
+    student_of,
+    term_of,
+)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -147,67 +72,8 @@ def test_the_mask_is_that_of_the_forward() -> None:
         assert_stepped(student, expected)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("unscale", [False, True])
-def test_loss_scaling_leaves_it_alone(fused: bool, unscale: bool) -> None:
-    student = student_of(net())
-    expected = expected_step(student, ste_grads(student, batch()))
-    optimizer = sgd(student, fused=fused)
-    sr_ste(optimizer, student, lam=LAM)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    scaler.scale(student(batch()).sum()).backward()
-    if unscale:
-        scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-    assert_stepped(student, expected)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("form", ["paper", "decoupled"])
-def test_a_step_that_overflowed_is_skipped(fused: bool, form: str) -> None:
-    student = student_of(net())
-    before = {name: value.detach().clone() for name, value in student.named_parameters()}
-    optimizer = sgd(student, fused=fused)
-    sr_ste(optimizer, student, lam=LAM, form=form)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    scaler.scale(student(batch()).sum() * torch.inf).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert_stepped(student, before)
-    optimizer.zero_grad()
-    expected = expected_step(student, ste_grads(student, batch()))
-    scaler.scale(student(batch()).sum()).backward()
-    scaler.step(optimizer)
-    assert_stepped(student, expected)
-
-
-@pytest.mark.parametrize("form", ["paper", "decoupled"])
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("scaled", [False, True])
-def test_adamw_sees_it_in_the_gradient_or_not_at_all(form: str, fused: bool, scaled: bool) -> None:
-    """The paper's term is rescaled by Adam like any gradient; the decoupled one is not."""
-    student, twin = student_of(net()), net()
-    how: dict[str, Any] = {"lr": 0.125, "weight_decay": 0.1, "fused": fused}
-    reference, optimizer = AdamW(twin.parameters(), **how), AdamW(student.parameters(), **how)
-    for name, grad in ste_grads(student, batch()).items():
-        twin.get_parameter(name).grad = grad
-    weight, term = twin.middle.weight, term_of(twin.middle.weight)
-    assert weight.grad is not None
-    if form == "paper":
-        weight.grad += term
-    else:
-        weight.data -= 0.125 * term
-    reference.step()
-    sr_ste(optimizer, student, lam=LAM, form=form)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
-    scaler.scale(student(batch()).sum()).backward()
-    scaler.step(optimizer)
-    assert_stepped(student, {name: value.detach() for name, value in twin.named_parameters()})
-
-
 @pytest.mark.parametrize("how", ["positional", "keyword"])
-@pytest.mark.parametrize("form", ["paper", "decoupled"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_closure_gets_it_after_its_backward(how: str, form: str) -> None:
     student = student_of(net())
     expected = expected_step(student, ste_grads(student, batch()))
@@ -234,7 +100,7 @@ class Thrice(SGD):
             return [closure() for _ in range(3)]
 
 
-@pytest.mark.parametrize("form", ["paper", "decoupled"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_closure_may_run_several_times_a_step(form: str) -> None:
     """Each new gradient has the term once; the decoupled decay happens once a step."""
     student = student_of(net())
@@ -257,7 +123,7 @@ def test_a_closure_may_run_several_times_a_step(form: str) -> None:
         assert_same(weight.detach(), before - LR * term)
 
 
-@pytest.mark.parametrize("form", ["paper", "decoupled"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_tensor_for_a_learning_rate(form: str) -> None:
     student = student_of(net())
     expected = expected_step(student, ste_grads(student, batch()))
@@ -327,7 +193,7 @@ def test_remove_ends_it() -> None:
     assert_stepped(student, expected)
 
 
-@pytest.mark.parametrize("form", ["paper", "decoupled"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_weight_without_gradient_is_left_alone(form: str) -> None:
     student = student_of(net())
     before = student.middle.weight.detach().clone()
@@ -393,7 +259,7 @@ def ddp_rank(rank: int, folder: str) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     try:
-        for form in ("paper", "decoupled"):
+        for form in FORMS:
             student = student_of(net())
             parallel = DistributedDataParallel(student)
             optimizer = sgd(student)
