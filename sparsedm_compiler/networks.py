@@ -13,21 +13,20 @@ Swap = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """``high = max(a, b)`` and ``low = min(a, b)``; None where nobody reads the result.
-
-    ``spent``: the wires that no later step reads.
-    """
+    """``high = max(a, b)`` and ``low = min(a, b)``; None where nobody reads the result."""
 
     a: int
     b: int
     high: int | None
     low: int | None
-    spent: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """Steps from the input wires 0..k-1 to the wires ``outputs``; a wire is written once."""
+    """Steps from the input wires 0..k-1 to the wires ``outputs``.
+
+    Every wire is written once and read at most once, so a step uses up its ``a`` and ``b``.
+    """
 
     steps: tuple[Step, ...]
     outputs: tuple[int, ...]
@@ -82,9 +81,6 @@ def _pruned(swaps: list[Swap], outputs: tuple[int, ...]) -> tuple[Step, ...]:
     steps = []
     for a, b, high, low in reversed(swaps):
         if high in read or low in read:
-            spent = tuple(wire for wire in (a, b) if wire not in read)
-            steps.append(
-                Step(a, b, high if high in read else None, low if low in read else None, spent)
-            )
+            steps.append(Step(a, b, high if high in read else None, low if low in read else None))
             read.update((a, b))
     return tuple(reversed(steps))

@@ -151,14 +151,12 @@ def _run(
         high_of, low_of = low_of, high_of
     wires = dict(enumerate(inputs))
     for step in network.steps:
-        a, b = wires[step.a], wires[step.b]
+        a, b = wires.pop(step.a), wires.pop(step.b)
         if step.high is not None:
             wires[step.high] = high_of(a, b, out=scratch.take(a.shape))
         if step.low is not None:
             wires[step.low] = low_of(a, b, out=scratch.take(a.shape))
-        for spent in step.spent:
-            if spent >= len(inputs):
-                scratch.give(wires.pop(spent))
+        scratch.give(*(x for wire, x in ((step.a, a), (step.b, b)) if wire >= len(inputs)))
     return [wires[output] for output in network.outputs]
 
 
@@ -182,7 +180,8 @@ def _write(mask: Tensor, keys: Tensor, edge: Tensor, scratch: _Scratch) -> None:
         for key, marks in zip(keys, _grouped(mask, len(keys)), strict=True):
             torch.ge(key, edge, out=marks)
         return
-    words = _grouped(mask.view(keys.dtype), len(keys) // width)
+    flat = mask.view(-1).view(keys.dtype)  # a row of its own may have any stride
+    words = _grouped(flat.view(len(mask), -1), len(keys) // width)
     above, packed = scratch.take(edge.shape), scratch.take(edge.shape)
     for places, word in zip(torch.split(keys, width), words, strict=True):
         torch.ge(places[-1], edge, out=packed)
