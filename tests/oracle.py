@@ -72,6 +72,8 @@ def assert_gradients(
     oracle: nn.Module,
     call: tuple[tuple[Any, ...], dict[str, Any]],
     unread: Iterable[str] = (),
+    *,
+    tolerance: float = 0.0,
 ) -> None:
     """Every parameter has a gradient, and it is the oracle's (straight-through: unmasked)."""
     theirs, ours = gradients(oracle, call), gradients(student, call)
@@ -80,4 +82,4 @@ def assert_gradients(
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         assert gradient.any(), f"gradient of {name} is zero"
-        assert_same(gradient, theirs[name])
+        assert_same(gradient, theirs[name], tolerance=tolerance)

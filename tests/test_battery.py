@@ -103,9 +103,12 @@ def test_train_and_eval_toggles(family: Family) -> None:
 def test_autocast_and_bfloat16(family: Family) -> None:
     student = compiled(family)
     call = family.inputs(student)
+    # DiT uses two weights twice. Autocast casts a parameter once and so adds its two gradients in
+    # bfloat16; a masked weight is no parameter, its gradients are added in float32.
+    tolerance = 2**-7 if family.name == "dit" else 0.0
     with torch.autocast("cpu", dtype=torch.bfloat16):
         check(student, call)
-        assert_gradients(student, oracle_of(student), call, family.unread)
+        assert_gradients(student, oracle_of(student), call, family.unread, tolerance=tolerance)
     student.to(torch.bfloat16)
     cast = lambda x: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
     half = torch.utils._pytree.tree_map(cast, call)
