@@ -15,8 +15,10 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import sparsedm_compiler as sdm
 from sparsedm_compiler.errors import ConfigError, DataError, SparseDMError
 from sparsedm_compiler.evaluate import generator_at
+from sparsedm_compiler.models import UViT
 from sparsedm_compiler.train import FinetuneConfig, FinetuneResult, finetune, held_out_loss
 
 CONFIG = FinetuneConfig(
@@ -131,6 +133,11 @@ def test_the_loop_leaves_modes_and_seeds_as_they_were() -> None:
     assert (student.training, student.classes.training, teacher.training) == (False, True, True)
 
 
+def test_the_student_learns_in_train_mode() -> None:
+    calm, noisy = Denoiser().eval(), Denoiser(dropout=0.5).eval()
+    assert tuned(noisy).losses == tuned(Denoiser(dropout=0.5)).losses != tuned(calm).losses
+
+
 def test_the_teacher_teaches_in_eval_mode() -> None:
     calm, noisy = Denoiser(1), Denoiser(1, dropout=0.9)
     assert tuned(Denoiser(), teacher=calm).losses == tuned(Denoiser(), teacher=noisy).losses
@@ -204,6 +211,21 @@ def test_sr_ste_is_asked_for_and_taken_off_again(monkeypatch: pytest.MonkeyPatch
     assert calls == []
     tuned(student, sr_ste_lambda=1e-3, sr_ste_form="decoupled")
     assert calls == [(student, {"lam": 1e-3, "form": "decoupled"}), "removed"]
+
+
+def test_a_compiled_student_trains_and_averages_masked() -> None:
+    size = {"img_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2}
+    teacher = UViT(**size, num_classes=3)
+    data = torch.randn(16, 1, 4, 4), labels(16)
+    weights_by_lambda = []
+    for lam in (0.0, 10.0):
+        student = sdm.compile(teacher, pattern="1:4", inner="eager")
+        result = tuned(student, data, teacher=teacher, sr_ste_lambda=lam)
+        weights_by_lambda.append(weights(student))
+        assert result.ema is not None
+        held_out_loss(result.ema, data)
+        assert sdm.explain(result.ema).masked == sdm.explain(student).masked != ()
+    assert not torch.equal(*weights_by_lambda)
 
 
 def test_a_nan_loss_stops_before_the_weights_are_touched() -> None:
