@@ -29,7 +29,7 @@ from sparsedm_compiler import ConfigError, MacsReport, Pattern, SparseDMError
 from sparsedm_compiler.facts import CONVENTION
 from sparsedm_compiler.models import PRESETS, example_inputs, preset
 from sparsedm_compiler.models.inputs import FEEDS
-from sparsedm_compiler.models.presets import Preset, find
+from sparsedm_compiler.models.presets import Preset
 
 Called = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """A model with the args and kwargs of one forward."""
@@ -118,7 +118,6 @@ def load(name: str, batch: int | None, inputs: str | None) -> Called:
         raise ConfigError(f"--inputs is for factories (package.module:function); {name} is not one")
     if name not in PRESETS and (path.exists() or path.suffix == ".json" or "/" in name):
         return from_config(path, batch or 1)
-    find(name)
     return preset(name, batch=batch or 1)
 
 

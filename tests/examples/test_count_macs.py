@@ -207,6 +207,7 @@ def test_list_names_every_preset(run: Runner, script: ModuleType) -> None:
         (["uvit-cifar10-small", "--batch", "0"], "--batch 0 is not >= 1"),
         (["uvit-cifar10-small", "--inputs", "1"], "--inputs is for factories"),
         (["no/such/config.json"], "cannot read no/such/config.json: No such file"),
+        (["no/such/folder"], "cannot read no/such/folder: No such file"),
         (["no_such_module:net"], "cannot import 'no_such_module:net': No module named"),
         (["own_factories:nothing"], "cannot import 'own_factories:nothing': module"),
         (["own_factories:"], "cannot import 'own_factories:'"),
@@ -240,6 +241,15 @@ def test_bad_requests_take_one_line_and_status_2(run: Runner, argv: list[str], s
 )
 def test_bad_configs(run: Runner, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     assert says in run.refused("--model", str(config_file(tmp_path, **changes)))
+
+
+def test_what_the_package_says_of_a_config_is_not_wrapped(run: Runner, tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    file.write_text('{"_class_name": "UViT", "img_size": 9}', encoding="utf-8")
+    said = run.refused("--model", str(file))
+    assert said == "count_macs: img_size 9 of a U-ViT is not a multiple of patch_size 2\n"
+    file.write_text('{"_class_name": "UViT", "embed_dim": 8, "depth": 0}', encoding="utf-8")
+    assert run.json("--model", str(file))["dense"] > 0
 
 
 def test_not_json_not_a_network(run: Runner, tmp_path: Path) -> None:
