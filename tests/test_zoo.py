@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -27,9 +25,12 @@ def test_every_parameter_gets_a_gradient(family: Family) -> None:
 
 @each
 def test_same_seed_same_model_same_inputs(family: Family) -> None:
-    one, two = (run(family, family.build()) for _ in range(2))
+    one = run(family, family.build())
+    torch.randn(1)
+    two = run(family, family.build())
     assert torch.equal(one, two)
     assert not torch.equal(one, run(family, family.build(seed=1)))
+    assert not torch.equal(one, run(family, family.build(), seed=1))
     assert one.std() > 0.01
 
 
@@ -74,10 +75,7 @@ def test_random_in_train_as_promised(family: Family) -> None:
 
 
 @each
-def test_fast_and_small(family: Family) -> None:
-    model, args, kwargs = family.make()
-    assert sum(param.numel() for param in model.parameters()) < 200_000
-    model(*args, **kwargs)
-    start = time.perf_counter()
-    model(*args, **kwargs)
-    assert time.perf_counter() - start < 1.0
+def test_small_and_without_zeros(family: Family) -> None:
+    params = list(family.build().parameters())
+    assert sum(param.numel() for param in params) < 200_000
+    assert all(param.any() for param in params)
