@@ -29,8 +29,11 @@ NaN above Inf, so even a broken weight keeps exactly n per group."""
 
 _LITTLE_ENDIAN = sys.byteorder == "little"
 
-_LANES = 32768
-"""Elements below which torch runs an operation on one thread."""
+_CACHE = 2 << 20
+"""Bytes of magnitudes that a core is given at a time (measured: benchmarks/masks.py)."""
+
+_LANES = 1 << 16
+"""Elements a call should have: fewer, and the call costs more than its work."""
 
 _BIG_GROUP, _BLOCK = 32, 8
 """Groups from this size up are read in blocks: one far stride would cost a cache line each."""
@@ -52,8 +55,9 @@ def select(weight: Tensor, pattern: Pattern, columns: Tensor | None = None) -> T
     if columns is None and _channels_last(weight) and _channels_last(mask):
         rows, marks = (x.movedim(1, -1).flatten(0, -2) for x in (weight, mask))
     shared = 1 if columns is None else len(weight) // len(columns)
-    lanes = _LANES * max(2, torch.get_num_threads())
-    step = max(1, lanes * pattern.m * len(rows) // (rows.numel() * shared)) * shared
+    slots = _slots(pattern, columns)
+    size = torch.get_num_threads() * max(_LANES * slots, _CACHE // weight.element_size())
+    step = max(1, size * len(rows) // (rows.numel() * shared)) * shared
     parts = repeat(None) if columns is None else torch.split(columns, step // shared)
     for part, marked, chosen in zip(
         torch.split(rows, step), torch.split(marks, step), parts, strict=False
@@ -87,17 +91,22 @@ def _channels_last(tensor: Tensor) -> bool:
     return tensor.movedim(1, -1).is_contiguous()
 
 
+def _slots(pattern: Pattern, columns: Tensor | None) -> int:
+    """Into how many slices the weight is taken apart: m, or a block's worth of a big group."""
+    in_blocks = columns is None and pattern.m >= _BIG_GROUP and pattern.m % _BLOCK == 0
+    return _BLOCK if in_blocks else pattern.m
+
+
 def _fill(
     weight: Tensor, mask: Tensor, columns: Tensor | None, pattern: Pattern, scratch: _Scratch
 ) -> None:
     """Write the mask of a part of the rows that fits the cache."""
     n, m = pattern.n, pattern.m
-    in_blocks = columns is None and m >= _BIG_GROUP and m % _BLOCK == 0
-    slots = _BLOCK if in_blocks else m
+    slots = _slots(pattern, columns)
     keys = _keys(_grouped(weight, slots), columns, scratch)
     kth, runner_up = _edges(keys, n, m, scratch)
     edge = kth
-    if in_blocks:
+    if slots < m:
         edge = kth.unsqueeze(2).expand(*kth.shape[:2], m // slots, *kth.shape[2:]).flatten(1, 2)
     _write(mask, keys, edge, scratch)
     level = torch.eq(kth, runner_up, out=scratch.take(kth.shape))

@@ -1,4 +1,4 @@
-"""One thread per test process: pytest-xdist runs two of them on two cores."""
+"""One thread per test process (pytest-xdist runs two), and a torchvision that can be imported."""
 
 from __future__ import annotations
 
@@ -8,4 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from sparsedm_compiler.models.optional import mend_torchvision
+
 torch.set_num_threads(1)
+mend_torchvision()  # peft and transformers import it on their own

@@ -55,7 +55,12 @@ def text_to_latent(unet: nn.Module) -> torch.Tensor:
     words = torch.randn(2, 1, 6, 16, generator=generator)
     kwargs: dict[str, Any] = {"prompt_embeds": words[0], "negative_prompt_embeds": words[1]}
     latents = pipeline(
-        num_inference_steps=3, height=8, width=8, output_type="latent", generator=generator, **kwargs
+        **kwargs,
+        num_inference_steps=3,
+        height=8,
+        width=8,
+        output_type="latent",
+        generator=generator,
     ).images
     assert isinstance(latents, torch.Tensor)
     return latents
