@@ -85,26 +85,41 @@ def test_the_rows_of_a_block_share_columns(case: tuple[Tensor, Pattern]) -> None
         assert bool((mask == mask[:, :1]).all())
 
 
-BIG = ["31:32", "3:4", "2:4", "1:2", "2:8", "1:8", "1:16", "1:32", "16:32", "8:64", "3:5", "2:24"]
+SIZES = ["31:32", "3:4", "2:4", "1:2", "2:8", "1:8", "1:16", "1:32", "16:32", "8:64", "3:5", "2:24"]
 
 
-@pytest.mark.parametrize("text", BIG)
+@pytest.fixture()
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut even a small weight into many parts, the last one smaller."""
+    monkeypatch.setattr(selection, "_LANES", 8)
+    monkeypatch.setattr(selection, "_CACHE", 64)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("text", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weights_larger_than_one_part(text: str, dtype: torch.dtype) -> None:
+def test_a_weight_of_many_parts(text: str, dtype: torch.dtype) -> None:
     pattern = Pattern.parse(text)
     torch.manual_seed(0)
-    weight = torch.randn(700, 500 // pattern.m * pattern.m).to(dtype)
-    for view in (weight, channels_last(weight[:, :, None, None].expand(-1, -1, 1, 2))):
+    weight = torch.randn(37, 3 * pattern.m, 1, 2).to(dtype)
+    for view in (weight[..., 0], weight, channels_last(weight)):
         assert torch.equal(nm_mask(view, pattern), brute_mask(view, pattern))
 
 
-def test_blocks_of_rows_larger_than_one_part() -> None:
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("text", ["8:2:8", "3:4:6", "5:1:32"])
+def test_blocks_of_rows_in_many_parts(text: str) -> None:
+    pattern = Pattern.parse(text)
     torch.manual_seed(0)
-    weight = torch.randn(64 * 12, 8 * 100)
-    columns = brute_mask(weight.square().unflatten(0, (-1, 64)).sum(1), "4:8")
-    allowed = columns.repeat_interleave(64, 0)
-    barred = torch.where(allowed, weight.abs() + 1, 0.0)
-    assert torch.equal(nm_mask(weight, "64:2:8"), brute_mask(barred, "2:8"))
+    weight = torch.randint(-9, 10, (7 * pattern.rows, 3 * pattern.m)).float()
+    assert torch.equal(nm_mask(weight, pattern), brute(weight, pattern))
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:8", "16:32"])
+def test_a_weight_larger_than_the_cache(text: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(2100, 1024)
+    assert torch.equal(nm_mask(weight, text), brute_mask(weight, text))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +158,7 @@ def test_the_way_of_accelerators_gives_the_same(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("text", [*BIG, "1:8x16", "64:2:8"])
+@pytest.mark.parametrize("text", [*SIZES, "1:8x16", "64:2:8"])
 def test_a_gpu_gives_the_same(text: str) -> None:
     pattern = Pattern.parse(text)
     for dtype in DTYPES:

@@ -183,6 +183,14 @@ def test_lambda_zero_is_plain_ste() -> None:
     assert_stepped(student, expected)
 
 
+def test_lambda_zero_asks_for_nothing() -> None:
+    """Not even for masks, which this student does not have yet."""
+    student = sdm.compile(net(), PATTERN, inner="eager")
+    optimizer = sgd(student)
+    sr_ste(optimizer, student, lam=0)
+    optimizer.step()
+
+
 def test_remove_ends_it() -> None:
     student = student_of(net())
     expected = expected_step(student, ste_grads(student, batch()), lam=0)
