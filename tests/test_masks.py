@@ -88,7 +88,7 @@ def test_the_rows_of_a_block_share_columns(case: tuple[Tensor, Pattern]) -> None
 SIZES = ["31:32", "3:4", "2:4", "1:2", "2:8", "1:8", "1:16", "1:32", "16:32", "8:64", "3:5", "2:24"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even a small weight into many parts, the last one smaller."""
     monkeypatch.setattr(selection, "_LANES", 8)
