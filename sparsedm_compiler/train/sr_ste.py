@@ -103,18 +103,18 @@ def _apply(optimizer: Optimizer, *, model: nn.Module, lam: float, form: str) -> 
 def _join(grad: Tensor, term: Tensor, lam: float, optimizer: Optimizer) -> None:
     """``grad += lam * term``, times the loss scale that a fused optimizer is about to divide by."""
     scale = vars(optimizer).get("grad_scale")
-    if scale is None:
-        grad.add_(term, alpha=lam)
-    else:
-        grad.addcmul_(term, (scale * lam).to(grad.device).reshape(1))
+    _add(grad, term, lam if scale is None else scale * lam)
 
 
 def _decay(weight: Tensor, term: Tensor, rate: float | Tensor, optimizer: Optimizer) -> None:
     """``weight -= rate * term``, or nothing where a fused optimizer will skip the step."""
     overflow = vars(optimizer).get("found_inf")
-    if overflow is not None:
-        rate = rate * (overflow == 0)
-    if isinstance(rate, Tensor):
-        weight.addcmul_(term, -rate.to(weight.device).reshape(1))
-    else:
-        weight.add_(term, alpha=-rate)
+    _add(weight, term, -rate if overflow is None else (overflow == 0) * -rate)
+
+
+def _add(target: Tensor, term: Tensor, factor: float | Tensor) -> None:
+    """``target += factor * term`` in one rounding; ``alpha=`` would round the factor as well."""
+    wide = torch.promote_types(target.dtype, torch.float32)
+    if not isinstance(factor, Tensor):
+        factor = torch.full((1,), factor, dtype=wide, device=target.device)
+    target.addcmul_(term, factor.to(target.device, wide).reshape(1))
