@@ -36,7 +36,8 @@ def test_many_instances_and_shapes_of_one_class() -> None:
         student = student_of()
         x = torch.randn(number + 1, 8)
         assert_same(student(x), oracle_of(student)(x))
-    for shape in [(rows, 8) for rows in range(1, 11)] + [(2, rows, 8) for rows in range(1, 11)]:
+    ranks = [(*[2] * rank, 8) for rank in range(1, 12)]  # a graph each: more than Dynamo's 8
+    for shape in [*ranks, *[(rows, 8) for rows in range(1, 11)]]:
         x = torch.randn(shape)
         assert_same(student(x), oracle_of(student)(x))
 
@@ -63,6 +64,16 @@ def test_the_recompile_limit_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         student(torch.randn(*[1] * dims, 8))
     with pytest.raises(sdm.DenseRunError, match="more shapes and settings than it may"):
         student(torch.randn(1, 1, 1, 8))
+
+
+def test_instances_do_not_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsedm_compiler import capture
+
+    for key in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setitem(capture._SETTINGS, key, 2)
+    for _ in range(5):
+        student, x = student_of(), torch.randn(1, 8)
+        assert_same(student(x), oracle_of(student)(x))
 
 
 def test_disabled_by_the_environment_raises() -> None:
