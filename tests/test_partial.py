@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler import capture
 from tests.oracle import assert_gradients, assert_same, hand_masked, oracle_of
 
 LENGTHS = torch.tensor([1, 2, 3])
@@ -70,6 +71,16 @@ def test_partial_graphs_run_masked_where_all_is_covered(mode: str, inner: str) -
     assert_same(call(student), out)
     assert "runs as several graphs" in str(sdm.explain(student))
     assert "set(lengths.tolist())" in str(sdm.explain(student).broken)
+
+
+def test_the_recompile_limit_raises_for_partial_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setitem(capture._SETTINGS, key, 2)
+    student = sdm.compile(Ragged(), "2:4", inner="eager")
+    for rank in (1, 2):
+        student(torch.randn(*[1] * rank, 16), LENGTHS)
+    with pytest.raises(sdm.DenseRunError, match="more shapes and settings than it may"):
+        student(torch.randn(1, 1, 1, 16), LENGTHS)
 
 
 def test_gradients_flow_through_partial_graphs() -> None:
