@@ -51,12 +51,21 @@ def selection(sizes: tuple[int, ...], ranks: tuple[int, ...]) -> Network:
     swaps: list[Swap] = []
     wires = count()
     lists = [[next(wires) for _ in range(size)] for size in sizes]
-    while len(lists) > 1:
-        pairs = zip(lists[::2], lists[1::2], strict=False)
-        merged = [_merge(a, b, swaps, wires)[: max(ranks) + 1] for a, b in pairs]
-        lists = merged + lists[len(lists) // 2 * 2 :]
-    outputs = tuple(lists[0][rank] for rank in ranks)
+    best = _merged(lists, max(ranks) + 1, swaps, wires)
+    outputs = tuple(best[rank] for rank in ranks)
     return Network(_pruned(swaps, outputs), outputs)
+
+
+def _merged(lists: list[Wires], top: int, swaps: list[Swap], wires: Iterator[int]) -> Wires:
+    """The ``top`` first wires of the lists as one sorted list.
+
+    One half is done before the other is begun: few wires are in use at a time, and stay cached.
+    """
+    if len(lists) == 1:
+        return lists[0]
+    half = (len(lists) + 1) // 2
+    a, b = (_merged(part, top, swaps, wires) for part in (lists[:half], lists[half:]))
+    return _merge(a, b, swaps, wires)[:top]
 
 
 def _merge(a: Wires, b: Wires, swaps: list[Swap], wires: Iterator[int]) -> Wires:

@@ -29,10 +29,10 @@ NaN above Inf, so even a broken weight keeps exactly n per group."""
 
 _LITTLE_ENDIAN = sys.byteorder == "little"
 
-_CACHE = 2 << 20
+_CACHE = 1 << 20
 """Bytes of magnitudes that a core is given at a time (measured: benchmarks/masks.py)."""
 
-_LANES = 1 << 16
+_LANES = 1 << 15
 """Elements a call should have: fewer, and the call costs more than its work."""
 
 _BIG_GROUP, _BLOCK = 32, 8

@@ -85,6 +85,14 @@ def test_the_rows_of_a_block_share_columns(case: tuple[Tensor, Pattern]) -> None
         assert bool((mask == mask[:, :1]).all())
 
 
+def test_column_energy_is_not_rounded_to_the_dtype_of_the_weight() -> None:
+    """257 against 256 is a tie in bfloat16, 400^2 against 300^2 one of infinities in float16."""
+    close = torch.tensor([[16.0, 16.0], [0.0, 1.0]], dtype=torch.bfloat16)
+    large = torch.tensor([[300.0, 400.0], [0.0, 0.0]], dtype=torch.float16)
+    for weight in (close, large):
+        assert nm_mask(weight, "1:2x2").tolist() == [[False, True], [False, True]]
+
+
 SIZES = ["31:32", "3:4", "2:4", "1:2", "2:8", "1:8", "1:16", "1:32", "16:32", "8:64", "3:5", "2:24"]
 
 
