@@ -7,7 +7,6 @@ TorchDynamo with our backend, and every call proves that the masked graph has ru
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 import types
@@ -178,16 +177,8 @@ class SparseForward(OwnForward):
     def _name(self) -> str:
         return type(self.module).__name__
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SparseForward:
-        return SparseForward(
-            copy.deepcopy(self.module, memo),
-            self.config,
-            self.known,
-            self.decisions,
-            copy.deepcopy(self.override, memo),
-        )
-
     def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and deepcopy: the copy is captured anew, with the decisions already taken."""
         state = (self.module, self.config, self.known, self.decisions, self.override)
         return SparseForward, state
 
