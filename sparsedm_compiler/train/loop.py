@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ def train(run: Run, data: Data, progress: bool) -> FinetuneResult:
     losses: list[float] = []
     seen, start = 0, time.perf_counter()
     held_out = take_held_out(run, seen)
-    with session(run), tqdm(total=config.images, unit="img", disable=not progress) as bar:
+    with session(run), progress_bar(config, progress) as bar:
         for images, labels in batches(data, config.batch_size, config.seed):
             loss = diffusion_loss(run, images, labels, seen)
             losses.append(finite(loss, seen))
@@ -157,6 +157,11 @@ def take_held_out(run: Run, seen: int) -> tuple[HeldOut, ...]:
     return (
         HeldOut(seen, student, held_out_loss(model, data, scheduler=scheduler, seed=config.seed)),
     )
+
+
+def progress_bar(config: FinetuneConfig, progress: bool) -> tqdm[NoReturn]:
+    """A bar that counts images."""
+    return tqdm(total=config.images, unit="img", desc="finetune", disable=not progress)
 
 
 def adamw(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:

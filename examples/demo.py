@@ -1,0 +1,223 @@
+"""The whole story on handwritten digits: prune a dense U-ViT, fine-tune it, look at it.
+
+    python examples/demo.py
+
+Loads the small teacher committed beside this script, prunes it to 2:4 and to 1:4, and fine-tunes
+each against the teacher. Writes out/demo/samples.png, results.md and results.json. About five
+minutes on two cores; --quick runs the same path in seconds, with samples of no quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from digits import CLASSES, TEACHER, Digits, DigitsCNN, agreement, digits_uvit, train_judge
+from safetensors.torch import load_file
+from tabulate import tabulate
+from torch import Tensor, nn
+from train_teacher import TEACHER_IMAGES, train_teacher
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler.evaluate import frechet_score, sample, sampler_name, save_grid
+from sparsedm_compiler.models import UViT
+from sparsedm_compiler.train import finetune, held_out_loss
+
+RECIPES: Mapping[str, Mapping[str, float]] = {
+    "2:4": {"sr_ste_lambda": 2e-4},
+    "1:4": {"sr_ste_lambda": 0.0},
+}
+"""SR-STE's lambda per pattern; under Adam a large one freezes the mask, which costs at 1:4."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much work the demo does."""
+
+    teacher_images: int = TEACHER_IMAGES
+    images: int = 1000 * 64
+    samples: int = 360
+    steps: int = 20
+    judge_epochs: int = 30
+    draws: int = 16
+
+    @staticmethod
+    def quick() -> Budget:
+        """Enough to run every line."""
+        return Budget(128, images=3 * 64, samples=20, steps=2, judge_epochs=1, draws=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model of the results table; ``seconds``: of its fine-tune, compiling included."""
+
+    name: str
+    macs: int
+    loss: float
+    distance: float
+    agreement: float
+    seconds: float = 0.0
+    images: Tensor = field(repr=False, default_factory=lambda: torch.empty(0))
+
+
+class Judge:
+    """Measures models, all on the same questions: same noise, same labels, same real images."""
+
+    def __init__(self, digits: Digits, network: DigitsCNN, budget: Budget, seed: int) -> None:
+        self.digits, self.network, self.budget, self.seed = digits, network, budget, seed
+        self.labels = torch.arange(budget.samples) % CLASSES
+        self.scheduler = diffusers.DPMSolverMultistepScheduler()
+        self.sampler = sampler_name(self.scheduler, budget.steps)
+
+    def row(self, name: str, model: nn.Module, macs: int, seconds: float = 0.0) -> Row:
+        """The measured row of ``model``."""
+        images = sample(
+            model,
+            self.scheduler,
+            shape=(self.budget.samples, 1, 8, 8),
+            steps=self.budget.steps,
+            seed=self.seed,
+            labels=self.labels,
+            batch_size=self.budget.samples,
+        )
+        held, draws = self.digits.test, self.budget.draws
+        loss = held_out_loss(model, held, draws=draws, seed=self.seed, batch_size=len(held[0]))
+        agree = agreement(self.network, images, self.labels)
+        return Row(name, macs, loss, self.distance(images), agree, seconds, images)
+
+    def distance(self, images: Tensor) -> float:
+        """The Fréchet distance of ``images`` to the held-out digits on the judge's features."""
+        return frechet_score(
+            self.network.features,
+            images.clamp(-1, 1),
+            self.digits.test[0],
+            name="DigitsCNN",
+            sampler=self.sampler,
+        ).value
+
+    def floor(self) -> float:
+        """The distance that as many real training digits have: about as near as samples can get."""
+        return self.distance(self.digits.train[0][: self.budget.samples])
+
+
+def pruned_rows(
+    teacher: UViT, pattern: str, judge: Judge, options: argparse.Namespace
+) -> Iterator[Row]:
+    """Two rows: ``teacher`` pruned to ``pattern``, before and after its fine-tune."""
+    example = torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    macs = sdm.count_macs(teacher, *example, pattern=pattern).sparse
+    student = sdm.compile(teacher, pattern=pattern, mode="train", inner=options.inner)
+    print(f"\n{pattern}: prune the teacher, then fine-tune")
+    yield judge.row(f"{pattern} untrained", student, macs)
+    print(sdm.explain(student))
+    result = finetune(
+        student,
+        teacher,
+        judge.digits.train,
+        out=options.out / f"finetune-{pattern.replace(':', '-')}",
+        images=judge.budget.images,
+        batch_size=64,
+        lr=2e-3,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        ema_decay=0.995,
+        seed=options.seed,
+        **RECIPES[pattern],
+    )
+    student.load_state_dict(result.ema.state_dict())
+    sdm.save(student, options.out / f"student-{pattern.replace(':', '-')}.safetensors")
+    yield judge.row(f"{pattern} fine-tuned", student, macs, result.seconds)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Do everything, write the three files, and return what results.json holds."""
+    start, budget = time.perf_counter(), Budget.quick() if options.quick else Budget()
+    digits = Digits.load()
+    network = train_judge(digits, epochs=budget.judge_epochs)
+    judge = Judge(digits, network, budget, options.seed)
+    teacher = dense_teacher(digits, budget, options)
+    example = torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    macs = sdm.count_macs(teacher, *example, pattern="2:4")
+    print(macs)
+    rows = [judge.row("dense teacher", teacher, macs.dense)]
+    for pattern in RECIPES:
+        rows.extend(pruned_rows(teacher, pattern, judge, options))
+    picture(options.out / "samples.png", judge, rows)
+    return report(options, judge, rows, time.perf_counter() - start)
+
+
+def dense_teacher(digits: Digits, budget: Budget, options: argparse.Namespace) -> UViT:
+    """The committed teacher, or one trained here and now."""
+    if options.train_teacher:
+        return train_teacher(digits, images=budget.teacher_images, seed=options.seed)
+    teacher = digits_uvit()
+    teacher.load_state_dict(load_file(TEACHER))
+    return teacher
+
+
+def picture(path: Path, judge: Judge, rows: list[Row]) -> None:
+    """Two samples of each class per model, the same noise in every row, under real digits."""
+    x, y = judge.digits.test
+    order = [image for label in range(CLASSES) for image in (y == label).nonzero()[:2, 0].tolist()]
+    drawn = [number for label in range(CLASSES) for number in (label, label + CLASSES)]
+    grid = {"real (held out)": x[order], **{row.name: row.images[drawn] for row in rows}}
+    save_grid(path, grid, columns=[str(number % CLASSES) for number in drawn], scale=8)
+
+
+def report(
+    options: argparse.Namespace, judge: Judge, rows: list[Row], seconds: float
+) -> dict[str, Any]:
+    """Print the table, write it as markdown and as JSON beside everything it depends on."""
+    network, (x, y) = judge.network, judge.digits.test
+    facts = {
+        "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads",
+        "seed": options.seed,
+        "training images": f"teacher {TEACHER_IMAGES}, students {judge.budget.images} more",
+        "sparse graph run by": options.inner,
+        "sampler": judge.sampler,
+        "samples": judge.budget.samples,
+        "held-out digits": len(x),
+        "FD-DigitsCNN of real training digits": judge.floor(),
+        "DigitsCNN accuracy": agreement(network, x, y),
+        "seconds": seconds,
+    }
+    table = [
+        (row.name, f"{row.macs:,}", row.loss, row.distance, row.agreement, row.seconds or "")
+        for row in rows
+    ]
+    headers = ("model", "MACs", "held-out loss", "FD-DigitsCNN", "class agreement", "fine-tune s")
+    formats = ("", "", ".4f", ".2f", ".3f", ".0f")
+    print("\n" + tabulate(table, headers, floatfmt=formats))
+    text = tabulate(table, headers, tablefmt="github", floatfmt=formats)
+    notes = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    (options.out / "results.md").write_text(f"{text}\n\n{notes}\n")
+    values = {
+        **facts,
+        "budget": asdict(judge.budget),
+        "rows": [{k: v for k, v in asdict(row).items() if k != "images"} for row in rows],
+    }
+    (options.out / "results.json").write_text(json.dumps(values, indent=2) + "\n")
+    print(f"\n{notes}\n\nwrote samples.png, results.md and results.json to {options.out}")
+    return values
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="seconds, not minutes; no quality")
+    parser.add_argument("--train-teacher", action="store_true", help="train the teacher anew")
+    parser.add_argument("--inner", default="eager", help="what runs the sparse graph")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    return run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()
