@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch._dynamo
 from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import (
     BackendCompilerFailed,
     UncapturedHigherOrderOpError,
@@ -239,6 +240,10 @@ class Watch(TorchFunctionMode):
             for part in out if isinstance(out, (tuple, list)) else (out,):
                 self.names[id(part)] = names
                 self.kept.append(part)
+
+
+# Dynamo may inline the mode into a graph it captures, but must not make a graph of the mode itself.
+skip_code(Watch.__torch_function__.__code__)
 
 
 def watch_eager(module: nn.Module, *args: Any, **kwargs: Any) -> list[EagerProduct]:

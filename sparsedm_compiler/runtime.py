@@ -136,11 +136,13 @@ class SparseForward(OwnForward):
     def _refuse_eager(self, seen: EagerProduct) -> None:
         """An accepted weight that Python between the graphs multiplies would be dense there."""
         for site in eager_sites((seen,)):
+            if not site.names:
+                continue
             weight = base_name(site.label)
             decision = self.decisions.get(weight)
             if decision is None:
                 decision = decide(site, site.refusal, self.config, self.known)
-            if site.names and decision.accepted:
+            if decision.accepted:
                 raise DenseRunError(
                     f"{weight!r} would run dense: its {site.op_name} lies in Python that cannot "
                     f"be captured, at {user_line()}. Keep it dense with "

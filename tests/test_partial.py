@@ -29,7 +29,7 @@ class Ragged(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         self.calls.add_(1)
-        x = self.a(x)
+        x = self.a(x) + 0 * torch.rand(())
         if len(set(lengths.tolist())) > 1:
             x = x + 1
         return self.d(self.c(self.middle(x)))
@@ -95,6 +95,7 @@ def test_the_deciding_run_leaves_no_trace() -> None:
     call(student)
     drawn = torch.rand(())
     torch.manual_seed(0)
+    torch.rand(())  # the forward's own
     assert_same(drawn, torch.rand(()))
     assert student.calls.item() == 1
     assert all(parameter.grad is None for parameter in student.parameters())
