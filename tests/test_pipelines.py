@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,6 @@ import sparsedm_compiler as sdm
 from tests.oracle import assert_same, hand_masked, masked_patterns, oracle_of
 from tests.zoo import FAMILIES
 
-diffusers = pytest.importorskip("diffusers")
 ZOO = {family.name: family for family in FAMILIES}
 
 
