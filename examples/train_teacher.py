@@ -8,6 +8,9 @@ About four minutes on two idle cores. The committed weights came from this comma
 from __future__ import annotations
 
 import argparse
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else a busy machine takes 10 times as long
 
 import torch
 from digits import TEACHER, Digits, digits_uvit
