@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -183,6 +184,10 @@ class SparseForward(OwnForward):
         """For pickle and deepcopy: the copy is captured anew, with the decisions already taken."""
         state = (self.module, self.config, self.known, self.decisions, self.override)
         return SparseForward, state
+
+
+# An outer torch.compile of the module would else compile this frame too, until its limit is hit.
+skip_code(SparseForward.__call__.__code__)
 
 
 def build(

@@ -114,9 +114,17 @@ def test_dispatch_modes_run_masked_or_raise() -> None:
     assert_same(out, expected)
 
 
-def test_an_outer_fullgraph_compile_is_told_what_to_do() -> None:
+def test_an_outer_fullgraph_compile_runs_the_masks() -> None:
+    x = torch.randn(1, 8)
+    for _ in range(12):  # more than Dynamo's limit of graphs per code object
+        student = student_of()
+        outer = torch.compile(student, backend="eager", fullgraph=True)
+        assert_same(outer(x), oracle_of(student)(x))
+
+
+def test_a_fullgraph_compile_of_a_caller_is_told_what_to_do() -> None:
     student = student_of()
-    outer = torch.compile(student, backend="eager", fullgraph=True)
+    outer = torch.compile(lambda x: student(x) + 1, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="leave out fullgraph=True"):
         outer(torch.randn(1, 8))
 
