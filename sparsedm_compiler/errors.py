@@ -35,5 +35,13 @@ class CheckpointError(SparseDMError, RuntimeError):
     """A file that cannot be saved, or does not fit the model it is loaded into."""
 
 
+class KernelError(SparseDMError, RuntimeError):
+    """A kernel that cannot be built, loaded or run here."""
+
+
+class PackError(SparseDMError, ValueError):
+    """Bytes that are no packed weight, or not one of this version."""
+
+
 class DataError(SparseDMError, ValueError):
     """Training or evaluation data of the wrong kind, shape or range."""

@@ -1,0 +1,25 @@
+"""The arguments of the kernel library's one call."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int32, c_int64, c_void_p
+
+ACTS = ("none", "gelu", "gelu_tanh", "silu")
+"""Activations a kernel can end with; their place is their code in act.h."""
+
+
+# Mirrored by kernel.cpp: change them together.
+class Call(ctypes.Structure):
+    """Arguments of sdm_run."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "x", "out", "bias")),
+        *((name, c_int32) for name in ("x_type", "bias_type", "act", "conv")),
+        *((name, c_int64) for name in ("tokens", "x_stride", "out_stride")),
+        *((name, c_int64) for name in ("images", "channels", "height", "width")),
+        *((name, c_int64) for name in ("out_height", "out_width", "kernel_h", "kernel_w")),
+        *((name, c_int64) for name in ("stride_h", "stride_w", "pad_h", "pad_w")),
+        *((name, c_int64) for name in ("dil_h", "dil_w")),
+        *((name, c_int32) for name in ("tile", "threads")),
+    )

@@ -1,0 +1,245 @@
+"""The custom ops ``sparsedm::nm_linear`` and ``sparsedm::nm_conv2d``: act(W x + b), W packed.
+
+Each has a kernel, a reference that needs none (unpack, then dense), a fake and a gradient for x.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import KernelError, PackError
+from .call import ACTS, Call
+from .library import library, unavailable
+from .packed import unpack
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_HEADER_BYTES = 80
+
+_lib = torch.library.Library("sparsedm", "FRAGMENT")
+
+
+def linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, act: str, tile: int
+) -> Tensor:
+    """x: [..., cols] of the packed dtype -> [..., rows]."""
+    if unavailable() is not None:
+        return reference_linear(x, packed, bias, rows, act)
+    cols = x.shape[-1]
+    flat = x.reshape(-1, cols)
+    if flat.stride(-1) != 1 or flat.stride(0) < cols:
+        flat = flat.contiguous()
+    out = x.new_empty(flat.shape[0], rows)
+    call = _call(flat, packed, bias, out, act, tile)
+    call.tokens, call.x_stride, call.out_stride = flat.shape[0], flat.stride(0), rows
+    _check(packed, rows, cols)
+    _run(call)
+    return out.view(*x.shape[:-1], rows)
+
+
+def conv2d(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+    tile: int,
+) -> Tensor:
+    """x: [N, C, H, W] -> [N, rows, H', W'], channels_last if x is."""
+    if unavailable() is not None:
+        return reference_conv2d(x, packed, bias, rows, kernel, stride, padding, dilation, act)
+    channels_last = _channels_last(x)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    x = x.contiguous(memory_format=form)
+    out = torch.empty(
+        _conv_shape(x, rows, kernel, stride, padding, dilation),
+        dtype=x.dtype,
+        memory_format=form,
+    )
+    images, channels, height, width = x.shape
+    out_height, out_width = out.shape[2:]
+    _check(packed, rows, channels * kernel[0] * kernel[1])
+    call = _call(x, packed, bias, out, act, tile)
+    call.conv = 2 if channels_last else 1
+    call.tokens, call.out_stride = images * out_height * out_width, rows
+    if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0):  # a plane is one long row
+        height, width = out_height, out_width = 1, height * width
+    call.images, call.channels, call.height, call.width = images, channels, height, width
+    call.out_height, call.out_width = out_height, out_width
+    call.kernel_h, call.kernel_w = kernel
+    call.stride_h, call.stride_w = stride
+    call.pad_h, call.pad_w = padding
+    call.dil_h, call.dil_w = dilation
+    _run(call)
+    return out
+
+
+def reference_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, act: str, tile: int = 0
+) -> Tensor:
+    """What ``linear`` computes, by the dense op."""
+    return activate(F.linear(x, unpack(packed).to(x.dtype), _as(bias, x)), act)
+
+
+def reference_conv2d(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+    tile: int = 0,
+) -> Tensor:
+    """What ``conv2d`` computes, by the dense op."""
+    weight = dense_weight(packed, kernel)
+    out = F.conv2d(x, weight.to(x.dtype), _as(bias, x), stride, padding, dilation)
+    return activate(out, act)
+
+
+def dense_weight(packed: Tensor, kernel: Sequence[int]) -> Tensor:
+    """The masked dense weight of a conv, [rows, channels, kh, kw]; kernel () is for Linear."""
+    weight = unpack(packed)
+    if not kernel:
+        return weight
+    return weight.view(weight.shape[0], *kernel, -1).permute(0, 3, 1, 2).contiguous()
+
+
+def activate(x: Tensor, act: str) -> Tensor:
+    """The activation of that name (ACTS)."""
+    if act == "none":
+        return x
+    if act == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
+
+
+def _call(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, act: str, tile: int) -> Call:
+    if x.dtype not in _TYPES or (bias is not None and bias.dtype not in _TYPES):
+        raise KernelError(f"the CPU kernels take float32 and bfloat16, not {x.dtype}")
+    return Call(
+        weight=packed.data_ptr(),
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        x_type=_TYPES[x.dtype],
+        bias_type=0 if bias is None else _TYPES[bias.dtype],
+        act=ACTS.index(act),
+        tile=tile,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _check(packed: Tensor, rows: int, cols: int) -> None:
+    """The kernel trusts the header: it must be the one of a weight of this size."""
+    stated = ctypes.cast(packed.data_ptr(), ctypes.POINTER(ctypes.c_int32))
+    if packed.numel() < _HEADER_BYTES or (stated[3], stated[4]) != (rows, cols):
+        raise PackError(f"the packed weight is not one of {rows} x {cols}")
+
+
+def _run(call: Call) -> None:
+    if library().sdm_run(ctypes.byref(call)) != 0:
+        raise KernelError("a CPU kernel ran out of memory")
+
+
+def _channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _conv_shape(
+    x: Tensor,
+    rows: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    size = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return (x.shape[0], rows, *size)
+
+
+def _fake_linear(x: Tensor, packed: Tensor, bias: Any, rows: int, act: str, tile: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _fake_conv2d(
+    x: Tensor,
+    packed: Tensor,
+    bias: Any,
+    rows: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+    tile: int,
+) -> Tensor:
+    out = x.new_empty(_conv_shape(x, rows, kernel, stride, padding, dilation))
+    return out.to(memory_format=torch.channels_last) if _channels_last(x) else out
+
+
+def _linear_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return _x_gradient(grad, x, lambda given: reference_linear(given, *rest))
+
+
+def _conv2d_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    return _x_gradient(grad, x, lambda given: reference_conv2d(given, *rest))
+
+
+def _x_gradient(grad: Tensor, x: Tensor, reference: Callable[[Tensor], Tensor]) -> Tensor:
+    """The gradient of x, which guidance asks for; a folded weight has none."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(reference(x), x, grad)
+    return found
+
+
+def _register(name: str, arguments: str, run: Any, fake: Any, grad: Any) -> None:
+    _lib.define(f"{name}({arguments}) -> Tensor", tags=_TAGS)
+    _lib.define(f"{name}_grad(Tensor grad, {arguments}) -> Tensor", tags=_TAGS)
+    _lib.impl(name, run, "CPU")
+    _lib.impl(f"{name}_grad", grad, "CompositeExplicitAutograd")
+    full = f"sparsedm::{name}"
+    torch.library.register_fake(full, fake, lib=_lib)
+    torch.library.register_fake(f"{full}_grad", lambda grad, x, *_: torch.empty_like(x), lib=_lib)
+    grad_op = getattr(torch.ops.sparsedm, f"{name}_grad").default
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        found = grad_op(grad, *ctx.saved_tensors, *ctx.options)
+        return (found, *[None] * (2 + len(ctx.options)))
+
+    torch.library.register_autograd(full, backward, setup_context=_setup, lib=_lib)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+_WEIGHT = "Tensor x, Tensor packed, Tensor? bias, int rows"
+_CONV = "int[] kernel, int[] stride, int[] padding, int[] dilation"
+_END = "str act, int tile"
+_TAGS = (torch.Tag.needs_exact_strides,)
+_register("nm_linear", f"{_WEIGHT}, {_END}", linear, _fake_linear, _linear_grad)
+_register("nm_conv2d", f"{_WEIGHT}, {_CONV}, {_END}", conv2d, _fake_conv2d, _conv2d_grad)
+
+nm_linear_op = torch.ops.sparsedm.nm_linear.default
+nm_conv2d_op = torch.ops.sparsedm.nm_conv2d.default

@@ -1,0 +1,181 @@
+"""A packed N:M weight: one block of bytes that kernels read, files hold and ``unpack`` inverts."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from math import ceil
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ...errors import PackError
+from ...pattern import Pattern
+
+# Mirrored by format.h: change them together.
+_HEADER: Final = struct.Struct("<12iq3q")
+_MAGIC: Final = 0x314D4E53
+_TYPES: Final = (torch.float32, torch.bfloat16)
+_ALIGN: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a weight is packed: ``rows`` x ``cols``, n kept of every m columns.
+
+    ``cols`` runs over the taps of a kernel, and in each over its input channels. ``share`` rows
+    have one mask (0: each its own). Columns are packed in blocks of ``col_block``, rows in blocks
+    of ``row_block``.
+    """
+
+    dtype: torch.dtype
+    rows: int
+    cols: int
+    n: int
+    m: int
+    share: int
+    col_block: int
+    row_block: int
+
+    @property
+    def unit(self) -> int:
+        """Rows that a kernel works on at once."""
+        if not self.share:
+            return 2
+        return next((size for size in (4, 3, 2) if self.share % size == 0), 4)
+
+    @property
+    def group(self) -> int:
+        """Rows that share a mask, padded to whole units."""
+        return ceil(self.share / self.unit) * self.unit
+
+    @property
+    def kept(self) -> int:
+        """Kept columns of a row."""
+        return self.cols * self.n // self.m
+
+    def row_blocks(self) -> list[tuple[int, int]]:
+        return _blocks(self.rows, self.row_block)
+
+    def col_blocks(self) -> list[tuple[int, int]]:
+        return _blocks(self.cols, self.col_block)
+
+    def sections(self) -> tuple[list[int], int]:
+        """Where values, index, units and common begin, and the size of it all, in bytes."""
+        value = self.dtype.itemsize
+        if self.share:
+            groups = ceil(self.rows / self.share)
+            sizes = [groups * self.group * self.kept * value, groups * self.kept * 2, 0, 0]
+        else:
+            pairs = sum(ceil(size / 2) for _, size in self.row_blocks())
+            units = pairs * len(self.col_blocks())
+            sizes = [2 * pairs * self.kept * value, 2 * pairs * self.kept, 4 * units, units]
+        starts, end = [], _up(_HEADER.size)
+        for size in sizes:
+            starts.append(end)
+            end += _up(size)
+        return starts, end
+
+    def header(self) -> bytes:
+        starts, _ = self.sections()
+        type_ = _TYPES.index(self.dtype)
+        sizes = (self.rows, self.cols, self.n, self.m)
+        blocks = (self.share, self.group, self.col_block, self.row_block)
+        return _HEADER.pack(_MAGIC, type_, self.unit, *sizes, *blocks, 0, *starts)
+
+
+def refusal(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
+    """Why a weight cannot be packed, None if it can."""
+    if dtype not in _TYPES:
+        return f"no CPU kernel for {str(dtype).removeprefix('torch.')}"
+    if pattern.is_dense:
+        return f"{pattern} keeps everything"
+    if pattern.m > 256:
+        return f"groups of {pattern.m} are wider than the 256 columns a kernel addresses"
+    if cols % pattern.m:
+        return f"{cols} columns are not whole groups of {pattern.m}"
+    return None
+
+
+def plan(
+    pattern: Pattern, rows: int, cols: int, dtype: torch.dtype, *, width: int | None = None
+) -> Layout:
+    """The layout for a mask of ``pattern``; ``width`` asks for another size of column blocks."""
+    share = 0 if pattern.vnm or pattern.rows == 1 else pattern.rows
+    row_block = 256 if not share else max(1, 256 // share) * share
+    target = width or (2048 if share else 128)
+    groups = cols // pattern.m
+    per_block = ceil(groups / max(1, ceil(cols / target)))
+    limit = (65535 if share else 256) // pattern.m
+    col_block = max(1, min(per_block, limit)) * pattern.m
+    return Layout(dtype, rows, cols, pattern.n, pattern.m, share, col_block, row_block)
+
+
+def layout_of(packed: Tensor) -> Layout:
+    """The layout that a packed weight states. Raises PackError if it is none."""
+    if packed.dtype is not torch.uint8 or packed.dim() != 1 or packed.numel() < _HEADER.size:
+        raise PackError(f"a tensor {tuple(packed.shape)} of {packed.dtype} is no packed weight")
+    fields = _HEADER.unpack(bytes(packed[: _HEADER.size].tolist()))
+    magic, type_, _, rows, cols, n, m, share, _, col_block, row_block = fields[:11]
+    if magic != _MAGIC or type_ not in range(len(_TYPES)) or not 0 < n < m or cols % m:
+        raise PackError("the bytes do not begin as a packed weight does")
+    if min(rows, cols, col_block, row_block) < 1 or share < 0:
+        raise PackError("the packed weight states sizes that cannot be")
+    found = Layout(_TYPES[type_], rows, cols, n, m, share, col_block, row_block)
+    if found.header() != _HEADER.pack(*fields) or found.sections()[1] != packed.numel():
+        raise PackError("the packed weight is cut short or was written by another version")
+    return found
+
+
+def empty(layout: Layout) -> Tensor:
+    """Bytes for a packed weight, header written, all else zero."""
+    out = torch.zeros(layout.sections()[1], dtype=torch.uint8)
+    header = layout.header()
+    out[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    return out
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """[rows, cols]: the masked dense weight, to the bit. Needs no kernel."""
+    layout = layout_of(packed)
+    starts, _ = layout.sections()
+    values = packed[starts[0] : starts[1]].view(layout.dtype)
+    if layout.share:
+        return _unpack_shared(layout, values, packed[starts[1] : starts[2]].view(torch.int16))
+    index, units = packed[starts[1] : starts[2]], packed[starts[2] : starts[3]].view(torch.int16)
+    dense = torch.zeros(layout.rows + 1, layout.cols, dtype=layout.dtype)
+    at = unit = 0
+    for row, rows in layout.row_blocks():
+        pairs = ceil(rows / 2)
+        for col, cols in layout.col_blocks():
+            kept = cols * layout.n // layout.m
+            size = 2 * pairs * kept
+            where = units[2 * unit : 2 * (unit + pairs)].long() & 0xFFFF
+            where = torch.where(where < rows, where + row, layout.rows).view(pairs, 1, 2)
+            columns = index[at : at + size].long().view(pairs, kept, 2) + col
+            dense[where.expand_as(columns), columns] = values[at : at + size].view(pairs, kept, 2)
+            at, unit = at + size, unit + pairs
+    return dense[: layout.rows]
+
+
+def _unpack_shared(layout: Layout, values: Tensor, index: Tensor) -> Tensor:
+    groups, units = ceil(layout.rows / layout.share), layout.group // layout.unit
+    values = values[: groups * layout.group * layout.kept].view(groups, -1)
+    index = index[: groups * layout.kept].view(groups, -1).long() & 0xFFFF
+    dense = torch.zeros(groups, layout.group, layout.cols, dtype=layout.dtype)
+    for col, cols in layout.col_blocks():
+        before, kept = col * layout.n // layout.m, cols * layout.n // layout.m
+        block = values[:, before * layout.group : (before + kept) * layout.group]
+        block = block.reshape(groups, units, kept, layout.unit).transpose(2, 3).flatten(1, 2)
+        columns = index[:, before : before + kept, None].transpose(1, 2) + col
+        dense.scatter_(2, columns.expand(-1, layout.group, -1), block)
+    return dense[:, : layout.share].flatten(0, 1)[: layout.rows]
+
+
+def _blocks(total: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(size, total - start)) for start in range(0, total, size)]
+
+
+def _up(size: int) -> int:
+    return ceil(size / _ALIGN) * _ALIGN
