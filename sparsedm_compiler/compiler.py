@@ -50,6 +50,9 @@ def compile(
     policy: str = "structural",
     inplace: bool = False,
     inner: Inner = "auto",
+    kernels: Mapping[str, str] | None = None,
+    forbid: str | Iterable[str] = (),
+    search_seconds: float = 60.0,
 ) -> Model:
     """A copy of ``model`` that runs its Conv and Linear weights masked to an N:M pattern.
 
@@ -61,6 +64,11 @@ def compile(
     first and last op dense, "all" does not, "uvit" prunes the layers the paper prunes.
     ``inplace``: change ``model`` itself. ``inner``: what compiles the rewritten graph, any
     torch.compile backend ("auto": Inductor where there is a C++ compiler, else "eager").
+
+    In mode "infer" every folded weight is run by the fastest of dense and the sparse kernels, as
+    measured here at the first call (kept on disk; at most ``search_seconds`` per model, what is not
+    measured stays dense). ``kernels``: {glob: "dense", "sparse" or a kernel's name} pins them,
+    ``forbid`` rules kernels out. ``explain`` shows each choice with its times.
 
     The graph is captured at the first call. A model returned from here runs its masks or raises
     DenseRunError. Raises PatternError or ConfigError for options that fit nothing.
@@ -74,7 +82,15 @@ def compile(
     """
     check_model(model)
     config = Config.of(
-        pattern, mode=mode, keep_dense=keep_dense, overrides=overrides, policy=policy, inner=inner
+        pattern,
+        mode=mode,
+        keep_dense=keep_dense,
+        overrides=overrides,
+        policy=policy,
+        inner=inner,
+        kernels=kernels,
+        forbid=forbid,
+        search_seconds=search_seconds,
     )
     if isinstance(inner, str):
         resolve(inner)
@@ -124,6 +140,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     inner = first.config.inner
     return Explanation(
         rows=tuple(rows),
+        choices=tuple(c.prefixed(prefix) for prefix, f in found for c in f.choices.values()),
         masked=tuple(masked_parameters(model)),
         mode=first.config.mode,
         inner=resolve(inner) if isinstance(inner, str) else inner.__name__,

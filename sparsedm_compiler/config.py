@@ -13,6 +13,9 @@ from .pattern import Pattern
 
 MODES = ("train", "infer")
 POLICIES = ("structural", "uvit", "all")
+SPARSE_KERNELS = ("cpu_free", "cpu_shared")
+KERNELS = ("auto", "dense", "sparse", *SPARSE_KERNELS)
+"""What may run a folded weight: the fastest measured, dense, any sparse kernel, or one of them."""
 
 Inner = str | Callable[..., Any]
 """What compiles the rewritten graph: "auto", a torch.compile backend's name, or a backend."""
@@ -23,7 +26,7 @@ class Config:
     """What to prune to which pattern, and what compiles the result.
 
     ``keep_dense``: globs over module and parameter names, or (until ``resolved``) a predicate over
-    parameter names.
+    parameter names. ``kernels``, ``forbid`` and ``search_seconds`` are for mode "infer".
     """
 
     pattern: Pattern
@@ -32,6 +35,9 @@ class Config:
     overrides: tuple[tuple[str, Pattern], ...] = ()
     policy: str = "structural"
     inner: Inner = "auto"
+    kernels: tuple[tuple[str, str], ...] = ()
+    forbid: tuple[str, ...] = ()
+    search_seconds: float = 60.0
 
     @staticmethod
     def of(
@@ -42,6 +48,9 @@ class Config:
         overrides: Mapping[str, str | Pattern] | None = None,
         policy: str = "structural",
         inner: Inner = "auto",
+        kernels: Mapping[str, str] | None = None,
+        forbid: str | Iterable[str] = (),
+        search_seconds: float = 60.0,
     ) -> Config:
         """The checked Config of these options. Raises PatternError, ConfigError."""
         for value, name, allowed in ((mode, "mode", MODES), (policy, "policy", POLICIES)):
@@ -53,7 +62,19 @@ class Config:
         if not callable(dense) and not all(isinstance(glob, str) for glob in dense):
             raise ConfigError(f"keep_dense {dense!r} is not made of names and globs")
         chosen = tuple((glob, Pattern.parse(text)) for glob, text in (overrides or {}).items())
-        return Config(Pattern.parse(pattern), mode, dense, chosen, policy, inner)
+        pinned = tuple((kernels or {}).items())
+        forbid = (forbid,) if isinstance(forbid, str) else tuple(forbid)
+        for kernel in (*(kernel for _, kernel in pinned), *forbid):
+            if kernel not in KERNELS:
+                raise ConfigError(f"kernel {kernel!r} is none of {', '.join(KERNELS)}")
+        parsed = Pattern.parse(pattern)
+        return Config(
+            parsed, mode, dense, chosen, policy, inner, pinned, forbid, float(search_seconds)
+        )
+
+    def kernel_of(self, weight: str) -> str:
+        """What the user asked to run this weight: one of KERNELS."""
+        return next((kernel for glob, kernel in self.kernels if matches(glob, (weight,))), "auto")
 
     @property
     def dense_globs(self) -> tuple[str, ...]:
@@ -70,6 +91,7 @@ class Config:
         config = self.asked(parameters)
         globs = [("keep_dense", glob) for glob in config.dense_globs]
         globs += [("overrides", glob) for glob, _ in self.overrides]
+        globs += [("kernels", glob) for glob, _ in self.kernels]
         for option, glob in globs:
             if not any(matches(glob, names) for names in parameters):
                 known = sorted({names[0].rpartition(".")[0] for names in parameters})

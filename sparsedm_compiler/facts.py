@@ -36,6 +36,30 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """Which kernel multiplies by one folded weight, and why.
+
+    ``weight``: parameter name. ``inputs``: shape of what it multiplies, one per use. ``kernel``:
+    "dense" or the name of a sparse kernel. ``dense_ms``/``sparse_ms``: medians of one call of
+    dense and of the fastest sparse kernel, None where nothing was measured. ``reason``: a sentence.
+    ``dense_bytes``/``run_bytes``: size of the weight, and of what the kernel reads in its place.
+    """
+
+    weight: str
+    inputs: tuple[tuple[int, ...], ...]
+    kernel: str
+    reason: str
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    dense_bytes: int = 0
+    run_bytes: int = 0
+
+    def prefixed(self, prefix: str) -> Choice:
+        """The same choice with the weight's name inside a larger model."""
+        return replace(self, weight=prefix + self.weight)
+
+
+@dataclass(frozen=True, slots=True)
 class MacRow:
     """MACs of one operand of one call node.
 

@@ -1,20 +1,24 @@
-"""Rewritten graph -> a callable: the inner compiler, and folded weights in the place of dense."""
+"""Graph -> a callable: kernels for folded weights, and the inner compiler for the rest."""
 
 from __future__ import annotations
 
 import shutil
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._dynamo.backends.registry import list_backends, lookup_backend
+from torch._subclasses.fake_tensor import FakeTensor
 
-from .config import Inner
-from .errors import ConfigError, DenseRunError
-from .masks import kept, nm_mask
+from .choose import Chosen, Search, choose
+from .config import Config, Inner
+from .errors import ConfigError
+from .facts import Choice
+from .folding import Folded, Folds
+from .graph import value_of
+from .passes import find_uses, lower_sparse
+from .passes.find_uses import Use
 from .pattern import Pattern
 
 Run = Callable[..., Any]
@@ -52,37 +56,54 @@ def has_compiler() -> bool:
     return any(name is not None and shutil.which(name) is not None for name in names)
 
 
-class Folded:
-    """Runs a graph with its accepted weights replaced by masked ones, folded once.
+class Folding:
+    """What all graphs of one model share: its folded weights, and the seconds left to measure."""
 
-    A weight changed since (in place, or replaced) is folded again at the next call. The masked
-    weight has no gradient, so a call that would need one raises DenseRunError.
+    def __init__(self, config: Config) -> None:
+        self.folds = Folds()
+        self.search = Search(config.search_seconds)
+
+
+def fold(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    weights: Mapping[fx.Node, tuple[str, Pattern]],
+    config: Config,
+    folding: Folding,
+) -> tuple[Run, tuple[Choice, ...]]:
+    """The graph with its pruned weights folded, each run by the kernel chosen for it.
+
+    ``weights``: placeholder -> (name, pattern). The graph takes the same inputs as before.
     """
+    inputs, chosen = list(example_inputs), dict[int, Chosen]()
+    rewrites: list[tuple[Use, fx.Node, int, int]] = []
+    for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        if node not in weights:
+            continue
+        name, pattern = weights[node]
+        uses = find_uses(node)
+        found = choose(inputs[place], name, pattern, uses, config, folding.search)
+        chosen[place] = found
+        if found.tile and not isinstance(uses, str):
+            rows = inputs[place].shape[0]
+            rewrites += [(use, node, rows, found.tile) for use in uses]
+    if lower_sparse(gm, rewrites):
+        gm.recompile()
+    for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        if place in chosen and chosen[place].tile:
+            name, _ = weights[node]
+            inputs[place] = folding.folds.get(inputs[place], chosen[place].form, name)
+            _stands_for(node, inputs[place])
+    run = lower(gm, inputs, config.inner)
+    forms = {place: found.form for place, found in chosen.items()}
+    names = {place: found.choice.weight for place, found in chosen.items()}
+    choices = tuple(found.choice for found in chosen.values())
+    return Folded(run, folding.folds, forms, names), choices
 
-    def __init__(self, run: Run, patterns: Mapping[int, Pattern], names: Mapping[int, str]) -> None:
-        self.run = run
-        self.patterns = patterns
-        self.names = names
-        self._folds: dict[int, tuple[weakref.ref[Tensor], int, int, Tensor]] = {}
 
-    def __call__(self, *inputs: Any) -> Any:
-        given = list(inputs)
-        for place in self.patterns:
-            given[place] = self._fold(place, given[place])
-        return self.run(*given)
-
-    def _fold(self, place: int, weight: Tensor) -> Tensor:
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise DenseRunError(
-                f"{self.names[place]!r} asks for a gradient, but mode='infer' has folded its mask; "
-                "train with mode='train', or call under torch.no_grad()"
-            )
-        version = 0 if weight.is_inference() else weight._version
-        fold = self._folds.get(place)
-        if fold and fold[0]() is weight and fold[1:3] == (version, weight.data_ptr()):
-            return fold[3]
-        with torch.no_grad():
-            mask = nm_mask(weight, self.patterns[place], name=self.names[place])
-            folded = kept(weight.detach(), mask)
-        self._folds[place] = (weakref.ref(weight), version, weight.data_ptr(), folded)
-        return folded
+def _stands_for(placeholder: fx.Node, value: Tensor) -> None:
+    """Give the placeholder the metadata of what will be passed in the place of the weight."""
+    was = value_of(placeholder)
+    if isinstance(was, FakeTensor):
+        fake = was.fake_mode.from_tensor(value, static_shapes=True)
+        placeholder.meta["example_value"] = fake

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from .facts import Decision, note
+from .facts import Choice, Decision, note
 
 _OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -37,6 +37,7 @@ class Explanation:
     """What became of every weight of a compiled model; ``str()`` is a table.
 
     ``rows``: one Decision per weight. ``masked``: names of the parameters that run masked.
+    ``choices``: in mode "infer" the kernel of each folded weight, for each shape it has met.
     ``mode``, ``inner``: as compiled. ``broken``: why the model runs as several graphs, or None.
     """
 
@@ -44,6 +45,7 @@ class Explanation:
     masked: tuple[str, ...]
     mode: str
     inner: str
+    choices: tuple[Choice, ...] = ()
     broken: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -53,6 +55,24 @@ class Explanation:
         table = tabulate(body, ("weight", "op", "shape", "pattern"), disable_numparse=True)
         how = f"{len(self.masked)} of {len(self.rows)} weights masked, mode {self.mode!r}"
         parts = [table, f"{how}, compiled by {self.inner!r}"]
+        if self.choices:
+            parts += ["", _kernels(self.choices)]
         if self.broken is not None:
             parts.append(f"runs as several graphs: {self.broken}")
         return "\n".join(parts)
+
+
+def _kernels(choices: tuple[Choice, ...]) -> str:
+    body = [
+        (
+            choice.weight,
+            " ".join("x".join(map(str, shape)) for shape in choice.inputs),
+            choice.kernel,
+            choice.dense_ms,
+            choice.sparse_ms,
+            choice.reason,
+        )
+        for choice in choices
+    ]
+    headers = ("weight", "input", "kernel", "dense ms", "sparse ms", "why")
+    return tabulate(body, headers, floatfmt=".3f", disable_numparse=[0, 1, 2, 5])

@@ -34,8 +34,8 @@ from .capture import (
 )
 from .config import Config
 from .errors import ConfigError, DenseRunError, MaskError
-from .facts import Decision
-from .lowering import Folded, lower
+from .facts import Choice, Decision
+from .lowering import Folding, fold, lower
 from .passes.find_sites import eager_sites, find_sites
 from .passes.mark_prunable import base_name, decide, mark_eager, mark_prunable
 from .pattern import Pattern
@@ -55,6 +55,7 @@ class SparseForward(OwnForward):
 
     ``decisions``: by weight name, fixed by the first capture that meets the weight, so that train
     and eval, every resolution, a copy and a reloaded file all prune the same weights.
+    ``choices``: of every folded weight, by name and input shapes. ``folding``: the folded weights.
     ``known``: the parameters the module had when it was compiled. ``broken``: why the model runs
     as several graphs, None while one holds it all.
     """
@@ -73,6 +74,8 @@ class SparseForward(OwnForward):
         self.decisions = dict(decisions)
         self.override = override
         self.broken: str | None = None
+        self.choices: dict[tuple[str, tuple[tuple[int, ...], ...]], Choice] = {}
+        self.folding = Folding(config)
         self.__signature__ = inspect.signature(
             override or types.MethodType(type(module).forward, module)
         )
@@ -162,7 +165,8 @@ class SparseForward(OwnForward):
         if whole and not patterns:
             raise ConfigError(nothing_to_prune(self._name, self.config, self.decisions))
         check_finite(graph, example_inputs, patterns)
-        run = build(graph, example_inputs, patterns, self.config)
+        run, choices = build(graph, example_inputs, patterns, self.config, self.folding)
+        self.choices.update({(choice.weight, choice.inputs): choice for choice in choices})
 
         def counted(*inputs: Any) -> Any:
             out = run(*inputs)
@@ -195,17 +199,16 @@ def build(
     example_inputs: list[Any],
     patterns: Mapping[fx.Node, Pattern],
     config: Config,
-) -> Callable[..., Any]:
+    folding: Folding,
+) -> tuple[Callable[..., Any], tuple[Choice, ...]]:
     """Rewrite (train) or fold (infer) the graph, and hand it to the inner compiler."""
     if config.mode == "train":
         run_rewrites(graph.gm, patterns)
-        return lower(graph.gm, example_inputs, config.inner)
-    places = {node: place for place, node in enumerate(graph.gm.graph.find_nodes(op="placeholder"))}
-    return Folded(
-        lower(graph.gm, example_inputs, config.inner),
-        {places[node]: pattern for node, pattern in patterns.items()},
-        {places[node]: graph.names[node][0] for node in patterns},
-    )
+        return lower(graph.gm, example_inputs, config.inner), ()
+    weights = {
+        node: (base_name(graph.names[node][0]), pattern) for node, pattern in patterns.items()
+    }
+    return fold(graph.gm, example_inputs, weights, config, folding)
 
 
 def compile_graph(
@@ -217,7 +220,7 @@ def compile_graph(
     decisions = mark_prunable(find_sites(graph), config)
     patterns = patterns_of(graph, {decision.weight: decision for decision in decisions})
     check_finite(graph, example_inputs, patterns)
-    return build(graph, example_inputs, patterns, config)
+    return build(graph, example_inputs, patterns, config, Folding(config))[0]
 
 
 def patterns_of(graph: Captured, decisions: Mapping[str, Decision]) -> dict[fx.Node, Pattern]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import fx
@@ -31,7 +32,7 @@ def sparsedm(
             "options={'pattern': '2:4', 'inner': 'inductor'}"
         )
     chosen: dict[str, Any] = {"mode": "infer", **(options or {})}
-    known = ("pattern", "mode", "keep_dense", "overrides", "policy", "inner")
+    known = [field.name for field in fields(Config)]
     for option in chosen:
         if option not in known:
             raise ConfigError(f"option {option!r} is none of {', '.join(known)}")

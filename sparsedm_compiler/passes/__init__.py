@@ -2,7 +2,9 @@
 
 from .count_macs import count_macs
 from .find_sites import eager_sites, find_sites
+from .find_uses import find_uses
 from .insert_mask_ste import insert_mask_ste
+from .lower_sparse import lower_sparse
 from .mark_prunable import mark_eager, mark_prunable
 from .topology import topology
 
@@ -13,7 +15,9 @@ __all__ = [
     "count_macs",
     "eager_sites",
     "find_sites",
+    "find_uses",
     "insert_mask_ste",
+    "lower_sparse",
     "mark_eager",
     "mark_prunable",
     "topology",

@@ -213,10 +213,10 @@ def _x_gradient(grad: Tensor, x: Tensor, reference: Callable[[Tensor], Tensor]) 
 
 
 def _register(name: str, arguments: str, run: Any, fake: Any, grad: Any) -> None:
-    _lib.define(f"{name}({arguments}) -> Tensor", tags=_TAGS)
-    _lib.define(f"{name}_grad(Tensor grad, {arguments}) -> Tensor", tags=_TAGS)
-    _lib.impl(name, run, "CPU")
-    _lib.impl(f"{name}_grad", grad, "CompositeExplicitAutograd")
+    _lib.define(f"{name}({arguments}) -> Tensor", tags=_TAGS)  # type: ignore[no-untyped-call]
+    _lib.define(f"{name}_grad(Tensor grad, {arguments}) -> Tensor", tags=_TAGS)  # type: ignore[no-untyped-call]
+    _lib.impl(name, run, "CPU")  # type: ignore[no-untyped-call]
+    _lib.impl(f"{name}_grad", grad, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     full = f"sparsedm::{name}"
     torch.library.register_fake(full, fake, lib=_lib)
     torch.library.register_fake(f"{full}_grad", lambda grad, x, *_: torch.empty_like(x), lib=_lib)

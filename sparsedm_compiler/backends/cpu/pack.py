@@ -1,0 +1,36 @@
+"""Dense weight and mask -> packed weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import KernelError, PackError
+from ...pattern import Pattern
+from .library import library
+from .packed import empty, plan, refusal
+
+
+def pack(weight: Tensor, mask: Tensor, pattern: Pattern, *, width: int | None = None) -> Tensor:
+    """The packed form (uint8, 1-D) of ``weight * mask``.
+
+    weight, mask: [rows, cols] or [rows, channels, kh, kw]; ``mask`` is one of ``pattern``.
+    ``width``: columns of a block. Raises PackError for a weight that cannot be packed, KernelError
+    where there is no kernel library.
+    """
+    weight, mask = matrix(weight.detach()), matrix(mask)
+    why = refusal(pattern, *weight.shape, weight.dtype)
+    if why is not None:
+        raise PackError(f"a weight of {list(weight.shape)} cannot be packed to {pattern}: {why}")
+    packed = empty(plan(pattern, *weight.shape, weight.dtype, width=width))
+    mask = mask.to(torch.bool).contiguous()
+    if library().sdm_pack(weight.data_ptr(), mask.data_ptr(), packed.data_ptr()) != 0:
+        raise KernelError("packing a weight ran out of memory")
+    return packed
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """[rows, cols], contiguous; the channels of every tap of a kernel lie side by side."""
+    if weight.dim() == 4:
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.flatten(1).contiguous()
