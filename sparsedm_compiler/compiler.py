@@ -27,6 +27,7 @@ from .capture import capture, own_forward, parameter_names, watch_eager
 from .config import Config, Inner
 from .errors import ConfigError
 from .facts import Decision, MacsReport, Topology
+from .folding import Packed
 from .lowering import resolve
 from .passes import count_macs as count
 from .passes import eager_sites, find_sites, mark_eager, mark_prunable
@@ -53,6 +54,7 @@ def compile(
     kernels: Mapping[str, str] | None = None,
     forbid: str | Iterable[str] = (),
     search_seconds: float = 60.0,
+    finalize: bool = False,
 ) -> Model:
     """A copy of ``model`` that runs its Conv and Linear weights masked to an N:M pattern.
 
@@ -68,7 +70,9 @@ def compile(
     In mode "infer" every folded weight is run by the fastest of dense and the sparse kernels, as
     measured here at the first call (kept on disk; at most ``search_seconds`` per model, what is not
     measured stays dense). ``kernels``: {glob: "dense", "sparse" or a kernel's name} pins them,
-    ``forbid`` rules kernels out. ``explain`` shows each choice with its times.
+    ``forbid`` rules kernels out. ``explain`` shows each choice with its times. ``finalize`` frees
+    the dense weights that a sparse kernel runs, at the first call: only the packed ones are left,
+    and state_dict() gives the masked dense weights they stand for.
 
     The graph is captured at the first call. A model returned from here runs its masks or raises
     DenseRunError. Raises PatternError or ConfigError for options that fit nothing.
@@ -91,6 +95,7 @@ def compile(
         kernels=kernels,
         forbid=forbid,
         search_seconds=search_seconds,
+        finalize=finalize,
     )
     if isinstance(inner, str):
         resolve(inner)
@@ -115,13 +120,15 @@ def install(
     config: Config,
     decisions: Mapping[str, Decision] | None = None,
     known: frozenset[str] | None = None,
+    packed: Mapping[str, Packed] | None = None,
 ) -> Model:
     """Put the guarded forward into ``student``; ``known``: the parameters that may be pruned."""
     if config.mode == "infer":
         student.requires_grad_(False)
     if known is None:
         known = frozenset(chain.from_iterable(parameter_names(student).values()))
-    SparseForward(student, config, known, decisions or {}, own_forward(student)).install()
+    override = own_forward(student)
+    SparseForward(student, config, known, decisions or {}, override, packed).install()
     return student
 
 

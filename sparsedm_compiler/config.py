@@ -38,6 +38,7 @@ class Config:
     kernels: tuple[tuple[str, str], ...] = ()
     forbid: tuple[str, ...] = ()
     search_seconds: float = 60.0
+    finalize: bool = False
 
     @staticmethod
     def of(
@@ -51,6 +52,7 @@ class Config:
         kernels: Mapping[str, str] | None = None,
         forbid: str | Iterable[str] = (),
         search_seconds: float = 60.0,
+        finalize: bool = False,
     ) -> Config:
         """The checked Config of these options. Raises PatternError, ConfigError."""
         for value, name, allowed in ((mode, "mode", MODES), (policy, "policy", POLICIES)):
@@ -68,8 +70,19 @@ class Config:
             if kernel not in KERNELS:
                 raise ConfigError(f"kernel {kernel!r} is none of {', '.join(KERNELS)}")
         parsed = Pattern.parse(pattern)
+        if finalize and mode != "infer":
+            raise ConfigError("finalize=True drops the dense weights: it needs mode='infer'")
         return Config(
-            parsed, mode, dense, chosen, policy, inner, pinned, forbid, float(search_seconds)
+            parsed,
+            mode,
+            dense,
+            chosen,
+            policy,
+            inner,
+            pinned,
+            forbid,
+            float(search_seconds),
+            finalize,
         )
 
     def kernel_of(self, weight: str) -> str:

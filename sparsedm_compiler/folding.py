@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backends.cpu.ops import dense_weight
 from .backends.cpu.pack import pack
 from .errors import DenseRunError
 from .masks import kept, nm_mask
@@ -31,6 +32,22 @@ class Form:
     width: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A weight of which only the packed form is left. ``kernel``, ``tile``: what runs it."""
+
+    form: Form
+    kernel: str
+    tile: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    data: Tensor
+
+    def dense(self) -> Tensor:
+        """The masked weight, to the bit."""
+        return dense_weight(self.data, self.shape[2:])
+
+
 @dataclass(slots=True)
 class _Fold:
     weight: weakref.ref[Tensor]
@@ -44,9 +61,13 @@ class Folds:
 
     A change of the weight is seen by its version counter, its storage, and, for edits through
     ``.data`` that move neither, by 64 of its values spread evenly.
+
+    ``packed``: by name, the weights that were finalized: the parameter is hollow, one NaN seen
+    through strides of zero, so that whatever reads it by another way is loud.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, packed: Mapping[str, Packed] | None = None) -> None:
+        self.packed = dict(packed or {})
         self._folds: dict[tuple[int, Form], _Fold] = {}
 
     def get(self, weight: Tensor, form: Form, name: str) -> Tensor:
@@ -56,16 +77,65 @@ class Folds:
                 f"{name!r} asks for a gradient, but mode='infer' has folded its mask; "
                 "train with mode='train', or call under torch.no_grad()"
             )
+        packed = self.finalized(weight, name)
+        if packed is not None and packed.form == form:
+            return packed.data
         state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
         fold = self._folds.get((id(weight), form))
         known = fold is not None and fold.weight() is weight and fold.state == state
-        if fold is not None and known and torch.equal(fold.samples, _samples(weight)):
+        if fold is not None and known and torch.equal(fold.samples, _samples(weight, packed)):
             return fold.folded
         with torch.no_grad():
-            folded = fold_weight(weight.detach(), form, name)
-            samples = _samples(weight).clone()
+            source = weight.detach() if packed is None else packed.dense()
+            folded = fold_weight(source, form, name)
+            samples = _samples(weight, packed).clone()
         self._folds[id(weight), form] = _Fold(weakref.ref(weight), state, samples, folded)
         return folded
+
+    def finalized(self, weight: Tensor, name: str) -> Packed | None:
+        """What is left of a hollow weight; None for one that holds its values."""
+        packed = self.packed.get(name)
+        if packed is None or not _is_hollow(weight):
+            return None
+        return packed
+
+    def settle(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Make finalized weights hollow again that a copy, a file or a cast has filled with NaN."""
+        for name, weight in named:
+            packed = self.packed.get(name)
+            if packed is None or (weight.stride()[0] == 0 and weight.dtype == packed.dtype):
+                continue
+            if _is_hollow(weight):
+                hollow(weight)
+                if weight.dtype != packed.dtype:
+                    self.packed[name] = _cast(packed, weight.dtype, name)
+
+    def finalize(self, weight: Tensor, form: Form, name: str, kernel: str, tile: int) -> None:
+        """Keep only that form of the weight; a dense form is written into the weight itself."""
+        folded = self.get(weight, form, name)
+        self._folds.pop((id(weight), form), None)
+        if form.width is None:
+            with torch.no_grad():
+                weight.copy_(folded)
+            return
+        self.packed[name] = Packed(form, kernel, tile, tuple(weight.shape), weight.dtype, folded)
+        hollow(weight)
+
+
+def hollow(weight: Tensor) -> None:
+    """Free the memory of a weight: it becomes one NaN, seen through strides of zero."""
+    nan = torch.full((1,), torch.nan, dtype=weight.dtype, device=weight.device)
+    weight.data = nan.expand(weight.shape)
+
+
+def _is_hollow(weight: Tensor) -> bool:
+    return bool(weight.detach()[(0,) * weight.dim()].isnan())
+
+
+def _cast(packed: Packed, dtype: torch.dtype, name: str) -> Packed:
+    """The same weight after ``model.to(dtype)``."""
+    data = fold_weight(packed.dense().to(dtype), packed.form, name)
+    return replace(packed, dtype=dtype, data=data)
 
 
 def fold_weight(weight: Tensor, form: Form, name: str) -> Tensor:
@@ -79,8 +149,10 @@ def fold_weight(weight: Tensor, form: Form, name: str) -> Tensor:
     return pack(masked, mask, form.pattern, width=form.width)
 
 
-def _samples(weight: Tensor) -> Tensor:
+def _samples(weight: Tensor, packed: Packed | None) -> Tensor:
     """Up to 64 values of a weight, without a copy where its memory has no gaps."""
+    if packed is not None:
+        return packed.data[:0]
     weight = weight.detach()
     # Any order will do, so that channels_last weights need no copy either.
     flat = weight.as_strided((weight.numel(),), (1,)) if _gapless(weight) else weight.flatten()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,13 +16,16 @@ from .choose import Chosen, Search, choose
 from .config import Config, Inner
 from .errors import ConfigError
 from .facts import Choice
-from .folding import Folded, Folds
+from .folding import Folded, Folds, Form, Packed
 from .graph import value_of
 from .passes import find_uses, lower_sparse
 from .passes.find_uses import Use
 from .pattern import Pattern
 
 Run = Callable[..., Any]
+
+FINALIZED = "finalized"
+"""The reason for the kernel of a weight that was finalized in an earlier graph."""
 
 
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: Inner) -> Run:
@@ -59,9 +63,18 @@ def has_compiler() -> bool:
 class Folding:
     """What all graphs of one model share: its folded weights, and the seconds left to measure."""
 
-    def __init__(self, config: Config) -> None:
-        self.folds = Folds()
+    def __init__(self, config: Config, packed: Mapping[str, Packed] | None = None) -> None:
+        self.folds = Folds(packed)
         self.search = Search(config.search_seconds)
+        self.pending: list[tuple[Tensor, Chosen]] = []
+
+    def finalize(self) -> None:
+        """Keep only the folded form of the weights folded since. Not while a graph is compiled:
+        Dynamo guards on the strides, so the next call compiles once more."""
+        for weight, found in self.pending:
+            choice = found.choice
+            self.folds.finalize(weight, found.form, choice.weight, choice.kernel, found.tile)
+        self.pending.clear()
 
 
 def fold(
@@ -78,27 +91,52 @@ def fold(
     inputs, chosen = list(example_inputs), dict[int, Chosen]()
     rewrites: list[tuple[Use, fx.Node, int, int]] = []
     for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        if node not in weights:
-            continue
-        name, pattern = weights[node]
-        uses = find_uses(node)
-        found = choose(inputs[place], name, pattern, uses, config, folding.search)
-        chosen[place] = found
-        if found.tile and not isinstance(uses, str):
-            rows = inputs[place].shape[0]
-            rewrites += [(use, node, rows, found.tile) for use in uses]
+        if node in weights:
+            name, pattern = weights[node]
+            uses = find_uses(node)
+            packed = folding.folds.finalized(inputs[place], name)
+            if packed is not None:
+                found = _left(packed, name, pattern, uses)
+            else:
+                found = choose(inputs[place], name, pattern, uses, config, folding.search)
+            chosen[place] = found
+            if found.tile and not isinstance(uses, str):
+                rewrites += [(use, node, inputs[place].shape[0], found.tile) for use in uses]
     if lower_sparse(gm, rewrites):
         gm.recompile()
+    choices = []
     for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        if place in chosen and chosen[place].tile:
-            name, _ = weights[node]
-            inputs[place] = folding.folds.get(inputs[place], chosen[place].form, name)
-            _stands_for(node, inputs[place])
+        if place in chosen:
+            weight, found = inputs[place], chosen[place]
+            choices.append(_run_form(weight, found, config, folding))
+            if found.tile:
+                inputs[place] = folding.folds.get(weight, found.form, found.choice.weight)
+                _stands_for(node, inputs[place])
     run = lower(gm, inputs, config.inner)
     forms = {place: found.form for place, found in chosen.items()}
     names = {place: found.choice.weight for place, found in chosen.items()}
-    choices = tuple(found.choice for found in chosen.values())
-    return Folded(run, folding.folds, forms, names), choices
+    return Folded(run, folding.folds, forms, names), tuple(choices)
+
+
+def _left(packed: Packed, name: str, pattern: Pattern, uses: tuple[Use, ...] | str) -> Chosen:
+    """What runs a weight of which only the packed form is left."""
+    if isinstance(uses, str) or {use.dtype for use in uses} != {packed.dtype}:
+        why = uses if isinstance(uses, str) else "finalized in another dtype than it runs in here"
+        return Chosen(Choice(name, (), "dense", f"unpacked: {why}"), Form(pattern))
+    inputs = tuple(use.inputs for use in uses)
+    return Chosen(Choice(name, inputs, packed.kernel, FINALIZED), packed.form, packed.tile)
+
+
+def _run_form(weight: Tensor, found: Chosen, config: Config, folding: Folding) -> Choice:
+    """Fold the weight, note that it is to be finalized, and state its bytes before and after."""
+    if isinstance(weight, FakeTensor):
+        return found.choice
+    name, folds = found.choice.weight, folding.folds
+    size = folds.get(weight, found.form, name).nbytes
+    same_dtype = found.form.dtype is None
+    if config.finalize and same_dtype and folds.finalized(weight, name) is None:
+        folding.pending.append((weight, found))
+    return replace(found.choice, dense_bytes=weight.nbytes, run_bytes=size)
 
 
 def _stands_for(placeholder: fx.Node, value: Tensor) -> None:

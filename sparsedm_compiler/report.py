@@ -75,4 +75,7 @@ def _kernels(choices: tuple[Choice, ...]) -> str:
         for choice in choices
     ]
     headers = ("weight", "input", "kernel", "dense ms", "sparse ms", "why")
-    return tabulate(body, headers, floatfmt=".3f", disable_numparse=[0, 1, 2, 5])
+    table = tabulate(body, headers, floatfmt=".3f", disable_numparse=[0, 1, 2, 5])
+    sizes = {choice.weight: (choice.dense_bytes, choice.run_bytes) for choice in choices}
+    dense, run = (sum(column) / 2**20 for column in zip(*sizes.values(), strict=True))
+    return f"{table}\nfolded weights: {dense:.2f} MiB dense, {run:.2f} MiB as they run"

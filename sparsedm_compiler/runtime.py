@@ -14,37 +14,32 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from torch._subclasses.fake_tensor import FakeTensor
 
+from .building import build, check_finite, patterns_of
 from .capture import (
     BROKEN,
-    Captured,
     EagerProduct,
     OwnForward,
     Watch,
     captured,
-    captured_by_source,
     dynamo_settings,
     our_errors,
     private_forward,
     watch_eager,
 )
 from .config import Config
-from .errors import ConfigError, DenseRunError, MaskError
+from .errors import ConfigError, DenseRunError
 from .facts import Choice, Decision
-from .lowering import Folding, fold, lower
+from .folding import Packed
+from .lowering import FINALIZED, Folding
 from .passes.find_sites import eager_sites, find_sites
 from .passes.mark_prunable import base_name, decide, mark_eager, mark_prunable
 from .pattern import Pattern
-from .pipeline import run_rewrites
 from .report import break_line, user_line
-
-KEY = "_sparsedm"
-"""Where a compiled module keeps its SparseForward, beside ``forward``, in its ``__dict__``."""
-
+from .state import KEY, fill_packed, named
 
 _NO_FRAMES = "found no compiled frames"
 """How newer torch words that a call ran uncompiled; the run counter says it for all."""
@@ -67,6 +62,7 @@ class SparseForward(OwnForward):
         known: frozenset[str],
         decisions: Mapping[str, Decision],
         override: Callable[..., Any] | None,
+        packed: Mapping[str, Packed] | None = None,
     ) -> None:
         self.module = module
         self.config = config
@@ -75,7 +71,7 @@ class SparseForward(OwnForward):
         self.override = override
         self.broken: str | None = None
         self.choices: dict[tuple[str, tuple[tuple[int, ...], ...]], Choice] = {}
-        self.folding = Folding(config)
+        self.folding = Folding(config, packed)
         self.__signature__ = inspect.signature(
             override or types.MethodType(type(module).forward, module)
         )
@@ -86,6 +82,8 @@ class SparseForward(OwnForward):
         """Become the forward of the module."""
         self.module.__dict__["forward"] = self
         self.module.__dict__[KEY] = self
+        if self.config.finalize:
+            self.module.register_state_dict_post_hook(fill_packed)  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
@@ -95,6 +93,8 @@ class SparseForward(OwnForward):
     )
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         before = self._runs
+        if self.folding.folds.packed:
+            self.folding.folds.settle(named(self.module))
         with dynamo_settings(), our_errors():
             try:
                 out = self._call(*args, **kwargs)
@@ -112,6 +112,7 @@ class SparseForward(OwnForward):
                 "not compile the call. Unset TORCHDYNAMO_DISABLE, leave the force_eager stance, "
                 "and call it outside of dispatch modes such as FlopCounterMode"
             )
+        self.folding.finalize()
         return out
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,9 +165,12 @@ class SparseForward(OwnForward):
         patterns = patterns_of(graph, self.decisions)
         if whole and not patterns:
             raise ConfigError(nothing_to_prune(self._name, self.config, self.decisions))
-        check_finite(graph, example_inputs, patterns)
+        check_finite(graph, example_inputs, patterns, self.folding)
         run, choices = build(graph, example_inputs, patterns, self.config, self.folding)
-        self.choices.update({(choice.weight, choice.inputs): choice for choice in choices})
+        for choice in choices:
+            key = (choice.weight, choice.inputs)
+            if choice.reason != FINALIZED or key not in self.choices:  # else it was measured before
+                self.choices[key] = choice
 
         def counted(*inputs: Any) -> Any:
             out = run(*inputs)
@@ -186,67 +190,13 @@ class SparseForward(OwnForward):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle and deepcopy: the copy is captured anew, with the decisions already taken."""
-        state = (self.module, self.config, self.known, self.decisions, self.override)
+        packed = self.folding.folds.packed
+        state = (self.module, self.config, self.known, self.decisions, self.override, packed)
         return SparseForward, state
 
 
 # An outer torch.compile of the module would else compile this frame too, until its limit is hit.
 skip_code(SparseForward.__call__.__code__)
-
-
-def build(
-    graph: Captured,
-    example_inputs: list[Any],
-    patterns: Mapping[fx.Node, Pattern],
-    config: Config,
-    folding: Folding,
-) -> tuple[Callable[..., Any], tuple[Choice, ...]]:
-    """Rewrite (train) or fold (infer) the graph, and hand it to the inner compiler."""
-    if config.mode == "train":
-        run_rewrites(graph.gm, patterns)
-        return lower(graph.gm, example_inputs, config.inner), ()
-    weights = {
-        node: (base_name(graph.names[node][0]), pattern) for node, pattern in patterns.items()
-    }
-    return fold(graph.gm, example_inputs, weights, config, folding)
-
-
-def compile_graph(
-    gm: fx.GraphModule, example_inputs: list[Any], config: Config
-) -> Callable[..., Any]:
-    """One graph of a model we never saw (the torch.compile entry point)."""
-    graph = captured_by_source(gm)
-    config = config.asked(graph.names.values())
-    decisions = mark_prunable(find_sites(graph), config)
-    patterns = patterns_of(graph, {decision.weight: decision for decision in decisions})
-    check_finite(graph, example_inputs, patterns)
-    return build(graph, example_inputs, patterns, config, Folding(config))[0]
-
-
-def patterns_of(graph: Captured, decisions: Mapping[str, Decision]) -> dict[fx.Node, Pattern]:
-    """The placeholders of the graph that are pruned weights, with their patterns."""
-    found = {}
-    for node, names in graph.names.items():
-        decision = decisions.get(base_name(names[0]))
-        if decision is not None and decision.pattern is not None:
-            found[node] = decision.pattern
-    return found
-
-
-def check_finite(
-    graph: Captured, example_inputs: list[Any], patterns: Mapping[fx.Node, Pattern]
-) -> None:
-    """Raise MaskError if a weight to be masked holds NaN or Inf: its magnitudes mean nothing."""
-    for node, value in zip(
-        graph.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True
-    ):
-        if node not in patterns or not isinstance(value, Tensor) or value.is_meta:
-            continue
-        if not isinstance(value, FakeTensor) and not bool(value.detach().isfinite().all()):
-            raise MaskError(
-                f"parameter {graph.names[node][0]!r} holds NaN or Inf, so its mask would be "
-                "arbitrary; load a checkpoint with finite weights"
-            )
 
 
 def nothing_to_prune(name: str, config: Config, decisions: Mapping[str, Decision]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,30 +15,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .backends.cpu.packed import check, layout_of
 from .compiler import check_model, install
 from .config import Config, Inner
-from .errors import CheckpointError, ConfigError, PatternError
+from .errors import CheckpointError, ConfigError, PackError, PatternError
 from .facts import Decision
+from .folding import Form, Packed, hollow
+from .passes.mark_prunable import base_name
 from .pattern import Pattern
 from .runtime import require_compiled
+from .state import without_finalized
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "sparsedm"
-_VERSION = 1
+_VERSION = 2
+_PACKED = ".sparsedm_packed"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a compiled model's state_dict (latent dense weights) and decisions to ``path``.
 
-    The file is plain safetensors, readable without this package. It appears whole or not at all.
+    The file is plain safetensors, readable without this package, but for finalized weights, which
+    are written packed. It appears whole or not at all.
     Raises ConfigError if ``model`` was not compiled, CheckpointError if it cannot be written.
     """
     found = require_compiled(model)
     if len(found) > 1:
         raise ConfigError(f"{len(found)} compiled models are inside; save each: {[*dict(found)]}")
     forward = found[0][1]
-    tensors, aliases = _without_aliases(forward.module.state_dict())
+    tensors, aliases = _without_aliases(without_finalized(forward.module, forward.folding.folds))
+    packed = forward.folding.folds.packed
+    tensors.update({name + _PACKED: each.data for name, each in packed.items()})
     config = forward.config
     meta = {
         "version": _VERSION,
@@ -46,6 +56,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "policy": config.policy,
         "keep_dense": list(config.dense_globs),
         "overrides": {glob: str(pattern) for glob, pattern in config.overrides},
+        "kernels": dict(config.kernels),
+        "forbid": list(config.forbid),
+        "finalize": config.finalize,
+        "packed": {name: _plain_packed(each) for name, each in packed.items()},
         "known": sorted(forward.known),
         "decisions": [_plain(decision) for decision in forward.decisions.values()],
         "aliases": aliases,
@@ -76,19 +90,37 @@ def load(path: str | os.PathLike[str], model: Model, *, inner: Inner = "auto") -
             keep_dense=meta["keep_dense"],
             overrides=meta["overrides"],
             inner=inner,
+            kernels=meta["kernels"],
+            forbid=meta["forbid"],
+            finalize=meta["finalize"],
         )
+        packed = {name: _packed(name, p, tensors) for name, p in meta["packed"].items()}
         decisions = {plain["weight"]: _decision(plain) for plain in meta["decisions"]}
         tensors.update({alias: tensors[name] for alias, name in meta["aliases"].items()})
-    except (KeyError, TypeError, ConfigError, PatternError) as error:
+    except (KeyError, TypeError, ConfigError, PatternError, PackError) as error:
         raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error!r}") from error
     student = copy.deepcopy(model)
     try:
-        student.load_state_dict(tensors)
-    except RuntimeError as error:
+        _hollow_out(student, packed)
+        missing, unknown = student.load_state_dict(tensors, strict=False)
+        absent = {name for name in missing if base_name(name) not in packed}
+        if absent or unknown:
+            raise RuntimeError(f"missing {sorted(absent)}, unknown {sorted(unknown)}")
+    except (RuntimeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} holds a {meta['class']} and does not fit this {type(model).__name__}: {error}"
         ) from error
-    return install(student, config, decisions, frozenset(meta["known"]))
+    return install(student, config, decisions, frozenset(meta["known"]), packed)
+
+
+def _hollow_out(student: nn.Module, packed: Mapping[str, Packed]) -> None:
+    """Free the weights that the file holds packed. Raises RuntimeError where the shapes differ."""
+    for name, each in packed.items():
+        weight = student.get_parameter(name)
+        if tuple(weight.shape) != each.shape:
+            raise RuntimeError(f"{name} is {list(weight.shape)}, packed {list(each.shape)}")
+        weight.data = weight.data.to(each.dtype)
+        hollow(weight)
 
 
 def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -127,6 +159,27 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} has format version {plain.get('version')!r}, this package reads {_VERSION}"
         )
     return tensors, plain
+
+
+def _plain_packed(packed: Packed) -> dict[str, Any]:
+    return {
+        "pattern": str(packed.form.pattern),
+        "width": packed.form.width,
+        "kernel": packed.kernel,
+        "tile": packed.tile,
+        "shape": list(packed.shape),
+    }
+
+
+def _packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
+    """A packed weight from a file, which a kernel may trust only after ``check``."""
+    data, shape = tensors.pop(name + _PACKED), tuple(plain["shape"])
+    check(data)
+    layout = layout_of(data)
+    if (layout.rows, layout.rows * layout.cols) != (shape[0], math.prod(shape)):
+        raise PackError(f"{name} is packed as {layout.rows} x {layout.cols}, not {shape}")
+    form = Form(Pattern.parse(plain["pattern"]), None, plain["width"])
+    return Packed(form, plain["kernel"], int(plain["tile"]), shape, layout.dtype, data)
 
 
 def _plain(decision: Decision) -> dict[str, Any]:

@@ -13,6 +13,16 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
 from tests.zoo import sample_of
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "train": {"mode": "train"},
+    "infer": {"mode": "infer", "kernels": {"*": "dense"}},
+    "sparse": {"mode": "infer", "kernels": {"*": "sparse"}},
+}
+"""Options of compile by the name of a way to run: measured choices would differ from day to day."""
+
+ROUNDING = {"train": 0.0, "infer": 0.0, "sparse": 2e-5}
+"""Tolerance by way to run: sparse kernels add the same products in another order."""
+
 
 def brute_mask(weight: Tensor, pattern: str | Pattern) -> Tensor:
     """The n:m mask by a stable sort of every group; shares no code with the package."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from tests.oracle import assert_gradients, assert_same, oracle_of
+from tests.oracle import OPTIONS, assert_gradients, assert_same, oracle_of
 
 
 class Blocks(nn.Module):
@@ -44,7 +44,9 @@ EXPECTED |= {f"cross.{name}_proj_weight" for name in "qkv"} | {"cross.out_proj.w
 def test_all_weights_of_a_composite_node_run_masked(mode: str, training: bool) -> None:
     """Without gradients and in eval, torch swaps in the fused layer: it must be masked too."""
     torch.manual_seed(0)
-    student = sdm.compile(Blocks(), "2:4", policy="all", mode=mode, inner="eager").train(training)
+    student = sdm.compile(Blocks(), "2:4", policy="all", **OPTIONS[mode], inner="eager").train(
+        training
+    )
     args, _ = call()
     with torch.no_grad():
         out = student(*args)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from tests.oracle import assert_same, hand_masked, oracle_of
+from tests.oracle import OPTIONS, assert_same, hand_masked, oracle_of
 
 
 class Net(nn.Module):
@@ -144,7 +144,7 @@ def test_threads_share_a_student() -> None:
 
 
 def test_a_gradient_through_folded_weights_raises() -> None:
-    folded = student_of(mode="infer")
+    folded = student_of(**OPTIONS["infer"])
     x = torch.randn(2, 8)
     assert not folded(x).requires_grad
     folded.requires_grad_(True)
@@ -171,13 +171,13 @@ def test_weights_without_magnitudes_are_named(value: float, mode: str) -> None:
     with torch.no_grad():
         net.b.weight[3, 5] = value
     with pytest.raises(sdm.MaskError, match=r"'b\.weight' holds NaN or Inf"):
-        student_of(net, mode=mode)(torch.randn(1, 8))
+        student_of(net, **OPTIONS[mode])(torch.randn(1, 8))
 
 
 def test_a_student_can_be_compiled_again() -> None:
     student, x = student_of(), torch.randn(2, 8)
     student(x)
-    sparser = sdm.compile(student, "1:4", mode="infer", inner="eager")
+    sparser = sdm.compile(student, "1:4", inner="eager", **OPTIONS["infer"])
     out = sparser(x)
     assert {str(p) for _, p in sdm.masked_parameters(sparser).values()} == {"1:4"}
     assert_same(out, oracle_of(sparser)(x))
@@ -250,7 +250,7 @@ def test_the_default_inner_compiler_follows_the_machine(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_inductor_agrees_with_the_oracle(mode: str) -> None:
-    student = student_of(inner="inductor", mode=mode)
+    student = student_of(inner="inductor", **OPTIONS[mode])
     x = torch.randn(4, 8)
     out = student(x)
     oracle = oracle_of(student)

@@ -35,6 +35,7 @@ ORDER = (
     ("passes",),
     ("choose", "verify", "report"),
     ("pipeline", "lowering"),
+    ("building", "state"),
     ("runtime",),
     ("compiler", "backends", "backends.dynamo"),
     ("storage",),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import capture
-from tests.oracle import assert_gradients, assert_same, hand_masked, oracle_of
+from tests.oracle import OPTIONS, assert_gradients, assert_same, hand_masked, oracle_of
 
 LENGTHS = torch.tensor([1, 2, 3])
 
@@ -61,7 +61,7 @@ def call(net: nn.Module) -> Tensor:
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_partial_graphs_run_masked_where_all_is_covered(mode: str, inner: str) -> None:
-    student = sdm.compile(Ragged(), "2:4", mode=mode, inner=inner)
+    student = sdm.compile(Ragged(), "2:4", **OPTIONS[mode], inner=inner)
     out = call(student)
     assert sdm.explain(student).masked == ("b.weight", "c.weight")
     # Inductor may reorder the sums of a matrix product.

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 import sparsedm_compiler as sdm
-from tests.oracle import assert_same, hand_masked, masked_patterns, oracle_of
+from tests.oracle import OPTIONS, assert_same, hand_masked, masked_patterns, oracle_of
 from tests.zoo import FAMILIES
 
 ZOO = {family.name: family for family in FAMILIES}
 
 
 def student_of(name: str, mode: str) -> nn.Module:
-    return sdm.compile(ZOO[name].build(), "2:4", mode=mode, inner="eager")
+    return sdm.compile(ZOO[name].build(), "2:4", **OPTIONS[mode], inner="eager")
 
 
 def ddpm_image(unet: nn.Module) -> torch.Tensor:

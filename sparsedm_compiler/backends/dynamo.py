@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx
 
+from ..building import compile_graph
 from ..config import Config
 from ..errors import ConfigError
-from ..runtime import compile_graph
 
 
 def sparsedm(

@@ -21,7 +21,7 @@ from .packed import unpack
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _HEADER_BYTES = 80
 
-_lib = torch.library.Library("sparsedm", "FRAGMENT")
+_lib = torch.library.Library("sparsedm", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def linear(

@@ -19,10 +19,11 @@ def pack(weight: Tensor, mask: Tensor, pattern: Pattern, *, width: int | None = 
     where there is no kernel library.
     """
     weight, mask = matrix(weight.detach()), matrix(mask)
-    why = refusal(pattern, *weight.shape, weight.dtype)
+    rows, cols = weight.shape
+    why = refusal(pattern, rows, cols, weight.dtype)
     if why is not None:
         raise PackError(f"a weight of {list(weight.shape)} cannot be packed to {pattern}: {why}")
-    packed = empty(plan(pattern, *weight.shape, weight.dtype, width=width))
+    packed = empty(plan(pattern, rows, cols, weight.dtype, width=width))
     mask = mask.to(torch.bool).contiguous()
     if library().sdm_pack(weight.data_ptr(), mask.data_ptr(), packed.data_ptr()) != 0:
         raise KernelError("packing a weight ran out of memory")

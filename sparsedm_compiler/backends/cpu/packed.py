@@ -159,6 +159,36 @@ def unpack(packed: Tensor) -> Tensor:
     return dense[: layout.rows]
 
 
+def check(packed: Tensor) -> None:
+    """Raise PackError unless a kernel can run these bytes, from wherever, within their bounds."""
+    layout = layout_of(packed)
+    starts, _ = layout.sections()
+    index, units, common = (
+        packed[start:end]
+        for start, end in zip(starts[1:], (*starts[2:], packed.numel()), strict=True)
+    )
+    if layout.share:
+        size = ceil(layout.rows / layout.share) * layout.kept
+        columns = (index[: 2 * size].view(torch.int16).long() & 0xFFFF).view(-1, layout.kept)
+        bounds = [
+            cols for _, cols in layout.col_blocks() for _ in range(cols * layout.n // layout.m)
+        ]
+        if bool((columns >= torch.tensor(bounds)).any()):
+            raise PackError("the packed weight points outside of its columns")
+        return
+    rows_of, at, unit = units.view(torch.int16), 0, 0
+    for _, rows in layout.row_blocks():
+        pairs = ceil(rows / 2)
+        for _, cols in layout.col_blocks():
+            kept = cols * layout.n // layout.m
+            where = rows_of[2 * unit : 2 * (unit + pairs)].long() & 0xFFFF
+            columns = index[at : at + 2 * pairs * kept]
+            shared = common[unit : unit + pairs]
+            if bool((where > rows).any() or (columns >= cols).any() or (shared > kept).any()):
+                raise PackError("the packed weight points outside of its rows or columns")
+            at, unit = at + 2 * pairs * kept, unit + pairs
+
+
 def _unpack_shared(layout: Layout, values: Tensor, index: Tensor) -> Tensor:
     groups, units = ceil(layout.rows / layout.share), layout.group // layout.unit
     values = values[: groups * layout.group * layout.kept].view(groups, -1)

@@ -1,0 +1,82 @@
+"""One captured graph -> what runs it: rewritten for training, or folded for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .capture import Captured, captured_by_source
+from .config import Config
+from .errors import MaskError
+from .facts import Choice, Decision
+from .lowering import Folding, fold, lower
+from .passes.find_sites import find_sites
+from .passes.mark_prunable import base_name, mark_prunable
+from .pattern import Pattern
+from .pipeline import run_rewrites
+
+
+def build(
+    graph: Captured,
+    example_inputs: list[Any],
+    patterns: Mapping[fx.Node, Pattern],
+    config: Config,
+    folding: Folding,
+) -> tuple[Callable[..., Any], tuple[Choice, ...]]:
+    """Rewrite (train) or fold (infer) the graph, and hand it to the inner compiler."""
+    if config.mode == "train":
+        run_rewrites(graph.gm, patterns)
+        return lower(graph.gm, example_inputs, config.inner), ()
+    weights = {
+        node: (base_name(graph.names[node][0]), pattern) for node, pattern in patterns.items()
+    }
+    return fold(graph.gm, example_inputs, weights, config, folding)
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], config: Config
+) -> Callable[..., Any]:
+    """One graph of a model we never saw (the torch.compile entry point)."""
+    graph = captured_by_source(gm)
+    config = config.asked(graph.names.values())
+    decisions = mark_prunable(find_sites(graph), config)
+    patterns = patterns_of(graph, {decision.weight: decision for decision in decisions})
+    folding = Folding(config)
+    check_finite(graph, example_inputs, patterns, folding)
+    return build(graph, example_inputs, patterns, config, folding)[0]
+
+
+def patterns_of(graph: Captured, decisions: Mapping[str, Decision]) -> dict[fx.Node, Pattern]:
+    """The placeholders of the graph that are pruned weights, with their patterns."""
+    found = {}
+    for node, names in graph.names.items():
+        decision = decisions.get(base_name(names[0]))
+        if decision is not None and decision.pattern is not None:
+            found[node] = decision.pattern
+    return found
+
+
+def check_finite(
+    graph: Captured,
+    example_inputs: list[Any],
+    patterns: Mapping[fx.Node, Pattern],
+    folding: Folding,
+) -> None:
+    """Raise MaskError if a weight to be masked holds NaN or Inf: its magnitudes mean nothing."""
+    for node, value in zip(
+        graph.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True
+    ):
+        if node not in patterns or not isinstance(value, Tensor) or value.is_meta:
+            continue
+        if isinstance(value, FakeTensor):
+            continue
+        if folding.folds.finalized(value, base_name(graph.names[node][0])) is None and not bool(
+            value.detach().isfinite().all()
+        ):
+            raise MaskError(
+                f"parameter {graph.names[node][0]!r} holds NaN or Inf, so its mask would be "
+                "arbitrary; load a checkpoint with finite weights"
+            )
