@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,6 +18,7 @@ from .passes.find_sites import find_sites
 from .passes.mark_prunable import base_name, mark_prunable
 from .pattern import Pattern
 from .pipeline import run_rewrites
+from .recognise import recognise_all
 
 
 def build(
@@ -41,6 +43,10 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """One graph of a model we never saw (the torch.compile entry point)."""
     graph = captured_by_source(gm)
+    if config.pattern is None:
+        placeholders = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+        given = ((graph.names[node][0], x) for node, x in placeholders if node in graph.names)
+        config = replace(config, overrides=recognise_all(given))
     config = config.asked(graph.names.values())
     decisions = mark_prunable(find_sites(graph), config)
     patterns = patterns_of(graph, {decision.weight: decision for decision in decisions})

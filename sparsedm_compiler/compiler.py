@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from .passes import count_macs as count
 from .passes import eager_sites, find_sites, mark_eager, mark_prunable
 from .passes import topology as wire
 from .pattern import Pattern
+from .recognise import recognise_all
 from .report import Explanation
 from .runtime import SparseForward, masked_parameters, require_compiled
 
@@ -43,7 +45,7 @@ Overrides = Mapping[str, str | Pattern]
 
 def compile(
     model: Model,
-    pattern: str | Pattern,
+    pattern: str | Pattern | None = None,
     *,
     mode: str = "train",
     keep_dense: KeepDense = (),
@@ -61,8 +63,9 @@ def compile(
     The copy has the same class, config and state_dict keys; its parameters stay dense ("latent")
     and are masked afresh in every forward, with a straight-through gradient (``mode="train"``), or
     masked once (``mode="infer"``). ``pattern``: "n:m" keeps n of m, "1:8x16" shares masks among
-    rows, "64:2:8" is V:n:m. ``keep_dense``: names or globs of layers, or a predicate over parameter
-    names. ``overrides``: {glob: pattern}, the first match wins. ``policy``: "structural" keeps the
+    rows, "64:2:8" is V:n:m; left out in mode "infer", weights that already satisfy an N:M pattern
+    run by it and all others dense. ``keep_dense``: names or globs of layers, or a predicate over
+    parameter names. ``overrides``: {glob: pattern}, the first match wins. ``policy``: "structural" keeps the
     first and last op dense, "all" does not, "uvit" prunes the layers the paper prunes.
     ``inplace``: change ``model`` itself. ``inner``: what compiles the rewritten graph, any
     torch.compile backend ("auto": Inductor where there is a C++ compiler, else "eager").
@@ -100,6 +103,13 @@ def compile(
     if isinstance(inner, str):
         resolve(inner)
     student = model if inplace else copy.deepcopy(model)
+    if config.pattern is None:
+        config = replace(config, overrides=recognise_all(student.named_parameters()))
+        if not config.overrides:
+            raise ConfigError(
+                f"no weight of {type(model).__name__} satisfies an N:M pattern; give the one to "
+                "prune to, e.g. pattern='2:4'"
+            )
     config = config.resolved(list(parameter_names(student).values()))
     return install(student, config)
 

@@ -26,10 +26,12 @@ class Config:
     """What to prune to which pattern, and what compiles the result.
 
     ``keep_dense``: globs over module and parameter names, or (until ``resolved``) a predicate over
-    parameter names. ``kernels``, ``forbid`` and ``search_seconds`` are for mode "infer".
+    parameter names. ``pattern``: None to prune nothing but what ``overrides`` name, which then are
+    the weights whose values satisfy a pattern already. ``kernels``, ``forbid``, ``search_seconds``
+    and ``finalize`` are for mode "infer".
     """
 
-    pattern: Pattern
+    pattern: Pattern | None
     mode: str = "train"
     keep_dense: tuple[str, ...] | Callable[[str], bool] = ()
     overrides: tuple[tuple[str, Pattern], ...] = ()
@@ -42,7 +44,7 @@ class Config:
 
     @staticmethod
     def of(
-        pattern: str | Pattern,
+        pattern: str | Pattern | None,
         *,
         mode: str = "train",
         keep_dense: str | Iterable[str] | Callable[[str], bool] = (),
@@ -69,7 +71,12 @@ class Config:
         for kernel in (*(kernel for _, kernel in pinned), *forbid):
             if kernel not in KERNELS:
                 raise ConfigError(f"kernel {kernel!r} is none of {', '.join(KERNELS)}")
-        parsed = Pattern.parse(pattern)
+        if pattern is None and (mode != "infer" or overrides):
+            raise ConfigError(
+                "without a pattern, the one the weights already satisfy is looked for, which is "
+                "for mode='infer' and no overrides; else give one, e.g. pattern='2:4'"
+            )
+        parsed = None if pattern is None else Pattern.parse(pattern)
         if finalize and mode != "infer":
             raise ConfigError("finalize=True drops the dense weights: it needs mode='infer'")
         return Config(

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,7 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     meta = {
         "version": _VERSION,
         "class": type(forward.module).__name__,
-        "pattern": str(config.pattern),
+        "pattern": None if config.pattern is None else str(config.pattern),
         "mode": config.mode,
         "policy": config.policy,
         "keep_dense": list(config.dense_globs),
@@ -88,12 +89,13 @@ def load(path: str | os.PathLike[str], model: Model, *, inner: Inner = "auto") -
             mode=meta["mode"],
             policy=meta["policy"],
             keep_dense=meta["keep_dense"],
-            overrides=meta["overrides"],
             inner=inner,
             kernels=meta["kernels"],
             forbid=meta["forbid"],
             finalize=meta["finalize"],
         )
+        found = {glob: Pattern.parse(text) for glob, text in meta["overrides"].items()}
+        config = replace(config, overrides=tuple(found.items()))
         packed = {name: _packed(name, p, tensors) for name, p in meta["packed"].items()}
         decisions = {plain["weight"]: _decision(plain) for plain in meta["decisions"]}
         tensors.update({alias: tensors[name] for alias, name in meta["aliases"].items()})

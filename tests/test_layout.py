@@ -17,7 +17,7 @@ PACKAGE = Path(sparsedm_compiler.__file__).parent
 ORDER = (
     ("errors",),
     ("pattern",),
-    ("cache", "config", "facts", "table", "networks"),
+    ("cache", "config", "facts", "table", "networks", "recognise"),
     ("selection",),
     ("masks",),
     ("ops",),

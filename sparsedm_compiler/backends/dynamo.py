@@ -22,8 +22,9 @@ def sparsedm(
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="sparsedm", options={"pattern": "2:4"})``.
 
-    ``options``: those of ``sparsedm_compiler.compile`` but ``inplace``; ``mode`` is "infer" unless
-    given there. Whether the graph runs at all is torch.compile's affair: only a model from
+    ``options``: those of ``sparsedm_compiler.compile`` but ``inplace`` and ``finalize``; ``mode``
+    is "infer" unless given there, and without a ``pattern`` weights run by the one they satisfy
+    already. Whether the graph runs at all is torch.compile's affair: only a model from
     ``sparsedm_compiler.compile`` is guarded against a silent dense run.
     """
     if mode is not None:
@@ -32,10 +33,8 @@ def sparsedm(
             "options={'pattern': '2:4', 'inner': 'inductor'}"
         )
     chosen: dict[str, Any] = {"mode": "infer", **(options or {})}
-    known = [field.name for field in fields(Config)]
+    known = [field.name for field in fields(Config) if field.name != "finalize"]
     for option in chosen:
         if option not in known:
             raise ConfigError(f"option {option!r} is none of {', '.join(known)}")
-    if "pattern" not in chosen:
-        raise ConfigError("backend 'sparsedm' needs options={'pattern': '2:4'} or another pattern")
-    return compile_graph(gm, example_inputs, Config.of(**chosen))
+    return compile_graph(gm, example_inputs, Config.of(chosen.pop("pattern", None), **chosen))

@@ -63,7 +63,10 @@ def decide(
     names = tuple(base_name(name) for name in site.names) or (site.node,)
     pattern = next((p for glob, p in config.overrides if matches(glob, names)), config.pattern)
     refusal = _user_refusal(names, config, known if site.names else None) or refusal
-    refusal = refusal or pattern.misfit(site.shape[0], site.shape[1])
+    if pattern is None:
+        refusal = refusal or "its values satisfy no N:M pattern"
+    else:
+        refusal = refusal or pattern.misfit(site.shape[0], site.shape[1])
     chosen = None if refusal else pattern
     return Decision(names[0], site.op_name, site.shape, chosen, refusal)
 
@@ -86,7 +89,7 @@ def _use_refusal(uses: list[Site], at_end: Mapping[Site, str], config: Config) -
     for site in uses:
         if site.refusal:
             return site.refusal
-    if config.policy == "structural":
+    if config.policy == "structural" and config.pattern is not None:
         for site in uses:
             if site in at_end:
                 return f"{at_end[site]} op of the graph"

@@ -1,0 +1,267 @@
+"""Sparse against dense inference on a CPU: ops, one block, whole models, a sampled image.
+
+    python benchmarks/sparse.py --out out/bench/sparse.json --chart docs/cpu.png
+
+Everything compared runs in turns in one process; a ratio is the median of the rounds' ratios with
+its quartiles. Weights are random: the time of a kernel does not depend on their values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
+from sparsedm_compiler.choose import candidates
+from sparsedm_compiler.folding import Form, fold_weight
+from sparsedm_compiler.models import preset
+from sparsedm_compiler.pattern import Pattern
+
+sys.path.insert(0, str(Path(__file__).parent))
+from timing import interleaved, machine, ratio, spread
+
+Call = Callable[[], object]
+FREE = ("31:32", "3:4", "2:4", "1:4", "1:8", "1:16", "1:32")
+SHARED = ("2:4x4", "1:4x4", "1:8x4", "1:16x4", "1:8x64")
+LINEARS = ((257, 512, 1536), (257, 2048, 512))
+CONV = (256, 256, 16)
+
+
+def op_cases() -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, x, weight) of every shape."""
+    for tokens, width, rows in LINEARS:
+        yield f"linear {tokens}x{width}x{rows}", torch.randn(tokens, width), draw(rows, width)
+    width, rows, size = CONV
+    x = torch.randn(1, width, size, size)
+    yield f"conv3x3 {width}->{rows} {size}x{size}", x, draw(rows, width, 3, 3)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape) / shape[1] ** 0.5
+
+
+def dense_op(x: Tensor, weight: Tensor) -> Call:
+    """What torch runs; a convolution in its best form, channels_last with a prepacked weight."""
+    if weight.dim() == 2:
+        return lambda: F.linear(x, weight)
+    last = x.to(memory_format=torch.channels_last)
+    ones = [1, 1]
+    packed = torch.ops.mkldnn._reorder_convolution_weight(
+        weight, ones, ones, ones, 1, list(x.shape)
+    )
+    run = torch.ops.mkldnn._convolution_pointwise
+    return lambda: run(last, packed, None, ones, ones, ones, 1, "none", [], "")
+
+
+def sparse_op(x: Tensor, weight: Tensor, pattern: Pattern, width: int, tile: int) -> Call:
+    packed, rows = fold_weight(weight, Form(pattern, None, width), "weight"), weight.shape[0]
+    if weight.dim() == 2:
+        return lambda: nm_linear_op(x, packed, None, rows, "none", tile)
+    ones = [1, 1]
+    return lambda: nm_conv2d_op(x, packed, None, rows, [3, 3], ones, ones, ones, "none", tile)
+
+
+def bench_ops(rounds: int) -> list[dict[str, Any]]:
+    """Every shape and pattern: the faster of the kernel's settings, over dense of its own dtype."""
+    rows = []
+    for name, x, weight in op_cases():
+        for dtype in (torch.float32, torch.bfloat16):
+            given, held = x.to(dtype), weight.to(dtype)
+            calls = {"dense": dense_op(given, held)}
+            for text in (*FREE, *SHARED):
+                pattern = Pattern.parse(text)
+                for each in candidates(pattern):
+                    key = f"{text}/{each.width}"
+                    calls[key] = sparse_op(given, held, pattern, each.width, each.tile)
+            samples = interleaved(calls, rounds=rounds)
+            dense = samples["dense"].wall
+            for text in (*FREE, *SHARED):
+                keys = [key for key in calls if key.startswith(text + "/")]
+                best = max((ratio(dense, samples[key].wall) for key in keys), key=lambda r: r[1])
+                rows.append({"what": name, "dtype": short(dtype), "pattern": text, "ratio": best})
+            print(table(rows[-len(FREE) - len(SHARED) :]), flush=True)
+    return rows
+
+
+def bench_model(
+    name: str, model: nn.Module, call: tuple[Any, Any], patterns: tuple[str, ...], rounds: int
+) -> list[dict[str, Any]]:
+    """The whole model, gated, over each baseline."""
+    args, kwargs = call
+    calls = {key: bind(run, args, kwargs) for key, run in baselines(model).items()}
+    half = torch.utils._pytree.tree_map(
+        lambda x: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x, call
+    )
+    calls["inductor bf16"] = bind(frozen(copy.deepcopy(model).bfloat16()), *half)
+    for text in patterns:
+        calls[text] = bind(sdm.compile(model, text, mode="infer"), args, kwargs)
+    samples = interleaved(calls, rounds=rounds)
+    rows = []
+    for text in patterns:
+        found = {
+            key: ratio(samples[key].wall, samples[text].wall)
+            for key in calls
+            if key not in patterns
+        }
+        rows.append({"what": name, "dtype": "fp32", "pattern": text, **found})
+    print(table(rows), flush=True)
+    return rows
+
+
+def baselines(model: nn.Module) -> dict[str, Any]:
+    return {
+        "eager": model,
+        "inductor": torch.compile(copy.deepcopy(model)),
+        "inductor frozen": frozen(copy.deepcopy(model)),
+    }
+
+
+def frozen(model: nn.Module) -> Any:
+    """Inductor's best for inference: weights are constants, packed as the matrix library likes."""
+    return torch.compile(model, options={"freezing": True})
+
+
+def bind(run: Any, args: Any, kwargs: Any) -> Call:
+    return lambda: run(*args, **kwargs)
+
+
+def uvit_block() -> tuple[nn.Module, tuple[Any, Any]]:
+    model, _, _ = preset("uvit-cifar10-small", "cpu")
+    block = model.mid_block  # type: ignore[union-attr]
+    assert isinstance(block, nn.Module)
+    return block.eval(), ((torch.randn(1, 257, 512),), {})
+
+
+def whole(name: str, batch: int) -> tuple[nn.Module, tuple[Any, Any]]:
+    model, args, kwargs = preset(name, "cpu", batch)
+    return model.eval(), (args, kwargs)
+
+
+def bench_sampling(patterns: tuple[str, ...], rounds: int) -> list[dict[str, Any]]:
+    """One 20-step image of a U-ViT-S, drawn by DPM-Solver++."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    from sparsedm_compiler.evaluate import sample
+
+    model, _ = whole("uvit-cifar10-small", 1)
+
+    def draw_image(run: nn.Module) -> Call:
+        scheduler = DPMSolverMultistepScheduler()
+        shape = (1, 3, 32, 32)
+        return lambda: sample(run, scheduler, shape=shape, steps=20, progress=False)
+
+    compiled = copy.deepcopy(model)
+    compiled.compile(options={"freezing": True})
+    calls = {"eager": draw_image(model), "inductor frozen": draw_image(compiled)}
+    for text in patterns:
+        calls[text] = draw_image(sdm.compile(model, text, mode="infer"))
+    samples = interleaved(calls, rounds=rounds, warmup=1)
+    rows = []
+    for text in patterns:
+        found = {
+            key: ratio(samples[key].wall, samples[text].wall)
+            for key in calls
+            if key not in patterns
+        }
+        rows.append({"what": "U-ViT-S, 20-step image", "dtype": "fp32", "pattern": text, **found})
+    print(table(rows), flush=True)
+    return rows
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    body = [
+        {key: spread(value) if isinstance(value, tuple) else value for key, value in row.items()}
+        for row in rows
+    ]
+    return tabulate(body, headers="keys", disable_numparse=True) + "\n"
+
+
+def chart(results: dict[str, Any], path: Path) -> None:
+    """Speed-up over dense by pattern: ops against torch, models against frozen Inductor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    ops = [r for r in results["ops"] if r["dtype"] == "fp32" and "x" not in r["pattern"]]
+    panels = {
+        "one layer, over torch": [(r["what"], r["pattern"], r["ratio"][1]) for r in ops],
+        "whole model, over frozen Inductor": [
+            (r["what"], r["pattern"], r["inductor frozen"][1])
+            for r in [*results["models"], *results["sampling"]]
+            if "x" not in r["pattern"]
+        ],
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    for axis, (title, points) in zip(axes, panels.items(), strict=True):
+        for what in dict.fromkeys(point[0] for point in points):
+            line = {pattern: value for name, pattern, value in points if name == what}
+            places = [FREE.index(pattern) for pattern in line]
+            axis.plot(places, list(line.values()), marker="o", label=what)
+        axis.axhline(1, color="grey", linewidth=1)
+        axis.set_xticks(range(len(FREE)), FREE)
+        axis.set_title(title)
+        axis.set_xlabel("kept : of")
+        axis.set_ylabel("times faster than dense fp32")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def commit() -> str:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/bench/sparse.json"))
+    parser.add_argument("--chart", type=Path, default=Path("out/bench/sparse.png"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    patterns = ("31:32", "2:4", "1:4", "1:8", "1:16", "2:4x4", "1:8x4")
+    results: dict[str, Any] = {"machine": machine(), "commit": commit(), "argv": sys.argv[1:]}
+    results["ops"] = bench_ops(2 * args.rounds)
+    results["models"] = bench_model("one U-ViT-S block", *uvit_block(), patterns, 2 * args.rounds)
+    for batch in args.batches:
+        rounds = args.rounds if batch == 1 else max(3, args.rounds // 2)
+        for name, title in (("uvit-cifar10-small", "U-ViT-S"), ("ddpm-cifar10", "DDPM UNet")):
+            title = f"{title} CIFAR10, batch {batch}"
+            results["models"] += bench_model(title, *whole(name, batch), patterns, rounds)
+            torch._dynamo.reset()
+    results["sampling"] = bench_sampling(("2:4", "1:4", "1:8", "1:16"), 3)
+    for path in (args.out, args.chart):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(results, indent=1))
+    chart(results, args.chart)
+    print(f"wrote {args.out} and {args.chart}")
+
+
+if __name__ == "__main__":
+    main()
