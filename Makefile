@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types check bench clean
+.PHONY: help env demo test sanitize lint types check bench clean
 
 help: ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,6 +24,14 @@ demo: env ## prune, fine-tune and sample a digit model; writes out/demo
 
 test: env ## run all tests
 	$(BIN)/python -m pytest
+
+CXX ?= g++
+SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+
+sanitize: env ## the kernel tests under AddressSanitizer and UBSan
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 SPARSEDM_CXXFLAGS="$(SANITIZE)" \
+	$(BIN)/python -m pytest -n0 tests/backends/cpu/test_kernels.py tests/backends/cpu/test_packed.py
 
 lint: env ## ruff
 	$(BIN)/ruff check .

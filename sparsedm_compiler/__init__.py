@@ -18,11 +18,13 @@ from .errors import (
     DataError,
     DenseRunError,
     GraphError,
+    KernelError,
     MaskError,
+    PackError,
     PatternError,
     SparseDMError,
 )
-from .facts import Decision, MacRow, MacsReport, Topology
+from .facts import Choice, Decision, MacRow, MacsReport, Topology
 from .pattern import Pattern
 from .report import Explanation
 from .runtime import masked_parameters
@@ -50,15 +52,18 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "CaptureError",
     "CheckpointError",
+    "Choice",
     "ConfigError",
     "DataError",
     "Decision",
     "DenseRunError",
     "Explanation",
     "GraphError",
+    "KernelError",
     "MacRow",
     "MacsReport",
     "MaskError",
+    "PackError",
     "Pattern",
     "PatternError",
     "SparseDMError",

@@ -63,7 +63,7 @@ class Chosen:
 def candidates(pattern: Pattern) -> tuple[Candidate, ...]:
     """The kernels for a pattern, in the settings that won somewhere (benchmarks/kernels.py)."""
     if pattern.rows > 1 and not pattern.vnm:
-        return (Candidate("cpu_shared", 512, 4), Candidate("cpu_shared", 2048, 4))
+        return tuple(Candidate("cpu_shared", *each) for each in ((512, 4), (512, 5), (2048, 2)))
     settings = (((64, 6), (96, 5)), ((96, 5), (128, 5)), ((128, 5), (192, 4)), ((192, 5), (256, 4)))
     place = sum(pattern.density < bound for bound in (0.4, 0.2, 0.1))
     return tuple(Candidate("cpu_free", width, tile) for width, tile in settings[place])

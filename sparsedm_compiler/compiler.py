@@ -65,8 +65,8 @@ def compile(
     masked once (``mode="infer"``). ``pattern``: "n:m" keeps n of m, "1:8x16" shares masks among
     rows, "64:2:8" is V:n:m; left out in mode "infer", weights that already satisfy an N:M pattern
     run by it and all others dense. ``keep_dense``: names or globs of layers, or a predicate over
-    parameter names. ``overrides``: {glob: pattern}, the first match wins. ``policy``: "structural" keeps the
-    first and last op dense, "all" does not, "uvit" prunes the layers the paper prunes.
+    parameter names. ``overrides``: {glob: pattern}, the first match wins. ``policy``: "structural"
+    keeps the first and last op dense, "all" does not, "uvit" prunes what the paper prunes.
     ``inplace``: change ``model`` itself. ``inner``: what compiles the rewritten graph, any
     torch.compile backend ("auto": Inductor where there is a C++ compiler, else "eager").
 

@@ -263,20 +263,21 @@ void unpack_rows(const Work& work, const Tile& tile, const float* acc, int64_t r
 }
 
 template <class Y>
-void unpack_planes(const Work& work, const Tile& tile, float* acc, int64_t row0, int64_t size) {
+void unpack_planes(const Work& work, const Tile& tile, const float* acc, int64_t row0,
+                   int64_t size) {
   const Call& c = work.call;
   const int64_t pixels = c.out_height * c.out_width;
   for (int64_t r = 0; r < size; r++) {
-    float* from = acc + tile_row(work.h, r) * tile.vectors * L;
+    const float* from = acc + tile_row(work.h, r) * tile.vectors * L;
     const vf bias = splat(bias_of(c, row0 + r));
-    for (int t = 0; t < tile.vectors; t++)
-      store(from + t * L, act_v(load<vf>(from + t * L) + bias, (Act)c.act));
     for (const Run& run : tile.runs) {
       Y* to = (Y*)c.out + run.out + (row0 + r) * pixels;
+      const int start = run.lane / L * L;  // a run lies within one vector
+      const vf v = act_v(load<vf>(from + start) + bias, (Act)c.act);
       if (run.size == L) {
-        store_as(to, load<vf>(from + run.lane));
+        store_as(to, v);
       } else {
-        for (int l = 0; l < run.size; l++) put(to + l, from[run.lane + l]);
+        for (int l = 0; l < run.size; l++) put(to + l, v[run.lane - start + l]);
       }
     }
   }
@@ -309,7 +310,7 @@ void pack(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst
   pack_rows<float>(work, tile, k0, k1, dst);
 }
 
-void unpack(const Work& work, const Tile& tile, float* acc, int64_t row0, int64_t size) {
+void unpack(const Work& work, const Tile& tile, const float* acc, int64_t row0, int64_t size) {
   const bool planes = work.call.conv == 1, wide = work.call.x_type == F32;
   if (planes && wide) return unpack_planes<float>(work, tile, acc, row0, size);
   if (planes) return unpack_planes<bf16>(work, tile, acc, row0, size);

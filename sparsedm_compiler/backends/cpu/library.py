@@ -1,4 +1,8 @@
-"""The C++ kernels: built with the user's compiler on first use, kept on disk, loaded by ctypes."""
+"""The C++ kernels: built with the user's compiler on first use, kept on disk, loaded by ctypes.
+
+The compiler is the one Inductor finds (CXX). $SPARSEDM_CXXFLAGS is added to its flags, which is how
+``make sanitize`` builds.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +73,8 @@ def version() -> str:
 
 def _built() -> Path:
     compiler = find_compiler()
-    flags = (*_FLAGS, *_ISA_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    asked = os.environ.get("SPARSEDM_CXXFLAGS", "").split()
+    flags = (*_FLAGS, *_ISA_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()), *asked)
     key = hashlib.sha256(repr((version(), compiler, flags, torch.__version__)).encode())
     target = folder("kernels") / f"nm-{key.hexdigest()[:16]}.so"
     if not target.exists():

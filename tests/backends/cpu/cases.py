@@ -1,0 +1,77 @@
+"""Weights, packed, beside their masked dense form, and bounds on what rounding may do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsedm_compiler import Pattern
+from sparsedm_compiler.backends.cpu.pack import pack
+from sparsedm_compiler.masks import nm_mask
+
+PATTERNS = (
+    *("2:4", "1:4", "1:8", "3:4", "1:16", "31:32", "2:6", "1:2"),
+    *("1:8x16", "2:4x4", "2:4x5", "1:4x6", "1:2x3", "1:4x2", "16:2:8"),
+)
+ACTS = ("none", "gelu", "gelu_tanh", "silu")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``masked``: the dense weight that ``packed`` stands for."""
+
+    pattern: Pattern
+    masked: Tensor
+    packed: Tensor
+
+
+def case(
+    text: str,
+    groups: int,
+    rows: int,
+    dtype: torch.dtype,
+    kernel: tuple[int, ...] = (),
+    width: int | None = None,
+) -> Case:
+    """A random weight of ``groups`` groups of channels; rows are rounded up to whole shares."""
+    pattern = Pattern.parse(text)
+    rows = -(-rows // pattern.rows) * pattern.rows
+    weight = torch.randn(rows, groups * pattern.m, *kernel).to(dtype)
+    mask = nm_mask(weight, pattern)
+    return Case(pattern, weight * mask, pack(weight * mask, mask, pattern, width=width))
+
+
+def activated(x: Tensor, act: str) -> Tensor:
+    if act == "none":
+        return x
+    return F.silu(x) if act == "silu" else F.gelu(x, approximate=act[4:].strip("_") or "none")
+
+
+def assert_rounded(out: Tensor, exact: Tensor, sums: Tensor, kept: int, act: str) -> None:
+    """``out`` is ``act(exact)`` but for rounding. exact, sums: float64; sums: |W| |x| + |b|.
+
+    A sum of k products is off by at most (k + 2) u sums, u = 2^-24; an activation (slope at most
+    1.13) by a further 4e-7 (1 + |x|); bfloat16 rounds the result once more, by 2^-8 of it.
+    """
+    value = activated(exact, act)
+    bound = 1.13 * (kept + 2) * 2.0**-24 * sums + 1e-30
+    if act != "none":
+        bound = bound + 4e-7 * (1 + exact.abs())
+    if out.dtype == torch.bfloat16:
+        bound = bound + 2.0**-8 * value.abs() + 1e-30
+    assert out.shape == exact.shape
+    excess = (out.double() - value).abs() - bound
+    assert not excess.numel() or bool((excess <= 0).all()), float(excess.max())
+
+
+patterns = st.sampled_from(PATTERNS)
+dtypes = st.sampled_from(DTYPES)
+acts = st.sampled_from(ACTS)
+tiles = st.integers(1, 8)
+biases = st.sampled_from((None, *DTYPES))
+seeds = st.integers(0, 2**31)

@@ -1,0 +1,178 @@
+"""Kernels equal masked dense but for rounding, over shapes, strides, patterns and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsedm_compiler import PackError
+from sparsedm_compiler.backends.cpu.library import unavailable
+from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
+from tests.backends.cpu.cases import (
+    Case,
+    acts,
+    assert_rounded,
+    biases,
+    case,
+    dtypes,
+    patterns,
+    seeds,
+    tiles,
+)
+
+fuzz = settings(max_examples=250, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+def test_there_are_kernels_here() -> None:
+    """Else every test of this file would compare dense with dense."""
+    assert unavailable() is None
+
+
+def bias_of(rows: int, dtype: torch.dtype | None) -> Tensor | None:
+    return None if dtype is None else torch.randn(rows).to(dtype)
+
+
+def check_linear(held: Case, x: Tensor, bias: Tensor | None, act: str, tile: int) -> None:
+    rows, cols = held.masked.shape
+    out = nm_linear_op(x, held.packed, bias, rows, act, tile)
+    assert out.dtype == x.dtype
+    b = None if bias is None else bias.double()
+    exact = F.linear(x.double(), held.masked.double(), b)
+    sums = F.linear(x.double().abs(), held.masked.double().abs(), None if b is None else b.abs())
+    assert_rounded(out, exact, sums, cols * held.pattern.n // held.pattern.m, act)
+
+
+@fuzz
+@given(
+    patterns,
+    st.integers(1, 70),
+    st.integers(1, 75),
+    st.sampled_from(((), (0,), (1,), (2, 3), (17,), (1, 33), (2, 0, 5), (131,))),
+    dtypes,
+    biases,
+    acts,
+    tiles,
+    st.sampled_from((None, 8, 40)),
+    seeds,
+)
+def test_linear(text, groups, rows, lead, dtype, bias, act, tile, width, seed) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(seed)
+    torch.set_num_threads(1 + seed % 2)
+    held = case(text, groups, rows, dtype, width=width)
+    x = torch.randn(*lead, held.masked.shape[1]).to(dtype)
+    check_linear(held, x, bias_of(len(held.masked), bias), act, tile)
+
+
+@pytest.mark.parametrize("way", ["slice", "transpose", "expand", "every other", "offset"])
+def test_linear_of_a_view(way: str) -> None:
+    held = case("2:4", 9, 20, torch.float32)
+    x = {
+        "slice": torch.randn(7, 50)[:, 5:41],
+        "transpose": torch.randn(36, 7).t(),
+        "expand": torch.randn(1, 36).expand(7, 36),
+        "every other": torch.randn(7, 72)[:, ::2],
+        "offset": torch.randn(3 * 7 * 36 + 1)[1:].view(3, 7, 36)[:, ::2],
+    }[way]
+    check_linear(held, x, None, "none", 4)
+
+
+def test_more_row_blocks_than_one_are_split_among_threads() -> None:
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        held = case("1:4", 40, 701, torch.float32)
+        check_linear(held, torch.randn(19, 160), torch.randn(701), "gelu", 4)
+
+
+def check_conv(
+    held: Case,
+    x: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[tuple[int, int], ...],
+    act: str,
+    tile: int,
+) -> None:
+    rows, channels, *kernel = held.masked.shape
+    stride, padding, dilation = map(list, geometry)
+    arguments = (rows, kernel, stride, padding, dilation, act, tile)
+    out = nm_conv2d_op(x, held.packed, bias, *arguments)
+    b = None if bias is None else bias.double()
+    exact = F.conv2d(x.double(), held.masked.double(), b, stride, padding, dilation)
+    size = None if b is None else b.abs()
+    sums = F.conv2d(x.double().abs(), held.masked.double().abs(), size, stride, padding, dilation)
+    kept = channels * kernel[0] * kernel[1] * held.pattern.n // held.pattern.m
+    assert_rounded(out, exact, sums, kept, act)
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@fuzz
+@given(
+    patterns,
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.sampled_from(((1, 1), (3, 3), (3, 2), (1, 5))),
+    st.tuples(st.integers(0, 3), st.integers(5, 19), st.integers(5, 19)),
+    pairs,
+    st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    st.tuples(dtypes, biases, acts, tiles),
+    seeds,
+)
+def test_conv2d(text, groups, rows, kernel, size, stride, padding, dilation, how, seed) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(seed)
+    torch.set_num_threads(1 + seed % 2)
+    dtype, bias, act, tile = how
+    held = case(text, groups, rows, dtype, kernel, width=(None, 24)[seed % 2])
+    images, height, width = size
+    height, width = height + 2 * kernel[0], width + 2 * kernel[1]
+    x = torch.randn(images, held.masked.shape[1], height, width).to(dtype)
+    if seed % 3 == 0:
+        x = x.to(memory_format=torch.channels_last)
+    if seed % 3 == 1:
+        x = x[:, :, ::2, 1:] if height > 2 * kernel[0] * dilation[0] else x.transpose(2, 3)
+        if min(x.shape[2:]) < 10:
+            x = x.new_empty(images, x.shape[1], 12, 12).normal_()
+    check_conv(held, x, bias_of(len(held.masked), bias), (stride, padding, dilation), act, tile)
+
+
+@pytest.mark.parametrize("size", [16, 8, 4, 32])
+def test_conv2d_of_planes_that_fill_vectors(size: int) -> None:
+    """The shapes of real UNets, in which every run of pixels is a vector or a part of one."""
+    held = case("1:4", 8, 48, torch.float32, (3, 3))
+    x = torch.randn(2, 32, size, size)
+    for form in (torch.contiguous_format, torch.channels_last):
+        check_conv(held, x.to(memory_format=form), None, ((1, 1), (1, 1), (1, 1)), "silu", 5)
+
+
+def test_nan_and_infinity_pass_through() -> None:
+    held = case("2:4", 8, 20, torch.bfloat16)
+    x = torch.ones(3, 32, dtype=torch.bfloat16)
+    x[0, :] = torch.nan
+    x[1, 4] = torch.inf
+    out = nm_linear_op(x, held.packed, None, 20, "none", 4)
+    assert out[0].isnan().all()
+    assert torch.equal(out[1].isinf(), held.masked[:, 4] != 0)
+    assert out[2].isfinite().all()
+
+
+def test_a_packed_weight_of_another_size_is_refused() -> None:
+    held = case("2:4", 8, 20, torch.float32)
+    with pytest.raises(PackError, match="not one of 21 x 32"):
+        nm_linear_op(torch.randn(3, 32), held.packed, None, 21, "none", 4)
+    with pytest.raises(PackError, match="not one of 20 x 36"):
+        nm_linear_op(torch.randn(3, 36), held.packed, None, 20, "none", 4)

@@ -1,0 +1,74 @@
+"""The ops as torch sees them: schema, fake, gradient, compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
+from tests.backends.cpu.cases import case
+from tests.oracle import assert_same
+
+FORMS = (torch.contiguous_format, torch.channels_last)
+GEOMETRY = ([3, 3], [2, 1], [1, 0], [1, 2])
+
+
+def linear_arguments(act: str = "gelu") -> tuple[object, ...]:
+    held = case("2:4", 8, 20, torch.float32)
+    x = torch.randn(3, 5, 32, requires_grad=True)
+    return x, held.packed, torch.randn(20), 20, act, 4
+
+
+def conv_arguments(form: torch.memory_format, act: str = "silu") -> tuple[object, ...]:
+    held = case("2:4", 2, 12, torch.float32, (3, 3))
+    x = torch.randn(2, 8, 9, 11).to(memory_format=form).requires_grad_()
+    return x, held.packed, None, 12, *GEOMETRY, act, 4
+
+
+def test_opcheck_of_linear() -> None:
+    torch.library.opcheck(nm_linear_op, linear_arguments())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck_of_conv2d(form: torch.memory_format) -> None:
+    torch.library.opcheck(nm_conv2d_op, conv_arguments(form))
+
+
+def test_the_gradient_of_x_is_dense_s() -> None:
+    torch.manual_seed(0)
+    held, x = case("1:4", 8, 20, torch.float32), torch.randn(3, 5, 32, requires_grad=True)
+    bias = torch.randn(20)
+    out = nm_linear_op(x, held.packed, bias, 20, "gelu_tanh", 4)
+    expected = F.gelu(F.linear(x, held.masked, bias), approximate="tanh")
+    weights = torch.randn_like(out)
+    (ours,) = torch.autograd.grad(out, x, weights)
+    (theirs,) = torch.autograd.grad(expected, x, weights)
+    assert_same(ours, theirs)
+    held = case("1:4", 2, 12, torch.float32, (3, 3))
+    image = torch.randn(2, 8, 9, 11, requires_grad=True)
+    out = nm_conv2d_op(image, held.packed, None, 12, *GEOMETRY, "none", 4)
+    expected = F.conv2d(image, held.masked, None, *GEOMETRY[1:])
+    weights = torch.randn_like(out)
+    (ours,) = torch.autograd.grad(out, image, weights)
+    (theirs,) = torch.autograd.grad(expected, image, weights)
+    assert_same(ours, theirs, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_they_give_the_same(backend: str) -> None:
+    first = case("2:4", 8, 32, torch.float32)
+    second = case("2:4", 8, 16, torch.float32, (3, 3))
+
+    def run(x: Tensor) -> Tensor:
+        y = nm_linear_op(x.transpose(-1, -2) * 2, first.packed, None, 32, "silu", 4)
+        y = y.transpose(-1, -2).reshape(2, 32, 4, 4)
+        ones = [1, 1]
+        return nm_conv2d_op(y, second.packed, None, 16, [3, 3], ones, ones, ones, "none", 4) + 1
+
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for tokens in (16,):
+            x = torch.randn(2, 32, tokens)
+            assert_same(compiled(x), run(x), tolerance=1e-6)
