@@ -170,6 +170,13 @@ def test_nan_and_infinity_pass_through() -> None:
     assert out[2].isfinite().all()
 
 
+def test_a_nan_of_any_payload_stays_one_in_bfloat16() -> None:
+    held = case("2:4", 8, 20, torch.bfloat16)
+    bias = torch.full((20,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    x = torch.ones(17, 32, dtype=torch.bfloat16)
+    assert nm_linear_op(x, held.packed, bias, 20, "none", 4).isnan().all()
+
+
 def test_a_packed_weight_of_another_size_is_refused() -> None:
     held = case("2:4", 8, 20, torch.float32)
     with pytest.raises(PackError, match="not one of 21 x 32"):
