@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -47,6 +48,12 @@ def compile_graph(
         placeholders = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
         given = ((graph.names[node][0], x) for node, x in placeholders if node in graph.names)
         config = replace(config, overrides=recognise_all(given))
+        if graph.names and not config.overrides:
+            warnings.warn(
+                "no weight of this graph satisfies an N:M pattern, so it runs dense; give the one "
+                "to prune to: options={'pattern': '2:4'}",
+                stacklevel=2,
+            )
     config = config.asked(graph.names.values())
     decisions = mark_prunable(find_sites(graph), config)
     patterns = patterns_of(graph, {decision.weight: decision for decision in decisions})

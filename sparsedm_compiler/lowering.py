@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._subclasses.fake_tensor import FakeTensor
@@ -105,13 +106,14 @@ def fold(
     if lower_sparse(gm, rewrites):
         gm.recompile()
     choices = []
-    for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        if place in chosen:
-            weight, found = inputs[place], chosen[place]
-            choices.append(_run_form(weight, found, config, folding))
-            if found.tile:
-                inputs[place] = folding.folds.get(weight, found.form, found.choice.weight)
-                _stands_for(node, inputs[place])
+    with torch.no_grad():  # whether a gradient is asked for is for the call to see
+        for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+            if place in chosen:
+                weight, found = inputs[place], chosen[place]
+                choices.append(_run_form(weight, found, config, folding))
+                if found.tile:
+                    inputs[place] = folding.folds.get(weight, found.form, found.choice.weight)
+                    _stands_for(node, inputs[place])
     run = lower(gm, inputs, config.inner)
     forms = {place: found.form for place, found in chosen.items()}
     names = {place: found.choice.weight for place, found in chosen.items()}

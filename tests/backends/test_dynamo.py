@@ -32,7 +32,8 @@ def test_the_entry_point_prunes_what_compile_prunes(family: Family) -> None:
     call = family.inputs(model, 2)
     oracle = hand_masked(model, chosen(model, call))
     options = {"pattern": "2:4", "inner": "eager"}
-    fast = torch.compile(model, backend="sparsedm", options=options)
+    pinned = {**options, "kernels": {"*": "dense"}}
+    fast = torch.compile(model, backend="sparsedm", options=pinned)
     with torch.no_grad():
         assert_same(sample_of(fast(*call[0], **call[1])), sample_of(oracle(*call[0], **call[1])))
     student = torch.compile(model, backend="sparsedm", options={**options, "mode": "train"})
@@ -69,7 +70,7 @@ def test_weights_changed_after_folding_are_folded_again() -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (None, "needs options="),
+        ({"finalize": True}, "option 'finalize' is none of pattern"),
         ({"pattern": "5:4"}, "pattern '5:4'"),
         ({"pattern": "2:4", "depth": 3}, "option 'depth' is none of pattern"),
         ({"pattern": "2:4", "mode": "fast"}, "mode 'fast'"),
@@ -82,6 +83,13 @@ def test_bad_options(options: dict[str, Any] | None, error: str) -> None:
     with torch.no_grad(), pytest.raises(Exception, match=error) as raised:
         fast(torch.randn(1, 8))
     assert isinstance(raised.value.inner_exception, sdm.SparseDMError)
+
+
+def test_a_dense_model_without_a_pattern_is_not_run_in_silence() -> None:
+    torch._dynamo.reset()
+    fast = torch.compile(nn.Linear(8, 8), backend="sparsedm")
+    with torch.no_grad(), pytest.warns(UserWarning, match="satisfies an N:M pattern"):
+        fast(torch.randn(1, 8))
 
 
 def test_training_through_folded_weights_raises() -> None:
