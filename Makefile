@@ -42,10 +42,11 @@ types: env ## mypy --strict on the package
 
 check: lint types test ## everything CI runs
 
-bench: env ## the mask benchmarks; writes out/bench
+bench: env ## all benchmarks, about 20 minutes; writes out/bench
 	@mkdir -p out/bench
 	$(BIN)/python benchmarks/masks.py --out out/bench/masks.json
 	$(BIN)/python benchmarks/mask_ste.py --out out/bench/mask_ste.json
+	$(BIN)/python benchmarks/sparse.py --out out/bench/sparse.json --chart out/bench/sparse.png
 
 clean: ## remove the environment and everything generated
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

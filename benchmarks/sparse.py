@@ -33,7 +33,7 @@ from sparsedm_compiler.models import preset
 from sparsedm_compiler.pattern import Pattern
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import interleaved, machine, ratio, spread
+from timing import Samples, interleaved, machine, ratio, spread
 
 Call = Callable[[], object]
 FREE = ("31:32", "3:4", "2:4", "1:4", "1:8", "1:16", "1:32")
@@ -99,7 +99,12 @@ def bench_ops(rounds: int) -> list[dict[str, Any]]:
 
 
 def bench_model(
-    name: str, model: nn.Module, call: tuple[Any, Any], patterns: tuple[str, ...], rounds: int
+    name: str,
+    model: nn.Module,
+    call: tuple[Any, Any],
+    patterns: tuple[str, ...],
+    rounds: int,
+    policy: str = "structural",
 ) -> list[dict[str, Any]]:
     """The whole model, gated, over each baseline."""
     args, kwargs = call
@@ -109,13 +114,19 @@ def bench_model(
     )
     calls["inductor bf16"] = bind(frozen(copy.deepcopy(model).bfloat16()), *half)
     for text in patterns:
-        calls[text] = bind(sdm.compile(model, text, mode="infer"), args, kwargs)
+        calls[text] = bind(sdm.compile(model, text, mode="infer", policy=policy), args, kwargs)
     samples = interleaved(calls, rounds=rounds)
+    return over_baselines(name, samples, patterns)
+
+
+def over_baselines(
+    name: str, samples: dict[str, Samples], patterns: tuple[str, ...]
+) -> list[dict[str, Any]]:
     rows = []
     for text in patterns:
         found = {
             key: ratio(samples[key].wall, samples[text].wall)
-            for key in calls
+            for key in samples
             if key not in patterns
         }
         rows.append({"what": name, "dtype": "fp32", "pattern": text, **found})
@@ -171,16 +182,7 @@ def bench_sampling(patterns: tuple[str, ...], rounds: int) -> list[dict[str, Any
     for text in patterns:
         calls[text] = draw_image(sdm.compile(model, text, mode="infer"))
     samples = interleaved(calls, rounds=rounds, warmup=1)
-    rows = []
-    for text in patterns:
-        found = {
-            key: ratio(samples[key].wall, samples[text].wall)
-            for key in calls
-            if key not in patterns
-        }
-        rows.append({"what": "U-ViT-S, 20-step image", "dtype": "fp32", "pattern": text, **found})
-    print(table(rows), flush=True)
-    return rows
+    return over_baselines("U-ViT-S, 20-step image", samples, patterns)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -248,7 +250,9 @@ def main() -> None:
     patterns = ("31:32", "2:4", "1:4", "1:8", "1:16", "2:4x4", "1:8x4")
     results: dict[str, Any] = {"machine": machine(), "commit": commit(), "argv": sys.argv[1:]}
     results["ops"] = bench_ops(2 * args.rounds)
-    results["models"] = bench_model("one U-ViT-S block", *uvit_block(), patterns, 2 * args.rounds)
+    results["models"] = bench_model(
+        "one U-ViT-S block", *uvit_block(), patterns, 2 * args.rounds, policy="all"
+    )
     for batch in args.batches:
         rounds = args.rounds if batch == 1 else max(3, args.rounds // 2)
         for name, title in (("uvit-cifar10-small", "U-ViT-S"), ("ddpm-cifar10", "DDPM UNet")):

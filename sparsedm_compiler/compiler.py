@@ -7,8 +7,18 @@ setting, TorchDynamo captures the module's own forward and hands each graph to
     captured        the graph, its placeholders named after parameters     capture.py
     find_sites      every product in it, with the parameter behind         passes/find_sites.py
     mark_prunable   a Decision per weight                                  passes/mark_prunable.py
+
+In mode "train":
+
     run_rewrites    linear(x, w) -> linear(x, mask_ste(w)), then verify    pipeline.py
-    lower           the inner compiler; in mode "infer" folded weights     lowering.py
+    lower           the inner compiler                                     lowering.py
+
+In mode "infer", ``lowering.fold``:
+
+    find_uses       every use of a weight, as a kernel would run it        passes/find_uses.py
+    choose          dense or a kernel, as measured                         choose.py
+    lower_sparse    linear(x, w) -> nm_linear(x, packed w)                 passes/lower_sparse.py
+    lower           the inner compiler, given the folded weights           folding.py
 
 and every call proves that the graph has run                               runtime.py
 """
