@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
-from sparsedm_compiler.choose import candidates
+from sparsedm_compiler.choose import Candidate, candidates
 from sparsedm_compiler.folding import Form, fold_weight
 from sparsedm_compiler.models import preset
 from sparsedm_compiler.pattern import Pattern
@@ -37,7 +37,7 @@ from timing import Samples, interleaved, machine, ratio, spread
 
 Call = Callable[[], object]
 FREE = ("31:32", "3:4", "2:4", "1:4", "1:8", "1:16", "1:32")
-SHARED = ("2:4x4", "1:4x4", "1:8x4", "1:16x4", "1:8x64")
+SHARED = ("2:4x4", "1:4x4", "1:8x4", "1:16x4", "2:4x64", "1:4x64", "1:8x64")
 LINEARS = ((257, 512, 1536), (257, 2048, 512))
 CONV = (256, 256, 16)
 
@@ -68,8 +68,9 @@ def dense_op(x: Tensor, weight: Tensor) -> Call:
     return lambda: run(last, packed, None, ones, ones, ones, 1, "none", [], "")
 
 
-def sparse_op(x: Tensor, weight: Tensor, pattern: Pattern, width: int, tile: int) -> Call:
-    packed, rows = fold_weight(weight, Form(pattern, None, width), "weight"), weight.shape[0]
+def sparse_op(x: Tensor, weight: Tensor, pattern: Pattern, how: Candidate) -> Call:
+    form = Form(pattern, None, how.width, how.wide)
+    packed, rows, tile = fold_weight(weight, form, "weight"), weight.shape[0], how.tile
     if weight.dim() == 2:
         return lambda: nm_linear_op(x, packed, None, rows, "none", tile)
     ones = [1, 1]
@@ -85,9 +86,9 @@ def bench_ops(rounds: int) -> list[dict[str, Any]]:
             calls = {"dense": dense_op(given, held)}
             for text in (*FREE, *SHARED):
                 pattern = Pattern.parse(text)
-                for each in candidates(pattern):
-                    key = f"{text}/{each.width}"
-                    calls[key] = sparse_op(given, held, pattern, each.width, each.tile)
+                for each in candidates(pattern, dtype):
+                    key = f"{text}/{each.kernel}/{each.width}/{each.tile}"
+                    calls[key] = sparse_op(given, held, pattern, each)
             samples = interleaved(calls, rounds=rounds)
             dense = samples["dense"].wall
             for text in (*FREE, *SHARED):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .backends.cpu.library import unavailable, version
+from .backends.cpu.library import engine, unavailable, version
 from .backends.cpu.ops import activate, nm_conv2d_op, nm_linear_op
 from .backends.cpu.packed import refusal
 from .cache import folder, write
@@ -43,6 +43,11 @@ class Candidate:
     width: int
     tile: int
 
+    @property
+    def wide(self) -> bool:
+        """Whether it reads the packed layout for bfloat16."""
+        return self.kernel == "cpu_wide"
+
 
 @dataclass(slots=True)
 class Search:
@@ -60,10 +65,12 @@ class Chosen:
     tile: int = 0
 
 
-def candidates(pattern: Pattern) -> tuple[Candidate, ...]:
-    """The kernels for a pattern, in the settings that won somewhere (benchmarks/kernels.py)."""
+def candidates(pattern: Pattern, dtype: torch.dtype) -> tuple[Candidate, ...]:
+    """The kernels for a pattern, in the settings that won somewhere (benchmarks/sparse.py)."""
     if pattern.rows > 1 and not pattern.vnm:
-        return tuple(Candidate("cpu_shared", *each) for each in ((512, 4), (512, 5), (2048, 2)))
+        shared = tuple(Candidate("cpu_shared", *each) for each in ((512, 4), (512, 5), (2048, 2)))
+        wide = dtype == torch.bfloat16 and pattern.rows % 16 == 0 and engine() != "plain"
+        return (*(Candidate("cpu_wide", 2048, tile) for tile in (3, 6) if wide), *shared)
     settings = (((64, 6), (96, 5)), ((96, 5), (128, 5)), ((128, 5), (192, 4)), ((192, 5), (256, 4)))
     place = sum(pattern.density < bound for bound in (0.4, 0.2, 0.1))
     return tuple(Candidate("cpu_free", width, tile) for width, tile in settings[place])
@@ -109,10 +116,11 @@ def _able(
     dtypes = {use.dtype for use in uses}
     if len(dtypes) > 1:
         return "it runs in more than one dtype", ()
-    why_not = unavailable() or refusal(pattern, *_matrix(weight), dtypes.pop())
+    dtype = dtypes.pop()
+    why_not = unavailable() or refusal(pattern, *_matrix(weight), dtype)
     if why_not is not None:
         return why_not, ()
-    found = tuple(each for each in candidates(pattern) if each.kernel not in config.forbid)
+    found = tuple(each for each in candidates(pattern, dtype) if each.kernel not in config.forbid)
     if asked in ("auto", "sparse"):
         return "every kernel for it is in forbid=", found
     found = tuple(each for each in found if each.kernel == asked)
@@ -130,7 +138,7 @@ def _sparse(
 ) -> Chosen:
     choice = _choice(name, weight, uses, candidate.kernel, why, **measured)
     dtype = None if uses[0].dtype == weight.dtype else uses[0].dtype
-    return Chosen(choice, Form(pattern, dtype, candidate.width), candidate.tile)
+    return Chosen(choice, Form(pattern, dtype, candidate.width, candidate.wide), candidate.tile)
 
 
 def _choice(
@@ -186,7 +194,7 @@ def _measure(
         "dense": lambda: [run_dense(use, x, dense) for use, x in zip(uses, inputs, strict=True)]
     }
     for each in able:
-        packed = fold_weight(weight, Form(pattern, dtype, each.width), name)
+        packed = fold_weight(weight, Form(pattern, dtype, each.width, each.wide), name)
         calls[_key(each)] = _sparse_calls(uses, inputs, packed, weight.shape[0], each.tile)
     return interleaved(calls)
 
@@ -249,7 +257,7 @@ def _key(candidate: Candidate) -> str:
 
 def _digest(weight: Tensor, pattern: Pattern, uses: tuple[Use, ...]) -> str:
     """Of all that a time depends on."""
-    machine = (_cpu(), torch.__version__, version(), torch.get_num_threads())
+    machine = (_cpu(), torch.__version__, version(), engine(), torch.get_num_threads())
     capability = torch.backends.cpu.get_cpu_capability()
     calls = [
         (u.inputs, str(u.dtype), u.channels_last, u.kernel, u.stride, u.padding, u.dilation, u.act)

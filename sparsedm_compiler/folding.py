@@ -24,12 +24,13 @@ class Form:
     """What a graph reads in the place of a weight.
 
     ``dtype``: None for the weight's own. ``width``: columns of a block of the packed weight, None
-    for the dense masked weight.
+    for the dense masked weight. ``wide``: the packed layout for bfloat16 and widely shared masks.
     """
 
     pattern: Pattern
     dtype: torch.dtype | None = None
     width: int | None = None
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ def fold_weight(weight: Tensor, form: Form, name: str) -> Tensor:
         masked = masked.to(form.dtype)
     if form.width is None:
         return masked
-    return pack(masked, mask, form.pattern, width=form.width)
+    return pack(masked, mask, form.pattern, width=form.width, wide=form.wide)
 
 
 def _samples(weight: Tensor, packed: Packed | None) -> Tensor:

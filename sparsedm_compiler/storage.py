@@ -167,6 +167,7 @@ def _plain_packed(packed: Packed) -> dict[str, Any]:
     return {
         "pattern": str(packed.form.pattern),
         "width": packed.form.width,
+        "wide": packed.form.wide,
         "kernel": packed.kernel,
         "tile": packed.tile,
         "shape": list(packed.shape),
@@ -180,7 +181,7 @@ def _packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Pac
     layout = layout_of(data)
     if (layout.rows, layout.rows * layout.cols) != (shape[0], math.prod(shape)):
         raise PackError(f"{name} is packed as {layout.rows} x {layout.cols}, not {shape}")
-    form = Form(Pattern.parse(plain["pattern"]), None, plain["width"])
+    form = Form(Pattern.parse(plain["pattern"]), None, plain["width"], plain["wide"])
     return Packed(form, plain["kernel"], int(plain["tile"]), shape, layout.dtype, data)
 
 

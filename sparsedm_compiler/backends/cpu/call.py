@@ -21,5 +21,5 @@ class Call(ctypes.Structure):
         *((name, c_int64) for name in ("out_height", "out_width", "kernel_h", "kernel_w")),
         *((name, c_int64) for name in ("stride_h", "stride_w", "pad_h", "pad_w")),
         *((name, c_int64) for name in ("dil_h", "dil_w")),
-        *((name, c_int32) for name in ("tile", "threads")),
+        *((name, c_int32) for name in ("tile", "threads", "engine")),
     )

@@ -8,7 +8,7 @@ struct Header {
   int32_t rows, cols, n, m;        // cols: every tap of a kernel has its own run of channels
   int32_t share, group;            // rows that share a mask (0: free); the same, padded to units
   int32_t col_block, row_block;    // multiples of m and of whole units
-  int32_t zero;
+  int32_t wide;                     // 1: the bfloat16 layout of wide.h
   int64_t values, index, units, common;  // where the sections begin, in bytes
 };
 
@@ -17,4 +17,6 @@ struct Header {
 //         common [row block][column block][pair] as uint8: the first kept columns, equal in both.
 // shared  values [group][column block][unit][kept][layout], index [group][column block][kept] as
 //         uint16 (column in block).
+// wide    values [group][column block][unit of 16][block of 32 kept][16][32], padded with zeros,
+//         index as in shared.
 constexpr int32_t MAGIC = 0x314d4e53;  // "SNM1"

@@ -6,6 +6,7 @@
 //   pairs   rows in twos, matched anew for every block of columns so that many columns are kept by
 //           both: those are loaded once for two rows. For masks that are free per row.
 //   shared  R rows with one column list: every column is loaded once for R rows.
+//   wide    shared by 16 rows or more, bfloat16: see wide.h.
 #include <algorithm>
 #include <new>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "act.h"
 #include "format.h"
 #include "vec.h"
+#include "wide.h"
 
 namespace {
 
@@ -29,7 +31,7 @@ struct Call {
   int64_t tokens, x_stride, out_stride;
   int64_t images, channels, height, width, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
-  int32_t tile, threads;
+  int32_t tile, threads, engine;
 };
 
 constexpr int MAX_PAIRS_TILE = VEC_REGISTERS == 32 ? 8 : 6;
@@ -318,6 +320,32 @@ void unpack(const Work& work, const Tile& tile, const float* acc, int64_t row0, 
   unpack_rows<bf16>(work, tile, acc, row0, size);
 }
 
+// Values of a group of rows in the wide layout before column k, padded block by block.
+int64_t wide_values(const Header& h, int64_t k) {
+  const int per_block = blocks_of((int)((int64_t)h.col_block * h.n / h.m));
+  const int rest = blocks_of((int)((k % h.col_block) * h.n / h.m));
+  return (k / h.col_block * per_block + rest) * DEPTH * h.group;
+}
+
+template <int T>
+void multiply_wide(const Work& work, const float* x, float* acc, int64_t row0, int64_t size,
+                   int64_t k0, int64_t k1) {
+  thread_local Scratch panel_scratch;
+  const Header& h = work.h;
+  const int64_t before = k0 * h.n / h.m, all = (int64_t)h.cols * h.n / h.m;
+  const int kept = (int)((k1 - k0) * h.n / h.m);
+  uint32_t* panel = (uint32_t*)panel_scratch.need((size_t)blocks_of(kept) * PAIRS * lanes<T>());
+  const int64_t group0 = row0 / h.share, groups = (size + h.share - 1) / h.share;
+  for (int64_t g = 0; g < groups; g++) {
+    const uint16_t* index =
+        (const uint16_t*)(work.call.weight + h.index) + (group0 + g) * all + before;
+    const bf16* w = (const bf16*)(work.call.weight + h.values) +
+                    (group0 + g) * wide_values(h, h.cols) + wide_values(h, k0);
+    run_wide<T>(x, acc + g * h.group * lanes<T>(), w, index, h.group / UNIT, kept, k0 == 0,
+                (Engine)work.call.engine, panel);
+  }
+}
+
 // Rows [row0, row0 + size) += columns [k0, k1) of W times the tile's.
 template <int T, class W>
 void multiply(const Work& work, const float* x, float* acc, int64_t row0, int64_t size, int64_t k0,
@@ -338,6 +366,9 @@ void multiply(const Work& work, const float* x, float* acc, int64_t row0, int64_
                     (const uint16_t*)(blob + h.units) + 2 * unit, blob + h.common + unit, pairs,
                     kept, first);
     return;
+  }
+  if constexpr (T <= MAX_SHARED_TILE && sizeof(W) == sizeof(bf16)) {
+    if (h.wide) return multiply_wide<T>(work, x, acc, row0, size, k0, k1);
   }
   if constexpr (T <= MAX_SHARED_TILE) {
     const int64_t group0 = row0 / h.share, groups = (size + h.share - 1) / h.share;
@@ -410,10 +441,11 @@ extern "C" {
 const char* sdm_isa() { return ISA_NAME; }
 int32_t sdm_max_tile(int32_t shared) { return shared ? MAX_SHARED_TILE : MAX_PAIRS_TILE; }
 
-// 0, or 1 if memory ran out.
+// 0, 1 if memory ran out, 2 for fp32 activations beside a weight packed for bfloat16.
 int32_t sdm_run(const Call* call) try {
   const Call& c = *call;
   const Header& h = *(const Header*)c.weight;
+  if (h.wide && c.x_type != BF16) return 2;
   if (c.tokens == 0 || h.rows == 0) return 0;
   const int threads = std::max(1, c.threads);
   Work work{c, h, nullptr, c.height + 2 * c.pad_h, c.width + 2 * c.pad_w};

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import KernelError, PackError
 from .call import ACTS, Call
-from .library import library, unavailable
+from .library import ENGINES, engine, library, unavailable
 from .packed import unpack
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -142,6 +142,7 @@ def _call(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, act: str,
         act=ACTS.index(act),
         tile=tile,
         threads=torch.get_num_threads(),
+        engine=ENGINES.index(engine()),
     )
 
 
@@ -153,8 +154,13 @@ def _check(packed: Tensor, rows: int, cols: int) -> None:
 
 
 def _run(call: Call) -> None:
-    if library().sdm_run(ctypes.byref(call)) != 0:
-        raise KernelError("a CPU kernel ran out of memory")
+    failed = library().sdm_run(ctypes.byref(call))
+    if failed:
+        raise KernelError(
+            "a CPU kernel ran out of memory"
+            if failed == 1
+            else "a weight packed for bfloat16 takes bfloat16 activations"
+        )
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -5,6 +5,7 @@
 
 #include "format.h"
 #include "vec.h"
+#include "wide.h"
 
 namespace {
 
@@ -109,13 +110,34 @@ void pack_shared(const Matrix& in, const Header& h, uint8_t* blob) {
     }
 }
 
+void pack_wide(const Matrix& in, const Header& h, uint8_t* blob) {
+  bf16* value = (bf16*)(blob + h.values);
+  uint16_t* index = (uint16_t*)(blob + h.index);
+  const bf16* weight = (const bf16*)in.weight;
+  for (int64_t g0 = 0; g0 < h.rows; g0 += h.share)
+    for (int64_t k0 = 0; k0 < h.cols; k0 += h.col_block) {
+      const int64_t k1 = std::min<int64_t>(h.cols, k0 + h.col_block);
+      const uint16_t* first = index;
+      for (int64_t k = k0; k < k1; k++)
+        if (in.at(g0, k)) *index++ = (uint16_t)(k - k0);
+      const int kept = (int)(index - first);
+      for (int u = 0; u < h.group; u += UNIT)
+        for (int b = 0; b < blocks_of(kept); b++)
+          for (int r = u; r < u + UNIT; r++)
+            for (int i = b * DEPTH; i < (b + 1) * DEPTH; i++)
+              *value++ = i < kept ? weight[(g0 + r) * h.cols + k0 + first[i]] : bf16(0);
+    }
+}
+
 }  // namespace
 
 // weight, mask: [rows, cols], dense; ``packed`` begins with its header. 0, or 1 without memory.
 extern "C" int32_t sdm_pack(const void* weight, const uint8_t* mask, uint8_t* packed) try {
   const Header h = *(const Header*)packed;
   const Matrix in{weight, mask, h.rows, h.cols};
-  if (h.type == BF16) {
+  if (h.wide) {
+    pack_wide(in, h, packed);
+  } else if (h.type == BF16) {
     h.share ? pack_shared<bf16>(in, h, packed) : pack_pairs<bf16>(in, h, packed);
   } else {
     h.share ? pack_shared<float>(in, h, packed) : pack_pairs<float>(in, h, packed);

@@ -11,11 +11,19 @@ from .library import library
 from .packed import empty, plan, refusal
 
 
-def pack(weight: Tensor, mask: Tensor, pattern: Pattern, *, width: int | None = None) -> Tensor:
+def pack(
+    weight: Tensor,
+    mask: Tensor,
+    pattern: Pattern,
+    *,
+    width: int | None = None,
+    wide: bool = False,
+) -> Tensor:
     """The packed form (uint8, 1-D) of ``weight * mask``.
 
     weight, mask: [rows, cols] or [rows, channels, kh, kw]; ``mask`` is one of ``pattern``.
-    ``width``: columns of a block. Raises PackError for a weight that cannot be packed, KernelError
+    ``width``: columns of a block. ``wide``: the layout for bfloat16 and masks shared by a multiple
+    of 16 rows. Raises PackError for a weight that cannot be packed, KernelError
     where there is no kernel library.
     """
     weight, mask = matrix(weight.detach()), matrix(mask)
@@ -23,7 +31,7 @@ def pack(weight: Tensor, mask: Tensor, pattern: Pattern, *, width: int | None = 
     why = refusal(pattern, rows, cols, weight.dtype)
     if why is not None:
         raise PackError(f"a weight of {list(weight.shape)} cannot be packed to {pattern}: {why}")
-    packed = empty(plan(pattern, rows, cols, weight.dtype, width=width))
+    packed = empty(plan(pattern, rows, cols, weight.dtype, width=width, wide=wide))
     mask = mask.to(torch.bool).contiguous()
     if library().sdm_pack(weight.data_ptr(), mask.data_ptr(), packed.data_ptr()) != 0:
         raise KernelError("packing a weight ran out of memory")

@@ -18,6 +18,7 @@ _HEADER: Final = struct.Struct("<12iq3q")
 _MAGIC: Final = 0x314D4E53
 _TYPES: Final = (torch.float32, torch.bfloat16)
 _ALIGN: Final = 64
+_UNIT, _DEPTH = 16, 32  # rows and kept columns of a block of the wide layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Layout:
 
     ``cols`` runs over the taps of a kernel, and in each over its input channels. ``share`` rows
     have one mask (0: each its own). Columns are packed in blocks of ``col_block``, rows in blocks
-    of ``row_block``.
+    of ``row_block``. ``wide``: as wide.h wants it.
     """
 
     dtype: torch.dtype
@@ -37,10 +38,13 @@ class Layout:
     share: int
     col_block: int
     row_block: int
+    wide: bool = False
 
     @property
     def unit(self) -> int:
         """Rows that a kernel works on at once."""
+        if self.wide:
+            return _UNIT
         if not self.share:
             return 2
         return next((size for size in (4, 3, 2) if self.share % size == 0), 4)
@@ -61,12 +65,21 @@ class Layout:
     def col_blocks(self) -> list[tuple[int, int]]:
         return _blocks(self.cols, self.col_block)
 
+    def kept_blocks(self) -> list[tuple[int, int, int]]:
+        """(first column, kept columns, the same as stored) of every block of columns."""
+        found = []
+        for col, cols in self.col_blocks():
+            kept = cols * self.n // self.m
+            found.append((col, kept, ceil(kept / _DEPTH) * _DEPTH if self.wide else kept))
+        return found
+
     def sections(self) -> tuple[list[int], int]:
         """Where values, index, units and common begin, and the size of it all, in bytes."""
         value = self.dtype.itemsize
         if self.share:
             groups = ceil(self.rows / self.share)
-            sizes = [groups * self.group * self.kept * value, groups * self.kept * 2, 0, 0]
+            stored = sum(padded for _, _, padded in self.kept_blocks())
+            sizes = [groups * self.group * stored * value, groups * self.kept * 2, 0, 0]
         else:
             pairs = sum(ceil(size / 2) for _, size in self.row_blocks())
             units = pairs * len(self.col_blocks())
@@ -82,7 +95,7 @@ class Layout:
         type_ = _TYPES.index(self.dtype)
         sizes = (self.rows, self.cols, self.n, self.m)
         blocks = (self.share, self.group, self.col_block, self.row_block)
-        return _HEADER.pack(_MAGIC, type_, self.unit, *sizes, *blocks, 0, *starts)
+        return _HEADER.pack(_MAGIC, type_, self.unit, *sizes, *blocks, self.wide, *starts)
 
 
 def refusal(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
@@ -99,7 +112,13 @@ def refusal(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str |
 
 
 def plan(
-    pattern: Pattern, rows: int, cols: int, dtype: torch.dtype, *, width: int | None = None
+    pattern: Pattern,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    *,
+    width: int | None = None,
+    wide: bool = False,
 ) -> Layout:
     """The layout for a mask of ``pattern``; ``width`` asks for another size of column blocks."""
     share = 0 if pattern.vnm or pattern.rows == 1 else pattern.rows
@@ -109,7 +128,7 @@ def plan(
     per_block = ceil(groups / max(1, ceil(cols / target)))
     limit = (65535 if share else 256) // pattern.m
     col_block = max(1, min(per_block, limit)) * pattern.m
-    return Layout(dtype, rows, cols, pattern.n, pattern.m, share, col_block, row_block)
+    return Layout(dtype, rows, cols, pattern.n, pattern.m, share, col_block, row_block, wide)
 
 
 def layout_of(packed: Tensor) -> Layout:
@@ -117,12 +136,14 @@ def layout_of(packed: Tensor) -> Layout:
     if packed.dtype is not torch.uint8 or packed.dim() != 1 or packed.numel() < _HEADER.size:
         raise PackError(f"a tensor {tuple(packed.shape)} of {packed.dtype} is no packed weight")
     fields = _HEADER.unpack(bytes(packed[: _HEADER.size].tolist()))
-    magic, type_, _, rows, cols, n, m, share, _, col_block, row_block = fields[:11]
+    magic, type_, _, rows, cols, n, m, share, _, col_block, row_block, wide = fields[:12]
     if magic != _MAGIC or type_ not in range(len(_TYPES)) or not 0 < n < m or cols % m:
         raise PackError("the bytes do not begin as a packed weight does")
     if min(rows, cols, col_block, row_block) < 1 or share < 0:
         raise PackError("the packed weight states sizes that cannot be")
-    found = Layout(_TYPES[type_], rows, cols, n, m, share, col_block, row_block)
+    if wide not in (0, 1) or (wide and (share % _UNIT or not share or not type_ or rows % share)):
+        raise PackError("the packed weight states a layout that cannot be")
+    found = Layout(_TYPES[type_], rows, cols, n, m, share, col_block, row_block, bool(wide))
     if found.header() != _HEADER.pack(*fields) or found.sections()[1] != packed.numel():
         raise PackError("the packed weight is cut short or was written by another version")
     return found
@@ -191,15 +212,22 @@ def check(packed: Tensor) -> None:
 
 def _unpack_shared(layout: Layout, values: Tensor, index: Tensor) -> Tensor:
     groups, units = ceil(layout.rows / layout.share), layout.group // layout.unit
-    values = values[: groups * layout.group * layout.kept].view(groups, -1)
+    blocks = layout.kept_blocks()
+    stored = sum(padded for _, _, padded in blocks)
+    values = values[: groups * layout.group * stored].view(groups, -1)
     index = index[: groups * layout.kept].view(groups, -1).long() & 0xFFFF
     dense = torch.zeros(groups, layout.group, layout.cols, dtype=layout.dtype)
-    for col, cols in layout.col_blocks():
-        before, kept = col * layout.n // layout.m, cols * layout.n // layout.m
-        block = values[:, before * layout.group : (before + kept) * layout.group]
-        block = block.reshape(groups, units, kept, layout.unit).transpose(2, 3).flatten(1, 2)
+    before = at = 0
+    for col, kept, padded in blocks:
+        block = values[:, at : at + padded * layout.group]
+        if layout.wide:
+            block = block.reshape(groups, units, -1, _UNIT, _DEPTH).transpose(2, 3)
+            block = block.reshape(groups, layout.group, padded)[:, :, :kept]
+        else:
+            block = block.reshape(groups, units, kept, layout.unit).transpose(2, 3).flatten(1, 2)
         columns = index[:, before : before + kept, None].transpose(1, 2) + col
         dense.scatter_(2, columns.expand(-1, layout.group, -1), block)
+        before, at = before + kept, at + padded * layout.group
     return dense[:, : layout.share].flatten(0, 1)[: layout.rows]
 
 

@@ -37,13 +37,15 @@ def case(
     dtype: torch.dtype,
     kernel: tuple[int, ...] = (),
     width: int | None = None,
+    *,
+    wide: bool = False,
 ) -> Case:
     """A random weight of ``groups`` groups of channels; rows are rounded up to whole shares."""
     pattern = Pattern.parse(text)
     rows = -(-rows // pattern.rows) * pattern.rows
     weight = torch.randn(rows, groups * pattern.m, *kernel).to(dtype)
     mask = nm_mask(weight, pattern)
-    return Case(pattern, weight * mask, pack(weight * mask, mask, pattern, width=width))
+    return Case(pattern, weight * mask, pack(weight * mask, mask, pattern, width=width, wide=wide))
 
 
 def activated(x: Tensor, act: str) -> Tensor:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsedm_compiler import PackError
+from sparsedm_compiler import KernelError, PackError
+from sparsedm_compiler.backends.cpu import ops
 from sparsedm_compiler.backends.cpu.library import unavailable
 from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
 from tests.backends.cpu.cases import (
@@ -115,6 +116,47 @@ def check_conv(
     assert_rounded(out, exact, sums, kept, act)
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+shared_widely = st.sampled_from(("2:4x16", "1:4x32", "1:8x64", "3:8x48", "31:32x16"))
+
+
+@fuzz
+@given(
+    shared_widely,
+    st.integers(1, 40),
+    st.integers(1, 100),
+    st.sampled_from(((0,), (1,), (2, 3), (17,), (131,))),
+    biases,
+    acts,
+    tiles,
+    st.sampled_from((None, 32, 96)),
+    st.sampled_from(("plain", "best")),
+    seeds,
+)
+def test_wide_linear(text, groups, rows, lead, bias, act, tile, width, how, seed) -> None:  # type: ignore[no-untyped-def]
+    """What AVX512-BF16 or AMX multiplies, and the vector code that stands in for them."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1 + seed % 2)
+    held = case(text, groups, rows, torch.bfloat16, width=width, wide=True)
+    x = torch.randn(*lead, held.masked.shape[1]).bfloat16()
+    with pytest.MonkeyPatch.context() as patched:
+        if how == "plain":
+            patched.setattr(ops, "engine", lambda: "plain")
+        check_linear(held, x, bias_of(len(held.masked), bias), act, tile)
+
+
+def test_wide_conv2d() -> None:
+    held = case("1:4x32", 4, 64, torch.bfloat16, (3, 3), width=64, wide=True)
+    for form in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 16, 9, 16).bfloat16().to(memory_format=form)
+        check_conv(held, x, torch.randn(64), ((1, 2), (1, 1), (1, 1)), "silu", 3)
+
+
+def test_a_weight_packed_for_bfloat16_takes_no_float32() -> None:
+    held = case("1:4x16", 8, 16, torch.bfloat16, wide=True)
+    with pytest.raises(KernelError, match="takes bfloat16 activations"):
+        nm_linear_op(torch.randn(3, 32), held.packed, None, 16, "none", 4)
 
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))

@@ -33,6 +33,16 @@ def test_unpack_inverts_pack(text, groups, rows, dtype, kernel, width, seed) -> 
     assert_same(dense_weight(held.packed, kernel), held.masked)
 
 
+@pytest.mark.parametrize("text", ["2:4x16", "1:8x64", "3:8x48"])
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+def test_unpack_inverts_the_wide_layout(text: str, kernel: tuple[int, ...]) -> None:
+    for groups, width in ((1, None), (37, None), (37, 96)):
+        held = case(text, groups, 100, torch.bfloat16, kernel, width, wide=True)
+        check(held.packed)
+        assert layout_of(held.packed).wide
+        assert_same(dense_weight(held.packed, kernel), held.masked)
+
+
 def test_signed_zeros_and_denormals_survive() -> None:
     weight = torch.tensor([[-0.0, 1e-45, 0.0, -1e-40], [5.0, -0.0, -0.0, -3.0]])
     mask = nm_mask(weight, Pattern.parse("2:4"))
