@@ -293,6 +293,8 @@ struct Scratch {
   float* need(size_t floats) {
     if (floats > size) {
       ::operator delete[](data, std::align_val_t(64));
+      data = nullptr;  // what follows may throw
+      size = 0;
       data = (float*)::operator new[](floats * sizeof(float), std::align_val_t(64));
       size = floats;
     }
@@ -464,7 +466,7 @@ int32_t sdm_run(const Call* call) try {
     }
   }
   const int64_t vectors = (c.tokens + L - 1) / L;
-  const int limit = std::min(c.tile, h.share ? MAX_SHARED_TILE : MAX_PAIRS_TILE);
+  const int limit = std::max(1, std::min(c.tile, h.share ? MAX_SHARED_TILE : MAX_PAIRS_TILE));
   const int64_t tiles = (vectors + limit - 1) / limit;
   const int64_t row_blocks = (h.rows + h.row_block - 1) / h.row_block;
   // Split rows too, where tiles alone do not keep all threads busy; each part packs x again.

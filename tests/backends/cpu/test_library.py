@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from sparsedm_compiler.cache import folder
+from tests.backends.cpu.cases import case
 
 CHECK = """
 import torch, torch.nn.functional as F
-from sparsedm_compiler.backends.cpu import library, ops, packed
+from sparsedm_compiler.backends.cpu import library, ops
 from tests.backends.cpu.cases import case
 from tests.backends.cpu.test_kernels import check_linear, check_conv
 """
@@ -90,3 +94,61 @@ def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
     taken.write_text("")
     done = run(CHECK + "print(library.library().sdm_isa())", taken / "below")
     assert done.returncode == 0, done.stderr
+
+
+def test_without_a_compiler_the_ops_are_dense(tmp_path: Path) -> None:
+    """Bytes packed elsewhere still run: through the reference."""
+    held, path = case("2:4", 8, 20, torch.float32), str(tmp_path / "held.pt")
+    torch.save((held.packed, held.masked), path)
+    without = f"""
+from torch._inductor import config
+config.cpp.cxx = ("no-such-compiler",)
+{CHECK}
+assert library.unavailable() is not None
+(packed, masked), x = torch.load({path!r}), torch.randn(3, 32)
+out = ops.nm_linear_op(x, packed, torch.ones(20), 20, "silu", 4)
+torch.testing.assert_close(out, F.silu(F.linear(x, masked, torch.ones(20))))
+image = torch.randn(1, 32, 3, 3)
+arguments = (None, 20, [1, 1], [1, 1], [0, 0], [1, 1], "none", 4)
+out = ops.nm_conv2d_op(image, packed, *arguments)
+torch.testing.assert_close(out, F.conv2d(image, masked[:, :, None, None]))
+try:
+    case("2:4", 8, 20, torch.float32)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = run(without, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("KernelError no C++ compiler here")
+
+
+OUT_OF_MEMORY = (
+    CHECK
+    + """
+import resource
+from sparsedm_compiler import KernelError
+held = case("2:4", 8, 20, torch.float32)
+x = torch.randn(300, 32)
+check_linear(held, x, None, "none", 4)
+greedy = held.packed.clone()
+greedy[:48].view(torch.int32)[9] = 2**31 - 4  # columns of a block: check() would refuse it
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+for _ in range(3):
+    try:
+        ops.nm_linear_op(x, greedy, None, 20, "none", 4)
+        print("it fits")
+    except KernelError as error:
+        print(error)
+    junk = [torch.randn(32, 64) for _ in range(50)]
+    check_linear(held, x, None, "none", 4)
+    assert all(bool(each.abs().max() < 10) for each in junk)
+"""
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
+def test_a_kernel_that_ran_out_of_memory_says_so_and_runs_again() -> None:
+    done = run(OUT_OF_MEMORY, folder(""))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["a CPU kernel ran out of memory"] * 3
