@@ -63,6 +63,8 @@ def _use(node: fx.Node, weight: fx.Node) -> Use | str:
     seen, out = value_of(x), value_of(node)
     if not isinstance(seen, Tensor) or not isinstance(out, Tensor):
         return f"the shapes of {_name(node)} are not known"
+    if bias is not None and value_of(bias).shape != value_of(weight).shape[:1]:
+        return f"read by {_name(node)} with a bias that is not one value per row"
     shape = tuple(_hint(size) for size in seen.shape)
     conv: dict[str, tuple[int, ...]] = {}
     if entry.name == "conv2d":

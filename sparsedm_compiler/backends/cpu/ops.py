@@ -35,9 +35,10 @@ def linear(
     if flat.stride(-1) != 1 or flat.stride(0) < cols:
         flat = flat.contiguous()
     out = x.new_empty(flat.shape[0], rows)
+    _check(packed, rows, cols)
+    bias = _plain_bias(bias, rows)
     call = _call(flat, packed, bias, out, act, tile)
     call.tokens, call.x_stride, call.out_stride = flat.shape[0], flat.stride(0), rows
-    _check(packed, rows, cols)
     _run(call)
     return out.view(*x.shape[:-1], rows)
 
@@ -68,6 +69,7 @@ def conv2d(
     images, channels, height, width = x.shape
     out_height, out_width = out.shape[2:]
     _check(packed, rows, channels * kernel[0] * kernel[1])
+    bias = _plain_bias(bias, rows)
     call = _call(x, packed, bias, out, act, tile)
     call.conv = 2 if channels_last else 1
     call.tokens, call.out_stride = images * out_height * out_width, rows
@@ -129,9 +131,17 @@ def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(x.dtype)
 
 
+def _plain_bias(bias: Tensor | None, rows: int) -> Tensor | None:
+    """The bias as a kernel reads it: one value per row, side by side."""
+    if bias is not None and bias.shape != (rows,):
+        raise KernelError(f"a bias of {list(bias.shape)} is not one value for each of {rows} rows")
+    return None if bias is None else bias.contiguous()
+
+
 def _call(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, act: str, tile: int) -> Call:
     if x.dtype not in _TYPES or (bias is not None and bias.dtype not in _TYPES):
-        raise KernelError(f"the CPU kernels take float32 and bfloat16, not {x.dtype}")
+        given = x.dtype if bias is None else f"{x.dtype} with a bias of {bias.dtype}"
+        raise KernelError(f"the CPU kernels take float32 and bfloat16, not {given}")
     return Call(
         weight=packed.data_ptr(),
         x=x.data_ptr(),
@@ -149,8 +159,13 @@ def _call(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, act: str,
 def _check(packed: Tensor, rows: int, cols: int) -> None:
     """The kernel trusts the header: it must be the one of a weight of this size."""
     stated = ctypes.cast(packed.data_ptr(), ctypes.POINTER(ctypes.c_int32))
-    if packed.numel() < _HEADER_BYTES or (stated[3], stated[4]) != (rows, cols):
-        raise PackError(f"the packed weight is not one of {rows} x {cols}")
+    plain = packed.dtype is torch.uint8 and packed.is_contiguous() and packed.data_ptr() % 8 == 0
+    small = not plain or packed.numel() < _HEADER_BYTES
+    if small or (stated[3], stated[4]) != (rows, cols):
+        raise PackError(
+            f"the packed weight is not one of {rows} x {cols}, its bytes side by side from a "
+            "multiple of 8"
+        )
 
 
 def _run(call: Call) -> None:

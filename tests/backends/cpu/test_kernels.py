@@ -76,6 +76,28 @@ def test_linear(text, groups, rows, lead, dtype, bias, act, tile, width, seed) -
     check_linear(held, x, bias_of(len(held.masked), bias), act, tile)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(("2:4", "1:8", "2:4x3")),
+    st.integers(1, 20),
+    st.integers(0, 40),
+    st.integers(1, 40),
+    dtypes,
+    st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(1, 3), st.booleans()),
+    seeds,
+)
+def test_linear_of_any_strides(text, groups, tokens, rows, dtype, how, seed) -> None:  # type: ignore[no-untyped-def]
+    """x is every step'th row of a window into a larger matrix, or into its transpose."""
+    torch.manual_seed(seed)
+    before, after, step, transposed = how
+    held = case(text, groups, rows, dtype)
+    cols = held.masked.shape[1]
+    size = (before + tokens * step, before + cols + after)
+    whole = torch.randn(size[::-1]).t() if transposed else torch.randn(size)
+    x = whole.to(dtype)[before::step, before : before + cols]
+    check_linear(held, x, None, "none", 1 + seed % 8)
+
+
 @pytest.mark.parametrize("way", ["slice", "transpose", "expand", "every other", "offset"])
 def test_linear_of_a_view(way: str) -> None:
     held = case("2:4", 9, 20, torch.float32)
@@ -89,11 +111,37 @@ def test_linear_of_a_view(way: str) -> None:
     check_linear(held, x, None, "none", 4)
 
 
-def test_more_row_blocks_than_one_are_split_among_threads() -> None:
+@pytest.mark.parametrize("text", ["1:4", "1:8x16", "2:4x5", "1:4x3", "16:2:8"])
+def test_more_row_blocks_than_one_are_split_among_threads(text: str) -> None:
+    held, kernel = case(text, 40, 701, torch.float32), case(text, 5, 301, torch.bfloat16, (3, 3))
+    x = torch.randn(19, held.masked.shape[1])
+    image = torch.randn(1, kernel.masked.shape[1], 5, 6, dtype=torch.bfloat16)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        held = case("1:4", 40, 701, torch.float32)
-        check_linear(held, torch.randn(19, 160), torch.randn(701), "gelu", 4)
+        check_linear(held, x, torch.randn(len(held.masked)), "gelu", 4)
+        for form in (torch.contiguous_format, torch.channels_last):
+            y, bias = image.to(memory_format=form), torch.randn(len(kernel.masked))
+            check_conv(kernel, y, bias, ((1, 1), (1, 1), (1, 1)), "none", 2)
+
+
+@pytest.mark.parametrize("tile", [-3, 0, 9, 2**31 - 1])
+def test_a_tile_no_kernel_has_is_rounded_to_one(tile: int) -> None:
+    held = case("2:4", 9, 20, torch.float32)
+    check_linear(held, torch.randn(300, 36), None, "none", tile)
+
+
+def test_a_bias_may_be_a_view_but_has_a_value_for_each_row() -> None:
+    held, x = case("2:4", 9, 20, torch.float32), torch.randn(7, 36)
+    kernel, image = case("2:4", 2, 20, torch.float32, (3, 3)), torch.randn(1, 8, 5, 5)
+    geometry = ((1, 1), (1, 1), (1, 1))
+    for bias in (torch.randn(40)[::2], torch.randn(1).expand(20), torch.randn(20, 3)[:, 1]):
+        check_linear(held, x, bias, "none", 4)
+        check_conv(kernel, image, bias, geometry, "none", 4)
+    for bias in (torch.randn(1), torch.randn(21), torch.randn(1, 20)):
+        with pytest.raises(KernelError, match="not one value for each of 20 rows"):
+            nm_linear_op(x, held.packed, bias, 20, "none", 4)
+        with pytest.raises(KernelError, match="not one value for each of 20 rows"):
+            check_conv(kernel, image, bias, geometry, "none", 4)
 
 
 def check_conv(
