@@ -176,7 +176,8 @@ def _plain_packed(packed: Packed) -> dict[str, Any]:
 
 def _packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
     """A packed weight from a file, which a kernel may trust only after ``check``."""
-    data, shape = tensors.pop(name + _PACKED), tuple(plain["shape"])
+    # A copy: aligned, and unlike the mapped file nobody else's to change after the check.
+    data, shape = tensors.pop(name + _PACKED).clone(), tuple(plain["shape"])
     check(data)
     layout = layout_of(data)
     if (layout.rows, layout.rows * layout.cols) != (shape[0], math.prod(shape)):

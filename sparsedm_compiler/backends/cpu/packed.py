@@ -139,8 +139,11 @@ def layout_of(packed: Tensor) -> Layout:
     magic, type_, _, rows, cols, n, m, share, _, col_block, row_block, wide = fields[:12]
     if magic != _MAGIC or type_ not in range(len(_TYPES)) or not 0 < n < m or cols % m:
         raise PackError("the bytes do not begin as a packed weight does")
-    if min(rows, cols, col_block, row_block) < 1 or share < 0:
+    # At least a byte for every kept value: so sizes are small enough to compute with below.
+    if min(rows, cols) < 1 or rows * (cols // m) * n > packed.numel() or not 0 <= share <= rows:
         raise PackError("the packed weight states sizes that cannot be")
+    if col_block % m or not m <= col_block <= cols or row_block < 1 or row_block % (share or 2):
+        raise PackError("the packed weight states blocks that cannot be")
     if wide not in (0, 1) or (wide and (share % _UNIT or not share or not type_ or rows % share)):
         raise PackError("the packed weight states a layout that cannot be")
     found = Layout(_TYPES[type_], rows, cols, n, m, share, col_block, row_block, bool(wide))
@@ -159,7 +162,7 @@ def empty(layout: Layout) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """[rows, cols]: the masked dense weight, to the bit. Needs no kernel."""
-    layout = layout_of(packed)
+    layout, packed = layout_of(packed), _aligned(packed)
     starts, _ = layout.sections()
     values = packed[starts[0] : starts[1]].view(layout.dtype)
     if layout.share:
@@ -182,7 +185,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 def check(packed: Tensor) -> None:
     """Raise PackError unless a kernel can run these bytes, from wherever, within their bounds."""
-    layout = layout_of(packed)
+    layout, packed = layout_of(packed), _aligned(packed)
     starts, _ = layout.sections()
     index, units, common = (
         packed[start:end]
@@ -208,6 +211,12 @@ def check(packed: Tensor) -> None:
             if bool((where > rows).any() or (columns >= cols).any() or (shared > kept).any()):
                 raise PackError("the packed weight points outside of its rows or columns")
             at, unit = at + 2 * pairs * kept, unit + pairs
+
+
+def _aligned(packed: Tensor) -> Tensor:
+    """The bytes where their sections can be viewed as numbers: slices and files begin anywhere."""
+    here = packed.is_contiguous() and packed.data_ptr() % 8 == packed.storage_offset() % 8 == 0
+    return packed if here else packed.clone(memory_format=torch.contiguous_format)
 
 
 def _unpack_shared(layout: Layout, values: Tensor, index: Tensor) -> Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+import sparsedm_compiler as sdm
 from sparsedm_compiler import PackError, Pattern
 from sparsedm_compiler.backends.cpu.ops import dense_weight, nm_linear_op
 from sparsedm_compiler.backends.cpu.pack import pack
-from sparsedm_compiler.backends.cpu.packed import check, layout_of, unpack
+from sparsedm_compiler.backends.cpu.packed import Layout, check, empty, layout_of, unpack
 from sparsedm_compiler.masks import nm_mask
 from tests.backends.cpu.cases import case, dtypes, patterns, seeds
 from tests.oracle import assert_same
@@ -107,3 +111,156 @@ def test_what_cannot_be_packed_says_why(
     weight, pattern = torch.randn(shape).to(dtype), Pattern.parse(text)
     with pytest.raises(PackError, match=why):
         pack(weight, nm_mask(weight, pattern), pattern)
+
+
+FIELDS = ("rows", "cols", "n", "m", "share", "group", "col_block", "row_block")
+"""The header's integers from the fourth on."""
+
+
+def stating(packed: Tensor, **fields: int) -> Tensor:
+    """A copy whose header states other sizes."""
+    damaged = packed.clone()
+    words = damaged[:48].view(torch.int32)
+    for name, value in fields.items():
+        words[3 + FIELDS.index(name)] = (value + 2**31) % 2**32 - 2**31
+    return damaged
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("2:4", {"row_block": 257}),
+        ("2:4", {"row_block": 255}),
+        ("2:4", {"row_block": 0}),
+        ("2:4", {"col_block": 2**31 - 4}),
+        ("2:4", {"col_block": 18}),
+        ("2:4", {"col_block": 0}),
+        ("2:4", {"rows": 2**30}),
+        ("2:4", {"rows": 2**31 - 1, "row_block": 2}),
+        ("2:4", {"cols": 2**30, "m": 2**30, "n": 1}),
+        ("2:4", {"share": 2**31 - 1}),
+        ("2:4", {"share": -1}),
+        ("2:4", {"m": 0}),
+        ("2:4", {"n": 4}),
+        ("2:4x4", {"row_block": 18}),
+        ("2:4x4", {"col_block": 15}),
+        ("2:4x4", {"col_block": 2**30}),
+        ("2:4x4", {"group": 8}),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(text: str, fields: dict[str, int]) -> None:
+    held = case(text, 8, 300, torch.float32, width=16)
+    with pytest.raises(PackError):
+        check(stating(held.packed, **fields))
+
+
+def runs_within_bounds(packed: Tensor) -> None:
+    """Refused, or of a sane size and run (``make sanitize`` sees what a kernel touches)."""
+    try:
+        check(packed)
+    except PackError:
+        return
+    layout = layout_of(packed)
+    assert layout.rows * layout.kept <= packed.numel()
+    unpack(packed)
+    if layout.cols < 10_000:
+        x = torch.randn(3, layout.cols).to(layout.dtype)
+        out = nm_linear_op(x, packed, None, layout.rows, "none", 4)
+        assert out.shape == (3, layout.rows)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 9), st.integers(1, 3), st.integers(2, 9)),
+    st.tuples(st.sampled_from((*range(10), 16, 32)), st.integers(1, 80), st.integers(1, 50)),
+    dtypes,
+    st.sampled_from((1, 2, 3, 9, 300)),
+    seeds,
+)
+def test_a_forgery_of_whatever_layout_never_leaves_the_bounds(
+    sizes, blocks, dtype, top, seed
+) -> None:  # type: ignore[no-untyped-def]
+    """A header true to its own size, before random bytes below ``top``."""
+    (rows, groups, n, m), (share, col_block, row_block) = sizes, blocks
+    near = seed % 4 > 0  # to what pack writes: most of the rest is refused
+    wide = share > 9 and near and seed % 8 < 6
+    if near:
+        rows, row_block = rows * (share or 1), row_block * (share or 2)
+        col_block, dtype = m * (1 + col_block % groups), torch.bfloat16 if wide else dtype
+    layout = Layout(dtype, rows, groups * m, min(n, m - 1), m, share, col_block, row_block, wide)
+    packed, start = empty(layout), 128
+    noise = torch.Generator().manual_seed(seed)
+    packed[start:] = torch.randint(0, min(top, 256), packed[start:].shape, generator=noise)
+    if share:  # indices of two bytes, small
+        begin = layout.sections()[0][1]
+        packed[begin + 1 :: 2] = 0
+    runs_within_bounds(packed)
+
+
+near = st.integers(-3, 3)
+words = st.one_of(
+    near, st.sampled_from((1, 2, 3, 4, 8, 16, 256, 2**16, 2**30, 2**31 - 1, -(2**31)))
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(("2:4", "1:8x4", "2:4x5")),
+    dtypes,
+    st.dictionaries(st.sampled_from(FIELDS), st.tuples(st.booleans(), words), max_size=3),
+    st.lists(st.tuples(st.integers(128, 2**31), st.integers(0, 255)), max_size=20),
+    seeds,
+)
+def test_damage_to_sizes_and_sections_never_leaves_the_bounds(
+    text, dtype, edits, bytes_, seed
+) -> None:  # type: ignore[no-untyped-def]
+    """Over several blocks of rows and columns, the last ones smaller."""
+    torch.manual_seed(seed)
+    packed = case(text, 5, 261, dtype, width=16).packed
+    header = layout_header(packed)
+    stated = {name: header[name] * by + value for name, (by, value) in edits.items()}
+    damaged = stating(packed, **stated)
+    for place, value in bytes_:
+        damaged[128 + place % (damaged.numel() - 128)] = value
+    runs_within_bounds(damaged)
+
+
+def layout_header(packed: Tensor) -> dict[str, int]:
+    return dict(zip(FIELDS, packed[12:44].view(torch.int32).tolist(), strict=True))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.binary(max_size=300), st.booleans())
+def test_bytes_of_any_kind_are_refused(content: bytes, begins_well: bool) -> None:
+    magic = (0x314D4E53).to_bytes(4, "little") if begins_well else b""
+    with pytest.raises(PackError):
+        check(torch.tensor([*magic, *content], dtype=torch.uint8))
+
+
+def test_slices_and_steps_are_read_where_they_lie() -> None:
+    """Files and larger buffers put the bytes anywhere; a kernel asks for aligned ones."""
+    for text in ("2:4", "2:4x4"):
+        held = case(text, 8, 20, torch.float32)
+        for start, step in ((1, 1), (3, 1), (0, 2)):
+            packed = torch.zeros(2 * held.packed.numel() + 8, dtype=torch.uint8)
+            packed = packed[start::step][: held.packed.numel()]
+            packed.copy_(held.packed)
+            check(packed)
+            assert_same(unpack(packed), held.masked)
+            with pytest.raises(PackError, match="a multiple of 8"):
+                nm_linear_op(torch.randn(3, 32), packed, None, 20, "none", 4)
+
+
+def test_a_file_with_odd_sizes_loads_aligned(tmp_path: Path) -> None:
+    """safetensors maps the file: after 3 bytes of another tensor every address is odd."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    net.register_buffer("a", torch.zeros(3, dtype=torch.uint8))
+    fast = sdm.compile(
+        net, "2:4", mode="infer", inner="eager", kernels={"*": "sparse"}, finalize=True
+    )
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        expected = fast(x)
+        sdm.save(fast, tmp_path / "net.safetensors")
+        again = sdm.load(tmp_path / "net.safetensors", net, inner="eager")
+        assert_same(again(x), expected)
