@@ -110,18 +110,25 @@ def bench_model(
     """The whole model, gated, over each baseline."""
     args, kwargs = call
     calls = {key: bind(run, args, kwargs) for key, run in baselines(model).items()}
-    half = torch.utils._pytree.tree_map(
-        lambda x: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x, call
-    )
-    calls["inductor bf16"] = bind(frozen(copy.deepcopy(model).bfloat16()), *half)
+    dtype = short(next(model.parameters()).dtype)
+    if dtype == "fp32":
+        calls["inductor bf16"] = bind(frozen(copy.deepcopy(model).bfloat16()), *halved(call))
     for text in patterns:
         calls[text] = bind(sdm.compile(model, text, mode="infer", policy=policy), args, kwargs)
     samples = interleaved(calls, rounds=rounds)
-    return over_baselines(name, samples, patterns)
+    return over_baselines(name, dtype, samples, patterns)
+
+
+def halved(call: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The same inputs in bfloat16."""
+    half: tuple[Any, Any] = torch.utils._pytree.tree_map(
+        lambda x: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x, call
+    )
+    return half
 
 
 def over_baselines(
-    name: str, samples: dict[str, Samples], patterns: tuple[str, ...]
+    name: str, dtype: str, samples: dict[str, Samples], patterns: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     rows = []
     for text in patterns:
@@ -130,7 +137,7 @@ def over_baselines(
             for key in samples
             if key not in patterns
         }
-        rows.append({"what": name, "dtype": "fp32", "pattern": text, **found})
+        rows.append({"what": name, "dtype": dtype, "pattern": text, **found})
     print(table(rows), flush=True)
     return rows
 
@@ -183,7 +190,7 @@ def bench_sampling(patterns: tuple[str, ...], rounds: int) -> list[dict[str, Any
     for text in patterns:
         calls[text] = draw_image(sdm.compile(model, text, mode="infer"))
     samples = interleaved(calls, rounds=rounds, warmup=1)
-    return over_baselines("U-ViT-S, 20-step image", samples, patterns)
+    return over_baselines("U-ViT-S, 20-step image", "fp32", samples, patterns)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -260,6 +267,11 @@ def main() -> None:
             title = f"{title} CIFAR10, batch {batch}"
             results["models"] += bench_model(title, *whole(name, batch), patterns, rounds)
             torch._dynamo.reset()
+    model, call = whole("uvit-cifar10-small", 1)
+    wide = ("2:4", "1:8", "2:4x64", "1:4x64", "1:8x64")
+    results["bf16"] = bench_model(
+        "U-ViT-S CIFAR10, batch 1", model.bfloat16(), halved(call), wide, args.rounds
+    )
     results["sampling"] = bench_sampling(("2:4", "1:4", "1:8", "1:16"), 3)
     for path in (args.out, args.chart):
         path.parent.mkdir(parents=True, exist_ok=True)
