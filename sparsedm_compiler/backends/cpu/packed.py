@@ -206,8 +206,8 @@ def check(packed: Tensor) -> None:
         for _, cols in layout.col_blocks():
             kept = cols * layout.n // layout.m
             where = rows_of[2 * unit : 2 * (unit + pairs)].long() & 0xFFFF
-            columns = index[at : at + 2 * pairs * kept]
-            shared = common[unit : unit + pairs]
+            columns = index[at : at + 2 * pairs * kept].int()  # 256 is 0 beside a uint8
+            shared = common[unit : unit + pairs].int()
             if bool((where > rows).any() or (columns >= cols).any() or (shared > kept).any()):
                 raise PackError("the packed weight points outside of its rows or columns")
             at, unit = at + 2 * pairs * kept, unit + pairs

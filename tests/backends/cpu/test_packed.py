@@ -154,6 +154,22 @@ def test_a_header_that_contradicts_itself_is_refused(text: str, fields: dict[str
         check(stating(held.packed, **fields))
 
 
+@pytest.mark.parametrize("blocks", [(0, 8, 3), (0, 6, 4), (0, 64, 4), (4, 8, 6), (4, 6, 4)])
+def test_blocks_that_split_a_group_or_a_unit_are_refused(blocks: tuple[int, int, int]) -> None:
+    """Though the header is true to its own size. blocks: share, columns, rows."""
+    check(empty(Layout(torch.float32, 12, 24, 2, 4, 4, 8, 4)))
+    with pytest.raises(PackError, match="blocks that cannot be"):
+        check(empty(Layout(torch.float32, 12, 24, 2, 4, *blocks)))
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:256", "255:256"])
+def test_the_widest_block_of_columns_is_accepted(text: str) -> None:
+    held = case(text, 512 // int(text.split(":")[1]), 8, torch.float32, width=256)
+    assert layout_of(held.packed).col_block == 256
+    check(held.packed)
+    assert_same(unpack(held.packed), held.masked)
+
+
 def runs_within_bounds(packed: Tensor) -> None:
     """Refused, or of a sane size and run (``make sanitize`` sees what a kernel touches)."""
     try:
