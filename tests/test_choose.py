@@ -165,6 +165,22 @@ def test_activations_are_fused_into_the_kernel() -> None:
     assert graphs[0].count("sparsedm.nm_linear") == 4
 
 
+def test_a_bias_that_is_not_one_value_per_row_stays_dense() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+            self.shift = nn.Parameter(torch.randn(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.net[0](x)
+            return self.net[2](F.linear(x, self.net[1].weight, self.shift))
+
+    fast = sdm.compile(Odd(), "2:4", mode="infer", inner="eager", kernels={"*": "sparse"})
+    assert_same(fast(X), oracle_of(fast)(X))
+    assert "a bias that is not one value per row" in choices(fast)["net.1.weight"].reason
+
+
 def test_inductor_runs_what_is_left() -> None:
     fast = fast_of(inner="inductor", kernels={"*": "sparse"})
     with torch.no_grad():
