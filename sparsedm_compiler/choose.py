@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .backends.cpu.library import engine, unavailable, version
+from .backends.cpu.engine import engine
+from .backends.cpu.library import unavailable, version
 from .backends.cpu.ops import activate, nm_conv2d_op, nm_linear_op
 from .backends.cpu.packed import refusal
 from .cache import folder, write
@@ -244,7 +245,7 @@ def run_sparse(use: Use, x: Tensor, packed: Tensor, rows: int, tile: int) -> Ten
 
 
 def _input(use: Use) -> Tensor:
-    x = torch.randn(use.inputs, dtype=torch.float32).to(use.dtype)
+    x = torch.randn(use.inputs, dtype=torch.float32, device="cpu").to(use.dtype)
     return x.contiguous(memory_format=torch.channels_last) if use.channels_last else x
 
 

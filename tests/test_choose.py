@@ -181,6 +181,16 @@ def test_a_bias_that_is_not_one_value_per_row_stays_dense() -> None:
     assert "a bias that is not one value per row" in choices(fast)["net.1.weight"].reason
 
 
+@pytest.mark.usefixtures("cache")
+def test_another_default_device_changes_nothing() -> None:
+    expected = fast_of(kernels={"*": "sparse"})(X)
+    fast, measured_too = fast_of(kernels={"*": "sparse"}), fast_of()
+    with torch.device("meta"):
+        assert_same(fast(X), expected)
+        measured_too(X)
+    assert choices(measured_too)["plain.weight"].dense_ms is not None
+
+
 def test_inductor_runs_what_is_left() -> None:
     fast = fast_of(inner="inductor", kernels={"*": "sparse"})
     with torch.no_grad():

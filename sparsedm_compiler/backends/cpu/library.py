@@ -22,7 +22,6 @@ from .call import Call
 
 _SOURCES = ("kernel.cpp", "pack.cpp")
 _HEADERS = ("act.h", "format.h", "vec.h", "wide.h")
-ENGINES = ("plain", "dpbf16", "amx")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-Wall", "-Wextra")
 _ISA_FLAGS = {
     "AVX512": (
@@ -61,16 +60,6 @@ def unavailable() -> str | None:
     except KernelError as error:
         return str(error)
     return None
-
-
-@cache
-def engine() -> str:
-    """What multiplies bfloat16 by a widely shared mask here: one of ENGINES."""
-    if unavailable() is not None or library().sdm_isa() != b"avx512":
-        return "plain"
-    if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx():
-        return "amx"
-    return "dpbf16" if torch.cpu._is_avx512_bf16_supported() else "plain"
 
 
 @cache

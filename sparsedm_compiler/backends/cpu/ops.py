@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...errors import KernelError, PackError
 from .call import ACTS, Call
-from .library import ENGINES, engine, library, unavailable
+from .engine import ENGINES, engine
+from .library import library, unavailable
 from .packed import unpack
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -64,6 +65,7 @@ def conv2d(
     out = torch.empty(
         _conv_shape(x, rows, kernel, stride, padding, dilation),
         dtype=x.dtype,
+        device=x.device,
         memory_format=form,
     )
     images, channels, height, width = x.shape

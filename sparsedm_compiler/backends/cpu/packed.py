@@ -154,7 +154,7 @@ def layout_of(packed: Tensor) -> Layout:
 
 def empty(layout: Layout) -> Tensor:
     """Bytes for a packed weight, header written, all else zero."""
-    out = torch.zeros(layout.sections()[1], dtype=torch.uint8)
+    out = torch.zeros(layout.sections()[1], dtype=torch.uint8, device="cpu")
     header = layout.header()
     out[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     return out
@@ -168,7 +168,7 @@ def unpack(packed: Tensor) -> Tensor:
     if layout.share:
         return _unpack_shared(layout, values, packed[starts[1] : starts[2]].view(torch.int16))
     index, units = packed[starts[1] : starts[2]], packed[starts[2] : starts[3]].view(torch.int16)
-    dense = torch.zeros(layout.rows + 1, layout.cols, dtype=layout.dtype)
+    dense = torch.zeros(layout.rows + 1, layout.cols, dtype=layout.dtype, device="cpu")
     at = unit = 0
     for row, rows in layout.row_blocks():
         pairs = ceil(rows / 2)
@@ -197,7 +197,7 @@ def check(packed: Tensor) -> None:
         bounds = [
             cols for _, cols in layout.col_blocks() for _ in range(cols * layout.n // layout.m)
         ]
-        if bool((columns >= torch.tensor(bounds)).any()):
+        if bool((columns >= torch.tensor(bounds, device="cpu")).any()):
             raise PackError("the packed weight points outside of its columns")
         return
     rows_of, at, unit = units.view(torch.int16), 0, 0
@@ -225,7 +225,7 @@ def _unpack_shared(layout: Layout, values: Tensor, index: Tensor) -> Tensor:
     stored = sum(padded for _, _, padded in blocks)
     values = values[: groups * layout.group * stored].view(groups, -1)
     index = index[: groups * layout.kept].view(groups, -1).long() & 0xFFFF
-    dense = torch.zeros(groups, layout.group, layout.cols, dtype=layout.dtype)
+    dense = torch.zeros(groups, layout.group, layout.cols, dtype=layout.dtype, device="cpu")
     before = at = 0
     for col, kept, padded in blocks:
         block = values[:, at : at + padded * layout.group]
