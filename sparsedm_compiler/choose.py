@@ -20,13 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends.cpu.engine import engine
 from .backends.cpu.library import unavailable, version
-from .backends.cpu.ops import activate, nm_conv2d_op, nm_linear_op
+from .backends.cpu.ops import activate
 from .backends.cpu.packed import refusal
 from .cache import folder, write
 from .config import Config
 from .facts import Choice
 from .folding import Form, fold_weight
 from .passes.find_uses import Use
+from .passes.lower_sparse import kernel_call
 from .pattern import Pattern
 
 MARGIN = 0.96
@@ -86,11 +87,12 @@ def choose(
     search: Search,
 ) -> Chosen:
     """The kernel for a weight, with the reason: pinned, the only one, or the fastest measured."""
-    why_not, able = _able(weight, pattern, uses, config, config.kernel_of(name))
+    asked = config.kernel_of(name)
+    why_not, able = _able(weight, pattern, uses, config, asked)
     dense = Form(pattern)
     if isinstance(uses, str) or not able:
         return Chosen(_choice(name, weight, uses, "dense", why_not), dense)
-    if config.kernel_of(name) != "auto":
+    if asked != "auto":
         return _sparse(name, weight, pattern, uses, able[0], "pinned by kernels=")
     times = _times(weight, name, pattern, uses, able, search)
     if times is None:
@@ -236,11 +238,8 @@ def run_dense(use: Use, x: Tensor, weight: Tensor) -> Tensor:
 def run_sparse(use: Use, x: Tensor, packed: Tensor, rows: int, tile: int) -> Tensor:
     """What ``lower_sparse`` makes of it."""
     out: Tensor
-    if use.kernel:
-        geometry = map(list, (use.kernel, use.stride, use.padding, use.dilation))
-        out = nm_conv2d_op(x, packed, None, rows, *geometry, use.act, tile)
-    else:
-        out = nm_linear_op(x, packed, None, rows, use.act, tile)
+    op, how = kernel_call(use, tile)
+    out = op(x, packed, None, rows, *how)
     return out
 
 

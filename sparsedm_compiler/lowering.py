@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, fx
 from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .backends.cpu.library import find_compiler
 from .choose import Chosen, Search, choose
 from .config import Config, Inner
 from .errors import ConfigError
@@ -42,23 +41,13 @@ def resolve(inner: str) -> str:
     Raises ConfigError for a name that torch does not know.
     """
     if inner == "auto":
-        return "inductor" if has_compiler() else "eager"
+        return "eager" if find_compiler() is None else "inductor"
     if inner not in list_backends(exclude_tags=()) or inner == "sparsedm":
         raise ConfigError(
             f"inner {inner!r} is no torch.compile backend; "
             f"'auto', 'eager' and 'inductor' are, e.g. inner='eager'"
         )
     return inner
-
-
-@cache
-def has_compiler() -> bool:
-    """Whether Inductor finds a C++ compiler here."""
-    from torch._inductor import config
-
-    candidates = config.cpp.cxx
-    names = candidates if isinstance(candidates, (tuple, list)) else (candidates,)
-    return any(name is not None and shutil.which(name) is not None for name in names)
 
 
 class Folding:
@@ -110,10 +99,12 @@ def fold(
         for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             if place in chosen:
                 weight, found = inputs[place], chosen[place]
-                choices.append(_run_form(weight, found, config, folding))
+                folded = _run_form(weight, found, config, folding)
+                sizes = {"dense_bytes": weight.nbytes, "run_bytes": folded.nbytes}
+                choices.append(replace(found.choice, **sizes))
                 if found.tile:
-                    inputs[place] = folding.folds.get(weight, found.form, found.choice.weight)
-                    _stands_for(node, inputs[place])
+                    inputs[place] = folded
+                    _stands_for(node, folded)
     run = lower(gm, inputs, config.inner)
     forms = {place: found.form for place, found in chosen.items()}
     names = {place: found.choice.weight for place, found in chosen.items()}
@@ -129,16 +120,16 @@ def _left(packed: Packed, name: str, pattern: Pattern, uses: tuple[Use, ...] | s
     return Chosen(Choice(name, inputs, packed.kernel, FINALIZED), packed.form, packed.tile)
 
 
-def _run_form(weight: Tensor, found: Chosen, config: Config, folding: Folding) -> Choice:
-    """Fold the weight, note that it is to be finalized, and state its bytes before and after."""
+def _run_form(weight: Tensor, found: Chosen, config: Config, folding: Folding) -> Tensor:
+    """What runs in the place of the weight; noted, if asked, to be finalized."""
     if isinstance(weight, FakeTensor):
-        return found.choice
+        return weight
     name, folds = found.choice.weight, folding.folds
-    size = folds.get(weight, found.form, name).nbytes
+    folded = folds.get(weight, found.form, name)
     same_dtype = found.form.dtype is None
     if config.finalize and same_dtype and folds.finalized(weight, name) is None:
         folding.pending.append((weight, found))
-    return replace(found.choice, dense_bytes=weight.nbytes, run_bytes=size)
+    return folded
 
 
 def _stands_for(placeholder: fx.Node, value: Tensor) -> None:

@@ -243,8 +243,8 @@ def test_explain_before_and_after_the_first_call() -> None:
 def test_the_default_inner_compiler_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsedm_compiler import lowering
 
-    for found, expected in ((True, "inductor"), (False, "eager")):
-        monkeypatch.setattr(lowering, "has_compiler", lambda found=found: found)
+    for found, expected in (("c++", "inductor"), (None, "eager")):
+        monkeypatch.setattr(lowering, "find_compiler", lambda found=found: found)
         assert lowering.resolve("auto") == expected
 
 

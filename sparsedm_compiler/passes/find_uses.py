@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..backends.cpu.ops import is_channels_last
 from ..graph import value_of
 from ..table import TABLE
 
@@ -74,8 +75,7 @@ def _use(node: fx.Node, weight: fx.Node) -> Use | str:
         if not conv:
             return "no sparse kernel for padding given as a word"
     act, last = _activation(node)
-    last_seen = seen.dim() == 4 and not seen.is_contiguous()
-    channels_last = last_seen and seen.is_contiguous(memory_format=torch.channels_last)
+    channels_last = seen.dim() == 4 and is_channels_last(seen)
     return Use(node, last, shape, out.dtype, channels_last, act=act, **conv)
 
 

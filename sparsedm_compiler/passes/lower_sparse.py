@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import fx
 
@@ -19,6 +20,14 @@ def lower_sparse(gm: fx.GraphModule, chosen: Sequence[tuple[Use, fx.Node, int, i
     return sum(_lower(gm.graph, *each) for each in chosen if each[0].node.graph is gm.graph)
 
 
+def kernel_call(use: Use, tile: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The op that runs a use, and its arguments behind (x, packed weight, bias, rows)."""
+    if not use.kernel:
+        return nm_linear_op, (use.act, tile)
+    geometry = (use.kernel, use.stride, use.padding, use.dilation)
+    return nm_conv2d_op, (*map(list, geometry), use.act, tile)
+
+
 def _lower(graph: fx.Graph, use: Use, weight: fx.Node, rows: int, tile: int) -> int:
     if weight not in use.node.all_input_nodes or not use.last.users:
         return 0
@@ -28,12 +37,8 @@ def _lower(graph: fx.Graph, use: Use, weight: fx.Node, rows: int, tile: int) -> 
         if value_of(x).dtype != use.dtype:  # autocast would have cast it inside the op
             x = graph.call_method("to", (x, use.dtype))
             x.meta["example_value"] = value_of(given["input"]).to(use.dtype)
-        if use.kernel:
-            geometry = (use.kernel, use.stride, use.padding, use.dilation)
-            arguments = (x, weight, bias, rows, *map(list, geometry), use.act, tile)
-            new = graph.call_function(nm_conv2d_op, arguments)
-        else:
-            new = graph.call_function(nm_linear_op, (x, weight, bias, rows, use.act, tile))
+        op, how = kernel_call(use, tile)
+        new = graph.call_function(op, (x, weight, bias, rows, *how))
     new.meta = dict(use.last.meta)
     use.last.replace_all_uses_with(new)
     for node in dict.fromkeys((use.last, use.node)):

@@ -1,8 +1,8 @@
 // y = act(W x + b) with W pruned to n of m, for Linear and Conv2d.
 //
 // Activations are packed feature-major into tiles of T vectors of tokens (output pixels), so that
-// a kept weight is one broadcast and T fused multiply-adds on its column of the tile. Two layouts
-// of W, both written by pack.cpp:
+// a kept weight is one broadcast and T fused multiply-adds on its column of the tile. Three
+// layouts of W, all written by pack.cpp:
 //   pairs   rows in twos, matched anew for every block of columns so that many columns are kept by
 //           both: those are loaded once for two rows. For masks that are free per row.
 //   shared  R rows with one column list: every column is loaded once for R rows.
@@ -10,9 +10,6 @@
 #include <algorithm>
 #include <new>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "act.h"
 #include "format.h"
@@ -21,7 +18,7 @@
 
 namespace {
 
-// Mirrored by library.py: change them together.
+// Mirrored by call.py: change them together.
 struct Call {
   const uint8_t* weight;
   const void* x;
@@ -45,10 +42,9 @@ constexpr int lanes() {
 // ---------------------------------------------------------------- micro kernels
 
 template <int T, class W>
-void run_pairs(const float* x, float* c, const Header& h, const W* w, const uint8_t* index,
-               const uint16_t* rows, const uint8_t* common, int pairs, int kept, bool first) {
+void run_pairs(const float* x, float* c, const W* w, const uint8_t* index, const uint16_t* rows,
+               const uint8_t* common, int pairs, int kept, bool first) {
   constexpr int S = lanes<T>();
-  (void)h;
   for (int p = 0; p < pairs; p++) {
     float* ca = c + (int64_t)rows[2 * p] * S;
     float* cb = c + (int64_t)rows[2 * p + 1] * S;
@@ -364,7 +360,7 @@ void multiply(const Work& work, const float* x, float* acc, int64_t row0, int64_
     const int64_t blocks = (h.cols + h.col_block - 1) / h.col_block;
     const int64_t at = row0 * density_cols + 2 * pairs * before;  // row blocks are even
     const int64_t unit = row0 / 2 * blocks + k0 / h.col_block * pairs;
-    run_pairs<T, W>(x, acc, h, values + at, blob + h.index + at,
+    run_pairs<T, W>(x, acc, values + at, blob + h.index + at,
                     (const uint16_t*)(blob + h.units) + 2 * unit, blob + h.common + unit, pairs,
                     kept, first);
     return;
@@ -441,7 +437,6 @@ void parallel(int64_t count, int threads, F body) {
 extern "C" {
 
 const char* sdm_isa() { return ISA_NAME; }
-int32_t sdm_max_tile(int32_t shared) { return shared ? MAX_SHARED_TILE : MAX_PAIRS_TILE; }
 
 // 0, 1 if memory ran out, 2 for fp32 activations beside a weight packed for bfloat16.
 int32_t sdm_run(const Call* call) try {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -73,6 +74,8 @@ def version() -> str:
 
 def _built() -> Path:
     compiler = find_compiler()
+    if compiler is None:
+        raise KernelError("no C++ compiler here to build CPU kernels with; install g++ or set CXX")
     asked = os.environ.get("SPARSEDM_CXXFLAGS", "").split()
     flags = (*_FLAGS, *_ISA_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()), *asked)
     key = hashlib.sha256(repr((version(), compiler, flags, torch.__version__)).encode())
@@ -106,15 +109,11 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         raise KernelError(f"{command[0]} cannot build the CPU kernels: {error}") from error
 
 
-def find_compiler() -> str:
-    """The C++ compiler that Inductor would use. Raises KernelError if there is none."""
-    import shutil
-
+@cache
+def find_compiler() -> str | None:
+    """The C++ compiler that Inductor would use, None if there is none."""
     from torch._inductor import config
 
     candidates = config.cpp.cxx
     names = candidates if isinstance(candidates, (tuple, list)) else (candidates,)
-    for name in names:
-        if name is not None and shutil.which(name) is not None:
-            return name
-    raise KernelError("no C++ compiler here to build CPU kernels with; install g++ or set CXX")
+    return next((name for name in names if name is not None and shutil.which(name)), None)

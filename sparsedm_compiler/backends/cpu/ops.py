@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,26 @@ from ...errors import KernelError, PackError
 from .call import ACTS, Call
 from .engine import ENGINES, engine
 from .library import library, unavailable
-from .packed import unpack
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_HEADER_BYTES = 80
+from .packed import HEADER_BYTES, TYPES, unpack
 
 _lib = torch.library.Library("sparsedm", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+class Conv(NamedTuple):
+    """The arguments of nm_conv2d behind (x, packed, bias, rows), in the order of its schema."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    act: str
+    tile: int
+
+    def shape(self, x: Tensor, rows: int) -> tuple[int, ...]:
+        """Of the output."""
+        span = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
+        sizes = zip(x.shape[2:], span, self.stride, self.padding, strict=True)
+        return (x.shape[0], rows, *((size + 2 * p - k) // s + 1 for size, k, s, p in sizes))
 
 
 def linear(
@@ -49,40 +63,36 @@ def conv2d(
     packed: Tensor,
     bias: Tensor | None,
     rows: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    act: str,
-    tile: int,
+    *how: Any,
 ) -> Tensor:
-    """x: [N, C, H, W] -> [N, rows, H', W'], channels_last if x is."""
+    """x: [N, C, H, W] -> [N, rows, H', W'], channels_last if x is; ``how``: as in Conv."""
     if unavailable() is not None:
-        return reference_conv2d(x, packed, bias, rows, kernel, stride, padding, dilation, act)
-    channels_last = _channels_last(x)
+        return reference_conv2d(x, packed, bias, rows, *how)
+    conv = Conv(*how)
+    channels_last = is_channels_last(x)
     form = torch.channels_last if channels_last else torch.contiguous_format
     x = x.contiguous(memory_format=form)
     out = torch.empty(
-        _conv_shape(x, rows, kernel, stride, padding, dilation),
+        conv.shape(x, rows),
         dtype=x.dtype,
         device=x.device,
         memory_format=form,
     )
     images, channels, height, width = x.shape
     out_height, out_width = out.shape[2:]
-    _check(packed, rows, channels * kernel[0] * kernel[1])
+    _check(packed, rows, channels * conv.kernel[0] * conv.kernel[1])
     bias = _plain_bias(bias, rows)
-    call = _call(x, packed, bias, out, act, tile)
+    call = _call(x, packed, bias, out, conv.act, conv.tile)
     call.conv = 2 if channels_last else 1
     call.tokens, call.out_stride = images * out_height * out_width, rows
-    if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0):  # a plane is one long row
+    if (*conv.kernel, *conv.stride, *conv.padding) == (1, 1, 1, 1, 0, 0):  # a plane is one long row
         height, width = out_height, out_width = 1, height * width
     call.images, call.channels, call.height, call.width = images, channels, height, width
     call.out_height, call.out_width = out_height, out_width
-    call.kernel_h, call.kernel_w = kernel
-    call.stride_h, call.stride_w = stride
-    call.pad_h, call.pad_w = padding
-    call.dil_h, call.dil_w = dilation
+    call.kernel_h, call.kernel_w = conv.kernel
+    call.stride_h, call.stride_w = conv.stride
+    call.pad_h, call.pad_w = conv.padding
+    call.dil_h, call.dil_w = conv.dilation
     _run(call)
     return out
 
@@ -95,21 +105,13 @@ def reference_linear(
 
 
 def reference_conv2d(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    act: str,
-    tile: int = 0,
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, *how: Any
 ) -> Tensor:
     """What ``conv2d`` computes, by the dense op."""
-    weight = dense_weight(packed, kernel)
-    out = F.conv2d(x, weight.to(x.dtype), _as(bias, x), stride, padding, dilation)
-    return activate(out, act)
+    conv = Conv(*how)
+    weight = dense_weight(packed, conv.kernel).to(x.dtype)
+    out = F.conv2d(x, weight, _as(bias, x), conv.stride, conv.padding, conv.dilation)
+    return activate(out, conv.act)
 
 
 def dense_weight(packed: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -141,7 +143,7 @@ def _plain_bias(bias: Tensor | None, rows: int) -> Tensor | None:
 
 
 def _call(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, act: str, tile: int) -> Call:
-    if x.dtype not in _TYPES or (bias is not None and bias.dtype not in _TYPES):
+    if x.dtype not in TYPES or (bias is not None and bias.dtype not in TYPES):
         given = x.dtype if bias is None else f"{x.dtype} with a bias of {bias.dtype}"
         raise KernelError(f"the CPU kernels take float32 and bfloat16, not {given}")
     return Call(
@@ -149,8 +151,8 @@ def _call(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, act: str,
         x=x.data_ptr(),
         out=out.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
-        x_type=_TYPES[x.dtype],
-        bias_type=0 if bias is None else _TYPES[bias.dtype],
+        x_type=TYPES.index(x.dtype),
+        bias_type=0 if bias is None else TYPES.index(bias.dtype),
         act=ACTS.index(act),
         tile=tile,
         threads=torch.get_num_threads(),
@@ -162,7 +164,7 @@ def _check(packed: Tensor, rows: int, cols: int) -> None:
     """The kernel trusts the header: it must be the one of a weight of this size."""
     stated = ctypes.cast(packed.data_ptr(), ctypes.POINTER(ctypes.c_int32))
     plain = packed.dtype is torch.uint8 and packed.is_contiguous() and packed.data_ptr() % 8 == 0
-    small = not plain or packed.numel() < _HEADER_BYTES
+    small = not plain or packed.numel() < HEADER_BYTES
     if small or (stated[3], stated[4]) != (rows, cols):
         raise PackError(
             f"the packed weight is not one of {rows} x {cols}, its bytes side by side from a "
@@ -180,43 +182,18 @@ def _run(call: Call) -> None:
         )
 
 
-def _channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x lies channels_last in memory, and not also as usual."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _conv_shape(
-    x: Tensor,
-    rows: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, ...]:
-    size = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    )
-    return (x.shape[0], rows, *size)
 
 
 def _fake_linear(x: Tensor, packed: Tensor, bias: Any, rows: int, act: str, tile: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
-def _fake_conv2d(
-    x: Tensor,
-    packed: Tensor,
-    bias: Any,
-    rows: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    act: str,
-    tile: int,
-) -> Tensor:
-    out = x.new_empty(_conv_shape(x, rows, kernel, stride, padding, dilation))
-    return out.to(memory_format=torch.channels_last) if _channels_last(x) else out
+def _fake_conv2d(x: Tensor, packed: Tensor, bias: Any, rows: int, *how: Any) -> Tensor:
+    out = x.new_empty(Conv(*how).shape(x, rows))
+    return out.to(memory_format=torch.channels_last) if is_channels_last(x) else out
 
 
 def _linear_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:

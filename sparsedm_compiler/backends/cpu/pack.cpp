@@ -1,6 +1,5 @@
 // Dense weight and mask -> packed weight.
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "format.h"
@@ -90,6 +89,14 @@ void pack_pairs(const Matrix& in, const Header& h, uint8_t* blob) {
     }
 }
 
+// The columns of the block at ``k0`` that the group of rows at ``g0`` keeps; the end of the list.
+uint16_t* list_columns(const Matrix& in, const Header& h, int64_t g0, int64_t k0, uint16_t* index) {
+  const int64_t k1 = std::min<int64_t>(h.cols, k0 + h.col_block);
+  for (int64_t k = k0; k < k1; k++)
+    if (in.at(g0, k)) *index++ = (uint16_t)(k - k0);
+  return index;
+}
+
 template <class W>
 void pack_shared(const Matrix& in, const Header& h, uint8_t* blob) {
   W* value = (W*)(blob + h.values);
@@ -97,10 +104,8 @@ void pack_shared(const Matrix& in, const Header& h, uint8_t* blob) {
   const W* weight = (const W*)in.weight;
   for (int64_t g0 = 0; g0 < h.rows; g0 += h.share)
     for (int64_t k0 = 0; k0 < h.cols; k0 += h.col_block) {
-      const int64_t k1 = std::min<int64_t>(h.cols, k0 + h.col_block);
       const uint16_t* first = index;
-      for (int64_t k = k0; k < k1; k++)
-        if (in.at(g0, k)) *index++ = (uint16_t)(k - k0);
+      index = list_columns(in, h, g0, k0, index);
       for (int u = 0; u < h.group; u += h.layout)
         for (const uint16_t* i = first; i < index; i++)
           for (int r = u; r < u + h.layout; r++) {
@@ -116,10 +121,8 @@ void pack_wide(const Matrix& in, const Header& h, uint8_t* blob) {
   const bf16* weight = (const bf16*)in.weight;
   for (int64_t g0 = 0; g0 < h.rows; g0 += h.share)
     for (int64_t k0 = 0; k0 < h.cols; k0 += h.col_block) {
-      const int64_t k1 = std::min<int64_t>(h.cols, k0 + h.col_block);
       const uint16_t* first = index;
-      for (int64_t k = k0; k < k1; k++)
-        if (in.at(g0, k)) *index++ = (uint16_t)(k - k0);
+      index = list_columns(in, h, g0, k0, index);
       const int kept = (int)(index - first);
       for (int u = 0; u < h.group; u += UNIT)
         for (int b = 0; b < blocks_of(kept); b++)

@@ -15,8 +15,10 @@ from ...pattern import Pattern
 
 # Mirrored by format.h: change them together.
 _HEADER: Final = struct.Struct("<12iq3q")
+HEADER_BYTES: Final = _HEADER.size
 _MAGIC: Final = 0x314D4E53
-_TYPES: Final = (torch.float32, torch.bfloat16)
+TYPES: Final = (torch.float32, torch.bfloat16)
+"""Of values and activations; their place is their code in vec.h."""
 _ALIGN: Final = 64
 _UNIT, _DEPTH = 16, 32  # rows and kept columns of a block of the wide layout
 
@@ -92,7 +94,7 @@ class Layout:
 
     def header(self) -> bytes:
         starts, _ = self.sections()
-        type_ = _TYPES.index(self.dtype)
+        type_ = TYPES.index(self.dtype)
         sizes = (self.rows, self.cols, self.n, self.m)
         blocks = (self.share, self.group, self.col_block, self.row_block)
         return _HEADER.pack(_MAGIC, type_, self.unit, *sizes, *blocks, self.wide, *starts)
@@ -100,7 +102,7 @@ class Layout:
 
 def refusal(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
     """Why a weight cannot be packed, None if it can."""
-    if dtype not in _TYPES:
+    if dtype not in TYPES:
         return f"no CPU kernel for {str(dtype).removeprefix('torch.')}"
     if pattern.is_dense:
         return f"{pattern} keeps everything"
@@ -137,7 +139,7 @@ def layout_of(packed: Tensor) -> Layout:
         raise PackError(f"a tensor {tuple(packed.shape)} of {packed.dtype} is no packed weight")
     fields = _HEADER.unpack(bytes(packed[: _HEADER.size].tolist()))
     magic, type_, _, rows, cols, n, m, share, _, col_block, row_block, wide = fields[:12]
-    if magic != _MAGIC or type_ not in range(len(_TYPES)) or not 0 < n < m or cols % m:
+    if magic != _MAGIC or type_ not in range(len(TYPES)) or not 0 < n < m or cols % m:
         raise PackError("the bytes do not begin as a packed weight does")
     # At least a byte for every kept value: so sizes are small enough to compute with below.
     if min(rows, cols) < 1 or rows * (cols // m) * n > packed.numel() or not 0 <= share <= rows:
@@ -146,7 +148,7 @@ def layout_of(packed: Tensor) -> Layout:
         raise PackError("the packed weight states blocks that cannot be")
     if wide not in (0, 1) or (wide and (share % _UNIT or not share or not type_ or rows % share)):
         raise PackError("the packed weight states a layout that cannot be")
-    found = Layout(_TYPES[type_], rows, cols, n, m, share, col_block, row_block, bool(wide))
+    found = Layout(TYPES[type_], rows, cols, n, m, share, col_block, row_block, bool(wide))
     if found.header() != _HEADER.pack(*fields) or found.sections()[1] != packed.numel():
         raise PackError("the packed weight is cut short or was written by another version")
     return found

@@ -48,7 +48,6 @@ static inline vf in_register(vf v) {
 }
 
 static inline vf splat(float x) { return x - vf{}; }  // x - 0 is x, -0 included
-static inline vi splat_i(int32_t x) { return x + vi{}; }
 
 static inline vf select(vi mask, vf yes, vf no) {
   return (vf)((mask & (vi)yes) | (~mask & (vi)no));
