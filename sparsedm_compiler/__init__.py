@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .compiler import compile, count_macs, explain, topology
+from .compiler import compile, count_macs, explain, pattern_of, repattern, topology
 from .errors import (
     CaptureError,
     CheckpointError,
@@ -23,6 +23,7 @@ from .errors import (
     PackError,
     PatternError,
     SparseDMError,
+    StoppedError,
 )
 from .facts import Choice, Decision, MacRow, MacsReport, Topology
 from .pattern import Pattern
@@ -67,12 +68,15 @@ __all__ = [
     "Pattern",
     "PatternError",
     "SparseDMError",
+    "StoppedError",
     "Topology",
     "compile",
     "count_macs",
     "explain",
     "load",
     "masked_parameters",
+    "pattern_of",
+    "repattern",
     "save",
     "topology",
 ]

@@ -152,6 +152,30 @@ def install(
     return student
 
 
+def pattern_of(model: nn.Module) -> Pattern | None:
+    """The pattern a model was compiled with, None where it was recognised weight by weight.
+
+    Raises ConfigError if it was not compiled.
+    """
+    return require_compiled(model)[0][1].config.pattern
+
+
+def repattern(model: nn.Module, pattern: str | Pattern) -> None:
+    """Prune a compiled ``model`` to another pattern from its next call on, in place.
+
+    Parameters, optimizers built on them, and all other options (keep_dense, overrides, policy)
+    stay. Raises ConfigError if it was not compiled for training, PatternError.
+    """
+    parsed = Pattern.parse(pattern)
+    for _, forward in require_compiled(model):
+        if forward.config.mode != "train":
+            raise ConfigError(
+                f"{type(forward.module).__name__} is folded for inference, its weights have lost "
+                "what was pruned; repattern the student in mode 'train'"
+            )
+        install(forward.module, replace(forward.config, pattern=parsed), known=forward.known)
+
+
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """What became of every weight of a compiled model, with the reason where it stays dense.
 

@@ -45,3 +45,7 @@ class PackError(SparseDMError, ValueError):
 
 class DataError(SparseDMError, ValueError):
     """Training or evaluation data of the wrong kind, shape or range."""
+
+
+class StoppedError(SparseDMError, RuntimeError):
+    """A run that was asked to stop (SIGTERM, Ctrl-C) and has saved itself; it can be resumed."""

@@ -1,45 +1,165 @@
-"""Training data of any make as one stream of (images, labels) batches."""
+"""Training data of any make as one stream of (images, condition) batches, known by position."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ..errors import DataError
 from ..evaluate import generator_at
+from ..evaluate.condition import Condition, check_count, rows
 
-Batch = tuple[Tensor, Tensor | None]
+Batch: TypeAlias = "tuple[Tensor, Condition | None]"
 Data = Tensor | tuple[Tensor, Tensor] | Dataset[Any] | Iterable[Any]
 """Images; (images, labels); a map-style Dataset of either; or an iterable of batches of either."""
 
+Fetch = Callable[[list[int]], Any]
 
-def batches(data: Data, size: int, seed: int) -> Iterator[Batch]:
-    """An endless stream of batches. Raises DataError for data of another kind.
+
+@runtime_checkable
+class Fetches(Protocol):
+    """Data that hand out many images at once, e.g. ``sparsedm_compiler.data.ImageData``."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+
+    def fetch(self, numbers: Sequence[int]) -> Batch:
+        """The images of those numbers, with their condition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of every batch that is this process's: of ``world * parts`` equal ones, ``parts``.
+
+    ``parts``: how many pieces this process takes its share in (gradient accumulation).
+    """
+
+    rank: int = 0
+    world: int = 1
+    parts: int = 1
+
+    def pieces(self, total: int) -> list[range]:
+        """The rows of a batch of ``total`` that this process trains on, piece by piece."""
+        count = self.world * self.parts
+        if total < count:
+            raise DataError(
+                f"a batch of {total} images cannot be shared by {self.world} processes in "
+                f"{self.parts} parts each"
+            )
+        edges = [total * k // count for k in range(count + 1)]
+        mine = range(self.rank * self.parts, (self.rank + 1) * self.parts)
+        return [range(edges[k], edges[k + 1]) for k in mine]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Part of the batch of ``total`` images: those from position ``first`` of the stream."""
+
+    images: Tensor
+    condition: Condition | None
+    first: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Where a run's images come from and in what order; ``begin(seen)`` starts anywhere.
 
     Images and map-style datasets are shuffled: image number k of the stream is number k % n of
     the order drawn from (seed, epoch k // n), whatever ``size``, and every batch is full. An
-    iterable of batches keeps its own order and sizes and is started over when it ends.
+    iterable of batches keeps its own order and sizes and is started over when it ends; to begin
+    in its middle, what came before is read and dropped.
     """
-    if (source := indexed(data)) is not None:
-        count, fetch = source
-        order = shuffled(count, seed)
-        while True:
-            yield checked(fetch(list(itertools.islice(order, size))))
-    for start in itertools.count():
-        empty = True
-        for batch in iterated(data):
-            empty = False
-            yield checked(batch)
-        if empty:
-            raise DataError(
-                f"the data ended after {start} rounds: pass a DataLoader or another iterable "
-                "that can be started again, not a generator"
+
+    data: Data
+    size: int
+    seed: int
+    share: Share = Share()
+    workers: int = 0
+
+    def begin(self, seen: int = 0) -> Iterator[list[Piece]]:
+        """This process's pieces, batch after batch, after ``seen`` images. Raises DataError."""
+        if (source := indexed(self.data)) is not None:
+            return self._indexed(*source, seen)
+        return self._iterated(seen)
+
+    def _indexed(self, count: int, fetch: Fetch, seen: int) -> Iterator[list[Piece]]:
+        parts = self.share.pieces(self.size)
+        order = Order(count, self.seed)
+        numbers = (
+            order.numbers(first + piece.start, len(piece))
+            for first in itertools.count(seen, self.size)
+            for piece in parts
+        )
+        fetched: Iterable[Any] = map(fetch, numbers)
+        if self.workers:
+            fetched = DataLoader(
+                _ByNumbers(fetch), batch_size=None, sampler=numbers, num_workers=self.workers
             )
+        found = iter(fetched)
+        for first in itertools.count(seen, self.size):
+            yield [
+                Piece(*checked(next(found)), first + piece.start, self.size) for piece in parts
+            ]
+
+    def _iterated(self, seen: int) -> Iterator[list[Piece]]:
+        first = 0
+        for start in itertools.count():
+            empty = True
+            for batch in iterated(self.data):
+                empty = False
+                images, condition = checked(batch)
+                if first >= seen:
+                    yield [
+                        Piece(
+                            images[part.start : part.stop],
+                            None if condition is None else rows(condition, part),
+                            first + part.start,
+                            len(images),
+                        )
+                        for part in self.share.pieces(len(images))
+                    ]
+                first += len(images)
+            if empty:
+                raise DataError(
+                    f"the data ended after {start} rounds: pass a DataLoader or another iterable "
+                    "that can be started again, not a generator"
+                )
+
+
+class _ByNumbers(Dataset[Any]):
+    """What a worker process reads from: an "index" is the numbers of a whole batch."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        self.fetch = fetch
+
+    def __getitem__(self, numbers: list[int]) -> Any:
+        return self.fetch(numbers)
+
+
+class Order:
+    """Numbers below ``count``, epoch after epoch, each epoch in the order of (seed, epoch)."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch, self._numbers = -1, torch.empty(0)
+
+    def numbers(self, first: int, size: int) -> list[int]:
+        """The numbers at positions ``first`` to ``first + size - 1`` of the stream."""
+        found: list[int] = []
+        while len(found) < size:
+            epoch, within = divmod(first + len(found), self.count)
+            if epoch != self._epoch:
+                source = generator_at(self.seed, "order", epoch)
+                self._epoch, self._numbers = epoch, torch.randperm(self.count, generator=source)
+            found += self._numbers[within : within + size - len(found)].tolist()
+        return found
 
 
 def one_pass(data: Data, size: int) -> Iterator[Batch]:
@@ -53,8 +173,10 @@ def one_pass(data: Data, size: int) -> Iterator[Batch]:
         yield checked(batch)
 
 
-def indexed(data: Data) -> tuple[int, Callable[[list[int]], Any]] | None:
+def indexed(data: Data) -> tuple[int, Fetch] | None:
     """Length and ``fetch(numbers) -> batch`` of data that can be indexed, None for iterables."""
+    if isinstance(data, Fetches):
+        return full(len(data)), data.fetch
     if isinstance(data, Tensor):
         images, labels = data, None
     elif isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):
@@ -91,25 +213,24 @@ def iterated(data: Data) -> Iterator[Any]:
     return iter(data)
 
 
-def shuffled(count: int, seed: int) -> Iterator[int]:
-    """Numbers below ``count``, epoch after epoch, each epoch in the order of (seed, epoch)."""
-    for epoch in itertools.count():
-        yield from torch.randperm(count, generator=generator_at(seed, "order", epoch)).tolist()
-
-
 def checked(batch: Any) -> Batch:
-    """``batch`` as (images, labels or None). Raises DataError where it is not."""
-    images, labels = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
+    """``batch`` as (images, condition or None). Raises DataError where it is not."""
+    images, condition = (
+        batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
+    )
     if isinstance(images, list | tuple) and len(images) == 1:
         images = images[0]
-    if not isinstance(images, Tensor) or not isinstance(labels, Tensor | None):
+    if not isinstance(images, Tensor) or not isinstance(condition, Tensor | Mapping | None):
         raise DataError(
             f"a batch of type {type(batch).__name__} is neither images nor (images, labels); "
-            "wrap the data so that it yields tensors [B, C, H, W], labels [B] beside them"
+            "wrap the data so that it yields tensors [B, C, H, W], and beside them labels [B] or "
+            "a dict of what the model's forward takes"
         )
     if not images.is_floating_point() or images.ndim < 2:
         raise DataError(
             f"images {list(images.shape)} of type {images.dtype} are not floating-point "
             "[B, C, H, W]; scale them to [-1, 1]"
         )
-    return images, labels
+    if condition is not None:
+        check_count(condition, len(images))
+    return images, condition

@@ -1,44 +1,42 @@
-"""``finetune``: train a student against the noise and its dense teacher (SparseDM, eq. 9 to 14)."""
+"""``finetune``: train a student against the truth and its dense teacher (SparseDM, eq. 9 to 14)."""
 
 from __future__ import annotations
 
-import math
+import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from ..errors import ConfigError, SparseDMError
-from ..evaluate import generator_at, in_mode, predict, seed_at
-from .batches import Data, batches
+from .. import ConfigError, StoppedError
+from ..evaluate import in_mode, predict, seed_at
+from ..evaluate.condition import Condition, placed
+from .average import Average
+from .batches import Data, Piece, Stream, one_pass
+from .checkpoint import write_whole
 from .config import FinetuneConfig
-from .diffusion import NoiseScheduler, ddpm, drawn, levels, noised
+from .draws import draw, dropped, flipped
+from .engine import Engine
 from .held_out import held_out_loss
-from .result import FinetuneResult, HeldOut, write_json
+from .keeping import check_config, restore, resume, save_averaged, save_every, save_run
+from .logbook import Logbook, MaskWatch
+from .objective import objective_of
+from .pictures import Pictures
+from .result import FinetuneResult, HeldOut
+from .signals import Stop
 from .sr_ste import sr_ste
+from .stages import plan
+from .staging import begin_stage, set_up_stage
+from .state import Run
+from .static import static_mask
 
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Everything one fine-tune works with; ``count``: noise levels of the scheduler."""
-
-    config: FinetuneConfig
-    student: nn.Module
-    teacher: nn.Module | None
-    optimizer: torch.optim.Optimizer
-    scheduler: NoiseScheduler
-    count: int
-    held_out: Data | None
-    ema: AveragedModel | None
+LOG_BATCHES = 50
 
 
 def finetune(
@@ -50,118 +48,288 @@ def finetune(
     scheduler: Any = None,
     optimizer: torch.optim.Optimizer | None = None,
     held_out: Data | None = None,
+    null: Condition | None = None,
+    pictures: Pictures | None = None,
     out: str | Path | None = None,
     progress: bool = True,
     **options: Any,
 ) -> FinetuneResult:
-    """Train ``student`` in place on ``alpha*|eps - eps_s|^2 + beta*|eps_T - eps_s|^2``.
+    """Train ``student`` in place on ``alpha*|target - s|^2 + beta*|teacher - s|^2``.
 
-    Both models get the same (x_t, t[, y]); the teacher is only read (None: the first term alone).
-    ``data``: images [n, C, H, W] in [-1, 1], (images, labels), a Dataset, or batches of either.
+    Both models get the same (x_t, t[, condition]); the teacher is only read (None: the first term
+    alone). ``data``: images [n, C, H, W] in [-1, 1], (images, labels), a Dataset, or batches of
+    either. ``options``: fields of FinetuneConfig by name, a ``method`` bringing its own.
     ``scheduler``: of diffusers, variance-preserving; DDPM with linear betas by default.
     ``optimizer``: replaces AdamW; the schedule then scales its own lr. ``held_out``: data whose
-    loss is taken at the start, at the end and every ``held_out_every`` images. ``out``: a folder
-    for config.json and result.json. ``options``: fields of FinetuneConfig by name. The order of the
-    data and all noise depend on (seed, images seen) alone. Raises SparseDMError.
+    loss is taken at the start, at the end and every ``held_out_every`` images. ``null``: the
+    condition, one row, that stands for none. ``pictures``: grids to draw every ``sample_every``.
+
+    ``out``: a folder for checkpoints, log, curves and results.json. The same call with the same
+    folder resumes a run that was interrupted, exactly (on the CPU to the bit); SIGTERM and Ctrl-C
+    save and raise StoppedError. Under ``accelerate launch`` every process calls this and takes its
+    share of each batch; put the models on the process's device before. Order of the data and all
+    noise depend on (seed, position) alone. Raises SparseDMError.
     """
     config = (config or FinetuneConfig()).having(options)
-    scheduler = ddpm() if scheduler is None else scheduler
+    folder = None if out is None else Path(out)
     optimizer = adamw(student, config) if optimizer is None else optimizer
     refuse_mixed_up(student, teacher, optimizer)
-    ema = None if config.ema_decay is None else averaged(student, config.ema_decay)
-    count = levels(scheduler)
-    run = Run(config, student, teacher, optimizer, scheduler, count, held_out, ema)
+    run = Run(
+        config,
+        student,
+        given=None if config.teacher == "none" else teacher,
+        teacher=None,
+        objective=objective_of(config.objective, scheduler, config.levels),
+        scheduler=scheduler,
+        stages=plan(config, student),
+        lrs=[group["lr"] for group in optimizer.param_groups],
+        engine=Engine(student, optimizer, config),
+        data=data,
+        held_out=held_out,
+        null=null,
+        pictures=pictures,
+        folder=folder,
+        average=None if config.ema_decay is None else Average(student, config.ema_decay),
+        watch=MaskWatch(student),
+    )
+    try:
+        return execute(run, progress and run.engine.main)
+    finally:
+        run.engine.release()
+
+
+def execute(run: Run, progress: bool) -> FinetuneResult:
+    """Resume if there is what to resume, train, and write what there is to write."""
     if progress:
-        tqdm.write(str(config))
-    if out is not None:
-        write_json(Path(out) / "config.json", config.as_dict())
-    result = train(run, data, progress)
-    if out is not None:
-        write_json(Path(out) / "result.json", result.as_dict())
+        tqdm.write(str(run.config))
+    found = None
+    if run.folder is not None:
+        if run.engine.main:
+            check_config(run.folder, run.config)
+        run.engine.wait()
+        found = resume(run)
+    set_up_stage(run, None if found is None else found.tensors.get("teacher"))
+    with session(run) as stack:
+        if run.config.static_mask or found is not None:
+            look_once(run)
+        if found is not None:
+            restore(run, found)
+        if run.config.static_mask:
+            stack.callback(static_mask(run.engine.optimizer.optimizer, run.student).remove)
+        if run.folder is not None and run.engine.main:
+            run.book = Logbook(run.folder, run.progress.seen)
+        try:
+            train(run, progress)
+        finally:
+            if run.book is not None:
+                run.book.close()
+    return finish(run)
+
+
+def train(run: Run, progress: bool) -> None:
+    """The loop, from the first batch to the last."""
+    config, state = run.config, run.progress
+    stream = Stream(run.data, config.batch_size, config.seed, run.engine.share, config.workers)
+    batches = stream.begin(state.seen) if state.seen < config.images else iter(())
+    if not state.held_out:
+        take_held_out(run)
+    with Stop(run.folder is not None) as stop, progress_bar(run, progress) as bar:
+        for pieces in batches:
+            while state.seen >= run.stage.last:
+                begin_stage(run)
+            started, before = time.perf_counter(), state.seen
+            norm = step(run, pieces)
+            state.seen += pieces[0].total
+            state.seconds += time.perf_counter() - started
+            record(run, before, norm)
+            bar.update(min(state.seen, config.images) - before)
+            bar.set_postfix(loss=recent(run), refresh=False)
+            if run.engine.any(stop.asked):
+                save_run(run)
+                raise StoppedError(
+                    f"stopped after {state.seen} of {config.images} images, as asked; saved in "
+                    f"{run.folder}: the same command resumes"
+                )
+            if state.seen >= config.images:
+                break
+
+
+def step(run: Run, pieces: list[Piece]) -> Tensor | None:
+    """One optimizer step on this process's pieces of a batch; the gradient's norm where known."""
+    config, engine, optimizer = run.config, run.engine, run.engine.optimizer
+    seen, total = run.progress.seen, pieces[0].total
+    optimizer.zero_grad()
+    terms = torch.zeros(3, dtype=torch.float64, device=engine.place.device)
+    for number, piece in enumerate(pieces):
+        with engine.syncing(last=number == len(pieces) - 1):
+            found = loss_terms(run, piece)
+            share = len(piece.images) * engine.share.world / total
+            terms += found.detach() * share
+            engine.backward(found[0] * share)
+    run.add_loss(terms)
+    norm = None
+    if config.max_grad_norm is not None or log_due(run, seen, seen + total):
+        norm = engine.norm(config.max_grad_norm)
+    stage, span = (seen, None) if config.teacher != "previous" else staged(run)
+    for group, lr in zip(optimizer.param_groups, run.lrs, strict=True):
+        group["lr"] = lr * config.lr_scale(stage, total, span)
+    optimizer.step()
+    if run.average is not None:
+        run.average.update()
+    return norm
+
+
+def staged(run: Run) -> tuple[int, int]:
+    """Images seen since the stage began, and those it will have seen."""
+    return run.progress.seen - run.stage.first, run.stage.last - run.stage.first
+
+
+def loss_terms(run: Run, piece: Piece) -> Tensor:
+    """[alpha*noise + beta*teacher, noise, teacher]: mean squared errors, at draws of (seed, k)."""
+    config, place = run.config, run.engine.place
+    random = draw(config, piece.first, piece.images.shape)
+    x0 = piece.images.to(place.device, torch.float32)
+    if config.flip:
+        x0 = flipped(x0, random.flip)
+    condition = dropped(piece.condition, random.drop, config.null_label, run.null)
+    y = None if condition is None else placed(condition, place)
+    x, t, target = run.objective.ask(x0, random.noise.to(place.device), random.u.to(place.device))
+    x = x.to(place.dtype)
+    torch.manual_seed(seed_at(config.seed, "dropout", piece.first))
+    guess = run.engine.predict(x, t, y).float()
+    noise = F.mse_loss(guess, target)
+    if run.teacher is None or config.beta == 0:
+        loss = config.alpha * noise
+        return torch.stack([loss, noise, torch.zeros_like(noise)])
+    with torch.no_grad(), run.engine.autocast():
+        taught = predict(run.teacher, x, t, y)
+    teacher = F.mse_loss(guess, taught.float())
+    return torch.stack([config.alpha * noise + config.beta * teacher, noise, teacher])
+
+
+def log_due(run: Run, before: int, seen: int) -> bool:
+    """Whether the step from ``before`` to ``seen`` images gets a line in the log."""
+    every = run.config.log_every or LOG_BATCHES * run.config.batch_size
+    return run.folder is not None and run.config.due(every, before, seen)
+
+
+def record(run: Run, before: int, norm: Tensor | None) -> None:
+    """After a step: log, held-out loss, pictures and checkpoint, each where it is due."""
+    config, seen = run.config, run.progress.seen
+    if log_due(run, before, seen):
+        write_log(run, norm)
+    if config.due(config.held_out_every, before, seen):
+        take_held_out(run)
+    if config.sample_every is not None and config.due(config.sample_every, before, seen):
+        take_pictures(run)
+    if run.folder is not None and config.due(save_every(config), before, seen):
+        save_run(run)
+
+
+def write_log(run: Run, norm: Tensor | None) -> None:
+    """A line of the log for the steps since the line before."""
+    run.drain()
+    state = run.progress
+    window = torch.tensor(state.losses[state.logged :], dtype=torch.float64).mean(dim=0)
+    state.logged = len(state.losses)
+    flips = run.watch.look()
+    if run.book is not None:
+        rate = run.engine.optimizer.param_groups[0]["lr"]
+        size = None if norm is None else norm.item()
+        run.book.trained(
+            state.seen, window.tolist(), lr=rate, grad_norm=size, flip_rate=flips.rate
+        )
+        run.book.density(state.seen, flips.density)
+
+
+def take_held_out(run: Run) -> None:
+    """Note the held-out losses of now, where data are held out."""
+    if run.held_out is None:
+        return
+    given: dict[str, Any] = {"objective": run.objective, "seed": run.config.seed}
+    student, ema = held_out_loss(run.student, run.held_out, **given), None
+    if run.average is not None:
+        with run.average.applied():
+            ema = held_out_loss(run.student, run.held_out, **given)
+    run.progress.held_out.append(HeldOut(run.progress.seen, student, ema))
+    if run.book is not None:
+        run.book.held_out(run.progress.seen, student, ema)
+
+
+def take_pictures(run: Run) -> None:
+    """Draw the samples of now, of the average where there is one."""
+    if run.pictures is None or run.folder is None:
+        return
+    with ExitStack() as stack:
+        if run.average is not None:
+            stack.enter_context(run.average.applied())
+        images = run.pictures.draw(run.student, run.config.objective)
+    if run.engine.main:
+        run.pictures.save(run.folder / "samples" / f"{run.progress.seen:012d}.png", images)
+
+
+def finish(run: Run) -> FinetuneResult:
+    """The result, and in the folder student.safetensors and results.json."""
+    state, average = run.progress, run.average
+    pattern = run.stages[-1].pattern
+    result = FinetuneResult(
+        run.config,
+        tuple(total for total, _, _ in state.losses),
+        state.seen,
+        state.seconds,
+        None if average is None else average.module(run.student),
+        tuple(state.held_out),
+        None if pattern is None else str(pattern),
+        run.engine.share.world,
+        run.engine.place.device.type,
+    )
+    if run.folder is not None and run.engine.main:
+        save_averaged(run, run.folder / "student.safetensors")
+        text = json.dumps(result.as_dict(run.folder.name), indent=1)
+        write_whole(run.folder / "results.json", text + "\n")
+    run.engine.wait()
     return result
 
 
-def train(run: Run, data: Data, progress: bool) -> FinetuneResult:
-    """The loop, from the first batch to the last."""
-    config, student, optimizer, ema = run.config, run.student, run.optimizer, run.ema
-    lrs = [group["lr"] for group in optimizer.param_groups]
-    losses: list[float] = []
-    seen, start = 0, time.perf_counter()
-    held_out = take_held_out(run, seen)
-    with session(run), progress_bar(config, progress) as bar:
-        for images, labels in batches(data, config.batch_size, config.seed):
-            loss = diffusion_loss(run, images, labels, seen)
-            losses.append(finite(loss, seen))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            if config.max_grad_norm is not None:
-                clip_grad_norm_(student.parameters(), config.max_grad_norm)
-            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr * config.lr_scale(seen, len(images))
-            optimizer.step()
-            if ema is not None:
-                ema.update_parameters(student)
-            before, seen = seen, seen + len(images)
-            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
-            bar.update(min(seen, config.images) - before)
-            if config.held_out_due(before, seen):
-                held_out += take_held_out(run, seen)
-            if seen >= config.images:
-                break
-    seconds = time.perf_counter() - start
-    model = None if ema is None else ema.module
-    return FinetuneResult(config, tuple(losses), seen, seconds, model, held_out)
-
-
-def diffusion_loss(run: Run, images: Tensor, labels: Tensor | None, seen: int) -> Tensor:
-    """``alpha*mse(eps, eps_s) + beta*mse(eps_T, eps_s)`` at noise and levels of (seed, seen)."""
-    config, place = run.config, next(run.student.parameters())
-    x0 = images.to(place.device, torch.float32)
-    y = None if labels is None else labels.to(place.device)
-    noise, t = drawn(x0, run.count, generator_at(config.seed, "noise", seen))
-    x = noised(run.scheduler, x0, noise, t).to(place.dtype)
-    torch.manual_seed(seed_at(config.seed, "dropout", seen))
-    guess = predict(run.student, x, t, y).float()
-    loss = config.alpha * F.mse_loss(guess, noise)
-    if run.teacher is None or config.beta == 0:
-        return loss
-    with torch.no_grad():
-        target = predict(run.teacher, x, t, y).float()
-    return loss + config.beta * F.mse_loss(guess, target)
-
-
 @contextmanager
-def session(run: Run) -> Iterator[None]:
+def session(run: Run) -> Iterator[ExitStack]:
     """Student in train mode, teacher in eval mode, SR-STE on; all modes and seeds come back."""
     config, devices = run.config, {parameter.device for parameter in run.student.parameters()}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
         stack.enter_context(in_mode(run.student, training=True))
-        if run.teacher is not None:
-            stack.enter_context(in_mode(run.teacher, training=False))
+        if run.given is not None:
+            stack.enter_context(in_mode(run.given, training=False))
         if config.sr_ste_lambda > 0:
             lam, form = config.sr_ste_lambda, config.sr_ste_form
-            stack.callback(sr_ste(run.optimizer, run.student, lam=lam, form=form).remove)
-        yield
+            inner = run.engine.optimizer.optimizer
+            stack.callback(sr_ste(inner, run.student, lam=lam, form=form).remove)
+        yield stack
 
 
-def take_held_out(run: Run, seen: int) -> tuple[HeldOut, ...]:
-    """The held-out losses after ``seen`` images, or nothing where no data are held out."""
-    if run.held_out is None:
-        return ()
-    config, scheduler, data = run.config, run.scheduler, run.held_out
-    student = held_out_loss(run.student, data, scheduler=scheduler, seed=config.seed)
-    if run.ema is None:
-        return (HeldOut(seen, student, None),)
-    model = run.ema.module
-    return (
-        HeldOut(seen, student, held_out_loss(model, data, scheduler=scheduler, seed=config.seed)),
-    )
+def look_once(run: Run) -> None:
+    """Call the student once, which captures it: only then is it known what is masked."""
+    for images, condition in one_pass(run.data, 1):
+        random = draw(run.config, 0, images.shape)
+        x, t, _ = run.objective.ask(images, random.noise, random.u)
+        place = run.engine.place
+        y = None if condition is None else placed(condition, place)
+        with torch.no_grad():
+            predict(run.student, x.to(place), t.to(place.device), y)
+        return
 
 
-def progress_bar(config: FinetuneConfig, progress: bool) -> tqdm[NoReturn]:
-    """A bar that counts images."""
-    return tqdm(total=config.images, unit="img", desc="finetune", disable=not progress)
+def recent(run: Run) -> str:
+    """The mean of the last losses, for people."""
+    found = [total for total, _, _ in run.progress.losses[-LOG_BATCHES:]]
+    return f"{sum(found) / len(found):.4f}" if found else "?"
+
+
+def progress_bar(run: Run, progress: bool) -> tqdm[NoReturn]:
+    """A bar that counts images and knows when they will all have been seen."""
+    seen, images = run.progress.seen, run.config.images
+    name = f"finetune {run.config.method}"
+    return tqdm(total=images, initial=seen, unit="img", desc=name, disable=not progress)
 
 
 def adamw(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
@@ -172,17 +340,6 @@ def adamw(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
-
-
-def averaged(student: nn.Module, decay: float) -> AveragedModel:
-    """A copy of ``student`` for its moving average, which starts from the weights of now."""
-
-    def blend(average: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
-        return torch.lerp(average, current, 1 - min(decay, (1 + int(steps)) / (10 + int(steps))))
-
-    found = AveragedModel(student, avg_fn=blend)
-    found.update_parameters(student)  # the first update copies
-    return found
 
 
 def refuse_mixed_up(
@@ -201,14 +358,3 @@ def refuse_mixed_up(
             "the optimizer holds parameters that the student does not have; build it on "
             "student.parameters()"
         )
-
-
-def finite(loss: Tensor, seen: int) -> float:
-    """The value of ``loss``. Raises SparseDMError for NaN and Inf."""
-    value = loss.item()
-    if not math.isfinite(value):
-        raise SparseDMError(
-            f"the loss is {value} after {seen} images: check the data for NaN, lower lr or "
-            "set max_grad_norm; the student holds the weights of the step before"
-        )
-    return value

@@ -73,6 +73,16 @@ def tuned(student: nn.Module, data: Any = None, **options: Any) -> FinetuneResul
     return finetune(student, teacher, data, config=CONFIG, progress=False, **options)
 
 
+def drawn(first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Noise and levels of images ``first`` on, each from a generator of its own."""
+    noise, levels = [], []
+    for number in range(first, first + count):
+        source = generator_at(0, "image", number)
+        levels.append(int(1000 * torch.rand(3, generator=source, dtype=torch.float64)[0]))
+        noise.append(torch.randn(1, 2, 2, generator=source))
+    return torch.stack(noise), torch.tensor(levels)
+
+
 def test_steps_equal_hand_written_steps() -> None:
     student, teacher, (x_all, y_all) = Denoiser(0), Denoiser(1), (images(), labels())
     oracle, before = copy.deepcopy(student), weights(teacher)
@@ -82,10 +92,8 @@ def test_steps_equal_hand_written_steps() -> None:
     optimizer = torch.optim.AdamW(oracle.parameters(), betas=(0.99, 0.999), weight_decay=0.03)
     losses = []
     for step, rows in enumerate(torch.cat(order)[:24].split(8)):
-        source = generator_at(0, "noise", 8 * step)
         x0, y = x_all[rows], y_all[rows]
-        eps = torch.randn(x0.shape, generator=source)
-        t = torch.randint(1000, (8,), generator=source)
+        eps, t = drawn(8 * step, 8)
         x = ABAR[t].sqrt() * x0 + (1 - ABAR[t]).sqrt() * eps
         guess = oracle(x, t, y)
         loss = 0.7 * F.mse_loss(guess, eps) + 0.3 * F.mse_loss(guess, teacher(x, t, y).detach())
@@ -168,8 +176,8 @@ def test_fine_tuning_lowers_the_held_out_loss_and_reports_it(tmp_path: Path) -> 
     assert result.held_out[-1].student == held_out_loss(student, held) < 0.8 * before
     assert result.ema is not None
     assert result.held_out[-1].ema == held_out_loss(result.ema, held)
-    saved = json.loads((tmp_path / "result.json").read_text())
-    assert saved["losses"] == list(result.losses)
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["losses"]["loss"] == list(result.losses)
     assert saved["config"] == json.loads((tmp_path / "config.json").read_text())
     assert saved["config"]["images"] == 800
 
@@ -206,7 +214,7 @@ def test_sr_ste_is_asked_for_and_taken_off_again(monkeypatch: pytest.MonkeyPatch
         return Handle()
 
     monkeypatch.setattr("sparsedm_compiler.train.loop.sr_ste", attach)
-    student = Denoiser()
+    student = sdm.compile(Denoiser(), pattern="2:4", policy="all", inner="eager")
     tuned(student)
     assert calls == []
     tuned(student, sr_ste_lambda=1e-3, sr_ste_form="decoupled")
@@ -286,7 +294,7 @@ def test_data_that_cannot_be_used_are_refused(data: Any, words: str) -> None:
 def test_a_prediction_of_another_shape_is_refused() -> None:
     class Doubled(Denoiser):
         def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Any:
-            return torch.cat([x, x], dim=1)
+            return torch.cat([x, x, x], dim=1)
 
     with pytest.raises(DataError, match="shaped like its input"):
         tuned(Doubled())

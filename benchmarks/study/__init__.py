@@ -1,0 +1,1 @@
+"""The study of training methods (benchmarks/methods.py)."""

@@ -1,0 +1,161 @@
+"""What the study of methods trains: one teacher, then many students of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsedm_compiler.data import ImageData, open_data
+from sparsedm_compiler.models import UViT
+
+METHODS = ("sparsedm", "ste", "sr-ste", "asp", "progressive", "transfer")
+PATTERNS = ("2:4", "1:4", "1:8", "2:4x4", "1:4x4", "1:8x4")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Images trained on, models and samples; ``long``: times the images of a long fine-tune."""
+
+    teacher_images: int
+    images: int
+    long: int
+    held_out: int
+    samples: int
+    steps: int
+    seeds: tuple[int, ...] = (0, 1)
+    width: int = 96
+    depth: int = 5
+    patterns: tuple[str, ...] = PATTERNS
+    judge_epochs: int = 6
+
+
+SMALL = Budget(240_000, 12_800, 4, 1000, 1000, 15)
+QUICK = Budget(512, 128, 2, 64, 40, 4, (0,), 32, 2, ("2:4", "1:4x4"), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One student: ``group`` is the table it belongs to, ``options`` those of FinetuneConfig."""
+
+    group: str
+    method: str
+    pattern: str | None
+    seed: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The folder of the run."""
+        extra = [f"{key}={value}" for key, value in self.options.items()]
+        parts = [self.method, self.pattern or "dense", f"seed{self.seed}", *extra]
+        return "-".join(parts).replace(":", "_").replace("[", "").replace("]", "").replace(" ", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """Where the images come from, where everything goes, and how much is done."""
+
+    data: str
+    held_out: str
+    size: int | None
+    out: Path
+    budget: Budget
+
+    def train(self) -> ImageData:
+        """The images trained on."""
+        return open_data(self.data, size=self.size)
+
+    def test(self) -> ImageData:
+        """The held-out images."""
+        return open_data(self.held_out, size=self.size)
+
+    def model(self) -> nn.Module:
+        """The dense U-ViT at random weights; its last class stands for "no class"."""
+        shown = self.train()
+        assert shown.classes is not None, "the study needs labelled images"
+        return UViT(
+            img_size=shown.shape[-1],
+            patch_size=2,
+            in_chans=shown.shape[0],
+            embed_dim=self.budget.width,
+            depth=self.budget.depth,
+            num_heads=4,
+            num_classes=shown.classes + 1,
+            mlp_time_embed=True,
+            pos_std=0.5,
+        )
+
+    def common(self) -> dict[str, Any]:
+        """Options that all runs share."""
+        shown = self.train()
+        return {
+            "batch_size": 64,
+            "betas": (0.9, 0.99),
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "flip": True,
+            "drop_condition": 0.1,
+            "null_label": shown.classes,
+        }
+
+    def teacher_options(self) -> dict[str, Any]:
+        """Options of the teacher's own training, from random weights."""
+        return {
+            **self.common(),
+            "method": "dense",
+            "images": self.budget.teacher_images,
+            "lr": 2e-3,
+            "warmup_images": min(6400, self.budget.teacher_images // 10),
+            "ema_decay": 0.9995,
+            "held_out_every": self.budget.teacher_images // 8,
+        }
+
+    def options(self, setting: Setting) -> dict[str, Any]:
+        """Options of one student."""
+        images = {} if setting.method == "untrained" else {"images": self.budget.images}
+        ema = {} if setting.method == "untrained" else {"ema_decay": 0.98}
+        return {
+            **self.common(),
+            "method": setting.method,
+            "lr": 5e-4,
+            **ema,
+            **images,
+            **setting.options,
+            "seed": setting.seed,
+        }
+
+    def settings(self, group: str) -> Iterator[Setting]:
+        """The students of a group, seed after seed."""
+        if group == "methods":
+            for seed in self.budget.seeds:
+                yield Setting(group, "dense", None, seed)
+                for pattern in self.budget.patterns:
+                    if seed == self.budget.seeds[0]:
+                        yield Setting(group, "untrained", pattern, seed)
+                    for method in METHODS:
+                        yield Setting(group, method, pattern, seed)
+        else:
+            yield from self.sweep()
+
+    def sweep(self) -> Iterator[Setting]:
+        """lambda (both forms), beta and learning rate at 1:4 and 1:8; short and long."""
+        for pattern in ("1:4", "1:8"):
+            for lam, form in ((0.0, "paper"), (1e-5, "paper"), (2e-4, "paper"), (2e-3, "paper")):
+                yield self._swept(pattern, sr_ste_lambda=lam, sr_ste_form=form)
+            for lam in (1e-2, 1.0):
+                yield self._swept(pattern, sr_ste_lambda=lam, sr_ste_form="decoupled")
+            for beta in (0.0, 0.1, 1.0):
+                yield self._swept(pattern, sr_ste_lambda=0.0, beta=beta)
+            for lr in (2e-4, 5e-4, 1e-3, 2e-3):
+                yield self._swept(pattern, sr_ste_lambda=0.0, lr=lr)
+        images = self.budget.images * self.budget.long
+        for lam in (0.0, 1e-5, 2e-4):
+            for lr in (5e-4, 1e-3):
+                yield self._swept("1:8", sr_ste_lambda=lam, lr=lr, images=images)
+
+    def _swept(self, pattern: str, **options: Any) -> Setting:
+        return Setting("sweep", "sparsedm", pattern, self.budget.seeds[0], options)

@@ -1,0 +1,101 @@
+"""``METHODS``: the ways to train an N:M student, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from .. import ConfigError, Pattern
+
+TEACHERS = ("given", "previous", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to train: what it is, and the options of FinetuneConfig it begins from.
+
+    ``sparse``: whether the student runs masked at all.
+    """
+
+    about: str
+    options: Mapping[str, Any]
+    sparse: bool = True
+
+
+def _method(about: str, *, sparse: bool = True, **options: Any) -> Method:
+    return Method(about, MappingProxyType(options), sparse)
+
+
+_ALONE: Mapping[str, Any] = {"alpha": 1.0, "beta": 0.0, "teacher": "none"}
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "sparsedm": _method(
+            "SR-STE and a dense teacher (SparseDM, eq. 9 to 14)",
+            alpha=1.0,
+            beta=0.1,
+            sr_ste_lambda=2e-4,
+        ),
+        "ste": _method("straight-through gradients alone", sr_ste_lambda=0.0, **_ALONE),
+        "sr-ste": _method("SR-STE without a teacher (Zhou et al. 2021)", **_ALONE),
+        "asp": _method(
+            "one mask, taken from the dense weights and never changed (Mishra et al. 2021)",
+            sr_ste_lambda=0.0,
+            static_mask=True,
+            **_ALONE,
+        ),
+        "progressive": _method(
+            "the pattern is tightened in stages during one run",
+            sr_ste_lambda=0.0,
+            staged=True,
+            **_ALONE,
+        ),
+        "transfer": _method(
+            "each stage's student starts and teaches the next, sparser one (SparseDM)",
+            alpha=1.0,
+            beta=0.1,
+            sr_ste_lambda=2e-4,
+            staged=True,
+            teacher="previous",
+        ),
+        "untrained": _method(
+            "the mask alone, no training", images=0, sr_ste_lambda=0.0, ema_decay=None, **_ALONE
+        ),
+        "dense": _method(
+            "no mask at all: what the same budget does for the dense model",
+            sparse=False,
+            sr_ste_lambda=0.0,
+            **_ALONE,
+        ),
+    }
+)
+"""Every value of ``FinetuneConfig.method``."""
+
+
+def method_of(name: str) -> Method:
+    """The method of that name. Raises ConfigError that lists them."""
+    if name not in METHODS:
+        raise ConfigError(f"method {name!r} is none of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def stages_towards(pattern: Pattern) -> tuple[Pattern, ...]:
+    """The patterns a staged method passes through: n halved at every stage down to ``pattern``.
+
+    Where that leaves one stage alone, half of what ``pattern`` prunes is pruned first.
+
+    >>> [str(stage) for stage in stages_towards(Pattern.parse("1:8"))]
+    ['4:8', '2:8', '1:8']
+    >>> [str(stage) for stage in stages_towards(Pattern.parse("2:4"))]
+    ['3:4', '2:4']
+    """
+    whole = 4 if pattern.vnm else pattern.m
+    counts = [pattern.n]
+    while 2 * counts[0] < whole:
+        counts.insert(0, 2 * counts[0])
+    middle = (pattern.n + whole) // 2
+    if len(counts) == 1 and pattern.n < middle < whole:
+        counts.insert(0, middle)
+    return tuple(replace(pattern, n=count) for count in counts)
