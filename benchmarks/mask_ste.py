@@ -26,10 +26,10 @@ import torch
 import torch._inductor.config
 import torch.nn.functional as F
 from tabulate import tabulate
-from timing import Samples, interleaved, machine, ratio, spread
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
+from sparsedm_compiler.evaluate.timing import Samples, interleaved, machine, ratio, spread
 from sparsedm_compiler.masks import kept, unchecked_nm_mask
 from sparsedm_compiler.models.uvit import UViT, UViTConfig
 from sparsedm_compiler.networks import selection

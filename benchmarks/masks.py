@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from timing import interleaved, machine, ratio, spread
 from torch import Tensor
 
+from sparsedm_compiler.evaluate.timing import interleaved, machine, ratio, spread
 from sparsedm_compiler.masks import unchecked_nm_mask
 from sparsedm_compiler.pattern import Pattern
 

@@ -5,7 +5,7 @@
 Trains a small dense U-ViT on the images (any that ``sparsedm_compiler.data.open_data`` opens), then
 every method at every pattern and seed from that one teacher, for the same number of images; then a
 sweep of lambda, beta and learning rate. Every run has its own folder and is resumed by the same
-command. Samples of each are scored by the Fréchet distance on a small classifier of the same images,
+command. Samples are scored by the Fréchet distance on a small classifier of the same images,
 "FD-SmallResNet", which is no FID. Writes methods.json, methods.md and report.html.
 
 --jobs N runs so many side by side, one thread each. --quick is a few minutes on bundled digits.
@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from study.plan import QUICK, SMALL, Study
 from study.run import run_study
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line and run."""

@@ -28,12 +28,10 @@ from torch import Tensor, nn
 import sparsedm_compiler as sdm
 from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
 from sparsedm_compiler.choose import Candidate, candidates
+from sparsedm_compiler.evaluate.timing import Samples, interleaved, machine, ratio, spread
 from sparsedm_compiler.folding import Form, fold_weight
 from sparsedm_compiler.models import preset
 from sparsedm_compiler.pattern import Pattern
-
-sys.path.insert(0, str(Path(__file__).parent))
-from timing import Samples, interleaved, machine, ratio, spread
 
 Call = Callable[[], object]
 FREE = ("31:32", "3:4", "2:4", "1:4", "1:8", "1:16", "1:32")

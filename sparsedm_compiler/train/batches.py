@@ -104,9 +104,7 @@ class Stream:
             )
         found = iter(fetched)
         for first in itertools.count(seen, self.size):
-            yield [
-                Piece(*checked(next(found)), first + piece.start, self.size) for piece in parts
-            ]
+            yield [Piece(*checked(next(found)), first + piece.start, self.size) for piece in parts]
 
     def _iterated(self, seen: int) -> Iterator[list[Piece]]:
         first = 0

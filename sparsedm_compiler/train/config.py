@@ -22,7 +22,7 @@ NOT_NEGATIVE = ("images", "alpha", "beta", "lr", "weight_decay", "warmup_images"
 POSITIVE = ("batch_size", "accumulation", "keep")
 OPTIONAL = ("max_grad_norm", "held_out_every", "save_every", "log_every", "sample_every")
 FREE = ("keep", "workers", "save_every", "sample_every")
-"""Options a resumed run may change: they decide what is written and how fast, not what is learnt."""
+"""Options a resumed run may change: what is written and how fast, not what is learnt."""
 
 
 @dataclass(frozen=True, slots=True)

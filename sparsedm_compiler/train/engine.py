@@ -128,5 +128,3 @@ def accelerator_for(place: Tensor, precision: str) -> Accelerator:
     elif AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=False)
     return Accelerator(mixed_precision=precision, cpu=cpu, device_placement=False)
-
-

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import ConfigError, StoppedError
-from ..evaluate import in_mode, predict, seed_at
-from ..evaluate.condition import Condition, placed
+from .. import StoppedError
+from ..evaluate.condition import Condition
 from .average import Average
-from .batches import Data, Piece, Stream, one_pass
+from .batches import Data, Stream
 from .checkpoint import write_whole
 from .config import FinetuneConfig
-from .draws import draw, dropped, flipped
 from .engine import Engine
 from .held_out import held_out_loss
 from .keeping import check_config, restore, resume, save_averaged, save_every, save_run
@@ -29,12 +25,13 @@ from .logbook import Logbook, MaskWatch
 from .objective import objective_of
 from .pictures import Pictures
 from .result import FinetuneResult, HeldOut
+from .setup import adamw, look_once, refuse_mixed_up, session
 from .signals import Stop
-from .sr_ste import sr_ste
 from .stages import plan
 from .staging import begin_stage, set_up_stage
 from .state import Run
 from .static import static_mask
+from .steps import step
 
 LOG_BATCHES = 50
 
@@ -138,7 +135,8 @@ def train(run: Run, progress: bool) -> None:
             while state.seen >= run.stage.last:
                 begin_stage(run)
             started, before = time.perf_counter(), state.seen
-            norm = step(run, pieces)
+            log = log_due(run, before, before + pieces[0].total)
+            norm = step(run, pieces, norm_wanted=log)
             state.seen += pieces[0].total
             state.seconds += time.perf_counter() - started
             record(run, before, norm)
@@ -152,59 +150,6 @@ def train(run: Run, progress: bool) -> None:
                 )
             if state.seen >= config.images:
                 break
-
-
-def step(run: Run, pieces: list[Piece]) -> Tensor | None:
-    """One optimizer step on this process's pieces of a batch; the gradient's norm where known."""
-    config, engine, optimizer = run.config, run.engine, run.engine.optimizer
-    seen, total = run.progress.seen, pieces[0].total
-    optimizer.zero_grad()
-    terms = torch.zeros(3, dtype=torch.float64, device=engine.place.device)
-    for number, piece in enumerate(pieces):
-        with engine.syncing(last=number == len(pieces) - 1):
-            found = loss_terms(run, piece)
-            share = len(piece.images) * engine.share.world / total
-            terms += found.detach() * share
-            engine.backward(found[0] * share)
-    run.add_loss(terms)
-    norm = None
-    if config.max_grad_norm is not None or log_due(run, seen, seen + total):
-        norm = engine.norm(config.max_grad_norm)
-    stage, span = (seen, None) if config.teacher != "previous" else staged(run)
-    for group, lr in zip(optimizer.param_groups, run.lrs, strict=True):
-        group["lr"] = lr * config.lr_scale(stage, total, span)
-    optimizer.step()
-    if run.average is not None:
-        run.average.update()
-    return norm
-
-
-def staged(run: Run) -> tuple[int, int]:
-    """Images seen since the stage began, and those it will have seen."""
-    return run.progress.seen - run.stage.first, run.stage.last - run.stage.first
-
-
-def loss_terms(run: Run, piece: Piece) -> Tensor:
-    """[alpha*noise + beta*teacher, noise, teacher]: mean squared errors, at draws of (seed, k)."""
-    config, place = run.config, run.engine.place
-    random = draw(config, piece.first, piece.images.shape)
-    x0 = piece.images.to(place.device, torch.float32)
-    if config.flip:
-        x0 = flipped(x0, random.flip)
-    condition = dropped(piece.condition, random.drop, config.null_label, run.null)
-    y = None if condition is None else placed(condition, place)
-    x, t, target = run.objective.ask(x0, random.noise.to(place.device), random.u.to(place.device))
-    x = x.to(place.dtype)
-    torch.manual_seed(seed_at(config.seed, "dropout", piece.first))
-    guess = run.engine.predict(x, t, y).float()
-    noise = F.mse_loss(guess, target)
-    if run.teacher is None or config.beta == 0:
-        loss = config.alpha * noise
-        return torch.stack([loss, noise, torch.zeros_like(noise)])
-    with torch.no_grad(), run.engine.autocast():
-        taught = predict(run.teacher, x, t, y)
-    teacher = F.mse_loss(guess, taught.float())
-    return torch.stack([config.alpha * noise + config.beta * teacher, noise, teacher])
 
 
 def log_due(run: Run, before: int, seen: int) -> bool:
@@ -236,9 +181,7 @@ def write_log(run: Run, norm: Tensor | None) -> None:
     if run.book is not None:
         rate = run.engine.optimizer.param_groups[0]["lr"]
         size = None if norm is None else norm.item()
-        run.book.trained(
-            state.seen, window.tolist(), lr=rate, grad_norm=size, flip_rate=flips.rate
-        )
+        run.book.trained(state.seen, window.tolist(), lr=rate, grad_norm=size, flip_rate=flips.rate)
         run.book.density(state.seen, flips.density)
 
 
@@ -291,34 +234,6 @@ def finish(run: Run) -> FinetuneResult:
     return result
 
 
-@contextmanager
-def session(run: Run) -> Iterator[ExitStack]:
-    """Student in train mode, teacher in eval mode, SR-STE on; all modes and seeds come back."""
-    config, devices = run.config, {parameter.device for parameter in run.student.parameters()}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
-        stack.enter_context(in_mode(run.student, training=True))
-        if run.given is not None:
-            stack.enter_context(in_mode(run.given, training=False))
-        if config.sr_ste_lambda > 0:
-            lam, form = config.sr_ste_lambda, config.sr_ste_form
-            inner = run.engine.optimizer.optimizer
-            stack.callback(sr_ste(inner, run.student, lam=lam, form=form).remove)
-        yield stack
-
-
-def look_once(run: Run) -> None:
-    """Call the student once, which captures it: only then is it known what is masked."""
-    for images, condition in one_pass(run.data, 1):
-        random = draw(run.config, 0, images.shape)
-        x, t, _ = run.objective.ask(images, random.noise, random.u)
-        place = run.engine.place
-        y = None if condition is None else placed(condition, place)
-        with torch.no_grad():
-            predict(run.student, x.to(place), t.to(place.device), y)
-        return
-
-
 def recent(run: Run) -> str:
     """The mean of the last losses, for people."""
     found = [total for total, _, _ in run.progress.losses[-LOG_BATCHES:]]
@@ -330,31 +245,3 @@ def progress_bar(run: Run, progress: bool) -> tqdm[NoReturn]:
     seen, images = run.progress.seen, run.config.images
     name = f"finetune {run.config.method}"
     return tqdm(total=images, initial=seen, unit="img", desc=name, disable=not progress)
-
-
-def adamw(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of ``student``. Raises ConfigError for none."""
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ConfigError(f"{type(student).__name__} has no parameter with requires_grad to train")
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-    )
-
-
-def refuse_mixed_up(
-    student: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer
-) -> None:
-    """Raise ConfigError where the teacher would be trained or the student would not."""
-    ours = {id(parameter) for parameter in student.parameters()}
-    if teacher is not None and any(id(parameter) in ours for parameter in teacher.parameters()):
-        raise ConfigError(
-            "student and teacher share parameters, so the teacher would change while it teaches; "
-            "compile makes a copy unless inplace=True, copy.deepcopy does too"
-        )
-    groups = optimizer.param_groups
-    if not all(id(parameter) in ours for group in groups for parameter in group["params"]):
-        raise ConfigError(
-            "the optimizer holds parameters that the student does not have; build it on "
-            "student.parameters()"
-        )

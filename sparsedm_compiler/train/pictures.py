@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..evaluate.guidance import Guidance
+from ..evaluate.condition import Condition
 from ..evaluate.grid import save_grid
+from ..evaluate.guidance import Guidance
 from ..evaluate.sampling import sample
 from ..evaluate.schedulers import make_scheduler
-from ..evaluate.condition import Condition
 
 
 @dataclass(frozen=True, slots=True)

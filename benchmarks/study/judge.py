@@ -1,0 +1,95 @@
+"""A small classifier of the study's own images, whose features measure Fréchet distances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sparsedm_compiler.data import ImageData
+from sparsedm_compiler.evaluate.features import FeatureNetwork
+
+NAME = "SmallResNet"
+BATCH = 128
+
+
+class Block(nn.Module):
+    """relu(x + bn(conv(relu(bn(conv(x)))))), halving the image where ``stride`` is 2."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norms = nn.ModuleList((nn.BatchNorm2d(width), nn.BatchNorm2d(width)))
+        self.short = nn.Conv2d(width_in, width, 1, stride, bias=False) if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[1](self.second(F.relu(self.norms[0](self.first(x)))))
+        return F.relu(y + (x if self.short is None else self.short(x)))
+
+
+class SmallResNet(nn.Module):
+    """A classifier of small images; ``features`` [B, 64] are what its last layer reads."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 24, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            Block(24, 24, 1),
+            Block(24, 48, 2),
+            Block(48, 64, 2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.classes = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classes(self.features(x))
+
+
+def judge(path: Path, data: ImageData, epochs: int) -> SmallResNet:
+    """The classifier kept at ``path``, trained on ``data`` first where there is none."""
+    assert data.classes is not None
+    torch.manual_seed(0)
+    network = SmallResNet(data.shape[0], data.classes)
+    if path.exists():
+        network.load_state_dict(load_file(path))
+        return network.eval()
+    steps = epochs * (len(data) // BATCH)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+    for _ in tqdm(range(epochs), desc=f"train {NAME}", unit="epoch"):
+        for rows in torch.randperm(len(data))[: len(data) // BATCH * BATCH].split(BATCH):
+            images, labels = data.fetch(rows.tolist())
+            assert isinstance(labels, Tensor)
+            if torch.rand(()) < 0.5:
+                images = images.flip(-1)
+            optimizer.zero_grad()
+            F.cross_entropy(network(images), labels, label_smoothing=0.1).backward()
+            optimizer.step()
+            rate.step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(network.state_dict(), path)
+    return network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: SmallResNet, data: ImageData) -> float:
+    """The share of ``data`` that the classifier puts into its class."""
+    right = 0
+    for rows in torch.arange(len(data)).split(BATCH):
+        images, labels = data.fetch(rows.tolist())
+        assert isinstance(labels, Tensor)
+        right += int((network(images).argmax(1) == labels).sum())
+    return right / len(data)
+
+
+def features_of(network: SmallResNet) -> FeatureNetwork:
+    """The feature network under the name of results."""
+    return FeatureNetwork(NAME, network.features)

@@ -1,0 +1,96 @@
+"""YAML and JSON as people write them, into frozen dataclasses and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .. import ConfigError
+
+T = TypeVar("T")
+
+_WHOLE = re.compile(r"[-+]?[0-9][0-9_]*")
+_REAL = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"
+)
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are decimal: "2:4" stays text (YAML 1.1 reads 124), 1e-3 is a number."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in found if tag not in _NUMBERS]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+for _tag, _form in (("int", _WHOLE), ("float", _REAL)):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form.pattern})$"), list("-+.0123456789")
+    )
+
+
+def parse(text: str, where: str) -> Any:
+    """The value that YAML (or JSON) ``text`` spells. Raises ConfigError that names ``where``.
+
+    >>> parse("{pattern: 2:4, lr: 1e-3}", "a test")
+    {'pattern': '2:4', 'lr': 0.001}
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506: a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file. Raises ConfigError."""
+    try:
+        found = parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds {type(found).__name__}, not sections such as train:")
+    return found
+
+
+def put(values: dict[str, Any], assignment: str) -> None:
+    """Set what "section.name=value" says in ``values``; the value is YAML. Raises ConfigError.
+
+    >>> found = {"train": {"lr": 1.0}}
+    >>> put(found, "train.betas=[0.9, 0.99]"); found
+    {'train': {'lr': 1.0, 'betas': [0.9, 0.99]}}
+    """
+    name, equals, text = assignment.partition("=")
+    path = name.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"{assignment!r} is not section.name=value, e.g. train.lr=1e-3")
+    inner = values
+    for part in path[:-1]:
+        inner = inner.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{assignment!r} looks into {part}, which is {inner!r}")
+    inner[path[-1]] = parse(text, f"the value of {name}")
+
+
+def build(cls: type[T], values: Any, where: str) -> T:
+    """``cls(**values)``, lists as tuples. Raises ConfigError for names it does not have."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} is {values!r}, not names and values")
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            close = get_close_matches(str(name), known, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known)}"
+            raise ConfigError(f"{where} has no {name!r}; {hint}")
+    lists = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    try:
+        return cls(**lists)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error

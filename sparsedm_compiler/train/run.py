@@ -1,0 +1,198 @@
+"""``run``: one configuration from the dense model to scored samples; ``describe`` foretells it.
+
+open model and data -> compile -> finetune (resumed where it stopped) -> sample -> score
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from .. import CheckpointError, ConfigError, compile, count_macs
+from ..data import open_data
+from ..evaluate.calling import arguments, evaluating
+from ..evaluate.condition import placed
+from ..evaluate.features import load_network
+from ..evaluate.processes import own_share
+from ..evaluate.sampling import sample_batches, sampler_name
+from ..evaluate.schedulers import make_scheduler
+from ..evaluate.scores import Metrics, is_statistics, score_images
+from ..models.specs import open_model
+from .checkpoint import list_checkpoints, write_whole
+from .loop import finetune
+from .methods import method_of
+from .opening import Opened, open_all, pictures_of, plan_of
+from .result import FinetuneResult
+from .spec import RunConfig
+
+
+def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Do what ``config`` says and return what its results.json holds.
+
+    A run that was interrupted goes on where it was; of a finished one the results are returned.
+    Under ``accelerate launch`` every process calls this. Raises SparseDMError.
+    """
+    folder, state = Path(config.out), PartialState()
+    if (found := finished(folder, config)) is not None:
+        return found
+    opened = open_all(config, state.device)
+    teacher = open_model(
+        config.model.name,
+        options=config.model.options,
+        weights=config.model.weights,
+        device=state.device,
+    )
+    student = student_of(teacher, config)
+    macs = counted(teacher, config, opened)
+    if state.is_main_process:
+        write_whole(folder / "run.json", json.dumps(config.as_dict(), indent=2) + "\n")
+    result = finetune(
+        student,
+        None if student is teacher else teacher,
+        opened.data,
+        config=config.train,
+        held_out=opened.held_out,
+        null=opened.null,
+        pictures=pictures_of(config, opened),
+        out=folder,
+        progress=progress,
+    )
+    return concluded(config, opened, result, student if result.ema is None else result.ema, macs)
+
+
+def student_of(teacher: nn.Module, config: RunConfig) -> nn.Module:
+    """The model to train: ``teacher`` itself where nobody teaches and nothing is pruned."""
+    if method_of(config.train.method).sparse:
+        return compile(teacher, config.prune.pattern, mode="train", **options_of(config))
+    return teacher if config.train.teacher == "none" else copy.deepcopy(teacher)
+
+
+def options_of(config: RunConfig) -> dict[str, Any]:
+    """Options of ``compile`` in every mode."""
+    prune = config.prune
+    return {
+        "policy": prune.policy,
+        "keep_dense": prune.keep_dense,
+        "overrides": prune.overrides,
+        "inner": prune.inner,
+    }
+
+
+def counted(teacher: nn.Module, config: RunConfig, opened: Opened) -> dict[str, int]:
+    """Exact MACs of one image, dense and as this run prunes. Raises DataError, CaptureError."""
+    place = next(teacher.parameters())
+    given = opened.condition(range(1))
+    y = None if given is None else placed(given, place)
+    x, t = torch.zeros(1, *opened.data.shape).to(place), torch.zeros(1, device=place.device)
+    options = {name: value for name, value in options_of(config).items() if name != "inner"}
+    pruned = method_of(config.train.method).sparse
+    args, kwargs = arguments(teacher, x, t, y)
+    with evaluating(teacher):
+        report = (
+            count_macs(teacher, *args, pattern=config.prune.pattern, **options, **kwargs)
+            if pruned
+            else count_macs(teacher, *args, pattern="1:1", **kwargs)
+        )
+    return {"dense": report.dense, "sparse": report.sparse, "attention": report.attention}
+
+
+def concluded(
+    config: RunConfig,
+    opened: Opened,
+    result: FinetuneResult,
+    model: nn.Module,
+    macs: dict[str, int],
+) -> dict[str, Any]:
+    """Draw the last grid, score samples of ``model``, and write results.json for good."""
+    folder, main = Path(config.out), PartialState().is_main_process
+    values = result.as_dict(folder.name)
+    fast = folded(model, config)
+    pictures = pictures_of(config, opened)
+    images = pictures.draw(fast, config.train.objective)
+    values["macs"] = macs
+    values["samples"] = f"samples/{result.images:012d}.png"
+    values["scores"] = scores_of(config, opened, fast)
+    values["complete"] = True
+    if main:
+        pictures.save(folder / values["samples"], images)
+        write_whole(folder / "results.json", json.dumps(values, indent=1) + "\n")
+    PartialState().wait_for_everyone()
+    return values
+
+
+def folded(model: nn.Module, config: RunConfig) -> nn.Module:
+    """``model`` with its masks folded once. Dense kernels alone: they are the same everywhere."""
+    if not method_of(config.train.method).sparse:
+        return model
+    options = options_of(config)
+    return compile(model, config.prune.pattern, mode="infer", kernels={"*": "dense"}, **options)
+
+
+def scores_of(config: RunConfig, opened: Opened, model: nn.Module) -> list[dict[str, Any]]:
+    """The scores that ``config.score`` asks for, as plain values."""
+    spec = config.score
+    if spec.network is None:
+        return []
+    reference = spec.reference or config.data.held_out
+    if reference is None:
+        raise ConfigError("score.network needs score.reference or data.held_out to compare with")
+    scheduler = make_scheduler(config.sample.sampler, config.train.objective)
+    plan = plan_of(config, opened)
+    images = not is_statistics(Path(reference))
+    found = score_images(
+        load_network(spec.network, device=PartialState().device),
+        sample_batches(model, scheduler, plan, share=own_share()),
+        reference=open_data(reference, size=config.data.size, labels=False)
+        if images
+        else reference,
+        sampler=sampler_name(scheduler, plan.steps, plan.guidance),
+        metrics=Metrics(kid=spec.kid, precision_recall=spec.precision_recall),
+    )
+    return [asdict(score) for score in found]
+
+
+def finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The results of this run if it is finished, else None. Raises CheckpointError."""
+    try:
+        values: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the results in {folder}: {error}") from error
+    if not values.get("complete") or before != config.as_dict():
+        return None
+    return values
+
+
+def describe(config: RunConfig) -> str:
+    """What ``run`` would do, in lines for people; opens everything and writes nothing."""
+    opened = open_all(config, torch.device("cpu"))
+    model = open_model(config.model.name, options=config.model.options)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    macs = counted(model, config, opened)
+    train, folder = config.train, Path(config.out)
+    saved = list_checkpoints(folder)
+    pruned = method_of(train.method).sparse
+    state = f"resumed after {saved[-1]:,} of them" if saved else "a new run"
+    lines = [
+        f"model      {config.model.name}, {parameters:,} parameters, weights "
+        f"{config.model.weights or 'its own or random'}",
+        f"method     {train.method}: {method_of(train.method).about}",
+        f"pattern    {config.prune.pattern if pruned else 'none, dense'}, MACs {macs['dense']:,} "
+        f"-> {macs['sparse']:,} (attention {macs['attention']:,})",
+        f"data       {len(opened.data):,} images {list(opened.data.shape)} from "
+        f"{config.data.train}",
+        f"training   {train.images:,} images in batches of {train.batch_size}, objective "
+        f"{train.objective}; {state}",
+        f"score      {config.score.network or 'none'}",
+        f"folder     {folder}",
+    ]
+    return "\n".join(lines)
