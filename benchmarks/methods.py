@@ -2,7 +2,8 @@
 
     python benchmarks/methods.py --data train.npz --held-out test.npz --size 16 --out out/methods
 
-Trains a small dense U-ViT on the images (any that ``sparsedm_compiler.data.open_data`` opens), then
+Trains a small dense U-ViT on the images (any that ``sparsedm_compiler.data.open_data`` opens; or
+takes the trained one that --teacher names, such as study/cifar16_teacher.safetensors), then
 every method at every pattern and seed from that one teacher, for the same number of images; then a
 sweep of lambda, beta and learning rate. Every run has its own folder and is resumed by the same
 command. Samples are scored by the Fréchet distance on a small classifier of the same images,
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", default="digits", help="training images, as open_data names them")
     add("--held-out", default="digits:test", help="held-out images")
+    add("--teacher", type=Path, help="weights of the dense model; trained first if left out")
     add("--size", type=int, help="side the images are resized to")
     add("--out", type=Path, default=Path("out/methods"))
     add("--jobs", type=int, default=1)
@@ -39,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--only", action="append", help="teacher, methods, sweep or report; repeat; default all")
     options = parser.parse_args(arguments)
     budget = QUICK if options.quick else SMALL
-    study = Study(options.data, options.held_out, options.size, options.out, budget)
+    study = Study(
+        options.data, options.held_out, options.size, options.out, budget, options.teacher
+    )
     return run_study(study, options.jobs, options.only)
 
 

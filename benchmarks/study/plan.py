@@ -33,7 +33,7 @@ class Budget:
     judge_epochs: int = 6
 
 
-SMALL = Budget(240_000, 9_600, 4, 1000, 800, 12)
+SMALL = Budget(240_000, 6_400, 4, 400, 600, 10)
 QUICK = Budget(512, 128, 2, 64, 40, 4, (0,), 32, 2, ("2:4", "1:4x4"), 1)
 
 
@@ -57,21 +57,30 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """Where the images come from, where everything goes, and how much is done."""
+    """Where the images come from, where everything goes, and how much is done.
+
+    ``teacher``: weights of the dense model (.safetensors); None trains it first.
+    """
 
     data: str
     held_out: str
     size: int | None
     out: Path
     budget: Budget
+    teacher: Path | None = None
+
+    @property
+    def teacher_weights(self) -> Path:
+        """Where the trained dense model lies."""
+        return self.teacher or self.out / "teacher" / "student.safetensors"
 
     def train(self) -> ImageData:
         """The images trained on."""
         return open_data(self.data, size=self.size)
 
-    def test(self) -> ImageData:
+    def test(self, limit: int | None = None) -> ImageData:
         """The held-out images."""
-        return open_data(self.held_out, size=self.size)
+        return open_data(self.held_out, size=self.size, limit=limit)
 
     def model(self) -> nn.Module:
         """The dense U-ViT at random weights; its last class stands for "no class"."""
@@ -108,7 +117,7 @@ class Study:
             **self.common(),
             "method": "dense",
             "images": self.budget.teacher_images,
-            "lr": 2e-3,
+            "lr": 1e-3,
             "warmup_images": min(6400, self.budget.teacher_images // 10),
             "ema_decay": 0.9995,
             "held_out_every": self.budget.teacher_images // 8,
@@ -121,6 +130,7 @@ class Study:
         return {
             **self.common(),
             "method": setting.method,
+            "batch_size": 32,
             "lr": 5e-4,
             **ema,
             **images,

@@ -26,6 +26,8 @@ from .plan import Setting, Study
 from .tables import write_tables
 
 GROUPS = ("methods", "sweep")
+REFERENCE = 2000
+"""Held-out images that Fréchet distances are taken to."""
 
 
 def run_study(study: Study, jobs: int, only: list[str] | None) -> int:
@@ -78,7 +80,7 @@ def done(study: Study, setting: Setting) -> bool:
 
 def train_teacher(study: Study) -> None:
     """Train the dense model from random weights, or go on with it."""
-    if (study.out / "teacher" / "results.json").exists():
+    if study.teacher_weights.exists():
         return
     torch.manual_seed(0)
     model, held = study.model(), held_out(study)
@@ -87,13 +89,13 @@ def train_teacher(study: Study) -> None:
 
 
 def held_out(study: Study) -> Any:
-    return open_data(study.held_out, size=study.size, limit=study.budget.held_out)
+    return study.test(study.budget.held_out)
 
 
 def teacher_of(study: Study) -> nn.Module:
     """The trained dense model."""
     model = study.model()
-    model.load_state_dict(load_file(study.out / "teacher" / "student.safetensors"))
+    model.load_state_dict(load_file(study.teacher_weights))
     return model
 
 
@@ -144,7 +146,7 @@ def scores(study: Study, setting: Setting, model: nn.Module) -> list[dict[str, A
     found = score_images(
         network,
         sample_batches(model, scheduler, plan, progress=False),
-        reference=reference_of(network, study.test(), progress=False),
+        reference=reference_of(network, study.test(REFERENCE), progress=False),
         sampler=sampler_name(scheduler, budget.steps),
     )
     return [asdict(score) for score in found]
@@ -164,6 +166,7 @@ def floor(study: Study, network: FeatureNetwork, right: float) -> None:
     """Write what real training images score, and how good the judge is, to judge.json."""
     real = open_data(study.data, size=study.size, limit=study.budget.samples)
     batches = [(range(len(real)), real.fetch(range(len(real)))[0])]
-    found = score_images(network, batches, reference=study.test(), sampler="real images")[0]
+    reference = study.test(REFERENCE)
+    found = score_images(network, batches, reference=reference, sampler="real images")[0]
     values = {"accuracy": right, "floor": found.value, "count": found.count}
     (study.out / "judge.json").write_text(json.dumps(values, indent=1) + "\n")

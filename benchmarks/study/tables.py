@@ -33,7 +33,7 @@ def write_tables(study: Study) -> None:
         "size": study.size,
         "budget": asdict(study.budget),
         "judge": json.loads((study.out / "judge.json").read_text()),
-        "teacher": summary(study.out / "teacher"),
+        "teacher": study.teacher_weights.name,
         "machine": machine,
         "commit": commit,
     }

@@ -1,69 +1,27 @@
-"""Fréchet distances on the features of any network, computed by pytorch-fid, named after it."""
+"""Fréchet distances between Gaussians fitted to features, computed by pytorch-fid."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import DataError
 from ..models.optional import mend_torchvision
-from .calling import evaluating
-
-
-@dataclass(frozen=True, slots=True)
-class FrechetScore:
-    """A Fréchet distance together with everything it is not comparable without.
-
-    ``network``: the feature network, as in "FD-DigitsCNN"; only InceptionV3 makes it a FID.
-    ``count``/``reference_count``: images on either side. ``sampler``: how the images were made.
-    """
-
-    value: float
-    network: str
-    count: int
-    reference_count: int
-    sampler: str
-
-    def __str__(self) -> str:
-        return (
-            f"FD-{self.network} {self.value:.3f} "
-            f"({self.count} vs {self.reference_count} images, {self.sampler})"
-        )
+from .features import Extractor, features
+from .moments import Moments, Statistics
+from .score import Score
 
 
 def frechet_score(
-    network: nn.Module | Callable[[Tensor], Tensor],
-    images: Tensor,
-    reference: Tensor,
-    *,
-    name: str,
-    sampler: str,
-) -> FrechetScore:
+    network: Extractor, images: Tensor, reference: Tensor, *, name: str, sampler: str
+) -> Score:
     """The distance between the features of ``images`` and ``reference``, each [n, C, H, W].
 
     ``network`` turns [B, C, H, W] into features [B, ...]; ``name`` is what results call it.
     """
     ours, theirs = features(network, images), features(network, reference)
-    return FrechetScore(frechet_distance(ours, theirs), name, len(ours), len(theirs), sampler)
-
-
-def features(
-    network: nn.Module | Callable[[Tensor], Tensor], images: Tensor, *, batch_size: int = 256
-) -> Tensor:
-    """The features [n, d] of ``images``, on the CPU; a module runs in eval mode on its device."""
-    if not isinstance(network, nn.Module):
-        return torch.cat(
-            [network(part).flatten(1).cpu() for part in torch.split(images, batch_size)]
-        )
-    device = next((tensor.device for tensor in network.parameters()), images.device)
-    with evaluating(network):
-        parts = [network(part.to(device)) for part in torch.split(images, batch_size)]
-    return torch.cat([part.flatten(1).cpu() for part in parts])
+    return Score(frechet_distance(ours, theirs), name, len(ours), len(theirs), sampler)
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -72,17 +30,41 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     Compare values only at equal n: fewer images give larger distances, the more so below n = d.
     Raises DataError for features of different widths, fewer than 2 rows, or NaN and Inf.
 
+    >>> import torch
     >>> same = torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]])
     >>> round(frechet_distance(same, same + torch.tensor([3.0, 4.0])), 3)
     25.0
     """
+    check_pair(features_a, features_b, at_least=2)
+    return gaussian_distance(*(Moments.of(x).statistics() for x in (features_a, features_b)))
+
+
+def check_pair(features_a: Tensor, features_b: Tensor, *, at_least: int) -> None:
+    """Raises DataError unless both are finite features [n, d] of one width, n >= ``at_least``."""
     shapes = list(features_a.shape), list(features_b.shape)
     if features_a.ndim != 2 or features_b.ndim != 2 or shapes[0][1] != shapes[1][1]:
         raise DataError(f"features {shapes[0]} and {shapes[1]} are not [n, d] with one d")
-    if min(shapes[0][0], shapes[1][0]) < 2:
-        raise DataError(f"features {shapes[0]} and {shapes[1]} need at least 2 rows each")
+    if min(shapes[0][0], shapes[1][0]) < at_least:
+        raise DataError(f"features {shapes[0]} and {shapes[1]} need at least {at_least} rows each")
     if not (features_a.isfinite().all() and features_b.isfinite().all()):
         raise DataError("features hold NaN or Inf: the samples or the feature network are broken")
+
+
+def gaussian_distance(a: Statistics, b: Statistics) -> float:
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 sqrt(C_a C_b)). Raises DataError.
+
+    The statistics must be of one network, as far as they say.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise DataError(
+            f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared: use "
+            "one feature network for both"
+        )
+    if None not in (a.network, b.network) and a.network != b.network:
+        raise DataError(
+            f"statistics of {a.network} and of {b.network} cannot be compared: use one feature "
+            "network for both"
+        )
     mend_torchvision()
     from pytorch_fid.fid_score import calculate_frechet_distance
 
@@ -91,10 +73,11 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
         # warns of the singular product that pytorch-fid itself looks for and mends.
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*disp.*")
         warnings.filterwarnings("ignore", message="Matrix is singular")
-        return float(calculate_frechet_distance(*moments(features_a), *moments(features_b)))
-
-
-def moments(found: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [d] and covariance [d, d] of features [n, d], in float64."""
-    values = found.detach().double().cpu().numpy()
-    return values.mean(axis=0), np.atleast_2d(np.cov(values, rowvar=False))
+        try:
+            found = calculate_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+        except ValueError as error:
+            raise DataError(
+                f"the covariances of {len(a.mean)} features have no real root ({error}): give "
+                "more images than features"
+            ) from error
+    return float(found)

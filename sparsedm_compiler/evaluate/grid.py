@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..errors import DataError
+from .stream import pixels
 
 GAP = 4
 FONT_SIZE = 15
@@ -51,7 +52,7 @@ def save_grid(
 
 def enlarged(image: Tensor, scale: int) -> Image.Image:
     """``image`` [1 or 3, h, w] in [-1, 1] with each pixel a square of side ``scale``."""
-    pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    height, width = pixels.shape[1:]
-    small = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    values = pixels(image)
+    height, width = values.shape[1:]
+    small = Image.fromarray(values.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
     return small.resize((width * scale, height * scale), Image.Resampling.NEAREST)

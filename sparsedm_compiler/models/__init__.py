@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from .inputs import example_inputs
 from .presets import PRESETS, preset
+from .specs import open_called, open_model
 from .uvit import UViT, UViTConfig
+from .weights import load_weights
 
-__all__ = ["PRESETS", "UViT", "UViTConfig", "example_inputs", "preset"]
+__all__ = [
+    "PRESETS",
+    "UViT",
+    "UViTConfig",
+    "example_inputs",
+    "load_weights",
+    "open_called",
+    "open_model",
+    "preset",
+]

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .shards import put
+
 
 class Average:
     """``average <- decay average + (1 - decay) weights``, from the weights of now.
@@ -62,5 +64,5 @@ class Average:
     def load(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Go on from what ``state`` and ``updates`` were."""
         for name, value in zip(self._names, self._values, strict=True):
-            value.copy_(state[name])
+            put(value, state[name])
         self.updates = updates

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import CheckpointError, ConfigError, masked_parameters, save
+from .shards import here, put, whole
 
 VERSION = 1
 PART = ".part"
@@ -179,7 +180,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     seen: dict[tuple[Any, ...], str] = {}
     found = {}
     for name, tensor in model.state_dict().items():
-        where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        where = (here(tensor).data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if not tensor.numel() or where not in seen:
             seen[where] = name
             found[name] = tensor
@@ -193,7 +194,12 @@ def put_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise RuntimeError(f"it lacks {', '.join(missing[:3])}")
-        model.load_state_dict(dict(tensors), strict=False)
+        for name, target in wanted.items():
+            if target.shape != tensors[name].shape:
+                raise RuntimeError(
+                    f"{name} is {list(target.shape)}, not {list(tensors[name].shape)}"
+                )
+            put(target, tensors[name])
     except RuntimeError as error:
         raise CheckpointError(
             f"the checkpoint does not fit this {type(model).__name__}: {error}"
@@ -203,7 +209,7 @@ def put_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def flattened(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` as plain JSON values, its tensors moved into ``tensors`` under their paths."""
     if isinstance(value, Tensor):
-        tensors[path] = value
+        tensors[path] = whole(value)
         return {"$tensor": path}
     if isinstance(value, Mapping):
         pairs = [[key, flattened(part, f"{path}.{key}", tensors)] for key, part in value.items()]

@@ -46,7 +46,8 @@ class FinetuneConfig:
     Steps. ``lr`` rises linearly over ``warmup_images``, then follows ``schedule``. ``ema_decay``:
     per step, ``min(ema_decay, (1 + n) / (10 + n))`` after n steps; None keeps no average.
     ``max_grad_norm``: clips the gradient of the loss. ``mixed_precision``: "bf16" or "fp16" casts
-    under autocast, parameters stay what they are.
+    under autocast, parameters stay what they are. ``shard``: FSDP2, a share of every parameter,
+    gradient and optimizer state per process.
 
     Data. ``flip``: mirror every other image. ``drop_condition``: share of images that lose their
     condition, for classifier-free guidance; they get ``null_label``, or zeros in place of text.
@@ -78,6 +79,7 @@ class FinetuneConfig:
     ema_decay: float | None = 0.9999
     max_grad_norm: float | None = None
     mixed_precision: str = "no"
+    shard: bool = False
     flip: bool = False
     drop_condition: float = 0.0
     null_label: int | None = None
@@ -105,6 +107,8 @@ class FinetuneConfig:
             raise ConfigError(f"drop_condition {self.drop_condition} is not a share, in [0, 1]")
         if self.levels != "uniform" and self.objective != "flow":
             raise ConfigError(f"levels {self.levels!r} are for objective 'flow' alone")
+        if self.shard and (self.teacher == "previous" or self.mixed_precision == "fp16"):
+            raise ConfigError("shard=True goes with neither teacher 'previous' nor fp16; use bf16")
         if self.teacher == "previous" and not self.staged:
             raise ConfigError("teacher 'previous' is the student of the stage before: staged=True")
 

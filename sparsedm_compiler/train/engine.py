@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +18,7 @@ from ..evaluate import predict
 from ..evaluate.condition import Condition
 from .batches import Share
 from .config import FinetuneConfig
+from .shards import shard, whole
 
 
 class Predicting(nn.Module):
@@ -35,12 +37,11 @@ class Engine:
     """Steps of a student over however many processes there are, launched by ``accelerate launch``.
 
     ``optimizer``: the one to zero, step and save. ``share``: this process's part of a batch.
+    ``template``: on the main process, an unsharded copy to write files from, if ``config.shard``.
     Raises ConfigError where the batch cannot be shared.
     """
 
-    def __init__(
-        self, student: nn.Module, optimizer: torch.optim.Optimizer, config: FinetuneConfig
-    ) -> None:
+    def __init__(self, student: nn.Module, config: FinetuneConfig) -> None:
         self.place = next(student.parameters())
         self.accelerator = accelerator_for(self.place, config.mixed_precision)
         self.share = Share(
@@ -53,9 +54,22 @@ class Engine:
                 f"processes times accumulation {config.accumulation}"
             )
         self.student = student
-        wrapped = self.accelerator.prepare(Predicting(student), optimizer)
-        self.predict: nn.Module = wrapped[0]
-        self.optimizer: Any = wrapped[1]
+        self.sharded: Any = None
+        self.template: nn.Module | None = None
+        self.predict: nn.Module = Predicting(student)
+        self.optimizer: Any = None
+        if config.shard:
+            self.template = copy.deepcopy(student).cpu() if self.main else None
+            shard(student, self.share.world)
+            self.sharded = student
+            self.place = next(student.parameters())
+
+    def take(self, optimizer: torch.optim.Optimizer) -> None:
+        """Wrap student and optimizer for what there is: processes, precision, devices."""
+        if self.sharded is not None:
+            self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        else:
+            self.predict, self.optimizer = self.accelerator.prepare(self.predict, optimizer)
 
     @property
     def main(self) -> bool:
@@ -64,13 +78,16 @@ class Engine:
 
     def syncing(self, last: bool) -> AbstractContextManager[Any]:
         """Around a backward pass: gradients are averaged over processes in the ``last`` one."""
+        if self.sharded is not None:
+            self.sharded.set_requires_gradient_sync(last)
+            return nullcontext()
         if last or self.share.world == 1:
             return nullcontext()
         found: AbstractContextManager[Any] = self.accelerator.no_sync(self.predict)
         return found
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision for the teacher; the student has its own."""
+        """Mixed precision, for student and teacher alike."""
         found: AbstractContextManager[Any] = self.accelerator.autocast()
         return found
 
@@ -83,7 +100,7 @@ class Engine:
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
         parameters = [p for p in self.student.parameters() if p.grad is not None]
-        return clip_grad_norm_(parameters, math.inf if limit is None else limit)
+        return whole(clip_grad_norm_(parameters, math.inf if limit is None else limit))
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of ``value`` over all processes."""

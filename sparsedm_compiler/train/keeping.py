@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .. import CheckpointError, ConfigError
+from .average import Average
 from .checkpoint import (
     Checkpoint,
     flattened,
@@ -28,6 +31,7 @@ from .checkpoint import (
 )
 from .config import FREE, FinetuneConfig
 from .result import HeldOut
+from .shards import state_like, whole_state
 from .state import Progress, Run
 
 SAVES = 10
@@ -48,37 +52,54 @@ def save_run(run: Run) -> None:
         return
     run.drain()
     run.watch.look()
+    tensors: dict[str, torch.Tensor] = {}
+    optimizer = flattened(run.engine.optimizer.state_dict(), "optimizer", tensors)
+    losses = torch.tensor(run.progress.losses, dtype=torch.float64).reshape(-1, 3)
+    files: dict[str, Callable[[Path], None]] = {
+        "student.safetensors": saving(run, averaged=False),
+        "optimizer.safetensors": partial(save_tensors, tensors),
+        "losses.safetensors": partial(save_tensors, {"losses": losses}),
+    }
+    if run.average is not None:
+        files["ema.safetensors"] = saving(run, averaged=True)
+    if run.teacher is not None and run.teacher is not run.given:
+        files["teacher.safetensors"] = partial(save_model, run.teacher)
+    state = {
+        **run.progress.plain(),
+        "optimizer": optimizer,
+        "scaler": run.engine.scaler_state(),
+        "updates": 0 if run.average is None else run.average.updates,
+    }
     if run.engine.main:
-        tensors: dict[str, torch.Tensor] = {}
-        optimizer = flattened(run.engine.optimizer.state_dict(), "optimizer", tensors)
-        state = {
-            **run.progress.plain(),
-            "optimizer": optimizer,
-            "scaler": run.engine.scaler_state(),
-            "updates": 0 if run.average is None else run.average.updates,
-        }
-        losses = torch.tensor(run.progress.losses, dtype=torch.float64).reshape(-1, 3)
-        files = {
-            "student.safetensors": partial(save_model, run.student),
-            "optimizer.safetensors": partial(save_tensors, tensors),
-            "losses.safetensors": partial(save_tensors, {"losses": losses}),
-        }
-        if run.average is not None:
-            files["ema.safetensors"] = partial(save_averaged, run)
-        if run.teacher is not None and run.teacher is not run.given:
-            files["teacher.safetensors"] = partial(save_model, run.teacher)
         write(run.folder, run.progress.seen, state, files)
         prune(run.folder, run.config.keep, best(run))
     run.engine.wait()
 
 
-def save_averaged(run: Run, path: Path) -> None:
-    """Write the student with its average, or as it is where there is none."""
-    if run.average is None:
-        save_model(run.student, path)
-    else:
-        with run.average.applied():
-            save_model(run.student, path)
+def saving(run: Run, *, averaged: bool) -> Callable[[Path], None]:
+    """What writes the student, or its average where there is one, on the main process.
+
+    Every process must ask: a sharded student is gathered now, any other when it is written.
+    """
+    average = run.average if averaged else None
+    if not run.config.shard:
+        return partial(save_averaged, run.student, average)
+    with nullcontext() if average is None else average.applied():
+        gathered = whole_state(run.student)
+    return partial(save_gathered, run.engine.template, gathered)
+
+
+def save_averaged(model: nn.Module, average: Average | None, path: Path) -> None:
+    """Write ``model`` with its average, or as it is."""
+    with nullcontext() if average is None else average.applied():
+        save_model(model, path)
+
+
+def save_gathered(template: nn.Module | None, state: Mapping[str, Tensor], path: Path) -> None:
+    """Write ``state`` in the form of ``template``, the model before it was sharded."""
+    assert template is not None, "the main process has it"
+    template.load_state_dict(dict(state))
+    save_model(template, path)
 
 
 def best(run: Run) -> int | None:
@@ -115,9 +136,8 @@ def restore(run: Run, found: Checkpoint) -> None:
         names = weights_of(run.student)
         averages: Mapping[str, Any] = found.tensors["ema"]
         run.average.load({n: averages[n] for n in names if n in averages}, found.state["updates"])
-    run.engine.optimizer.load_state_dict(
-        restored(found.state["optimizer"], found.tensors["optimizer"])
-    )
+    state = restored(found.state["optimizer"], found.tensors["optimizer"])
+    run.engine.optimizer.load_state_dict(state_like(state, run.engine.optimizer.optimizer))
     run.engine.load_scaler(found.state["scaler"])
     run.watch.look()
 

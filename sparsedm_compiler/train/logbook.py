@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .. import CheckpointError, ConfigError, masked_parameters
 from ..evaluate.charts import save_curves
 from ..evaluate.log import Entry, Held, Trained, read_log
-from ..masks import unchecked_nm_mask
 from .checkpoint import unwritable, write_whole
+from .shards import mask_here
 
 LOG = "log.jsonl"
 
@@ -32,7 +32,7 @@ class Flips:
 
 
 class MaskWatch:
-    """How much the masks of ``model`` change from one look to the next."""
+    """How much the masks of ``model`` change from one look to the next; sharded, the rows here."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -45,7 +45,7 @@ class MaskWatch:
             weights = masked_parameters(self.model)
         except ConfigError:
             return Flips(None, {})
-        now = {name: unchecked_nm_mask(w, pattern) for name, (w, pattern) in weights.items()}
+        now = {name: mask_here(weight, p) for name, (weight, p) in weights.items()}
         known = [name for name in now if name in self._last]
         changed = sum(int((now[name] != self._last[name]).sum()) for name in known)
         total = sum(now[name].numel() for name in known)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import StoppedError
+from .. import ConfigError, StoppedError
 from ..evaluate.condition import Condition
 from .average import Average
 from .batches import Data, Stream
@@ -20,7 +20,7 @@ from .checkpoint import write_whole
 from .config import FinetuneConfig
 from .engine import Engine
 from .held_out import held_out_loss
-from .keeping import check_config, restore, resume, save_averaged, save_every, save_run
+from .keeping import check_config, restore, resume, save_every, save_run, saving
 from .logbook import Logbook, MaskWatch
 from .objective import objective_of
 from .pictures import Pictures
@@ -69,8 +69,12 @@ def finetune(
     """
     config = (config or FinetuneConfig()).having(options)
     folder = None if out is None else Path(out)
+    engine = Engine(student, config)
+    if config.shard and optimizer is not None:
+        raise ConfigError("shard=True replaces the parameters, and no optimizer can know the new")
     optimizer = adamw(student, config) if optimizer is None else optimizer
     refuse_mixed_up(student, teacher, optimizer)
+    engine.take(optimizer)
     run = Run(
         config,
         student,
@@ -80,7 +84,7 @@ def finetune(
         scheduler=scheduler,
         stages=plan(config, student),
         lrs=[group["lr"] for group in optimizer.param_groups],
-        engine=Engine(student, optimizer, config),
+        engine=engine,
         data=data,
         held_out=held_out,
         null=null,
@@ -220,14 +224,17 @@ def finish(run: Run) -> FinetuneResult:
         tuple(total for total, _, _ in state.losses),
         state.seen,
         state.seconds,
-        None if average is None else average.module(run.student),
+        None if average is None or run.config.shard else average.module(run.student),
         tuple(state.held_out),
         None if pattern is None else str(pattern),
         run.engine.share.world,
         run.engine.place.device.type,
     )
+    if run.folder is not None:
+        save = saving(run, averaged=True)
+        if run.engine.main:
+            save(run.folder / "student.safetensors")
     if run.folder is not None and run.engine.main:
-        save_averaged(run, run.folder / "student.safetensors")
         text = json.dumps(result.as_dict(run.folder.name), indent=1)
         write_whole(run.folder / "results.json", text + "\n")
     run.engine.wait()

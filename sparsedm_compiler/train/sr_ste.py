@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .. import ConfigError, Pattern, masked_parameters
-from ..masks import dropped, unchecked_nm_mask
+from ..masks import dropped
+from .shards import here, mask_here
 
 FORMS = ("paper", "decoupled")
 
@@ -93,11 +94,13 @@ def _apply(optimizer: Optimizer, *, model: nn.Module, lam: float, form: str) -> 
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if id(weight) in patterns and weight.grad is not None:
-                term = dropped(weight, unchecked_nm_mask(weight, patterns[id(weight)]))
+                term = dropped(here(weight), mask_here(weight, patterns[id(weight)]))
                 if form == "paper":
-                    _join(weight.grad, term, -lam if group.get("maximize") else lam, optimizer)
+                    _join(
+                        here(weight.grad), term, -lam if group.get("maximize") else lam, optimizer
+                    )
                 else:
-                    _decay(weight, term, group["lr"] * lam, optimizer)
+                    _decay(here(weight), term, group["lr"] * lam, optimizer)
 
 
 def _join(grad: Tensor, term: Tensor, lam: float, optimizer: Optimizer) -> None:

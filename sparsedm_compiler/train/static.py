@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .. import masked_parameters
-from ..masks import unchecked_nm_mask
+from .shards import here, mask_here
 
 
 @torch.no_grad()
@@ -26,8 +26,8 @@ def static_mask(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
     """
     kept: list[tuple[nn.Parameter, Tensor]] = []
     for weight, pattern in masked_parameters(model).values():
-        kept.append((weight, unchecked_nm_mask(weight, pattern)))
-        weight.mul_(kept[-1][1])
+        kept.append((weight, mask_here(weight, pattern)))
+        here(weight).mul_(kept[-1][1])
     return optimizer.register_step_pre_hook(partial(_keep_zero, kept=kept))
 
 
@@ -41,4 +41,4 @@ def _keep_zero(
 ) -> None:
     for weight, mask in kept:
         if weight.grad is not None:
-            weight.grad.mul_(mask)
+            here(weight.grad).mul_(mask)

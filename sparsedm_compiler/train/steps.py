@@ -55,7 +55,8 @@ def loss_terms(run: Run, piece: Piece) -> Tensor:
     x, t, target = run.objective.ask(x0, random.noise.to(place.device), random.u.to(place.device))
     x = x.to(place.dtype)
     torch.manual_seed(seed_at(config.seed, "dropout", piece.first))
-    guess = run.engine.predict(x, t, y).float()
+    with run.engine.autocast():
+        guess = run.engine.predict(x, t, y).float()
     noise = F.mse_loss(guess, target)
     if run.teacher is None or config.beta == 0:
         loss = config.alpha * noise

@@ -213,7 +213,7 @@ def test_sr_ste_is_asked_for_and_taken_off_again(monkeypatch: pytest.MonkeyPatch
         calls.append((model, options))
         return Handle()
 
-    monkeypatch.setattr("sparsedm_compiler.train.loop.sr_ste", attach)
+    monkeypatch.setattr("sparsedm_compiler.train.setup.sr_ste", attach)
     student = sdm.compile(Denoiser(), pattern="2:4", policy="all", inner="eager")
     tuned(student)
     assert calls == []

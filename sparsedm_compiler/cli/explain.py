@@ -1,0 +1,82 @@
+"""``sparsedm explain``: what became of every weight in a saved file."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .job import Job
+from .loading import add_source, source_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..config import Config
+    from ..facts import MacsReport
+    from ..models.specs import Called
+
+ABOUT = """\
+show what is pruned in a saved model, and why the rest is dense
+
+Prints one line per weight: its pattern, or the reason why it stays dense. In mode infer (the
+default) it also shows which kernel runs each weight here, as measured."""
+EXAMPLE = """\
+  sparsedm explain runs/first/student.safetensors --model uvit-cifar10-small
+  sparsedm explain student.safetensors --model package.module:function --mode train --macs"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("weights", metavar="FILE", help="weights saved by sparsedm")
+    add_source(parser)
+    parser.add_argument("--inputs", help="shapes of one call, for a model of an unknown class")
+    parser.add_argument("--macs", action="store_true", help="count the MACs of every layer as well")
+
+
+def prepare(options: argparse.Namespace) -> Job:
+    """Read the file and make inputs for its model. Raises SparseDMError."""
+    source = source_of(options)
+    if source.pruned is None:
+        raise ConfigError(f"{source.weights} holds no pruned model, so there is nothing to explain")
+    example = source.example(options.inputs)
+
+    def run() -> None:
+        from ..compiler import explain
+        from ..runtime import require_compiled
+
+        model = source.open()
+        args, kwargs = real(example[1:], source.device)
+        print(explain(model, *args, **kwargs))
+        if options.macs:
+            ((_, forward),) = require_compiled(model)
+            print(f"\n{counted(example, forward.config)}")
+
+    return Job((f"would explain {source}",), run)
+
+
+def real(call: Any, device: torch.device) -> Any:
+    """``call`` with every tensor on ``device``; those without values get zeros."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    def place(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(x.shape, dtype=x.dtype, device=device) if x.is_meta else x.to(device)
+
+    return tree_map_only(torch.Tensor, place, call)
+
+
+def counted(example: Called, config: Config) -> MacsReport:
+    """The MACs of the model as it was pruned."""
+    from ..compiler import count_macs
+
+    model, args, kwargs = example
+    return count_macs(
+        model,
+        *args,
+        pattern=config.pattern or "1:1",  # recognised weights are all named in the overrides
+        keep_dense=config.dense_globs,
+        overrides=dict(config.overrides),
+        policy=config.policy,
+        **kwargs,
+    )

@@ -1,0 +1,88 @@
+"""What a model is told beside its input: class labels, text embeddings, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+Condition: TypeAlias = "Tensor | Mapping[str, Condition]"
+"""Class labels [B], or keyword arguments of the model's forward, each a tensor [B, ...].
+
+A mapping may hold a mapping, e.g. SDXL's ``added_cond_kwargs``.
+"""
+
+
+def mapped(change: Callable[[Tensor], Tensor], given: Condition) -> Condition:
+    """``given`` with every tensor changed. Raises DataError for anything that is no tensor.
+
+    >>> mapped(lambda x: x + 1, {"y": torch.tensor([1, 2])})
+    {'y': tensor([2, 3])}
+    """
+    if isinstance(given, Tensor):
+        return change(given)
+    if not isinstance(given, Mapping):
+        raise DataError(
+            f"a condition of type {type(given).__name__} is neither a tensor [B, ...] nor a "
+            "mapping from names of the model's forward to tensors"
+        )
+    return {name: mapped(change, part) for name, part in given.items()}
+
+
+def tensors(given: Condition, place: str = "the condition") -> dict[str, Tensor]:
+    """Every tensor of ``given`` under the words that say where it is."""
+    if isinstance(given, Tensor):
+        return {place: given}
+    mapped(lambda part: part, given)
+    found: dict[str, Tensor] = {}
+    for name, part in given.items():
+        found |= tensors(part, f"{place} {name!r}")
+    return found
+
+
+def check_count(given: Condition, count: int) -> None:
+    """Raises DataError unless every tensor of ``given`` has ``count`` rows."""
+    for place, part in tensors(given).items():
+        if part.ndim == 0 or len(part) != count:
+            raise DataError(f"{place} {list(part.shape)} has no row for each of {count} images")
+
+
+def stacked(first: Condition, second: Condition) -> Condition:
+    """The rows of ``first``, then those of ``second``. Raises DataError where they do not fit."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.shape[1:] != second.shape[1:]:
+            raise DataError(
+                f"conditions {list(first.shape)} and {list(second.shape)} make no one batch: all "
+                "but the first size must agree"
+            )
+        return torch.cat([first, second.to(first)])
+    if isinstance(first, Tensor) or isinstance(second, Tensor) or {*first} != {*second}:
+        raise DataError(
+            f"conditions {described(first)} and {described(second)} make no one batch: give "
+            "both the same names"
+        )
+    return {name: stacked(part, second[name]) for name, part in first.items()}
+
+
+def described(given: Condition) -> str:
+    """``given`` in the words of an error, e.g. "a tensor [4]" or "{context}"."""
+    if isinstance(given, Tensor):
+        return f"a tensor {list(given.shape)}"
+    return "{" + ", ".join(given) + "}"
+
+
+def rows(given: Condition, numbers: range) -> Condition:
+    """The rows ``numbers`` of every tensor of ``given``."""
+    return mapped(lambda part: part[numbers.start : numbers.stop], given)
+
+
+def placed(given: Condition, like: Tensor) -> Condition:
+    """``given`` on the device of ``like``, its floating-point numbers in the dtype of ``like``."""
+    return mapped(
+        lambda part: part.to(like.device, like.dtype if part.is_floating_point() else part.dtype),
+        given,
+    )

@@ -1,0 +1,84 @@
+"""Timing side by side: every candidate once per round, in a new order each round."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Seconds of every round: by the clock on the wall, and of CPU time of this process."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def of(self, clock: str) -> list[float]:
+        """The seconds by "wall" or "cpu"."""
+        return {"wall": self.wall, "cpu": self.cpu}[clock]
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
+) -> dict[str, Samples]:
+    """Samples of every call, taken in turns so that all of them meet the same machine."""
+    names = list(calls)
+    for _ in range(warmup):
+        for name in names:
+            calls[name]()
+    samples = {name: Samples() for name in names}
+    for turn in range(rounds):
+        for place in range(len(names)):
+            name = names[(turn + place) % len(names)]
+            wall, cpu = timed(calls[name])
+            samples[name].wall.append(wall)
+            samples[name].cpu.append(cpu)
+    return samples
+
+
+def timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds on the wall and of CPU time that one call takes, the accelerator's work included."""
+    _wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    _wait()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratio(of: list[float], over: list[float]) -> tuple[float, float, float]:
+    """Quartiles (25 %, median, 75 %) of ``of / over``, round by round."""
+    low, middle, high = statistics.quantiles(
+        [a / b for a, b in zip(of, over, strict=True)], n=4, method="inclusive"
+    )
+    return low, middle, high
+
+
+def spread(quartiles: tuple[float, float, float]) -> str:
+    """A ratio as text: the median, and the quartiles in brackets."""
+    low, middle, high = quartiles
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def machine() -> dict[str, Any]:
+    """What a number needs beside it to mean something."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load": list(os.getloadavg()),
+    }

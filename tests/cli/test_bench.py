@@ -1,0 +1,95 @@
+"""Bench: the right candidates under one compiler, ratios of the same rounds, nothing else told."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler.cli.bench import candidates, named
+from sparsedm_compiler.evaluate.timing import Samples, interleaved, ratio
+from sparsedm_compiler.models import UViT
+
+from .conftest import Shell
+
+BENCH = ("bench", "own:net", "--inner", "eager", "--rounds", "2")
+
+
+def test_a_table_of_ratios(shell: Shell) -> None:
+    said = shell(*BENCH, "--pattern", "2:4", "1:4", "2:4", "--policy", "all")
+    title, heads, _, first, second, last = said.out.splitlines()
+    assert title == "own:net, batch 1: times faster than"
+    assert re.split(r"\s{2,}", heads) == ["pattern", "dense, eager"]
+    for line, pattern in ((first, "2:4"), (second, "1:4")):
+        assert re.fullmatch(rf"{pattern} +\d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\]", line)
+    assert last.startswith("medians of 2 rounds [quartiles]; ")
+    assert f"torch {torch.__version__}" in last
+    assert f"{torch.get_num_threads()} of " in last
+
+
+def test_json_holds_the_same_and_nothing_else_is_printed(shell: Shell) -> None:
+    found = json.loads(shell(*BENCH, "--json", "--option", "depth=0", "--policy", "all").out)
+    low, middle, high = found["times_faster"]["2:4"]["dense, eager"]
+    assert 0 < low <= middle <= high
+    assert (found["model"], found["batch"], found["rounds"]) == ("own:net", 1, 2)
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert "ms" not in json.dumps(found["times_faster"])
+
+
+def test_what_is_compared() -> None:
+    model = UViT(img_size=8, in_chans=1, embed_dim=16, depth=0, num_heads=2)
+    assert [*candidates(model, ["2:4"], "all", "eager")] == ["dense, eager", "2:4"]
+    assert [*candidates(model, ["2:4"], "all", "aot_eager")] == ["dense, aot_eager", "2:4"]
+    found = candidates(model, ["2:4", "1:8"], "all", "inductor")
+    assert [*found] == ["dense, inductor", "dense, inductor frozen", "2:4", "1:8"]
+    call = torch.randn(1, 1, 8, 8), torch.tensor([5])
+    found = candidates(model, ["2:4"], "all", "eager")
+    with torch.no_grad():
+        assert torch.equal(found["dense, eager"](*call), model(*call))
+        found["2:4"](*call)
+    explained = sdm.explain(found["2:4"])
+    assert (explained.mode, explained.inner) == ("infer", "eager")
+    assert "decoder_pred.weight" in explained.masked  # dense but for policy "all"
+
+
+def test_a_dry_run_measures_nothing(shell: Shell) -> None:
+    said = shell.dry("bench", "uvit-cifar10-small", "--inner", "eager", "--batch", "8")
+    compared = "dense with 2:4 on cpu, compiled by eager, 11 rounds"
+    assert said.out.splitlines()[0] == f"would compare uvit-cifar10-small, {compared}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["own:nothing"], "cannot import 'own:nothing'"),
+        (["own:net", "--pattern", "4:2"], "pattern '4:2' is not 'n:m'"),
+        (["own:net", "--policy", "mine"], "policy 'mine'"),
+        (["own:net", "--rounds", "0"], "--rounds 0 is not >= 1"),
+        (["own:net", "--threads", "0"], "--threads 0 is not >= 1"),
+        (["own:net", "--inner", "no"], "inner 'no' is no torch.compile backend"),
+        (["own:net", "--device", "no"], "cannot run on --device no"),
+        (["own:net", "--batch", "2"], "--batch is not for factories"),
+    ],
+    ids=lambda value: "_".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_bad_requests(shell: Shell, argv: list[str], says: str) -> None:
+    for ask in (shell, shell.dry):
+        assert f"sparsedm bench: {says}" in ask("bench", *argv).reason
+
+
+def test_timing_takes_turns_and_compares_within_rounds() -> None:
+    order: list[str] = []
+    found = interleaved({name: lambda n=name: order.append(n) for name in "abc"}, rounds=2)
+    assert "".join(order) == "abc" * 2 + "abc" + "bca"
+    assert {len(samples.of("wall")) for samples in found.values()} == {2}
+    assert ratio([1.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == (1.5, 2.0, 2.5)
+    assert Samples([1.0], [2.0]).of("cpu") == [2.0]
+
+
+def test_a_machine_in_words() -> None:
+    facts = {"processor": "X", "cpu": "AVX2", "threads": 1, "cores": 2, "torch": "2", "load": [0.5]}
+    assert named({**facts, "gpu": None}) == "X, AVX2, 1 of 2 threads, torch 2, load 0.5"
+    assert named({**facts, "gpu": "Y"}) == "Y, 1 of 2 threads, torch 2, load 0.5"

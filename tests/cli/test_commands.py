@@ -1,0 +1,209 @@
+"""The command line as a whole: help, exit statuses, signals, and what importing it costs."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import sparsedm_compiler.cli
+from sparsedm_compiler.cli import main
+from sparsedm_compiler.cli.commands import COMMANDS
+from sparsedm_compiler.cli.job import Job, execute, writable
+from sparsedm_compiler.errors import (
+    ConfigError,
+    DataError,
+    DenseRunError,
+    KernelError,
+    SparseDMError,
+    StoppedError,
+)
+
+from .conftest import Shell
+
+FOLDER = Path(sparsedm_compiler.cli.__file__).parent
+
+
+def test_the_package_is_a_program() -> None:
+    command = [sys.executable, "-m", "sparsedm_compiler", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.startswith("usage: sparsedm ")
+    assert [name for name in COMMANDS if f"\n    {name} " not in done.stdout] == []
+
+
+def test_there_are_all_commands() -> None:
+    assert [*COMMANDS] == ["macs", "finetune", "sample", "fid", "bench", "report", "explain"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_gives_an_example_that_its_parser_takes(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    out = capsys.readouterr().out
+    assert f"example:\n{COMMANDS[name].EXAMPLE}" in out
+    assert "--dry-run" in out
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    COMMANDS[name].add_options(parser)
+    parser.add_argument("--dry-run", action="store_true")
+    lines = COMMANDS[name].EXAMPLE.replace("\\\n", " ").splitlines()
+    assert lines
+    for line in lines:
+        parser.parse_args(line.replace('"', "").split(name, 1)[1].split())
+
+
+def test_no_or_another_command_is_a_usage_error() -> None:
+    for argv in ([], ["prune"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(argv)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_no_command_imports_torch_before_it_runs(path: Path) -> None:
+    """Only light modules of ours, the standard library and tabulate, outside of functions."""
+    light = {"errors", "pattern", "facts", ""}
+    found = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.append(node.module or "")
+        elif isinstance(node, ast.ImportFrom) and node.level == 2:
+            assert (node.module or "").partition(".")[0] in light, ast.unparse(node)
+    outside = {name.partition(".")[0] for name in found} - {*sys.stdlib_module_names}
+    assert outside <= {"tabulate"}
+
+
+class Fake:
+    """A command that does as it is told."""
+
+    ABOUT = EXAMPLE = ""
+
+    def __init__(self, action: Callable[[], None], *, early: bool = False) -> None:
+        self.action, self.early, self.ran = action, early, False
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """None."""
+
+    def prepare(self, options: argparse.Namespace) -> Job:
+        if self.early:
+            self.action()
+        return Job(("would act",), self.run)
+
+    def run(self) -> None:
+        self.ran = True
+        if not self.early:
+            self.action()
+
+
+def status(action: Callable[[], None], *, dry: bool = False, early: bool = False) -> int:
+    return execute("sparsedm fake", Fake(action, early=early), argparse.Namespace(dry_run=dry))
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["checking", "running"])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConfigError("no\n  such option"), 2),
+        (DataError("no\nsuch   option"), 2),
+        (SparseDMError("no such\noption"), 1),  # the loss of a training run is NaN
+        (DenseRunError("no such\noption"), 1),
+        (KernelError("no such\noption"), 1),
+        (OSError("no such\noption"), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_an_error_is_one_line_and_a_status(
+    error: Exception, expected: int, early: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(raising(error), early=early) == expected
+    assert capsys.readouterr() == ("", "sparsedm fake: no such option\n")
+
+
+def test_a_bug_shows_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        status(raising(ZeroDivisionError()))
+
+
+def test_a_dry_run_says_and_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    fake = Fake(lambda: None)
+    assert execute("x", fake, argparse.Namespace(dry_run=True)) == 0
+    assert not fake.ran
+    assert capsys.readouterr().out == "would act\ndry run: nothing was computed or written\n"
+    assert execute("x", fake, argparse.Namespace(dry_run=False)) == 0
+    assert fake.ran
+    assert status(raising(ConfigError("x")), dry=True, early=True) == 2
+
+
+def test_signals_end_a_command_with_their_status(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert status(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert status(raising(KeyboardInterrupt())) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    err = capsys.readouterr().err
+    assert err == "sparsedm fake: terminated\nsparsedm fake: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_saved_itself_tells_which_signal_it_was(number: signal.Signals) -> None:
+    def action() -> None:
+        asked: list[int] = []
+        before = signal.signal(number, lambda number, frame: asked.append(number))
+        os.kill(os.getpid(), number)
+        signal.signal(number, before)
+        assert asked == [number]
+        raise StoppedError("saved")
+
+    assert status(action) == 128 + number
+
+
+def test_a_reader_that_has_seen_enough_takes_no_traceback() -> None:
+    code = (
+        "import argparse, sys\n"
+        "from sparsedm_compiler.cli.job import Job, execute\n"
+        "class Talks:\n"
+        "    def prepare(self, options):\n"
+        "        return Job((), lambda: print('much to say\\n' * 100_000))\n"
+        "sys.exit(execute('x', Talks(), argparse.Namespace(dry_run=False)))\n"
+    )
+    talker = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert talker.stdout is not None
+    assert talker.stderr is not None
+    assert talker.stdout.readline() == "much to say\n"
+    talker.stdout.close()
+    assert talker.stderr.read() == ""
+    assert talker.wait(timeout=120) == 1
+    talker.stderr.close()
+
+
+def test_where_one_can_write(shell: Shell) -> None:
+    (shell.folder / "file").write_text("")
+    (shell.folder / "folder").mkdir()
+    assert writable("new/deep/file.png") == Path("new/deep/file.png")
+    assert writable("file") == Path("file")
+    assert writable("folder", folder=True) == Path("folder")
+    for path, folder, says in (
+        ("folder", False, "cannot write folder: it is a folder, name a file"),
+        ("file", True, "cannot write file: it is a file, name a folder"),
+        ("file/below", False, "cannot write file/below: file is a file, not a folder"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            writable(path, folder=folder)
+    assert not (shell.folder / "new").exists()

@@ -1,0 +1,131 @@
+"""Finetune: the configuration that is meant, the run it makes, and the same command again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler.cli import finetune
+from sparsedm_compiler.models import open_model
+from sparsedm_compiler.train.spec import RunConfig
+
+from .conftest import Shell
+
+YAML = """
+model: {name: "own:net", options: {num_classes: 10}}
+data: {train: digits, held_out: "digits:test", held_out_limit: 20}
+prune: {pattern: 2:4, inner: eager}
+train: {images: 128, batch_size: 64, lr: 1e-3, log_every: 64}
+sample: {sampler: ddim, steps: 2, grid: 4}
+score: {network: "own:pixels", count: 70}
+out: runs/a
+"""
+
+
+@pytest.fixture
+def config(shell: Shell) -> str:
+    (shell.folder / "run.yaml").write_text(YAML)
+    return "run.yaml"
+
+
+def read(*argv: str) -> RunConfig:
+    parser = argparse.ArgumentParser()
+    finetune.add_options(parser)
+    return finetune.config_of(parser.parse_args(argv))
+
+
+def test_what_is_given_last_counts(config: str) -> None:
+    assert read("--config", config).train.lr == 1e-3
+    found = read("--config", config, "--set", "train.lr=5e-4", "--set", "train.betas=[0.9, 0.99]")
+    assert (found.train.lr, found.train.betas) == (5e-4, (0.9, 0.99))
+    short = ("--pattern", "1:8", "--method", "ste", "--data", "other", "--out", "b", "--seed", "3")
+    found = read("--config", config, *short, "--held-out", "x", "--model", "m:f", "--weights", "w")
+    assert (found.prune.pattern, found.train.method, found.train.seed) == ("1:8", "ste", 3)
+    assert (found.data.train, found.data.held_out, found.out) == ("other", "x", "b")
+    assert (found.model.name, found.model.weights) == ("m:f", "w")
+    assert read("--config", config, "--out", "1").out == "1"
+    assert read("--config", config, "--out", "b", "--set", "out=c").out == "c"
+
+
+def test_a_recipe_lies_below_everything_else(config: str) -> None:
+    found = read("--config", config, "--recipe", "cifar10-uvit")
+    assert (found.prune.policy, found.train.flip) == ("uvit", True)
+    assert (found.train.images, found.model.name) == (128, "own:net")
+    short = ("--data", "d", "--out", "o", "--weights", "w")
+    found = read("--recipe", "cifar10-uvit", *short)
+    assert (found.model.name, found.train.images) == ("uvit-cifar10-small", 64_000_000)
+
+
+def test_a_run_from_the_model_to_the_score(shell: Shell, config: str) -> None:
+    torch._dynamo.reset()
+    asked = ("finetune", "--config", config)
+    said = shell(*asked)
+    assert said.status == 0, said.err
+    loss, score, wrote = said.out.splitlines()[-3:]
+    results: dict[str, Any] = json.loads(Path("runs/a/results.json").read_text())
+    assert (results["images"], results["pattern"]) == (128, "2:4")
+    assert loss.startswith(
+        f"held-out loss {results['held_out'][-1]['student']:.4f}, of the average"
+    )
+    assert score == f"FD-pixels {results['scores'][0]['value']:.4g}"
+    assert wrote == "wrote runs/a; compare runs with: sparsedm report runs/a"
+    dense = open_model("own:net", options={"num_classes": 10})
+    student = sdm.load("runs/a/student.safetensors", dense, inner="eager")
+    assert not torch.equal(student.mid_block.mlp.fc1.weight, dense.mid_block.mlp.fc1.weight)
+    assert shell("report", "runs/a").status == 0
+    before = shell.listing()
+    again = shell(*asked)  # a finished run is not trained again
+    assert again.out.splitlines()[-3:] == said.out.splitlines()[-3:]
+    assert shell.listing() == before
+
+
+def test_a_dry_run_opens_everything(shell: Shell, config: str) -> None:
+    said = shell.dry("finetune", "--config", config)
+    for part in ("own:net", "sparsedm: SR-STE", "pattern    2:4", "1,437 images", "runs/a"):
+        assert part in said.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--config", "gone.yaml"], "cannot read the configuration gone.yaml"),
+        (["--set", "train.lrr=1"], "finetune has no option 'lrr'; did you mean lr"),
+        (["--set", "nonsense"], "'nonsense' is not section.name=value"),
+        (["--set", "other.x=1"], "there is no section 'other'"),
+        (["--method", "magic"], "method 'magic' is none of"),
+        (["--pattern", "4:2"], "pattern '4:2' is not 'n:m'"),
+        (["--recipe", "cake"], "there is no recipe 'cake'"),
+        (["--out", "own.py"], "cannot write own.py: it is a file, name a folder"),
+        (["--model", "UViT", "--set", "train.images=1"], "has random weights"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_bad_requests(shell: Shell, config: str, argv: list[str], says: str) -> None:
+    for ask in (shell, shell.dry):
+        assert says in ask("finetune", "--config", config, *argv).reason
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--weights", "gone.pth"], "cannot read weights from gone.pth"),
+        (["--data", "gone"], "'gone' does not exist"),
+        (["--held-out", "gone"], "'gone' does not exist"),
+        (["--model", "own:nothing"], "cannot import 'own:nothing'"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_a_dry_run_finds_what_is_not_there(
+    shell: Shell, config: str, argv: list[str], says: str
+) -> None:
+    assert says in shell.dry("finetune", "--config", config, *argv).reason
+
+
+def test_without_anything_it_says_what_it_needs(shell: Shell) -> None:
+    assert "no folder to write to: set out" in shell("finetune").reason

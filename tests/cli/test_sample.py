@@ -1,0 +1,258 @@
+"""Sample: the images that evaluate.sample makes of the hand-masked model, however asked for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler.cli import main
+from sparsedm_compiler.cli.drawing import own_condition
+from sparsedm_compiler.evaluate import Guidance, make_scheduler, sample
+from sparsedm_compiler.evaluate.stream import pixels
+from sparsedm_compiler.models import open_model
+from tests.evaluate.group import run_group
+from tests.oracle import oracle_of
+
+from .conftest import Shell, student
+
+HOW = ("--steps", "3", "--sampler", "ddim", "--inner", "eager")
+MASKED = ("--model", "own:net", "--weights", "student.safetensors", "--mode", "train", *HOW)
+
+
+def expected(model: torch.nn.Module, count: int, **options: Any) -> Tensor:
+    """What PNGs of the samples hold [count, 1, 8, 8]."""
+    scheduler = make_scheduler("ddim", "eps")
+    given = {"shape": (count, 1, 8, 8), "steps": 3, "progress": False, **options}
+    return pixels(sample(model, scheduler, **given))
+
+
+def found(folder: Path | str) -> Tensor:
+    files = sorted(Path(folder).glob("*.png"))
+    assert [file.name for file in files] == [f"{number:06d}.png" for number in range(len(files))]
+    return torch.stack([torch.tensor(np.asarray(Image.open(file)))[None] for file in files])
+
+
+def test_a_folder_holds_what_the_masked_model_draws(shell: Shell, weights: Sequence[str]) -> None:
+    oracle = oracle_of(student())
+    said = shell(
+        "sample", *MASKED, "--out", "a", "--count", "5", "--batch-size", "2", "--seed", "7"
+    )
+    assert said.out == "drew 5 images by DDIMScheduler 3 steps into a\n"
+    assert torch.equal(found("a"), expected(oracle, 5, seed=7, batch_size=2))
+    assert not torch.equal(found("a"), expected(open_model("own:net"), 5, seed=7))
+    folded = ("--mode", "infer", "--out", "b", "--count", "5", "--seed", "7")
+    assert shell("sample", *MASKED, *folded).status == 0
+    assert (found("a").int() - found("b").int()).abs().max() <= 1
+
+
+def test_dense_weights_run_dense(shell: Shell, weights: Sequence[str]) -> None:
+    asked = ("--model", "own:net", "--weights", "dense.safetensors", *HOW, "--count", "3")
+    assert shell("sample", *asked, "--out", "a").status == 0
+    assert torch.equal(found("a"), expected(open_model("own:net"), 3))
+    assert shell("sample", "--model", "own:net", *HOW, "--count", "3", "--out", "b").status == 0
+    assert torch.equal(found("a"), found("b"))
+
+
+def test_a_grid_is_one_picture(shell: Shell, weights: Sequence[str]) -> None:
+    said = shell("sample", *MASKED, "--out", "new/grid.png", "--count", "5", "--columns", "3")
+    assert said.status == 0
+    with Image.open("new/grid.png") as picture:
+        assert picture.width > 3 * 64
+        assert picture.height > 2 * 64
+    assert [path.name for path in Path("new").iterdir()] == ["grid.png"]
+
+
+def test_the_same_command_goes_on(shell: Shell, weights: Sequence[str]) -> None:
+    asked = ("sample", *MASKED, "--out", "a", "--batch-size", "2")
+    shell(*asked, "--count", "4")
+    before = found("a")
+    Path("a/000003.png").unlink()
+    kept = Path("a/000000.png").stat().st_mtime_ns
+    Path("a/000001.png").write_bytes(Path("a/000000.png").read_bytes())  # would be drawn anew
+    shell(*asked, "--count", "5")
+    assert Path("a/000000.png").stat().st_mtime_ns == kept
+    after = found("a")
+    assert torch.equal(after[[0, 2, 3]], before[[0, 2, 3]])
+    assert torch.equal(after[1], before[0])
+    assert len(after) == 5
+    for changed, says in (
+        (("--seed", "1"), "a holds images of seed 0, not 1"),
+        (("--steps", "4"), "sampler 'DDIMScheduler 3 steps', not 'DDIMScheduler 4 steps'"),
+        (("--weights", "dense.safetensors"), "a holds images of weights_sha256 "),
+        (("--objective", "v"), "a holds images of objective 'eps', not 'v'"),
+    ):
+        for ask in (shell, shell.dry):
+            assert says in ask(*asked, "--count", "5", *changed).reason
+
+
+def group_member(rank: int, folder: Path) -> None:
+    os.chdir(folder)
+    assert main(["sample", *MASKED, "--out", "b", "--count", "5", "--batch-size", "2"]) == 0
+    assert main(["sample", *MASKED, "--out", "b.png", "--count", "5", "--batch-size", "2"]) == 0
+
+
+def test_two_processes_draw_the_same_images(shell: Shell, weights: Sequence[str]) -> None:
+    for out in ("a", "a.png"):
+        shell("sample", *MASKED, "--out", out, "--count", "5", "--batch-size", "2")
+    run_group(group_member, shell.folder)
+    assert torch.equal(found("a"), found("b"))
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_labels_and_guidance(shell: Shell) -> None:
+    made = student(num_classes=5)
+    sdm.save(made, shell.folder / "student.safetensors")
+    asked = ("sample", *MASKED, "--option", "num_classes=5", "--count", "6")
+    assert shell(*asked, "--out", "a", "--classes", "4").status == 0
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    assert torch.equal(found("a"), expected(oracle_of(made), 6, labels=labels))
+    strong = ("--labels", "2,0", "--guidance", "3", "--null-label", "4")
+    said = shell(*asked, "--out", "b", *strong)
+    assert "DDIMScheduler 3 steps, guidance 3.0" in said.out
+    labels, guidance = torch.tensor([2, 0] * 3), Guidance(3.0, 4)
+    assert torch.equal(found("b"), expected(oracle_of(made), 6, labels=labels, guidance=guidance))
+
+
+def namespace(**options: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"condition": None, "labels": None, "classes": None, **options})
+
+
+def test_conditions_are_used_in_turn(shell: Shell) -> None:
+    assert own_condition(namespace()) is None
+    asked = own_condition(namespace(classes=3))
+    assert asked is not None
+    assert asked(range(2, 5)).tolist() == [2, 0, 1]
+    save_file({"context": torch.tensor([[1.0], [2.0]])}, "texts.safetensors")
+    asked = own_condition(namespace(condition="texts.safetensors"))
+    assert asked is not None
+    assert asked(range(1, 4))["context"].tolist() == [[2.0], [1.0], [2.0]]
+
+
+def test_notes_say_what_the_images_depend_on(shell: Shell, weights: Sequence[str]) -> None:
+    shell("sample", *MASKED, "--out", "a", "--count", "2")
+    notes = json.loads(Path("a/samples.json").read_text())
+    assert len(notes.pop("weights_sha256")) == 64
+    assert notes == {
+        "model": "own:net",
+        "options": {},
+        "pattern": "2:4",
+        "sampler": "DDIMScheduler 3 steps",
+        "objective": "eps",
+        "seed": 0,
+        "shape": [1, 8, 8],
+    }
+
+
+def test_a_dry_run_says_it_all(shell: Shell, weights: Sequence[str]) -> None:
+    assert shell.dry("sample", *MASKED, "--out", "a", "--count", "5").out.splitlines()[:3] == [
+        "model   own:net with weights student.safetensors, masked to 2:4, mode train, on cpu",
+        "sample  5 images [1, 8, 8] by DDIMScheduler 3 steps, seed 0",
+        "out     a",
+    ]
+
+
+UVIT = [f"--option={name}" for name in ("img_size=8", "embed_dim=16", "depth=0", "num_heads=2")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--model", "UViT", *UVIT], "UViT alone has random weights: give --weights FILE"),
+        (["--model", "own:net", "--count", "0"], "shape [0, 1, 8, 8] is not images x"),
+        (["--model", "own:net", "--columns", "0"], "--columns 0 is not >= 1"),
+        (["--model", "own:net", "--shape", "3x"], "--shape '3x' are not whole numbers like 3x32"),
+        (["--model", "own:net", "--shape", "3x8x8"], "images [1, 3, 8, 8] are not [B, 1, 8, 8]"),
+        (["--model", "own:net", "--labels", "a"], "--labels 'a' are not whole numbers like 3,5"),
+        (["--model", "own:net", "--classes", "0"], "--classes 0 is not >= 1"),
+        (["--model", "own:net", "--classes", "4"], "was built without class labels"),
+        (["--model", "own:net", "--option", "num_classes=4"], "this U-ViT needs class labels"),
+        (["--model", "own:net", "--guidance", "2"], "needs --null-label or --null"),
+        (["--model", "own:net", "--guidance", "2", "--null-label", "1"], "needs labels or a cond"),
+        (["--model", "own:net", "--condition", "gone"], "cannot read the condition gone"),
+        (["--model", "own:net", "--sampler", "ddim", "--objective", "flow"], "does not follow a"),
+        (["--model", "own:net", "--weights", "gone.pt"], "cannot read weights from gone.pt"),
+        (["--model", "own:net", "--vae", "gone"], "--vae gone holds no AutoencoderKL"),
+        (["--model", "own:halves"], "returns no inputs"),
+        (["--model", "own:net", "--out", "own.py"], "cannot write own.py: it is a file"),
+    ],
+    ids=lambda value: "_".join(value[1:])[:40] if isinstance(value, list) else "",
+)
+def test_bad_requests(shell: Shell, argv: list[str], says: str) -> None:
+    for ask in (shell, shell.dry):
+        assert says in ask("sample", "--out", "a", *argv).reason
+
+
+# ------------------------------------------------------------------ from a run
+
+
+def run_folder(shell: Shell, *, weights: bool = True, **train: Any) -> Path:
+    """A run on the digits, as far as sampling needs it."""
+    from sparsedm_compiler.train.spec import RunConfig
+
+    folder = shell.folder / "run"
+    config = RunConfig.of(
+        {
+            "model": {"name": "own:net", "options": {"num_classes": 10}},
+            "data": {"train": "digits"},
+            "sample": {"sampler": "ddim", "steps": 3},
+            "train": train,
+            "out": "run",
+        }
+    )
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(config.as_dict()))
+    if weights:
+        sdm.save(student(num_classes=10), folder / "student.safetensors")
+    return folder
+
+
+def test_a_run_brings_its_settings(shell: Shell) -> None:
+    folder = run_folder(shell)
+    said = shell(
+        "sample",
+        "--model",
+        folder,
+        "--mode",
+        "train",
+        "--inner",
+        "eager",
+        "--out",
+        "a",
+        "--count",
+        "12",
+    )
+    assert said.out == "drew 12 images by DDIMScheduler 3 steps into a\n"
+    labels = torch.arange(12) % 10
+    assert torch.equal(found("a"), expected(oracle_of(student(num_classes=10)), 12, labels=labels))
+    said = shell.dry("sample", "--model", folder, "--out", "b", "--steps", "4", "--sampler", "ddpm")
+    assert "DDPMScheduler 4 steps" in said.out
+
+
+def test_guidance_of_a_run(shell: Shell) -> None:
+    folder = run_folder(shell, null_label=9, drop_condition=0.1)
+    asked = ("sample", "--model", folder, "--out", "b", "--guidance", "2")
+    assert "guidance 2.0" in shell.dry(*asked).out
+
+
+def test_a_run_that_is_not_finished(shell: Shell) -> None:
+    folder = run_folder(shell, weights=False)
+    asked = ("sample", "--model", folder, "--out", "a")
+    assert "the run is not finished" in shell.dry(*asked).reason
+    last = folder / "checkpoints" / "000000000064"
+    last.mkdir(parents=True)
+    sdm.save(student(num_classes=10), last / "student.safetensors")
+    said = shell.dry(*asked)
+    assert f"--weights {last / 'student.safetensors'} is its last checkpoint" in said.reason
+    assert shell.dry(*asked, "--weights", last / "student.safetensors").status == 0

@@ -1,0 +1,118 @@
+"""A folder of images: what is found, in which order, of which class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sparsedm_compiler.data import Wanted, open_data
+from sparsedm_compiler.data.folder import open_folder
+from sparsedm_compiler.errors import DataError
+from tests.data.cases import expected, pixels, save
+
+FILES = ["b/z.png", "b/deep/er/a.BMP", "a/2.webp", "a/10.png", "c/x.png"]
+
+
+def filled(root: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """Files of those names, without loss, and their pixels."""
+    found = {name: pixels(4, 5, 3, seed=number) for number, name in enumerate(names)}
+    for name, image in found.items():
+        save(root / name, image, **({"lossless": True} if name.endswith("webp") else {}))
+    return found
+
+
+def test_images_come_in_the_order_of_their_paths_with_the_class_of_their_folder(
+    tmp_path: Path,
+) -> None:
+    images = filled(tmp_path, FILES)
+    for junk in ("a/notes.txt", ".hidden/a.png", "a/._2.png"):
+        (tmp_path / junk).parent.mkdir(exist_ok=True)
+        (tmp_path / junk).write_text("junk")
+    data = open_data(tmp_path)
+    order = ["a/10.png", "a/2.webp", "b/deep/er/a.BMP", "b/z.png", "c/x.png"]
+    found, labels = data.fetch(range(5))
+    truth = expected(np.stack([images[name] for name in order]))
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-6)
+    assert isinstance(labels, Tensor)
+    assert labels.tolist() == [0, 0, 1, 1, 2]
+    assert (len(data), data.shape, data.classes) == (5, (3, 4, 5), 3)
+    again, labels = data.fetch([4, 2, 4])
+    torch.testing.assert_close(again, found[[4, 2, 4]])
+    assert isinstance(labels, Tensor)
+    assert labels.tolist() == [2, 1, 2]
+    assert data.fetch([])[0].shape == (0, 3, 4, 5)
+
+
+def test_an_image_outside_of_the_classes_leaves_no_classes(tmp_path: Path) -> None:
+    filled(tmp_path, ["a/1.png", "b/1.png", "1.png"])
+    data = open_data(str(tmp_path))
+    assert (len(data), data.classes, data.fetch([0])[1]) == (3, None, None)
+
+
+def test_labels_and_limit_and_size(tmp_path: Path) -> None:
+    images = filled(tmp_path, FILES)
+    data = open_data(tmp_path, labels=False, limit=99)
+    assert (len(data), data.classes, data.fetch([1])[1]) == (5, None, None)
+    data = open_data(tmp_path, limit=2, size=2)
+    assert (len(data), data.shape, data.classes) == (2, (3, 2, 2), 3)
+    box = images["a/10.png"][:, :4].reshape(2, 2, 2, 2, 3).mean((1, 3))
+    found = (data.fetch([0])[0][0].permute(1, 2, 0) + 1) * 127.5
+    np.testing.assert_allclose(found, box, rtol=0, atol=1.01)
+    with pytest.raises(IndexError):
+        data.fetch([2])
+
+
+def test_grey_and_transparent_files_lie_beside_coloured_ones(tmp_path: Path) -> None:
+    image = pixels(4, 4, 3)
+    save(tmp_path / "a.png", image)
+    save(tmp_path / "b.png", image, "L")
+    save(tmp_path / "c.png", image, "RGBA")
+    colour, grey, alpha = open_data(tmp_path).fetch(range(3))[0]
+    assert torch.equal(colour, alpha)
+    assert torch.equal(grey[0], grey[2])
+    assert not torch.equal(grey, colour)
+
+
+def test_a_broken_file_is_named_when_it_is_fetched_and_the_others_still_are(tmp_path: Path) -> None:
+    filled(tmp_path, ["1.png", "2.png", "3.png"])
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
+    data = open_data(tmp_path)
+    with pytest.raises(DataError, match=r"2\.png cannot be read"):
+        data.fetch([0, 1])
+    assert len(data.fetch([0, 2])[0]) == 2
+    (tmp_path / "1.png").write_text("broken")
+    with pytest.raises(DataError, match=r"1\.png cannot be read"):
+        open_data(tmp_path)
+
+
+def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
+    save(tmp_path / "1.png", pixels(4, 5, 3))
+    save(tmp_path / "2.png", pixels(4, 6, 3))
+    with pytest.raises(DataError, match=r"2\.png is 6 x 4 pixels, .*1\.png 5 x 4: give a size"):
+        open_data(tmp_path).fetch([0, 1])
+    assert open_data(tmp_path, size=4).fetch([0, 1])[0].shape == (2, 3, 4, 4)
+
+
+def test_folders_without_images_or_of_splits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no images"):
+        open_data(tmp_path)
+    filled(tmp_path, ["train/a/1.png", "Test/a/1.png"])
+    with pytest.raises(DataError, match="holds the splits Test, train; open one"):
+        open_data(tmp_path)
+    assert open_data(tmp_path / "train").classes == 1
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot list .*none"):
+        open_folder(tmp_path / "none", Wanted())
+
+
+def test_linked_folders_are_followed(tmp_path: Path) -> None:
+    filled(tmp_path / "elsewhere", ["1.png"])
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert len(open_data(tmp_path / "root")) == 1

@@ -1,0 +1,157 @@
+"""Feature networks by name, what they may return, and what is kept of a stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsedm_compiler.errors import ConfigError, DataError
+from sparsedm_compiler.evaluate import (
+    FeatureNetwork,
+    features,
+    generator_at,
+    image_batches,
+    load_network,
+)
+from sparsedm_compiler.evaluate.features import collect
+from sparsedm_compiler.evaluate.stream import rounded
+
+IMAGES = torch.rand(10, 1, 2, 2, generator=generator_at("images")) * 2.2 - 1.1
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda x: x.flatten(1),
+        lambda x: x.flatten(1)[:, :, None, None],
+        lambda x: (x.flatten(1), "more"),
+        lambda x: [x],
+    ],
+)
+def test_what_a_feature_network_may_return(shape: Any) -> None:
+    assert torch.equal(features(shape, IMAGES, batch_size=3), IMAGES.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda x: x.mean((1, 2, 3)), r"returned \[10\] for 10 images, not \[10, d\]"),
+        (lambda x: x.flatten(1)[:4], r"returned \[4, 4\] for 10 images"),
+        (lambda x: {"features": x}, "returned a dict, not a tensor"),
+        (lambda x: (), "returned a tuple"),
+    ],
+)
+def test_what_it_may_not(wrong: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        features(wrong, IMAGES)
+
+
+def test_a_function_runs_without_gradients() -> None:
+    weight = torch.ones(4, requires_grad=True)
+    assert not features(lambda x: x.flatten(1) * weight, IMAGES).requires_grad
+
+
+def test_a_stream_leaves_its_moments_and_its_first_features() -> None:
+    pixels = FeatureNetwork("Pixels", lambda x: x.flatten(1))
+    shown = rounded(IMAGES).flatten(1)
+    found = collect(pixels, image_batches(IMAGES, batch_size=4), stored=6)
+    assert found.moments is not None
+    assert found.moments.count == 10
+    torch.testing.assert_close(found.moments.mean, shown.double().mean(0))
+    assert found.numbers.tolist() == [*range(6)]
+    assert torch.equal(found.stored, shown[:6])
+    second = collect(pixels, image_batches(IMAGES, batch_size=4, share=(1, 2)), stored=6)
+    assert second.numbers.tolist() == [4, 5]
+    assert torch.equal(second.stored, shown[4:6])
+    nothing = collect(pixels, image_batches(IMAGES, batch_size=4, share=(4, 5)), stored=6)
+    assert nothing.moments is None
+    assert len(nothing.stored) == len(nothing.numbers) == 0
+
+
+def test_a_stream_of_broken_images_is_refused() -> None:
+    pixels = FeatureNetwork("Pixels", lambda x: x.flatten(1))
+    broken = IMAGES.clone()
+    broken[7] = torch.nan  # which no byte can be
+    with pytest.raises(DataError, match="images 4 to 7 hold NaN or Inf"):
+        collect(pixels, image_batches(broken, batch_size=4))
+    with pytest.raises(DataError, match="for 3 numbers"):
+        collect(pixels, [(range(3), IMAGES)])
+
+
+class Pixels(nn.Module):
+    """The pixels as features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+MODULE = Pixels()
+NUMBER = 3
+
+
+def make() -> nn.Module:
+    return Pixels()
+
+
+def made_function() -> Any:
+    return lambda x: x.flatten(1)
+
+
+def named() -> FeatureNetwork:
+    return FeatureNetwork("Named", Pixels())
+
+
+def demanding(width: int) -> nn.Module:
+    return nn.Linear(width, width)
+
+
+def wrong() -> int:
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("attribute", "name"),
+    [
+        ("make", "Pixels"),
+        ("Pixels", "Pixels"),
+        ("MODULE", "Pixels"),
+        ("made_function", "made_function"),
+        ("named", "Named"),
+    ],
+)
+def test_a_network_is_found_by_its_place(attribute: str, name: str) -> None:
+    found = load_network(f"{__name__}:{attribute}")
+    assert found.name == name
+    assert torch.equal(features(found.network, IMAGES), IMAGES.flatten(1))
+    assert load_network(f"{__name__}:{attribute}", name="Mine").name == "Mine"
+
+
+def test_a_network_moves_to_its_device() -> None:
+    found = load_network("torch.nn:Identity", device="meta").network
+    assert isinstance(found, nn.Identity)
+    linear = load_network(f"{__name__}:linear", device="meta").network
+    assert isinstance(linear, nn.Linear)
+    assert linear.weight.device.type == "meta"
+
+
+def linear() -> nn.Module:
+    return nn.Linear(2, 2)
+
+
+def test_networks_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no feature network is called 'vgg'; known: inception"):
+        load_network("vgg")
+    with pytest.raises(ConfigError, match=r"cannot import 'not.there:f'"):
+        load_network("not.there:f")
+    with pytest.raises(ConfigError, match="that needs no arguments: missing a required argument"):
+        load_network(f"{__name__}:demanding")
+    with pytest.raises(ConfigError, match="wrong returned int where a feature network"):
+        load_network(f"{__name__}:wrong")
+    with pytest.raises(ConfigError, match="is not a function but 3"):
+        load_network(f"{__name__}:NUMBER")
+    with pytest.raises(ConfigError, match="no layer of 65 features; it has 64, 192, 768, 2048"):
+        load_network(f"inception-65:{tmp_path}")

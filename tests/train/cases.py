@@ -1,0 +1,75 @@
+"""A tiny teacher, students of it, and short runs of which everything is known."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler.evaluate import generator_at
+from sparsedm_compiler.models import UViT
+from sparsedm_compiler.train import FinetuneResult, finetune
+from sparsedm_compiler.train.methods import METHODS
+
+CLASSES = 3
+SPARSE = [name for name, method in METHODS.items() if method.sparse and name != "untrained"]
+
+
+def teacher(seed: int = 0) -> UViT:
+    """A U-ViT of 8-wide tokens with a class more than the data have."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return UViT(
+            img_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2, num_classes=CLASSES + 1
+        )
+
+
+def data(count: int = 40) -> tuple[Tensor, Tensor]:
+    images = torch.randn(count, 1, 4, 4, generator=generator_at("cases"))
+    return images, torch.arange(count) % CLASSES
+
+
+def student_of(model: nn.Module, method: str = "sparsedm", pattern: str = "1:4") -> nn.Module:
+    """What a method trains."""
+    if METHODS[method].sparse:
+        return sdm.compile(model, pattern=pattern, inner="eager")
+    return copy.deepcopy(model)
+
+
+def short(
+    method: str = "sparsedm", out: Path | None = None, **options: Any
+) -> tuple[FinetuneResult, nn.Module]:
+    """Twelve steps of a method, with something of everything; the result and the student."""
+    model = teacher()
+    student = options.pop("student", None) or student_of(model, method)
+    given: dict[str, Any] = {
+        "batch_size": 8,
+        "lr": 1e-2,
+        "held_out": tuple(part[:8] for part in data()),
+        "held_out_every": 24,
+        "save_every": 24,
+        "log_every": 16,
+        "flip": True,
+        "drop_condition": 0.2,
+        "null_label": CLASSES,
+        "max_grad_norm": 0.5,
+        "progress": False,
+        **({} if method == "untrained" else {"images": 96}),
+        **options,
+    }
+    return finetune(student, model, data(), method=method, out=out, **given), student
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [weight.detach().clone() for weight in model.parameters()]
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log without what the clock decides."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]

@@ -1,0 +1,212 @@
+"""A run that was interrupted ends as one that was not, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler import CheckpointError, ConfigError, SparseDMError, StoppedError
+from sparsedm_compiler.models import UViT
+from sparsedm_compiler.train import METHODS, checkpoint, loop
+from sparsedm_compiler.train.checkpoint import list_checkpoints
+from tests.train.cases import data, log_of, short, teacher, weights
+
+
+class Killed(BaseException):
+    """Nothing in the package catches it."""
+
+
+def short_until(step: int, monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> None:
+    """``short``, killed before that step of the process."""
+    real, count = loop.step, 0
+
+    def counted(run: Any, pieces: Any, **given: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > step:
+            raise Killed
+        return real(run, pieces, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "step", counted)
+        with pytest.raises(Killed):
+            short(*args, **options)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "untrained"])
+def test_an_interrupted_run_ends_the_same(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, student = short(method, tmp_path / "whole")
+    for step in (2, 4, 3, 1):  # checkpoints lie every third step; the stages change at the sixth
+        short_until(step, monkeypatch, method, tmp_path / "parts")
+    again, resumed = short(method, tmp_path / "parts")
+    assert all(map(torch.equal, weights(student), weights(resumed)))
+    assert whole.ema is not None
+    assert again.ema is not None
+    assert all(map(torch.equal, weights(whole.ema), weights(again.ema)))
+    assert again.losses == whole.losses
+    assert again.held_out == whole.held_out
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = short(out=tmp_path)
+    monkeypatch.setattr(loop, "step", None)
+    again, student = short(out=tmp_path)
+    assert (again.losses, again.held_out) == (first.losses, first.held_out)
+    loaded = sdm.load(tmp_path / "student.safetensors", teacher())
+    assert again.ema is not None
+    assert all(map(torch.equal, weights(loaded), weights(again.ema)))
+    last = sdm.load(tmp_path / "checkpoints/000000000096/student.safetensors", teacher())
+    assert all(map(torch.equal, weights(last), weights(student)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, before = loop.step, signal.getsignal(number)
+
+    def step(run: Any, pieces: Any, **given: Any) -> Any:
+        if run.progress.seen == 32:
+            os.kill(os.getpid(), number)
+        return real(run, pieces, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "step", step)
+        with pytest.raises(StoppedError, match="stopped after 40 of 96 images"):
+            short(out=tmp_path)
+    assert signal.getsignal(number) == before
+    assert list_checkpoints(tmp_path) == [24, 40]
+    resumed, _ = short(out=tmp_path)
+    whole, _ = short()
+    assert resumed.losses == whole.losses
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    short(out=tmp_path / "better", keep=1)
+    assert list_checkpoints(tmp_path / "better") == [96]
+    short(out=tmp_path / "worse", keep=1, lr=10.0, ema_decay=None, max_grad_norm=None)
+    held = json.loads((tmp_path / "worse/results.json").read_text())["held_out"]
+    best = min(held[1:], key=lambda entry: entry["student"])["images"]
+    assert best != 96
+    assert list_checkpoints(tmp_path / "worse") == [best, 96]
+
+
+def test_another_config_is_refused_by_name(tmp_path: Path) -> None:
+    short(out=tmp_path)
+    with pytest.raises(ConfigError, match=r"lr 0\.01, not 0\.02 \(and other seed\)"):
+        short(out=tmp_path, lr=0.02, seed=1)
+    short(out=tmp_path, keep=5, workers=1)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    short(out=tmp_path)
+    wide = UViT(img_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=4)
+    with pytest.raises(CheckpointError, match="does not fit this UViT"):
+        short(out=tmp_path, student=sdm.compile(wide, pattern="1:4", inner="eager"))
+
+
+def test_what_a_kill_leaves_is_not_taken_for_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = short()
+    real = checkpoint.write_text
+
+    def write_text(path: Path, text: str) -> None:
+        if path.name == "state.json" and path.parent.name.startswith("000000000048"):
+            real(path, text[: len(text) // 2])
+            raise Killed
+        real(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_text", write_text)
+        with pytest.raises(Killed):
+            short(out=tmp_path)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["000000000024", "000000000048.part"]
+    resumed, _ = short(out=tmp_path)
+    assert resumed.losses == whole.losses
+    assert not [*(tmp_path / "checkpoints").glob("*.part")]
+
+
+def test_a_full_disk_stops_with_the_last_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint.save_file
+
+    def save_file(tensors: Any, path: Path, meta: Any) -> None:
+        if "000000000072" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, meta)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", save_file)
+        with pytest.raises(CheckpointError, match=r"the disk is full.*same command again"):
+            short(out=tmp_path)
+    assert list_checkpoints(tmp_path) == [24, 48]
+    assert short(out=tmp_path)[0].losses == short()[0].losses
+
+
+def test_a_damaged_checkpoint_names_its_folder(tmp_path: Path) -> None:
+    short(out=tmp_path)
+    file = tmp_path / "checkpoints/000000000096/optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"000000000096.*remove that folder"):
+        short(out=tmp_path)
+
+
+def test_nan_stops_the_run_and_the_last_checkpoint_is_good(tmp_path: Path) -> None:
+    images, labels = data()
+    whole = short(out=tmp_path / "good")[0]
+
+    class Poisoned(torch.utils.data.Dataset[Any]):
+        """Its 50th fetch is NaN."""
+
+        count = 0
+
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, number: int) -> Any:
+            Poisoned.count += 1
+            return images[number] * (math.nan if Poisoned.count == 50 else 1), labels[number]
+
+    model = teacher()
+    student = sdm.compile(model, pattern="1:4", inner="eager")
+    with pytest.raises(SparseDMError, match=r"loss is nan after 48 images.*is from before"):
+        sdm.finetune(
+            student, model, Poisoned(), config=whole.config, out=tmp_path / "bad", progress=False
+        )
+    assert list_checkpoints(tmp_path / "bad") == [24, 48]
+    for path in (tmp_path / "bad/checkpoints").glob("*/student.safetensors"):
+        sdm.load(path, teacher())
+
+
+def test_checkpoints_hold_no_pickle(tmp_path: Path) -> None:
+    short(out=tmp_path)
+    suffixes = {path.suffix for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    assert suffixes == {".safetensors", ".json"}
+
+
+def test_plain_values_survive_the_round_trip() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    state = {"state": {0: {"step": torch.tensor(3.0)}}, "groups": [{"betas": (0.9, 1), "x": None}]}
+    plain = json.loads(json.dumps(checkpoint.flattened(state, "o", tensors)))
+    back = checkpoint.restored(plain, tensors)
+    assert back == state
+    assert isinstance(back["groups"][0]["betas"], tuple)
+    with pytest.raises(CheckpointError, match="keeps a set"):
+        checkpoint.flattened({"a": {1}}, "o", {})
