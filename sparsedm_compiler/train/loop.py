@@ -69,9 +69,9 @@ def finetune(
     """
     config = (config or FinetuneConfig()).having(options)
     folder = None if out is None else Path(out)
-    engine = Engine(student, config)
     if config.shard and optimizer is not None:
         raise ConfigError("shard=True replaces the parameters, and no optimizer can know the new")
+    engine = Engine(student, config)
     optimizer = adamw(student, config) if optimizer is None else optimizer
     refuse_mixed_up(student, teacher, optimizer)
     engine.take(optimizer)

@@ -22,7 +22,7 @@ from sparsedm_compiler.cli.drawing import own_condition
 from sparsedm_compiler.evaluate import Guidance, make_scheduler, sample
 from sparsedm_compiler.evaluate.stream import pixels
 from sparsedm_compiler.models import open_model
-from tests.evaluate.group import run_group
+from tests.group import run_group
 from tests.oracle import oracle_of
 
 from .conftest import Shell, student

@@ -45,9 +45,11 @@ def test_shares_equal_those_of_balls_drawn_one_by_one(
 
 @pytest.mark.parametrize("away", [*range(40), 10_000])
 def test_a_point_on_the_edge_of_a_ball_is_inside_and_one_behind_it_is_not(away: int) -> None:
-    centres = torch.tensor([0.0, 10.0, 31.0])[:, None] + away  # balls of radius 10, 10 and 21
-    edges = torch.tensor([-10.0, 52.0])[:, None] + away
-    for far, share in ((edges, 1.0), (edges + torch.tensor([[-0.01], [0.01]]), 0.0)):
+    centres = (
+        torch.tensor([0.0, 10.0, 31.0]).double()[:, None] + away
+    )  # balls of radius 10, 10 and 21
+    edges = torch.tensor([-10.0, 52.0]).double()[:, None] + away
+    for far, share in ((edges, 1.0), (edges + torch.tensor([[-1e-3], [1e-3]]), 0.0)):
         assert precision_recall(torch.cat([far] * 2), centres, k=1)[0] == share
 
 

@@ -24,7 +24,7 @@ from sparsedm_compiler.evaluate import (
 )
 from sparsedm_compiler.evaluate.processes import gathered, own_share, total, total_moments
 from sparsedm_compiler.evaluate.stream import Share
-from tests.evaluate.group import run_group
+from tests.group import run_group
 
 METRICS = Metrics(kid=True, precision_recall=True, stored=30, subsets=4, subset_size=20)
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import socket
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.train.sr_ste import sr_ste
+from tests.group import run_group
 from tests.oracle import assert_same
 from tests.train.sr_ste_cases import (
     FORMS,
@@ -32,8 +28,6 @@ from tests.train.sr_ste_cases import (
     student_of,
     term_of,
 )
-
-RANK_SECONDS = 240  # two processes import torch and take two steps: seconds, where all is well
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -268,17 +262,8 @@ def test_the_optimizer_of_another_model_raises() -> None:
         optimizer.step()
 
 
-def ddp_rank(rank: int, folder: str, port: int) -> None:
+def ddp_rank(rank: int, folder: Path) -> None:
     """One of two processes: a step of each form on its own half of the batch."""
-    faulthandler.dump_traceback_later(RANK_SECONDS, exit=True)  # a hang says where it hangs
-    torch.set_num_threads(1)
-    limit = timedelta(seconds=RANK_SECONDS)
-    # loopback by name: gloo else asks a resolver for this host, which a sandbox may not have
-    os.environ["GLOO_SOCKET_IFNAME"] = next(
-        name for _, name in socket.if_nameindex() if name.startswith("lo")
-    )
-    store = dist.TCPStore("127.0.0.1", port, timeout=limit)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
     for form in FORMS:
         student = student_of(net())
         parallel = DistributedDataParallel(student)
@@ -286,14 +271,11 @@ def ddp_rank(rank: int, folder: str, port: int) -> None:
         sr_ste(optimizer, student, lam=LAM, form=form)
         parallel(batch(rank)).sum().backward()
         optimizer.step()
-        torch.save(student.state_dict(), f"{folder}/{form}.{rank}")
-    dist.barrier()
-    os._exit(0)  # the threads of gloo and the interpreter's exit can wait for each other
+        torch.save(student.state_dict(), folder / f"{form}.{rank}")
 
 
 def test_two_processes_add_the_same_term_once(tmp_path: Path) -> None:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(ddp_rank, args=(str(tmp_path), store.port), nprocs=2, join=True)
+    run_group(ddp_rank, tmp_path)
     model = net()
     halves = [ste_grads(model, batch(rank)) for rank in range(2)]
     grads = {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]}

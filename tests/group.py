@@ -34,6 +34,9 @@ def member(
     os.environ["GLOO_SOCKET_IFNAME"] = next(
         name for _, name in socket.if_nameindex() if name.startswith("lo")
     )
+    # what a launcher sets, for those (Accelerate) who look there
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     store = dist.TCPStore("127.0.0.1", port, timeout=limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes, timeout=limit)
     function(rank, folder)
