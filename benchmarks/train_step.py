@@ -1,0 +1,126 @@
+"""What training with masks costs: a masked step over a dense step under the same compiler.
+
+    python benchmarks/train_step.py --out docs/results/train_step.json
+
+A step is forward, squared error, backward and AdamW, with everything but the optimizer compiled by
+Inductor. "mask" is the student alone, "sr-ste" has the decayed pruned weights too, in the paper's
+form. All of a row run in turns in one process; a ratio is the median of the rounds' ratios with
+its quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import nn
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler.evaluate.timing import interleaved, machine, ratio, spread
+from sparsedm_compiler.models import preset
+
+MODELS = ("uvit-cifar10-small", "ddpm-cifar10")
+PATTERNS = ("2:4", "1:4", "1:8", "1:32", "2:4x4", "64:2:8")
+
+
+def stepper(student: nn.Module, calls: Any, *, sr_ste: bool) -> Callable[[], None]:
+    """A training step of ``student`` on one batch."""
+    args, kwargs = calls
+    target = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0))
+    target = target.to(args[0].device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
+    if sr_ste:
+        sdm.sr_ste(optimizer, student, lam=2e-4)
+
+    def step() -> None:
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=target.is_cuda):
+            guess = student(*args, **kwargs)
+        guess = guess if isinstance(guess, torch.Tensor) else guess.sample
+        F.mse_loss(guess.float(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Every pattern of one model against the dense model, in turns."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, *calls = preset(name, args.device, args.batch)
+    dense = torch.compile(model, backend="inductor")
+    steps = {"dense": stepper(dense, calls, sr_ste=False)}
+    shares = {}
+    for pattern in args.patterns:
+        for kind in ("mask", "sr-ste"):
+            student = sdm.compile(model, pattern=pattern, mode="train", inner="inductor")
+            steps[f"{pattern} {kind}"] = stepper(student, calls, sr_ste=kind == "sr-ste")
+        student(*calls[0], **calls[1])
+        masked = sum(w.numel() for w, _ in sdm.masked_parameters(student).values())
+        shares[pattern] = masked / sum(w.numel() for w in student.parameters())
+    samples = interleaved(steps, rounds=args.rounds)
+    times = {key: sample.of(args.clock) for key, sample in samples.items()}
+    return {
+        "model": name,
+        "batch": args.batch,
+        "masked_share": shares,
+        "step_over_dense": {
+            key: ratio(found, times["dense"]) for key, found in times.items() if key != "dense"
+        },
+    }
+
+
+def table(rows: list[dict[str, Any]], patterns: list[str]) -> str:
+    """One line per model and pattern."""
+    body = [
+        (
+            row["model"],
+            row["batch"],
+            pattern,
+            f"{row['masked_share'][pattern]:.3f}",
+            *(spread(row["step_over_dense"][f"{pattern} {kind}"]) for kind in ("mask", "sr-ste")),
+        )
+        for row in rows
+        for pattern in patterns
+    ]
+    headers = ("model", "batch", "pattern", "masked", "mask / dense", "sr-ste / dense")
+    return tabulate(body, headers, disable_numparse=True)
+
+
+def main() -> None:
+    """Print the table; write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    started = time.perf_counter()
+    for name in args.models:
+        rows.append(compare(name, args))
+        print(table(rows[-1:], args.patterns), flush=True)
+    print(f"{time.perf_counter() - started:.0f} s; {args.clock} clock; medians [quartiles]")
+    if args.out:
+        plain = {key: value for key, value in vars(args).items() if key != "out"}
+        found = {"machine": machine(), "arguments": plain, "rows": rows}
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
