@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -22,20 +23,27 @@ show what is pruned in a saved model, and why the rest is dense
 Prints one line per weight: its pattern, or the reason why it stays dense. In mode infer (the
 default) it also shows which kernel runs each weight here, as measured."""
 EXAMPLE = """\
-  sparsedm explain runs/first/student.safetensors --model uvit-cifar10-small
+  sparsedm explain runs/first
+  sparsedm explain student.safetensors --model uvit-cifar10-small
   sparsedm explain student.safetensors --model package.module:function --mode train --macs"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("weights", metavar="FILE", help="weights saved by sparsedm")
-    add_source(parser)
+    parser.add_argument(
+        "weights", metavar="WEIGHTS", help="weights saved by sparsedm, or the folder of a run"
+    )
+    add_source(parser, required=False)
     parser.add_argument("--inputs", help="shapes of one call, for a model of an unknown class")
     parser.add_argument("--macs", action="store_true", help="count the MACs of every layer as well")
 
 
 def prepare(options: argparse.Namespace) -> Job:
     """Read the file and make inputs for its model. Raises SparseDMError."""
+    if options.model is None:
+        if not (Path(options.weights) / "run.json").exists():
+            raise ConfigError(f"{options.weights} is not the folder of a run: give --model too")
+        options.model, options.weights = options.weights, None
     source = source_of(options)
     if source.pruned is None:
         raise ConfigError(f"{source.weights} holds no pruned model, so there is nothing to explain")

@@ -53,8 +53,8 @@ class FinetuneConfig:
     condition, for classifier-free guidance; they get ``null_label``, or zeros in place of text.
     ``workers``: processes that load data. ``seed``: of order, noise, flips, drops and dropout.
 
-    Records, in images (None: never; ``log_every`` None: 50 batches). ``held_out_every``: besides
-    the first and the last. ``keep``: checkpoints kept besides the best.
+    Records, in images (None: never; ``log_every`` None: 50 batches, fewer in short runs).
+    ``held_out_every``: besides the first and the last. ``keep``: checkpoints besides the best.
     """
 
     method: str = "sparsedm"

@@ -33,7 +33,8 @@ from .state import Run
 from .static import static_mask
 from .steps import step
 
-LOG_BATCHES = 50
+LOG_BATCHES, LOG_LINES = 50, 40
+"""A line of the log is for so many batches, or for fewer where the run would have fewer lines."""
 
 
 def finetune(
@@ -158,7 +159,9 @@ def train(run: Run, progress: bool) -> None:
 
 def log_due(run: Run, before: int, seen: int) -> bool:
     """Whether the step from ``before`` to ``seen`` images gets a line in the log."""
-    every = run.config.log_every or LOG_BATCHES * run.config.batch_size
+    every = run.config.log_every or min(
+        LOG_BATCHES * run.config.batch_size, max(1, run.config.images // LOG_LINES)
+    )
     return run.folder is not None and run.config.due(every, before, seen)
 
 

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from .. import CheckpointError, ConfigError, compile, count_macs
+from .. import CheckpointError, ConfigError, compile, count_macs, load
 from ..data import open_data
 from ..evaluate.calling import arguments, evaluating
 from ..evaluate.condition import placed
@@ -23,8 +23,8 @@ from ..evaluate.features import load_network
 from ..evaluate.processes import own_share
 from ..evaluate.sampling import sample_batches, sampler_name
 from ..evaluate.schedulers import make_scheduler
-from ..evaluate.scores import Metrics, is_statistics, score_images
-from ..models.specs import open_model
+from ..evaluate.scores import Metrics, is_statistics, reference_of, score_images
+from ..models import load_weights, open_model
 from .checkpoint import list_checkpoints, write_whole
 from .loop import finetune
 from .methods import method_of
@@ -51,6 +51,8 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     )
     student = student_of(teacher, config)
     macs = counted(teacher, config, opened)
+    if progress and state.is_main_process:
+        print(described(config, opened, teacher, macs), flush=True)
     if state.is_main_process:
         write_whole(folder / "run.json", json.dumps(config.as_dict(), indent=2) + "\n")
     result = finetune(
@@ -64,7 +66,9 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
         out=folder,
         progress=progress,
     )
-    return concluded(config, opened, result, student if result.ema is None else result.ema, macs)
+    model = trained(config, teacher, student, result)
+    progress = progress and state.is_main_process
+    return concluded(config, opened, result, model, macs, progress=progress)
 
 
 def student_of(teacher: nn.Module, config: RunConfig) -> nn.Module:
@@ -72,6 +76,18 @@ def student_of(teacher: nn.Module, config: RunConfig) -> nn.Module:
     if method_of(config.train.method).sparse:
         return compile(teacher, config.prune.pattern, mode="train", **options_of(config))
     return teacher if config.train.teacher == "none" else copy.deepcopy(teacher)
+
+
+def trained(
+    config: RunConfig, teacher: nn.Module, student: nn.Module, result: FinetuneResult
+) -> nn.Module:
+    """The model to sample from: the average where there is one, whole in every process."""
+    if not config.train.shard:
+        return student if result.ema is None else result.ema
+    saved = Path(config.out) / "student.safetensors"
+    if method_of(config.train.method).sparse:
+        return load(saved, teacher, inner=config.prune.inner)
+    return load_weights(copy.deepcopy(teacher), saved)
 
 
 def options_of(config: RunConfig) -> dict[str, Any]:
@@ -109,6 +125,8 @@ def concluded(
     result: FinetuneResult,
     model: nn.Module,
     macs: dict[str, int],
+    *,
+    progress: bool,
 ) -> dict[str, Any]:
     """Draw the last grid, score samples of ``model``, and write results.json for good."""
     folder, main = Path(config.out), PartialState().is_main_process
@@ -118,7 +136,7 @@ def concluded(
     images = pictures.draw(fast, config.train.objective)
     values["macs"] = macs
     values["samples"] = f"samples/{result.images:012d}.png"
-    values["scores"] = scores_of(config, opened, fast)
+    values["scores"] = scores_of(config, opened, fast, progress=progress)
     values["complete"] = True
     if main:
         pictures.save(folder / values["samples"], images)
@@ -135,7 +153,9 @@ def folded(model: nn.Module, config: RunConfig) -> nn.Module:
     return compile(model, config.prune.pattern, mode="infer", kernels={"*": "dense"}, **options)
 
 
-def scores_of(config: RunConfig, opened: Opened, model: nn.Module) -> list[dict[str, Any]]:
+def scores_of(
+    config: RunConfig, opened: Opened, model: nn.Module, *, progress: bool
+) -> list[dict[str, Any]]:
     """The scores that ``config.score`` asks for, as plain values."""
     spec = config.score
     if spec.network is None:
@@ -145,15 +165,22 @@ def scores_of(config: RunConfig, opened: Opened, model: nn.Module) -> list[dict[
         raise ConfigError("score.network needs score.reference or data.held_out to compare with")
     scheduler = make_scheduler(config.sample.sampler, config.train.objective)
     plan = plan_of(config, opened)
-    images = not is_statistics(Path(reference))
+    network = load_network(spec.network, device=PartialState().device)
+    metrics = Metrics(kid=spec.kid, precision_recall=spec.precision_recall)
+    known = reference_of(
+        network,
+        reference
+        if is_statistics(Path(reference))
+        else open_data(reference, size=config.data.size, labels=False),
+        keep=metrics.keep,
+        progress=progress,
+    )
     found = score_images(
-        load_network(spec.network, device=PartialState().device),
-        sample_batches(model, scheduler, plan, share=own_share()),
-        reference=open_data(reference, size=config.data.size, labels=False)
-        if images
-        else reference,
+        network,
+        sample_batches(model, scheduler, plan, share=own_share(), progress=progress),
+        reference=known,
         sampler=sampler_name(scheduler, plan.steps, plan.guidance),
-        metrics=Metrics(kid=spec.kid, precision_recall=spec.precision_recall),
+        metrics=metrics,
     )
     return [asdict(score) for score in found]
 
@@ -176,8 +203,12 @@ def describe(config: RunConfig) -> str:
     """What ``run`` would do, in lines for people; opens everything and writes nothing."""
     opened = open_all(config, torch.device("cpu"))
     model = open_model(config.model.name, options=config.model.options)
+    return described(config, opened, model, counted(model, config, opened))
+
+
+def described(config: RunConfig, opened: Opened, model: nn.Module, macs: dict[str, int]) -> str:
+    """``describe`` of what has been opened."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    macs = counted(model, config, opened)
     train, folder = config.train, Path(config.out)
     saved = list_checkpoints(folder)
     pruned = method_of(train.method).sparse

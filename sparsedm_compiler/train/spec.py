@@ -135,7 +135,7 @@ class RunConfig:
         plain = merged(recipe(plain.pop("recipe", None)), plain)
         out = plain.pop("out", None)
         if not isinstance(out, str) or not out:
-            raise ConfigError("no folder to write to: set out, e.g. out=runs/first")
+            raise ConfigError("no folder to write to: set out, e.g. to runs/first")
         train = plain.pop("train", {})
         if not isinstance(train, Mapping):
             raise ConfigError(f"train is {train!r}, not names and values")
