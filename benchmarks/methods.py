@@ -3,11 +3,12 @@
     python benchmarks/methods.py --data train.npz --held-out test.npz --size 16 --out out/methods
 
 Trains a small dense U-ViT on the images (any that ``sparsedm_compiler.data.open_data`` opens; or
-takes the trained one that --teacher names, such as study/cifar16_teacher.safetensors), then
-every method at every pattern and seed from that one teacher, for the same number of images; then a
-sweep of lambda, beta and learning rate. Every run has its own folder and is resumed by the same
-command. Samples are scored by the Fréchet distance on a small classifier of the same images,
-"FD-SmallResNet", which is no FID. Writes methods.json, methods.md and report.html.
+takes the trained one that --teacher names, such as study/cifar16_teacher.safetensors), then every
+method at every pattern and seed from that one teacher, for the same number of images; some with
+four times the images; and a sweep of lambda, beta and learning rate. Every run has its own folder
+and is resumed by the same command. Samples are scored by the Fréchet distance on a small classifier
+of the same images, "FD-SmallResNet", which is no FID. Writes methods.json, methods.md and a page
+that compares the runs of each group.
 
 --jobs N runs so many side by side, one thread each. --quick is a few minutes on bundled digits.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from study.plan import QUICK, SMALL, Study
+from study.plan import GROUPS, QUICK, SMALL, Study
 from study.run import run_study
 
 
@@ -38,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--out", type=Path, default=Path("out/methods"))
     add("--jobs", type=int, default=1)
     add("--quick", action="store_true", help="a few minutes on digits, of no quality")
-    add("--only", action="append", help="teacher, methods, sweep or report; repeat; default all")
+    parts = ("teacher", *GROUPS, "report")
+    add("--only", action="append", choices=parts, help="a part alone; repeat for more")
     options = parser.parse_args(arguments)
     budget = QUICK if options.quick else SMALL
     study = Study(

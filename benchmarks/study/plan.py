@@ -12,6 +12,9 @@ from torch import nn
 from sparsedm_compiler.data import ImageData, open_data
 from sparsedm_compiler.models import UViT
 
+GROUPS = ("methods", "long", "sweep")
+"""Every method at every pattern; some with more images; one option at a time."""
+
 METHODS = ("sparsedm", "ste", "sr-ste", "asp", "progressive", "transfer")
 PATTERNS = ("2:4", "1:4", "1:8", "2:4x4", "1:4x4", "1:8x4")
 
@@ -148,8 +151,19 @@ class Study:
                         yield Setting(group, "untrained", pattern, seed)
                     for method in METHODS:
                         yield Setting(group, method, pattern, seed)
+        elif group == "long":
+            yield from self.longer()
         else:
             yield from self.sweep()
+
+    def longer(self) -> Iterator[Setting]:
+        """The methods that had the lowest losses, and the paper's, with more images."""
+        options = {"images": self.budget.images * self.budget.long}
+        for seed in self.budget.seeds:
+            yield Setting("long", "dense", None, seed, options)
+            for pattern in ("2:4", "1:8"):
+                for method in ("asp", "ste", "sr-ste", "sparsedm", "transfer"):
+                    yield Setting("long", method, pattern, seed, options)
 
     def sweep(self) -> Iterator[Setting]:
         """One option at a time away from STE with a teacher, at 1:4 and 1:8; then longer runs."""

@@ -22,10 +22,9 @@ from sparsedm_compiler.evaluate.scores import reference_of, score_images
 from sparsedm_compiler.train import Pictures, finetune
 
 from .judge import accuracy, features_of, judge
-from .plan import Setting, Study
+from .plan import GROUPS, Setting, Study
 from .tables import write_tables
 
-GROUPS = ("methods", "sweep")
 REFERENCE = 2000
 """Held-out images that Fréchet distances are taken to."""
 

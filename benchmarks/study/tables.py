@@ -15,15 +15,15 @@ from tabulate import tabulate
 
 from sparsedm_compiler.evaluate.page import report_page
 
-from .plan import Study
+from .plan import GROUPS, Study
 
 ORDER = ("untrained", "asp", "ste", "sr-ste", "sparsedm", "progressive", "transfer")
 Rows = Sequence[Mapping[str, Any]]
 
 
 def write_tables(study: Study) -> None:
-    """methods.json, methods.md and report.html in the folder of the study."""
-    runs, swept = results(study, "methods"), results(study, "sweep")
+    """methods.json, methods.md and a page per group in the folder of the study."""
+    runs = {group: results(study, group) for group in GROUPS}
     machine = f"torch {torch.__version__}, one thread per run, {platform.machine()}"
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -37,14 +37,16 @@ def write_tables(study: Study) -> None:
         "machine": machine,
         "commit": commit,
     }
-    values = {**facts, "methods": runs, "sweep": swept}
+    values = {**facts, **runs}
     (study.out / "methods.json").write_text(json.dumps(values, indent=1) + "\n")
-    text = f"{methods_table(runs)}\n\n{sweep_table(swept)}\n"
+    tables = (methods_table(runs["methods"]), methods_table(runs["long"]))
+    text = "\n\n".join((*tables, sweep_table(runs["sweep"]))) + "\n"
     (study.out / "methods.md").write_text(text)
     print(text)
-    folders = sorted(path.parent for path in (study.out / "methods").glob("*/results.json"))
-    if folders:
-        report_page(folders, study.out / "report.html")
+    for group in GROUPS:
+        folders = [study.out / group / setting.name for setting in study.settings(group)]
+        if found := [folder for folder in folders if (folder / "results.json").exists()]:
+            report_page(found, study.out / f"{group}.html")
 
 
 def results(study: Study, group: str) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, PatternError
+from ..pattern import Pattern
 from .runs import RunRecord
 
 PRIVATE = ("seed", "train.seed", "sample.seed", "out")
@@ -57,6 +58,20 @@ def grouped(runs: Mapping[str, RunRecord]) -> list[Group]:
             key += name
         found.setdefault(key, {})[name] = run
     return [Group(members) for members in found.values()]
+
+
+def by_pattern(groups: Sequence[Group]) -> list[Group]:
+    """The groups from dense to sparse; in their order where the pattern is the same."""
+    return sorted(groups, key=lambda group: rank(group.first.pattern))
+
+
+def rank(pattern: str | None) -> tuple[float, int, str]:
+    """Where a pattern stands: dense first, then by what is kept, then by rows that share it."""
+    try:
+        found = Pattern.parse(pattern or "1:1")
+    except PatternError:
+        return (0.0, 0, str(pattern))
+    return (-float(found.density), found.rows, str(found))
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,10 +11,12 @@ from statistics import mean, stdev
 
 from ..errors import DataError
 from .charts import DARK, draw_curves
-from .groups import ABSENT, Group, differing, grouped, named
+from .groups import ABSENT, Group, by_pattern, differing, grouped, named
 from .markup import Cell, document, picture, png, section, table
 from .runs import RunRecord, ScoreKind, read_run
 
+FEW = 8
+"""More runs than this, as many as there are colours, are not drawn in one chart."""
 BETTER = {
     **dict.fromkeys(("FD", "FID", "KID"), "lower is better"),
     **dict.fromkeys(("IS", "precision", "recall", "density", "coverage"), "higher is better"),
@@ -37,16 +39,20 @@ def report_page(runs: Sequence[str | Path], out: str | Path) -> None:
 
 def page(runs: Mapping[str, RunRecord]) -> str:
     """The HTML that compares these runs, by name."""
-    groups = grouped(runs)
+    groups = by_pattern(grouped(runs))
+    runs = {name: run for group in groups for name, run in group.runs.items()}
+    shown = runs
+    if len(runs) > FEW:
+        shown = {name: group.runs[name] for group in groups for name in [next(iter(group.runs))]}
     title = f"{len(runs)} training runs compared" if len(runs) > 1 else f"Run {min(runs)}"
     return document(
         title,
         summary(runs, groups),
         [
             section("Results", results(groups)),
-            section("Curves", curves(runs)),
-            section("Samples", samples(runs)),
-            section("What differs between the runs", differences(runs)),
+            section("Curves", curves(shown)),
+            section("Samples", samples(shown)),
+            section("What differs between the runs", differences(shown)),
             section("Configurations and machines", configs(runs)),
         ],
     )
@@ -62,6 +68,7 @@ def summary(runs: Mapping[str, RunRecord], groups: Sequence[Group]) -> list[str]
         lines.append(
             "Runs that differ in nothing but their seed share a row: "
             "mean ± standard deviation over n runs."
+            + (" Curves and samples are those of the first." if len(runs) > FEW else "")
         )
     if waiting := [name for name, run in runs.items() if not run.finished]:
         lines.append(f"Not finished: {', '.join(waiting)}. Their values are the last they wrote.")
@@ -200,10 +207,20 @@ def speed_notes(groups: Sequence[Group]) -> list[str]:
 
 
 def curves(runs: Mapping[str, RunRecord]) -> str:
-    """The charts of all runs, in light and in dark."""
-    logs = {name: run.log for name, run in runs.items()}
-    drawn = picture(draw_curves(logs), draw_curves(logs, DARK), "curves over the images seen")
-    return f'<figure class="scroll card chart">{drawn}</figure>'
+    """The charts of all runs, in light and in dark; many runs by pattern, a few to a picture."""
+    parts: list[list[str]] = [[*runs]]
+    if len(runs) > FEW:
+        patterns = dict.fromkeys(run.pattern for run in runs.values())
+        alike = [[name for name in runs if runs[name].pattern == pattern] for pattern in patterns]
+        parts = [names[k : k + FEW] for names in alike for k in range(0, len(names), FEW)]
+    figures = []
+    for names in parts:
+        logs = {name: runs[name].log for name in names}
+        drawn = picture(draw_curves(logs), draw_curves(logs, DARK), "curves over the images seen")
+        kinds = ", ".join(dict.fromkeys(runs[name].pattern or "dense" for name in names))
+        caption = f"<figcaption>{escape(kinds)}</figcaption>" if len(parts) > 1 else ""
+        figures.append(f'<figure class="scroll card chart">{drawn}{caption}</figure>')
+    return "".join(figures)
 
 
 def samples(runs: Mapping[str, RunRecord]) -> str:

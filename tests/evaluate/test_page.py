@@ -92,7 +92,7 @@ def test_a_row_of_one_run(tmp_path: Path) -> None:
     assert page.row("dense")["pattern"] == "dense"
     assert page.row("dense")["speed"] == "not measured"
     assert "2 training runs compared" in page.text
-    assert "sparsedm 2:4, dense; seed 0." in page.text
+    assert "dense, sparsedm 2:4; seed 0." in page.text
     assert (
         "[1] FD-DigitsCNN: 360 samples against 1,437 images, "
         "DPMSolverMultistepScheduler 20 steps; lower is better." in page.text
@@ -145,6 +145,30 @@ def test_only_seeds_are_averaged_over(tmp_path: Path) -> None:
     write(other / "run.json", {**values, "model": {**values["model"], "name": "ddpm-cifar10"}})
     heads, *rows = report(*folders, other).tables[0]
     assert [row[heads.index("seed")] for row in rows] == ["0, 2", "0", "1", "3", "4"]
+
+
+def test_rows_go_from_dense_to_sparse(tmp_path: Path) -> None:
+    patterns = ("1:8", "2:4x4", None, "1:4", "2:4", "odd")
+    folders = [run(tmp_path / f"run{k}", pattern=pattern) for k, pattern in enumerate(patterns)]
+    column = [row[1] for row in report(*folders).tables[0][1:]]
+    assert column == ["dense", "2:4", "2:4x4", "1:4", "1:8", "odd"]
+
+
+def test_many_runs_have_charts_by_pattern(tmp_path: Path) -> None:
+    def of(name: str, seed: int = 0, pattern: str = "2:4") -> Path:
+        return run(tmp_path / name, pattern=pattern, seed=seed, train={"lr": int(name[1:])})
+
+    pairs = [of(f"{'ab'[seed]}{lr}", seed) for lr in range(4) for seed in (0, 1)]
+    few = report(*pairs)
+    assert (few.tags.count("source"), few.tags.count("img")) == (1, 1 + 8)
+    assert "Curves and samples" not in few.text
+    more = report(*pairs, of("c4", pattern="1:8"))
+    assert (more.tags.count("source"), more.tags.count("img")) == (1, 1 + 5)
+    assert "Curves and samples are those of the first." in more.text
+    assert len(more.tables[0]) == 1 + 5
+    many = report(*(of(f"d{lr}") for lr in range(9)), of("e9", pattern="1:8"))
+    assert many.tags.count("source") == 3  # eight lines in a chart at most, a pattern in each
+    assert many.tags.count("img") == 3 + 10
 
 
 def test_scores_that_cannot_be_compared_get_columns_of_their_own(tmp_path: Path) -> None:
