@@ -139,7 +139,7 @@ def own_condition(options: argparse.Namespace) -> Asked | None:
     import torch
 
     if options.condition is not None:
-        from ..evaluate.condition import mapped
+        from ..data.condition import mapped
 
         rows = tensors_in(options.condition)
         return lambda numbers: mapped(
@@ -162,7 +162,7 @@ def null_of(options: argparse.Namespace) -> int | Condition | None:
     if options.null is None:
         label: int | None = options.null_label
         return label
-    from ..evaluate.condition import mapped
+    from ..data.condition import mapped
 
     return mapped(lambda part: part[0], tensors_in(options.null))
 
@@ -197,8 +197,8 @@ def check_call(source: Source, plan: SamplePlan) -> None:
     """
     import torch
 
+    from ..data.condition import placed
     from ..evaluate import predict
-    from ..evaluate.condition import placed
     from ..models import open_model
     from ..models.specs import is_function
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import Batch, Condition, ImageData, Wanted, condition_rows
+from .base import Batch, ImageData, Wanted, condition_rows
+from .condition import Condition
 from .encode import decode_latents, encode_latents
 from .hub import HubData
 from .latents import LatentData

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ConfigError, DataError
-
-Condition = Tensor | Mapping[str, Tensor]
-"""Class labels int64 [B], or keyword arguments of the model's forward, each [B, ...]."""
+from .condition import Condition, check_count, mapped
 
 Batch = tuple[Tensor, Condition | None]
 """Images float32 [B, C, H, W] and what they are conditioned on."""
@@ -68,9 +66,7 @@ def condition_rows(condition: Condition, rows: Tensor | slice | int) -> Conditio
     >>> condition_rows({"context": torch.eye(2)}, 1)
     {'context': tensor([0., 1.])}
     """
-    if isinstance(condition, Tensor):
-        return condition[rows]
-    return {name: tensor[rows] for name, tensor in condition.items()}
+    return mapped(lambda part: part[rows], condition)
 
 
 def positive(name: str, value: int | None) -> None:
@@ -135,14 +131,12 @@ def checked_condition(condition: Condition, count: int, where: str) -> Condition
     """``condition`` of ``count`` images. Raises DataError where it is not."""
     if isinstance(condition, Tensor):
         return checked_labels(condition, count, where)
-    for name, tensor in condition.items():
-        if tensor.ndim < 1 or len(tensor) != count:
-            raise DataError(
-                f"{where}: condition {name!r} {list(tensor.shape)} for {count} images; "
-                "its first axis counts the images"
-            )
     if not condition:
         raise DataError(f"{where}: an empty mapping is no condition; give None")
+    try:
+        check_count(condition, count)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     return dict(condition)
 
 

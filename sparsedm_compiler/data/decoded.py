@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .base import Batch, Condition, ImageData, Wanted, condition_rows, count_classes
+from .base import Batch, ImageData, Wanted, condition_rows, count_classes
+from .condition import Condition
 from .pixels import decoded, in_threads, scaled
 
 Encoded = tuple[str, Path | BytesIO]

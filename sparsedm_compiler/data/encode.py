@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from ..errors import DataError
 from ..models.optional import import_diffusers
-from .base import Condition, ImageData, checked_condition, condition_rows, positive
+from .base import ImageData, checked_condition, condition_rows, positive
+from .condition import Condition
 from .latents import PREFIX
 from .rowfile import RowFile
 
@@ -141,7 +142,12 @@ def condition_tensors(
         return {}
     if isinstance(rows, Tensor):
         return {"labels": rows}
-    return {PREFIX + name: tensor for name, tensor in rows.items()}
+    found: dict[str, Tensor] = {}
+    for name, part in rows.items():
+        if not isinstance(part, Tensor):
+            raise DataError(f"condition {name!r} holds names of its own, which no file can")
+        found[PREFIX + name] = part
+    return found
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
-from .base import EVERYTHING, Condition, Wanted, checked_labels, require
+from .base import EVERYTHING, Wanted, checked_labels, require
+from .condition import Condition
 from .decoded import DecodedData, Encoded
 
 LABEL_NAMES = ("label", "labels", "class", "y")

@@ -13,13 +13,13 @@ from ..errors import DataError
 from .base import (
     EVERYTHING,
     Batch,
-    Condition,
     ImageData,
     Wanted,
     checked_labels,
     condition_rows,
     count_classes,
 )
+from .condition import Condition
 from .rowfile import Rows, stored
 
 Value = TypeVar("Value", int, float)

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..errors import DataError
 from .base import (
     Batch,
-    Condition,
     ImageData,
     Wanted,
     checked_condition,
@@ -19,6 +18,7 @@ from .base import (
     condition_rows,
     count_classes,
 )
+from .condition import Condition
 from .pixels import pixels_of, resized, scaled
 
 

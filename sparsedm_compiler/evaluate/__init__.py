@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..data.condition import Condition
 from .calling import evaluating, generator_at, in_mode, predict, seed_at
-from .condition import Condition
 from .features import FeatureNetwork, features, load_network
 from .frechet import frechet_distance, frechet_score
 from .grid import save_grid

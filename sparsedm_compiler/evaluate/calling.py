@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.condition import Condition
 from ..errors import DataError
-from .condition import Condition
 
 TIME_NAMES = ("timestep", "timesteps", "t")
 """What forwards call the time."""

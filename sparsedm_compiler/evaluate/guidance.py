@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..data.condition import Condition, described, mapped, placed, stacked
 from ..errors import ConfigError, DataError
 from .calling import predict
-from .condition import Condition, described, mapped, placed, stacked
 
 
 @dataclass(frozen=True, slots=True)

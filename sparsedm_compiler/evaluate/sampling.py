@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from ..data.condition import Condition, check_count, placed, rows
 from ..errors import ConfigError, DataError
 from .calling import evaluating, generator_at
-from .condition import Condition, check_count, placed, rows
 from .guidance import Guidance, guided
 from .stream import CHUNK, Batches, Share, chunks
 

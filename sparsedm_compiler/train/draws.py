@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data.condition import Condition, mapped, stacked
 from ..errors import ConfigError
 from ..evaluate import generator_at
-from ..evaluate.condition import Condition, mapped, stacked
 from .config import FinetuneConfig
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from .. import ConfigError
+from ..data.condition import Condition
 from ..evaluate import predict
-from ..evaluate.condition import Condition
 from .batches import Share
 from .config import FinetuneConfig
 from .shards import shard, whole

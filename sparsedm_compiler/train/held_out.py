@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.condition import placed
 from ..errors import DataError
 from ..evaluate import evaluating, generator_at, predict
-from ..evaluate.condition import placed
 from .batches import Data, one_pass
 from .objective import Objective, objective_of
 

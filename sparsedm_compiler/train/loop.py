@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import ConfigError, StoppedError
-from ..evaluate.condition import Condition
+from ..data.condition import Condition
 from .average import Average
 from .batches import Data, Stream
 from .checkpoint import write_whole

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ConfigError
 from ..data import ImageData, decode_latents, open_data
-from ..evaluate.condition import Condition, mapped
+from ..data.condition import Condition, mapped
 from ..evaluate.guidance import Guidance
 from ..evaluate.sampling import SamplePlan
 from ..models.optional import import_diffusers

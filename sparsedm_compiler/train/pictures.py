@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..evaluate.condition import Condition
+from ..data.condition import Condition
 from ..evaluate.grid import save_grid
 from ..evaluate.guidance import Guidance
 from ..evaluate.sampling import sample

@@ -44,7 +44,7 @@ def parse(text: str, where: str) -> Any:
     {'pattern': '2:4', 'lr': 0.001}
     """
     try:
-        return yaml.load(text, _Loader)  # noqa: S506: a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from .. import CheckpointError, ConfigError, compile, count_macs, load
 from ..data import open_data
+from ..data.condition import placed
 from ..evaluate.calling import arguments, evaluating
-from ..evaluate.condition import placed
 from ..evaluate.features import load_network
 from ..evaluate.processes import own_share
 from ..evaluate.sampling import sample_batches, sampler_name

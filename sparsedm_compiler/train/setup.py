@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .. import ConfigError
+from ..data.condition import placed
 from ..evaluate import in_mode, predict
-from ..evaluate.condition import placed
 from .batches import one_pass
 from .config import FinetuneConfig
 from .draws import draw

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import SparseDMError
-from ..evaluate.condition import Condition
+from ..data.condition import Condition
 from .average import Average
 from .batches import Data
 from .config import FinetuneConfig

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.condition import placed
 from ..evaluate import predict, seed_at
-from ..evaluate.condition import placed
 from .batches import Piece
 from .draws import draw, dropped, flipped
 from .state import Run

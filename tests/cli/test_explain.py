@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 
 import pytest
@@ -43,6 +45,19 @@ def test_macs_count_what_was_pruned(shell: Shell) -> None:
     given = {"keep_dense": ["mid_block"], "overrides": {"*.fc1": "2:4"}}
     expected = sdm.count_macs(student(), *args, pattern="1:8", **given)
     assert said.out == f"{sdm.explain(made)}\n\n{expected}\n"
+
+
+def test_the_folder_of_a_run_brings_its_model(shell: Shell, weights: Sequence[str]) -> None:
+    values = {"model": {"name": "own:net"}, "data": {"train": "digits"}, "out": "runs/a"}
+    (shell.folder / "runs/a").mkdir(parents=True)
+    (shell.folder / "runs/a/run.json").write_text(json.dumps(values), encoding="utf-8")
+    assert "runs/a has no student.safetensors" in shell("explain", "runs/a").reason
+    shutil.copy("student.safetensors", "runs/a")
+    asked = ("--mode", "train", "--inner", "eager")
+    assert shell("explain", "runs/a", *asked).out == shell(*EXPLAIN, "--mode", "train").out
+    for ask in (shell, shell.dry):
+        said = ask("explain", "student.safetensors")
+        assert "student.safetensors is not the folder of a run: give --model too" in said.reason
 
 
 def test_a_dry_run_names_the_file(shell: Shell, weights: Sequence[str]) -> None:

@@ -144,8 +144,17 @@ def test_conditions_are_written_in_the_labels_place(vae: Any, tmp_path: Path) ->
     torch.testing.assert_close(open_data(path).fetch([6, 2])[1], {"context": CONTEXT[[6, 2]]})
     with pytest.raises(DataError, match="condition of their own"):
         encode_latents(vae, images(), path, conditions=given, progress=False)
-    with pytest.raises(DataError, match=r"'context' \[6, 2, 3\] for 7"):
+    with pytest.raises(DataError, match=r"'context' \[6, 2, 3\] has no row for each of 7"):
         encode_latents(vae, images(False), path, conditions={"context": CONTEXT[1:]})
+
+
+def test_nested_conditions_train_but_are_not_written(vae: Any, tmp_path: Path) -> None:
+    nested = {"added_cond_kwargs": {"text_embeds": CONTEXT}}
+    data = TensorData(images(False).images, nested)
+    found = data.fetch([1])[1]
+    torch.testing.assert_close(found, {"added_cond_kwargs": {"text_embeds": CONTEXT[1:2]}})
+    with pytest.raises(DataError, match="'added_cond_kwargs' holds names of its own"):
+        encode_latents(vae, data, tmp_path / "x.safetensors", progress=False)
 
 
 def pick(given: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:

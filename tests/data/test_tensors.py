@@ -95,7 +95,11 @@ WRONG: list[tuple[Tensor, Condition | None, str]] = [
     (torch.zeros(3, 1, 4, 4), torch.zeros(3), "float32 are not"),
     (torch.zeros(3, 1, 4, 4), torch.zeros(3, dtype=torch.bool), "bool are not"),
     (torch.zeros(3, 1, 4, 4), torch.tensor([0, -1, 1]), "label -1"),
-    (torch.zeros(3, 1, 4, 4), {"context": torch.zeros(2, 3)}, r"'context' \[2, 3\] for 3"),
+    (
+        torch.zeros(3, 1, 4, 4),
+        {"context": torch.zeros(2, 3)},
+        r"'context' \[2, 3\] has no row for each of 3",
+    ),
     (torch.zeros(3, 1, 4, 4), {}, "empty mapping"),
 ]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsedm_compiler.data.condition import check_count, mapped, placed, rows, stacked
 from sparsedm_compiler.errors import ConfigError, DataError
 from sparsedm_compiler.evaluate import Guidance, predict
-from sparsedm_compiler.evaluate.condition import check_count, mapped, placed, rows, stacked
 from sparsedm_compiler.evaluate.guidance import guided
 from tests.zoo import FAMILIES
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import DataError
 
-Condition: TypeAlias = "Tensor | Mapping[str, Condition]"
+Condition: TypeAlias = Tensor | Mapping[str, "Condition"]
 """Class labels [B], or keyword arguments of the model's forward, each a tensor [B, ...].
 
 A mapping may hold a mapping, e.g. SDXL's ``added_cond_kwargs``.
