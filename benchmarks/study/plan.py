@@ -157,8 +157,8 @@ class Study:
             yield from self.sweep()
 
     def longer(self) -> Iterator[Setting]:
-        """The methods that had the lowest losses, and the paper's, with more images."""
-        options = {"images": self.budget.images * self.budget.long}
+        """Methods at two patterns with more images and the best learning rate of the sweep."""
+        options = {"images": self.budget.images * self.budget.long, "lr": 2e-3}
         for seed in self.budget.seeds:
             yield Setting("long", "dense", None, seed, options)
             for pattern in ("2:4", "1:8"):

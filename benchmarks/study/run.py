@@ -74,7 +74,7 @@ def folder_of(study: Study, setting: Setting) -> Path:
 def done(study: Study, setting: Setting) -> bool:
     """Whether the run of that setting has all its results."""
     path = folder_of(study, setting) / "results.json"
-    return path.exists() and bool(json.loads(path.read_text())["scores"])
+    return path.exists() and json.loads(path.read_text())["samples"] is not None
 
 
 def train_teacher(study: Study) -> None:
@@ -132,9 +132,9 @@ def train_student(study: Study, setting: Setting) -> None:
 
 
 def scores(study: Study, setting: Setting, model: nn.Module) -> list[dict[str, Any]]:
-    """The Fréchet distance of samples to the held-out images; the sweep has none, but says so."""
+    """The Fréchet distance of samples to the held-out images; none for the sweep."""
     if setting.group == "sweep":
-        return [{"metric": "none", "value": 0.0, "network": "", "count": 0, "sampler": ""}]
+        return []
     network = features_of(judge(judge_path(study), study.train(), study.budget.judge_epochs))
     budget, shape = study.budget, study.train().shape
     classes = study.train().classes
