@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
@@ -24,9 +26,11 @@ measure how much faster a model runs pruned than dense on this machine
 Dense and every pattern run in turns in this process under the same compiler, each round in
 another order; a number is the median of the rounds' ratios, with its quartiles. Weights are
 random: the time of a kernel does not depend on their values. Absolute times are not told, they
-mean little on a shared machine."""
+mean little on a shared machine. The folder of a training run stands for its model, pruned as the
+run pruned it; the ratio is then noted in its results.json, for sparsedm report."""
 EXAMPLE = """\
   sparsedm bench uvit-cifar10-small --pattern 2:4 1:8 --batch 8
+  sparsedm bench runs/first --threads 1
   sparsedm bench path/to/unet --pattern 2:4 --inner eager --json"""
 ROUNDS = 11
 
@@ -34,9 +38,9 @@ ROUNDS = 11
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="what to measure, as in sparsedm macs")
-    add("--pattern", nargs="+", default=["2:4"], help="patterns to compare (2:4)")
-    add("--policy", default="structural", help="which layers stay dense: structural, uvit or all")
+    add("model", metavar="MODEL", help="as in sparsedm macs, or the folder of a training run")
+    add("--pattern", nargs="+", help="patterns to compare (2:4; of a run: its own)")
+    add("--policy", help="which layers stay dense: structural, uvit or all (structural)")
     add("--batch", type=int, help="samples in the batch (1)")
     add("--inputs", help="shapes of one call, for a model of an unknown class")
     add("--rounds", type=int, default=ROUNDS, help=f"rounds to measure ({ROUNDS})")
@@ -47,41 +51,80 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured: a model by ``name`` and ``options``, pruned by ``prune`` to ``patterns``.
+
+    ``results``: the results.json that is told the ratio, None without a run.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    patterns: Sequence[str]
+    prune: Mapping[str, Any]
+    results: Path | None = None
+
+
+def subject_of(options: argparse.Namespace) -> Subject:
+    """The model and the patterns that were asked for. Raises ConfigError and PatternError."""
+    from ..config import Config
+    from ..errors import ConfigError
+    from .loading import read_run_config
+
+    folder, own = Path(options.model), model_options(options)
+    asked = [*dict.fromkeys(str(Pattern.parse(text)) for text in options.pattern or ())]
+    prune = {} if options.policy is None else {"policy": options.policy}
+    if not (folder / "run.json").exists():
+        found = Subject(options.model, own, asked or ["2:4"], prune)
+    else:
+        from ..train import METHODS
+        from ..train.run import pruning
+
+        run = read_run_config(folder / "run.json")
+        if not METHODS[run.train.method].sparse:
+            raise ConfigError(f"{folder} trained a dense model, so there is nothing to compare")
+        patterns = asked or [str(Pattern.parse(run.prune.pattern))]
+        as_run = not asked and not prune and not own
+        results = folder / "results.json" if as_run else None
+        given = {**run.model.options, **own}
+        found = Subject(run.model.name, given, patterns, {**pruning(run), **prune}, results)
+    Config.of(found.patterns[0], **found.prune)
+    return found
+
+
 def prepare(options: argparse.Namespace) -> Job:
     """Check the request; with --dry-run make the model too. Raises SparseDMError."""
-    from ..config import Config
     from ..errors import ConfigError
     from ..lowering import resolve
     from ..models.specs import open_called
 
-    patterns = [*dict.fromkeys(str(Pattern.parse(text)) for text in options.pattern)]
-    Config.of(patterns[0], policy=options.policy)
+    subject = subject_of(options)
     for name, value in (("rounds", options.rounds), ("threads", options.threads)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value} is not >= 1")
     inner, device = resolve(options.inner), device_of(options)
-    given = {"options": model_options(options), "batch": options.batch, "inputs": options.inputs}
+    given = {"options": subject.options, "batch": options.batch, "inputs": options.inputs}
     if options.dry_run:
-        open_called(options.model, **given)
+        open_called(subject.name, **given)
 
     def run() -> None:
         import torch
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        model, args, kwargs = open_called(options.model, device=device, **given)
-        calls = candidates(model.eval(), patterns, options.policy, inner)
+        model, args, kwargs = open_called(subject.name, device=device, **given)
+        calls = candidates(model.eval(), subject, inner)
         with torch.no_grad():
             found = measured(calls, lambda call: call(*args, **kwargs), options.rounds)
-        show(found, patterns, options, inner)
+        show(found, subject, options, inner)
+        if subject.results is not None and subject.results.exists():
+            note(subject.results, ratios_of(found, subject.patterns), options.batch or 1)
 
-    compared = f"dense with {', '.join(patterns)} on {device}, compiled by {inner}"
+    compared = f"dense with {', '.join(subject.patterns)} on {device}, compiled by {inner}"
     return Job((f"would compare {options.model}, {compared}, {options.rounds} rounds",), run)
 
 
-def candidates(
-    model: nn.Module, patterns: Sequence[str], policy: str, inner: str
-) -> dict[str, Callable[..., Any]]:
+def candidates(model: nn.Module, subject: Subject, inner: str) -> dict[str, Callable[..., Any]]:
     """The dense model and the pruned ones under one compiler; Inductor also at its best, frozen."""
     import copy
 
@@ -96,8 +139,8 @@ def candidates(
     if inner == "inductor" and next(model.parameters()).device.type == "cpu":
         frozen = torch.compile(copy.deepcopy(model), options={"freezing": True})
         found["dense, inductor frozen"] = frozen
-    for pattern in patterns:
-        found[pattern] = compile(model, pattern, mode="infer", policy=policy, inner=inner)
+    for pattern in subject.patterns:
+        found[pattern] = compile(model, pattern, mode="infer", inner=inner, **subject.prune)
     return found
 
 
@@ -112,28 +155,49 @@ def measured(
     return interleaved({name: partial(call, each) for name, each in calls.items()}, rounds=rounds)
 
 
-def show(
-    found: Mapping[str, Samples],
-    patterns: Sequence[str],
-    options: argparse.Namespace,
-    inner: str,
-) -> None:
-    """Print the ratios as a table, or as JSON."""
-    from ..choose import _cpu
-    from ..evaluate.timing import machine, ratio, spread
+def ratios_of(
+    found: Mapping[str, Samples], patterns: Sequence[str]
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Quartiles of how many times faster each pattern is than each dense candidate."""
+    from ..evaluate.timing import ratio
 
     dense = [name for name in found if name not in patterns]
-    ratios = {
+    return {
         text: {name: ratio(found[name].wall, found[text].wall) for name in dense}
         for text in patterns
     }
+
+
+def note(results: Path, ratios: Mapping[str, Mapping[str, Any]], batch: int) -> None:
+    """Write into a run's results how many times faster it is than the fastest dense model."""
+    from ..choose import _cpu
+    from ..evaluate.timing import machine
+    from ..train.checkpoint import write_whole
+
+    (found,) = ratios.values()
+    name, (_, middle, _) = min(found.items(), key=lambda item: item[1][1])
+    about = named({"processor": _cpu(), **machine()}).rpartition(", load")[0]
+    values = json.loads(results.read_text(encoding="utf-8"))
+    values["speed"] = {"ratio": middle, "baseline": f"{name}, batch {batch}, {about}"}
+    write_whole(results, json.dumps(values, indent=1) + "\n")
+
+
+def show(
+    found: Mapping[str, Samples], subject: Subject, options: argparse.Namespace, inner: str
+) -> None:
+    """Print the ratios as a table, or as JSON."""
+    from ..choose import _cpu
+    from ..evaluate.timing import machine, spread
+
+    ratios = ratios_of(found, subject.patterns)
+    dense = [*next(iter(ratios.values()))]
     about = {"processor": _cpu(), **machine()}
     if options.json:
-        asked = {"model": options.model, "batch": options.batch or 1, "policy": options.policy}
+        asked = {"model": options.model, "batch": options.batch or 1, "prune": subject.prune}
         facts = {**asked, "inner": inner, "rounds": options.rounds, "machine": about}
         print(json.dumps({**facts, "times_faster": ratios}, indent=2))
         return
-    body = [[text, *(spread(ratios[text][name]) for name in dense)] for text in patterns]
+    body = [[text, *(spread(ratios[text][name]) for name in dense)] for text in subject.patterns]
     print(f"{options.model}, batch {options.batch or 1}: times faster than")
     print(tabulate(body, ["pattern", *dense], disable_numparse=True))
     print(f"medians of {options.rounds} rounds [quartiles]; {named(about)}")

@@ -92,12 +92,16 @@ def trained(
 
 def options_of(config: RunConfig) -> dict[str, Any]:
     """Options of ``compile`` in every mode."""
+    return {**pruning(config), "inner": config.prune.inner}
+
+
+def pruning(config: RunConfig) -> dict[str, Any]:
+    """Options of ``compile`` that say which weights are pruned."""
     prune = config.prune
     return {
         "policy": prune.policy,
         "keep_dense": prune.keep_dense,
         "overrides": prune.overrides,
-        "inner": prune.inner,
     }
 
 
@@ -107,12 +111,11 @@ def counted(teacher: nn.Module, config: RunConfig, opened: Opened) -> dict[str, 
     given = opened.condition(range(1))
     y = None if given is None else placed(given, place)
     x, t = torch.zeros(1, *opened.data.shape).to(place), torch.zeros(1, device=place.device)
-    options = {name: value for name, value in options_of(config).items() if name != "inner"}
     pruned = method_of(config.train.method).sparse
     args, kwargs = arguments(teacher, x, t, y)
     with evaluating(teacher):
         report = (
-            count_macs(teacher, *args, pattern=config.prune.pattern, **options, **kwargs)
+            count_macs(teacher, *args, pattern=config.prune.pattern, **pruning(config), **kwargs)
             if pruned
             else count_macs(teacher, *args, pattern="1:1", **kwargs)
         )

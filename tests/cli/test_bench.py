@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.cli.bench import candidates, named
+from sparsedm_compiler.cli.bench import Subject, candidates, named
 from sparsedm_compiler.evaluate.timing import Samples, interleaved, ratio
 from sparsedm_compiler.models import UViT
 
@@ -39,20 +41,67 @@ def test_json_holds_the_same_and_nothing_else_is_printed(shell: Shell) -> None:
     assert "ms" not in json.dumps(found["times_faster"])
 
 
+def of(*patterns: str) -> Subject:
+    return Subject("own:net", {}, patterns, {"policy": "all"})
+
+
 def test_what_is_compared() -> None:
     model = UViT(img_size=8, in_chans=1, embed_dim=16, depth=0, num_heads=2)
-    assert [*candidates(model, ["2:4"], "all", "eager")] == ["dense, eager", "2:4"]
-    assert [*candidates(model, ["2:4"], "all", "aot_eager")] == ["dense, aot_eager", "2:4"]
-    found = candidates(model, ["2:4", "1:8"], "all", "inductor")
+    assert [*candidates(model, of("2:4"), "eager")] == ["dense, eager", "2:4"]
+    assert [*candidates(model, of("2:4"), "aot_eager")] == ["dense, aot_eager", "2:4"]
+    found = candidates(model, of("2:4", "1:8"), "inductor")
     assert [*found] == ["dense, inductor", "dense, inductor frozen", "2:4", "1:8"]
     call = torch.randn(1, 1, 8, 8), torch.tensor([5])
-    found = candidates(model, ["2:4"], "all", "eager")
+    found = candidates(model, of("2:4"), "eager")
     with torch.no_grad():
         assert torch.equal(found["dense, eager"](*call), model(*call))
         found["2:4"](*call)
     explained = sdm.explain(found["2:4"])
     assert (explained.mode, explained.inner) == ("infer", "eager")
     assert "decoder_pred.weight" in explained.masked  # dense but for policy "all"
+
+
+def run_folder(shell: Shell, method: str = "ste") -> Path:
+    folder = shell.folder / "runs" / method
+    folder.mkdir(parents=True)
+    values = {
+        "model": {"name": "own:net", "options": {"depth": 0}},
+        "data": {"train": "digits"},
+        "prune": {"pattern": "1:4", "policy": "all", "keep_dense": ["*.qkv"]},
+        "train": {"method": method},
+        "out": str(folder),
+    }
+    (folder / "run.json").write_text(json.dumps(values), encoding="utf-8")
+    (folder / "results.json").write_text('{"speed": null, "images": 3}', encoding="utf-8")
+    return folder
+
+
+def test_a_run_is_told_its_speed(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, made = run_folder(shell), []
+    real = sdm.compile
+
+    def compile(*args: Any, **options: Any) -> Any:
+        made.append((args[1], options))
+        return real(*args, **options)
+
+    monkeypatch.setattr("sparsedm_compiler.compiler.compile", compile)
+    asked = ("bench", folder, "--inner", "eager", "--rounds", "2")
+    before = (folder / "results.json").read_text()
+    assert f"{folder}, batch 1: times" in shell(*asked, "--pattern", "2:4").out
+    assert (folder / "results.json").read_text() == before  # not what the run did
+    said = shell(*asked)
+    ((pattern, options),) = made[1:]
+    assert (pattern, options["policy"], options["keep_dense"]) == ("1:4", "all", ("*.qkv",))
+    values = json.loads((folder / "results.json").read_text())
+    assert values["images"] == 3
+    assert re.search(rf"1:4 +{values['speed']['ratio']:.2f} \[", said.out)
+    assert values["speed"]["baseline"].startswith("dense, eager, batch 1, ")
+    assert "load" not in values["speed"]["baseline"]
+
+
+def test_a_dense_run_has_nothing_to_compare(shell: Shell) -> None:
+    folder = run_folder(shell, "dense")
+    assert "trained a dense model" in shell("bench", folder).reason
 
 
 def test_a_dry_run_measures_nothing(shell: Shell) -> None:
