@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test sanitize lint types check bench clean
+.PHONY: help env demo test kills sanitize lint types check bench study clean
 
 help: ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,9 @@ demo: env ## prune, fine-tune and sample a digit model; writes out/demo
 test: env ## run all tests
 	$(BIN)/python -m pytest
 
+kills: env ## kill a training run 20 times with SIGKILL; it must end the same
+	SPARSEDM_KILLS=20 $(BIN)/python -m pytest -n0 -s tests/train/test_kill.py
+
 CXX ?= g++
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
@@ -42,11 +45,15 @@ types: env ## mypy --strict on the package
 
 check: lint types test ## everything CI runs
 
-bench: env ## all benchmarks, about 20 minutes; writes out/bench
+bench: env ## all benchmarks, about 30 minutes; writes out/bench
 	@mkdir -p out/bench
 	$(BIN)/python benchmarks/masks.py --out out/bench/masks.json
 	$(BIN)/python benchmarks/mask_ste.py --out out/bench/mask_ste.json
 	$(BIN)/python benchmarks/sparse.py --out out/bench/sparse.json --chart out/bench/sparse.png
+	$(BIN)/python benchmarks/train_step.py --out out/bench/train_step.json
+
+study: env ## compare the methods in minutes, on digits; docs/results/methods.md has the real one
+	$(BIN)/python benchmarks/methods.py --quick --jobs 2 --out out/study
 
 clean: ## remove the environment and everything generated
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
