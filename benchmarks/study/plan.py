@@ -162,7 +162,7 @@ class Study:
         for seed in self.budget.seeds:
             yield Setting("long", "dense", None, seed, options)
             for pattern in ("2:4", "1:8"):
-                for method in ("asp", "ste", "sr-ste", "sparsedm", "transfer"):
+                for method in ("asp", "ste", "sr-ste", "sparsedm"):
                     yield Setting("long", method, pattern, seed, options)
 
     def sweep(self) -> Iterator[Setting]:
