@@ -43,7 +43,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("--config", metavar="FILE", help="the configuration, YAML or JSON")
-    add("--recipe", help="start from a recipe of the paper, e.g. cifar10-uvit")
+    add(
+        "--recipe", help="start from a recipe of the paper, e.g. cifar10-uvit or cifar10-uvit+short"
+    )
     add(
         "--set",
         action="append",

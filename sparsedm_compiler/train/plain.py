@@ -79,6 +79,20 @@ def put(values: dict[str, Any], assignment: str) -> None:
     inner[path[-1]] = parse(text, f"the value of {name}")
 
 
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` on top of ``below``, section by section.
+
+    >>> merged({"train": {"lr": 1, "seed": 2}}, {"train": {"lr": 3}})
+    {'train': {'lr': 3, 'seed': 2}}
+    """
+    found = dict(below)
+    for name, value in above.items():
+        inner = found.get(name)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        found[name] = merged(inner, value) if both else value  # type: ignore[arg-type]
+    return found
+
+
 def build(cls: type[T], values: Any, where: str) -> T:
     """``cls(**values)``, lists as tuples. Raises ConfigError for names it does not have."""
     if not isinstance(values, Mapping):

@@ -1,7 +1,9 @@
 """``RECIPES``: how the paper trained its models, as configurations to start from.
 
 SparseDM trains with the settings of the dense models: U-ViT's own (Bao et al. 2023, its published
-configurations) and DDPM's (Ho et al. 2020). Steps and warm-ups are given in images.
+configurations) and DDPM's (Ho et al. 2020). Steps and warm-ups are given in images. They are for
+long training. "short" is for fine-tunes of a few epochs, in which SR-STE's term costs more than it
+gives (docs/results/methods.md); "cifar10-uvit+short" puts it on top of another.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from .. import ConfigError
+from .plain import merged
 
 _ADAMW: Mapping[str, Any] = {
     "lr": 2e-4,
@@ -21,6 +24,14 @@ _ADAMW: Mapping[str, Any] = {
 _FLAT: Mapping[str, Any] = {"policy": "uvit"}
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "short": {
+        "train": {
+            "sr_ste_lambda": 0.0,
+            "beta": 1.0,
+            "schedule": "cosine",
+            "warmup_images": 0,
+        },
+    },
     "cifar10-uvit": {
         "model": {"name": "uvit-cifar10-small"},
         "data": {"size": 32, "labels": False},
@@ -104,10 +115,14 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def recipe(name: str | None) -> Mapping[str, Any]:
-    """The recipe of that name, nothing for None. Raises ConfigError."""
-    if name is None:
-        return {}
-    if name not in RECIPES:
-        close = get_close_matches(str(name), RECIPES, n=3) or [*RECIPES]
-        raise ConfigError(f"there is no recipe {name!r}; there is {' and '.join(close)}")
-    return RECIPES[name]
+    """The recipe of that name, or several joined by "+", the last on top; nothing for None.
+
+    Raises ConfigError.
+    """
+    found: dict[str, Any] = {}
+    for part in [] if name is None else str(name).split("+"):
+        if part not in RECIPES:
+            close = get_close_matches(part, RECIPES, n=3) or [*RECIPES]
+            raise ConfigError(f"there is no recipe {part!r}; there is {' and '.join(close)}")
+        found = merged(found, RECIPES[part])
+    return found

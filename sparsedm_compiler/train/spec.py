@@ -11,7 +11,7 @@ from typing import Any
 from .. import ConfigError, Pattern
 from .config import FinetuneConfig
 from .methods import method_of
-from .plain import build, put, read_mapping
+from .plain import build, merged, put, read_mapping
 from .recipes import recipe
 
 
@@ -167,17 +167,3 @@ class RunConfig:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` on top of ``below``, section by section.
-
-    >>> merged({"train": {"lr": 1, "seed": 2}}, {"train": {"lr": 3}})
-    {'train': {'lr': 3, 'seed': 2}}
-    """
-    found = dict(below)
-    for name, value in above.items():
-        inner = found.get(name)
-        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
-        found[name] = merged(inner, value) if both else value  # type: ignore[arg-type]
-    return found

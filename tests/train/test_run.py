@@ -18,8 +18,9 @@ from sparsedm_compiler import ConfigError
 from sparsedm_compiler.evaluate import generator_at
 from sparsedm_compiler.models import open_model
 from sparsedm_compiler.train import run as runs
+from sparsedm_compiler.train.plain import merged
 from sparsedm_compiler.train.run import describe, run
-from sparsedm_compiler.train.spec import RunConfig, merged
+from sparsedm_compiler.train.spec import RunConfig
 from tests.group import run_group
 
 JUDGE = "def pixels():\n    return lambda images: images.flatten(1)\n"

@@ -10,9 +10,9 @@ import pytest
 
 from sparsedm_compiler import ConfigError, SparseDMError
 from sparsedm_compiler.models import PRESETS
-from sparsedm_compiler.train.plain import parse, put
+from sparsedm_compiler.train.plain import merged, parse, put
 from sparsedm_compiler.train.recipes import RECIPES, recipe
-from sparsedm_compiler.train.spec import RunConfig, merged
+from sparsedm_compiler.train.spec import RunConfig
 
 FULL = """
 model: {name: uvit-cifar10-small, weights: dense.pth, options: {depth: 2}}
@@ -125,7 +125,19 @@ def test_every_recipe_makes_a_configuration(name: str) -> None:
     config = RunConfig.of(values)
     assert config.model.name in PRESETS
     assert config.train.method == "sparsedm"
+    paper = name != "short"
+    assert config.train.sr_ste_lambda == (2e-4 if paper else 0)
     assert config.train.warmup_images < config.train.images
     assert config.data.train == "x"
     assert recipe(None) == {}
     assert "recipe" in values
+
+
+def test_recipes_go_on_top_of_each_other() -> None:
+    below, above = RECIPES["cifar10-uvit"], RECIPES["short"]
+    found = recipe("cifar10-uvit+short")
+    assert found["train"] == {**below["train"], **above["train"]}
+    assert found["model"] == below["model"]
+    assert recipe("short+cifar10-uvit")["train"]["warmup_images"] == 320_000
+    with pytest.raises(ConfigError, match="there is no recipe 'shot'; there is short"):
+        recipe("cifar10-uvit+shot")
