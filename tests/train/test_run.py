@@ -18,6 +18,7 @@ from sparsedm_compiler import ConfigError
 from sparsedm_compiler.evaluate import generator_at
 from sparsedm_compiler.models import open_model
 from sparsedm_compiler.train import run as runs
+from sparsedm_compiler.train.opening import open_all, pictures_of
 from sparsedm_compiler.train.plain import merged
 from sparsedm_compiler.train.run import describe, run
 from sparsedm_compiler.train.spec import RunConfig
@@ -74,9 +75,17 @@ def test_a_run_leaves_everything_that_is_needed(config: RunConfig) -> None:
         "sparse": counted.sparse,
         "attention": counted.attention,
     }
-    grid = matplotlib.image.imread("run/" + values["samples"])
-    assert grid.shape[0] > 2 * 64  # twelve images are two rows of ten
-    assert grid.std() > 0.1
+    saved = sdm.load("run/student.safetensors", dense, inner="eager")
+    opened = open_all(config, torch.device("cpu"))
+    pictures = pictures_of(config, opened)
+    pictures.save(Path("again.png"), pictures.draw(saved, "eps"))
+    drawn = matplotlib.image.imread("run/" + values["samples"])
+    assert (drawn == matplotlib.image.imread("again.png")).mean() > 0.99
+    for model, same in ((saved, True), (dense, False)):
+        scores = runs.scores_of(config, opened, model, progress=False)
+        assert (scores[0]["value"] == pytest.approx(metrics["FD"]["value"], rel=1e-6)) == same
+    assert drawn.shape[0] > 2 * 64  # twelve images are two rows of ten
+    assert drawn.std() > 0.1
     assert run(config, progress=False) == values
 
 
