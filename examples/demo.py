@@ -124,7 +124,7 @@ def pruned_rows(
         student,
         teacher,
         judge.digits.train,
-        out=options.out / f"finetune-{pattern.replace(':', '-')}",
+        out=options.out / f"{pattern.replace(':', '-')}-{judge.budget.images}-seed{options.seed}",
         images=judge.budget.images,
         batch_size=64,
         lr=2e-3,

@@ -16,10 +16,10 @@ from accelerate import PartialState
 from torch import nn
 
 from .. import CheckpointError, ConfigError, compile, count_macs, load
-from ..data import open_data
+from ..data import ImageData, open_data
 from ..data.condition import placed
 from ..evaluate.calling import arguments, evaluating
-from ..evaluate.features import load_network
+from ..evaluate.features import FeatureNetwork, load_network
 from ..evaluate.processes import own_share
 from ..evaluate.sampling import sample_batches, sampler_name
 from ..evaluate.schedulers import make_scheduler
@@ -43,6 +43,7 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     if (found := finished(folder, config)) is not None:
         return found
     opened = open_all(config, state.device)
+    scorer(config, torch.device("cpu"))  # what is wrong with it is said now, not after the training
     teacher = open_model(
         config.model.name,
         options=config.model.options,
@@ -160,32 +161,41 @@ def scores_of(
     config: RunConfig, opened: Opened, model: nn.Module, *, progress: bool
 ) -> list[dict[str, Any]]:
     """The scores that ``config.score`` asks for, as plain values."""
-    spec = config.score
-    if spec.network is None:
+    found = scorer(config, PartialState().device)
+    if found is None:
         return []
-    reference = spec.reference or config.data.held_out
-    if reference is None:
-        raise ConfigError("score.network needs score.reference or data.held_out to compare with")
+    network, reference = found
     scheduler = make_scheduler(config.sample.sampler, config.train.objective)
-    plan = plan_of(config, opened)
-    network = load_network(spec.network, device=PartialState().device)
+    plan, spec = plan_of(config, opened), config.score
     metrics = Metrics(kid=spec.kid, precision_recall=spec.precision_recall)
-    known = reference_of(
-        network,
-        reference
-        if is_statistics(Path(reference))
-        else open_data(reference, size=config.data.size, labels=False),
-        keep=metrics.keep,
-        progress=progress,
-    )
-    found = score_images(
+    known = reference_of(network, reference, keep=metrics.keep, progress=progress)
+    scores = score_images(
         network,
         sample_batches(model, scheduler, plan, share=own_share(), progress=progress),
         reference=known,
         sampler=sampler_name(scheduler, plan.steps, plan.guidance),
         metrics=metrics,
     )
-    return [asdict(score) for score in found]
+    return [asdict(score) for score in scores]
+
+
+def scorer(
+    config: RunConfig, device: torch.device
+) -> tuple[FeatureNetwork, ImageData | Path] | None:
+    """The network and the images (or statistics) that score a run, None where nothing does.
+
+    Raises ConfigError and DataError.
+    """
+    spec = config.score
+    if spec.network is None:
+        return None
+    reference = spec.reference or config.data.held_out
+    if reference is None:
+        raise ConfigError("score.network needs score.reference or data.held_out to compare with")
+    network = load_network(spec.network, device=device)
+    if is_statistics(Path(reference)):
+        return network, Path(reference)
+    return network, open_data(reference, size=config.data.size, labels=False)
 
 
 def finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
@@ -205,6 +215,7 @@ def finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
 def describe(config: RunConfig) -> str:
     """What ``run`` would do, in lines for people; opens everything and writes nothing."""
     opened = open_all(config, torch.device("cpu"))
+    scorer(config, torch.device("cpu"))
     model = open_model(config.model.name, options=config.model.options)
     return described(config, opened, model, counted(model, config, opened))
 

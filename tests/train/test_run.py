@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler import ConfigError
+from sparsedm_compiler import SparseDMError
 from sparsedm_compiler.evaluate import generator_at
 from sparsedm_compiler.models import open_model
 from sparsedm_compiler.train import run as runs
-from sparsedm_compiler.train.opening import open_all, pictures_of
+from sparsedm_compiler.train.opening import guidance_of, open_all, pictures_of
 from sparsedm_compiler.train.plain import merged
 from sparsedm_compiler.train.run import describe, run
 from sparsedm_compiler.train.spec import RunConfig
@@ -127,9 +127,24 @@ def test_a_run_is_foretold(config: RunConfig, capsys: pytest.CaptureFixture[str]
     assert "resumed after 64" in describe(config)
 
 
-def test_scores_need_something_to_compare_with(config: RunConfig) -> None:
-    with pytest.raises(ConfigError, match=r"needs score\.reference or data\.held_out"):
-        run(changed(config, data={"held_out": None}), progress=False)
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"data": {"held_out": None}}, r"needs score\.reference or data\.held_out"),
+        ({"score": {"network": "judge:nothing"}}, "judge:nothing"),
+        ({"score": {"network": "inception:gone.pth"}}, r"gone\.pth"),
+        ({"score": {"reference": "gone"}}, "'gone' does not exist"),
+    ],
+    ids=["no-reference", "function", "inception", "reference"],
+)
+def test_what_cannot_be_scored_is_refused_before_the_training(
+    config: RunConfig, sections: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "finetune", None)
+    for ask in (run, describe):
+        with pytest.raises(SparseDMError, match=says):
+            ask(changed(config, **sections))
+    assert not Path("run").exists()
 
 
 def group_member(rank: int, folder: Path) -> None:
@@ -199,7 +214,12 @@ def test_text_and_latents(config: RunConfig, tmp_path: Path, null: bool) -> None
         save_file({"encoder_hidden_states": torch.ones(5, 8)}, "null.safetensors")
         sections["data"]["null"] = "null.safetensors"
     plain = {**config.as_dict(), "model": sections.pop("model")}
-    values = run(RunConfig.of(merged(plain, sections)), progress=False)
+    config = RunConfig.of(merged(plain, sections))
+    guidance = guidance_of(config, open_all(config, torch.device("cpu")))
+    assert guidance is not None
+    expected = torch.ones(5, 8) if null else torch.zeros(5, 8)
+    torch.testing.assert_close(guidance.null, {"encoder_hidden_states": expected})
+    values = run(config, progress=False)
     assert values["images"] == 16
     assert values["held_out"][-1]["student"] != values["held_out"][0]["student"]
     grid = matplotlib.image.imread("run/" + values["samples"])
