@@ -124,6 +124,8 @@ def pruned_rows(
         student,
         teacher,
         judge.digits.train,
+        held_out=judge.digits.test,
+        held_out_every=judge.budget.images // 4,
         out=options.out / f"{pattern.replace(':', '-')}-{judge.budget.images}-seed{options.seed}",
         images=judge.budget.images,
         batch_size=64,
