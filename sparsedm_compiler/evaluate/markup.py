@@ -46,6 +46,8 @@ img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .grids figure { padding: .8rem; }
 .grids img { width: 100%; image-rendering: pixelated; background: #fff; border-radius: 4px; }
 figcaption { padding-top: .5rem; font-size: .88rem; overflow-wrap: anywhere; }
+.chart + .chart { margin-top: 1rem; }
+.chart figcaption { padding: .7rem 1rem 0; font-weight: 600; }
 details { padding: .55rem .85rem; }
 details + details { border-top: 1px solid var(--line); }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }

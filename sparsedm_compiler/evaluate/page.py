@@ -219,7 +219,7 @@ def curves(runs: Mapping[str, RunRecord]) -> str:
         drawn = picture(draw_curves(logs), draw_curves(logs, DARK), "curves over the images seen")
         kinds = ", ".join(dict.fromkeys(runs[name].pattern or "dense" for name in names))
         caption = f"<figcaption>{escape(kinds)}</figcaption>" if len(parts) > 1 else ""
-        figures.append(f'<figure class="scroll card chart">{drawn}{caption}</figure>')
+        figures.append(f'<figure class="scroll card chart">{caption}{drawn}</figure>')
     return "".join(figures)
 
 

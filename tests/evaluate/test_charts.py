@@ -203,3 +203,13 @@ def test_a_chart_without_values_says_so() -> None:
 def test_more_runs_than_colours_start_over(tmp_path: Path) -> None:
     save_curves(tmp_path / "c.png", {f"run {n}": [Held(64, 0.5 + n)] for n in range(11)})
     assert (tmp_path / "c.png").exists()
+
+
+def test_long_names_fit_into_the_legend(tmp_path: Path) -> None:
+    """Nothing but background at the edges, to which names that are too long would run."""
+    names = [f"sparsedm-2_4x4-seed{n}-images=25600-lr=0.002" for n in range(4)]
+    save_curves(tmp_path / "c.png", {name: [Held(64, 0.5)] for name in names})
+    with Image.open(tmp_path / "c.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert (pixels[:, :3] == 255).all()
+    assert (pixels[:, -3:] == 255).all()
