@@ -45,7 +45,7 @@ types: env ## mypy --strict on the package
 
 check: lint types test ## everything CI runs
 
-bench: env ## all benchmarks, about 30 minutes; writes out/bench
+bench: env ## all benchmarks, about 45 minutes; writes out/bench
 	@mkdir -p out/bench
 	$(BIN)/python benchmarks/masks.py --out out/bench/masks.json
 	$(BIN)/python benchmarks/mask_ste.py --out out/bench/mask_ste.json
