@@ -18,12 +18,9 @@ from .score import Score
 from .scores import Metrics, reference_of, score_images
 from .stream import image_batches
 
-FrechetScore = Score
-
 __all__ = [
     "Condition",
     "FeatureNetwork",
-    "FrechetScore",
     "Guidance",
     "Metrics",
     "Moments",

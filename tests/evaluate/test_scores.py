@@ -14,7 +14,6 @@ from sparsedm_compiler.data import open_data
 from sparsedm_compiler.errors import ConfigError, DataError
 from sparsedm_compiler.evaluate import (
     FeatureNetwork,
-    FrechetScore,
     Metrics,
     Score,
     frechet_distance,
@@ -60,7 +59,6 @@ def test_every_metric_equals_itself_on_all_features_at_once() -> None:
 
 
 def test_a_score_alone_stores_no_features_and_is_the_frechet_distance() -> None:
-    assert FrechetScore is Score
     (found,) = scored(images("a"), images("b"))
     assert found == scored(images("a"), images("b"), metrics=ALL)[0]
     assert not len(reference_of(PIXELS, images("b")).stored)
