@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .base import Batch, ImageData, Wanted, condition_rows
 from .condition import Condition
-from .encode import decode_latents, encode_latents
+from .encode import decode_latents, encode_latents, open_autoencoder
 from .hub import HubData
 from .latents import LatentData
 from .opening import open_data
@@ -21,5 +21,6 @@ __all__ = [
     "condition_rows",
     "decode_latents",
     "encode_latents",
+    "open_autoencoder",
     "open_data",
 ]

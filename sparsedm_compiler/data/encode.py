@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..models.optional import import_diffusers
 from .base import ImageData, checked_condition, condition_rows, positive
 from .condition import Condition
@@ -52,6 +52,15 @@ class Scaling:
         """The metadata of a file of latents."""
         values = {"scaling_factor": self.factor, "shift_factor": self.shift}
         return {"vae": self.name, **{name: repr(value) for name, value in values.items()}}
+
+
+def open_autoencoder(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
+    """The AutoencoderKL in a folder of diffusers, in eval mode. Raises ConfigError."""
+    try:
+        vae = import_diffusers().AutoencoderKL.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no AutoencoderKL of diffusers: {error}") from error
+    return vae.to(device).eval()
 
 
 def encode_latents(

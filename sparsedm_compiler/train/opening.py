@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import ConfigError
-from ..data import ImageData, decode_latents, open_data
+from ..data import ImageData, decode_latents, open_autoencoder, open_data
 from ..data.condition import Condition, mapped
 from ..evaluate.guidance import Guidance
 from ..evaluate.sampling import SamplePlan
-from ..models.optional import import_diffusers
 from .pictures import Pictures
 from .spec import RunConfig
 
@@ -60,11 +59,7 @@ def open_all(config: RunConfig, device: torch.device) -> Opened:
 
 def decoder(folder: str, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Latents -> images by the AutoencoderKL in ``folder``. Raises ConfigError."""
-    try:
-        vae = import_diffusers().AutoencoderKL.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.vae {folder} holds no AutoencoderKL: {error}") from error
-    vae = vae.to(device).eval()
+    vae = open_autoencoder(folder, device)
     return lambda latents: decode_latents(vae, latents.to(device))
 
 
