@@ -38,7 +38,7 @@ class Engine:
 
     ``optimizer``: the one to zero, step and save. ``share``: this process's part of a batch.
     ``template``: on the main process, an unsharded copy to write files from, if ``config.shard``.
-    Raises ConfigError where the batch cannot be shared.
+    Raises ConfigError where the batch cannot be shared, and for fp16 on a CPU.
     """
 
     def __init__(self, student: nn.Module, config: FinetuneConfig) -> None:
@@ -137,9 +137,11 @@ def accelerator_for(place: Tensor, precision: str) -> Accelerator:
     """An Accelerator of that precision on the device of ``place``.
 
     Accelerate keeps the first precision and device of a process for ever; a second run in one
-    process may want others.
+    process may want others. Raises ConfigError for fp16 on a CPU.
     """
     cpu = place.device.type == "cpu"
+    if cpu and precision == "fp16":  # which Accelerate would run in float32 without a word
+        raise ConfigError("mixed_precision 'fp16' needs a GPU; 'bf16' runs on a CPU too")
     if PartialState._shared_state and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
     elif AcceleratorState._shared_state:

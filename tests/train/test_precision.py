@@ -1,0 +1,55 @@
+"""Mixed precision: products in bfloat16, weights, average and checkpoints in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler import ConfigError
+from sparsedm_compiler.masks import nm_mask
+from tests.train.cases import short, teacher, weights
+
+
+@pytest.mark.parametrize("method", ["sparsedm", "dense"])
+def test_bfloat16_trains_as_float32_does(method: str, tmp_path: Path) -> None:
+    plain, _ = short(method)
+    mixed, student = short(method, tmp_path, mixed_precision="bf16")
+    assert mixed.losses == pytest.approx(plain.losses, rel=0.02)
+    assert mixed.losses != plain.losses
+    assert {weight.dtype for weight in weights(student)} == {torch.float32}
+    assert mixed.ema is not None
+    assert {weight.dtype for weight in weights(mixed.ema)} == {torch.float32}
+    again, resumed = short(method, tmp_path, mixed_precision="bf16")
+    assert again.losses == mixed.losses
+    assert all(map(torch.equal, weights(resumed), weights(student)))
+
+
+def test_products_are_in_bfloat16_and_masked() -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    model = teacher()
+    layer = model.mid_block.mlp.fc1
+    layer.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    short("dense", student=model, mixed_precision="bf16", images=8)
+    assert torch.bfloat16 in {out for _, out in seen}
+    _, student = short(mixed_precision="bf16", images=8)
+    for weight, pattern in sdm.masked_parameters(student).values():
+        assert nm_mask(weight, pattern).float().mean().item() == float(pattern.density)
+
+
+def test_a_second_run_may_have_another_precision() -> None:
+    before, _ = short("ste")
+    short("ste", mixed_precision="bf16")
+    assert short("ste")[0].losses == before.losses
+
+
+def test_float16_needs_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"fp16.*GPU"):
+        short("ste", mixed_precision="fp16")
+
+
+def test_a_precision_there_is_not() -> None:
+    with pytest.raises(ConfigError, match="mixed_precision 'fp8'"):
+        short("ste", mixed_precision="fp8")
