@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-SECONDS = 120
+SECONDS = 400
 
 
 def run_group(function: Callable[[int, Path], None], folder: Path, processes: int = 2) -> None:
