@@ -83,16 +83,17 @@ def interrupted(rank: int, folder: Path) -> None:
     real = loop.step
 
     def step(run: Any, pieces: Any, **given: Any) -> Any:
-        if run.progress.seen == 32 and not list_checkpoints(folder)[1:]:
+        if run.progress.seen == 32:
             raise KeyboardInterrupt
         return real(run, pieces, **given)
 
-    for name in ("whole", "parts", "parts"):
+    for name, interrupt in (("whole", False), ("parts", True), ("parts", False)):
         student = sdm.compile(model, pattern="2:4x4", inner="eager")
-        loop.step = step if name == "parts" and not (folder / "parts").exists() else real
+        loop.step = step if interrupt else real
         try:
             result = finetune(student, model, data, out=folder / name, **options)
         except KeyboardInterrupt:
+            assert list_checkpoints(folder / name) == [24]
             continue
         if rank == 0:
             torch.save(result.losses, folder / f"{name}.pt")
