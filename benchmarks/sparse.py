@@ -26,10 +26,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
-from sparsedm_compiler.choose import Candidate, candidates
+from sparsedm_compiler.backends.cpu.family import CpuFamily
+from sparsedm_compiler.backends.family import Form, Kernel, Work
 from sparsedm_compiler.evaluate.timing import Samples, interleaved, machine, ratio, spread
-from sparsedm_compiler.folding import Form, fold_weight
+from sparsedm_compiler.folding import fold_weight
 from sparsedm_compiler.models import preset
 from sparsedm_compiler.pattern import Pattern
 
@@ -38,6 +38,7 @@ FREE = ("31:32", "3:4", "2:4", "1:4", "1:8", "1:16", "1:32")
 SHARED = ("2:4x4", "1:4x4", "1:8x4", "1:16x4", "2:4x64", "1:4x64", "1:8x64")
 LINEARS = ((257, 512, 1536), (257, 2048, 512))
 CONV = (256, 256, 16)
+CPU = CpuFamily()
 
 
 def op_cases() -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -66,13 +67,13 @@ def dense_op(x: Tensor, weight: Tensor) -> Call:
     return lambda: run(last, packed, None, ones, ones, ones, 1, "none", [], "")
 
 
-def sparse_op(x: Tensor, weight: Tensor, pattern: Pattern, how: Candidate) -> Call:
-    form = Form(pattern, None, how.width, how.wide)
-    packed, rows, tile = fold_weight(weight, form, "weight"), weight.shape[0], how.tile
-    if weight.dim() == 2:
-        return lambda: nm_linear_op(x, packed, None, rows, "none", tile)
-    ones = [1, 1]
-    return lambda: nm_conv2d_op(x, packed, None, rows, [3, 3], ones, ones, ones, "none", tile)
+def sparse_op(x: Tensor, weight: Tensor, pattern: Pattern, kernel: Kernel) -> Call:
+    form = Form(pattern, None, kernel.untiled)
+    packed, rows = fold_weight(weight, form, "weight"), weight.shape[0]
+    ones = () if weight.dim() == 2 else (1, 1)
+    work = Work(tuple(x.shape), x.dtype, False, tuple(weight.shape[2:]), ones, ones, ones)
+    op, how = CPU.call(work, form, kernel.tile)
+    return lambda: op(x, packed, None, rows, *how)
 
 
 def bench_ops(rounds: int) -> list[dict[str, Any]]:
@@ -84,9 +85,8 @@ def bench_ops(rounds: int) -> list[dict[str, Any]]:
             calls = {"dense": dense_op(given, held)}
             for text in (*FREE, *SHARED):
                 pattern = Pattern.parse(text)
-                for each in candidates(pattern, dtype):
-                    key = f"{text}/{each.kernel}/{each.width}/{each.tile}"
-                    calls[key] = sparse_op(given, held, pattern, each)
+                for each in CPU.candidates(pattern, dtype):
+                    calls[f"{text}/{each}"] = sparse_op(given, held, pattern, each)
             samples = interleaved(calls, rounds=rounds)
             dense = samples["dense"].wall
             for text in (*FREE, *SHARED):

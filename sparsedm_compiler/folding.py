@@ -10,43 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.cpu.ops import dense_weight
-from .backends.cpu.pack import pack
+from .backends.families import family_of
+from .backends.family import Form, Kernel
 from .errors import DenseRunError
 from .masks import kept, nm_mask
-from .pattern import Pattern
 
 _SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """What a graph reads in the place of a weight.
-
-    ``dtype``: None for the weight's own. ``width``: columns of a block of the packed weight, None
-    for the dense masked weight. ``wide``: the packed layout for bfloat16 and widely shared masks.
-    """
-
-    pattern: Pattern
-    dtype: torch.dtype | None = None
-    width: int | None = None
-    wide: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight of which only the packed form is left. ``kernel``, ``tile``: what runs it."""
+    """A weight of which only the packed form is left. ``kernel``: what runs it."""
 
     form: Form
-    kernel: str
-    tile: int
+    kernel: Kernel
     shape: tuple[int, ...]
     dtype: torch.dtype
     data: Tensor
 
     def dense(self) -> Tensor:
         """The masked weight, to the bit."""
-        return dense_weight(self.data, self.shape[2:])
+        return family_of(self.kernel.name).unpack(self.data, self.shape, self.form)
 
 
 @dataclass(slots=True)
@@ -111,15 +95,15 @@ class Folds:
                 if weight.dtype != packed.dtype:
                     self.packed[name] = _cast(packed, weight.dtype, name)
 
-    def finalize(self, weight: Tensor, form: Form, name: str, kernel: str, tile: int) -> None:
+    def finalize(self, weight: Tensor, form: Form, name: str, kernel: Kernel | None) -> None:
         """Keep only that form of the weight; a dense form is written into the weight itself."""
         folded = self.get(weight, form, name)
         self._folds.pop((id(weight), form), None)
-        if form.width is None:
+        if kernel is None:
             with torch.no_grad():
                 weight.copy_(folded)
             return
-        self.packed[name] = Packed(form, kernel, tile, tuple(weight.shape), weight.dtype, folded)
+        self.packed[name] = Packed(form, kernel, tuple(weight.shape), weight.dtype, folded)
         hollow(weight)
 
 
@@ -145,9 +129,9 @@ def fold_weight(weight: Tensor, form: Form, name: str) -> Tensor:
     masked = kept(weight, mask)
     if form.dtype is not None:
         masked = masked.to(form.dtype)
-    if form.width is None:
+    if form.kernel is None:
         return masked
-    return pack(masked, mask, form.pattern, width=form.width, wide=form.wide)
+    return family_of(form.kernel.name).pack(masked, mask, form.pattern, form.kernel)
 
 
 def _samples(weight: Tensor, packed: Packed | None) -> Tensor:

@@ -12,14 +12,17 @@ from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends.cpu.library import find_compiler
-from .choose import Chosen, Search, choose
+from .backends.family import Form
+from .choose import Chosen, choose
 from .config import Config, Inner
 from .errors import ConfigError
 from .facts import Choice
-from .folding import Folded, Folds, Form, Packed
+from .folding import Folded, Folds, Packed
 from .graph import value_of
+from .measuring import Search
 from .passes import find_uses, lower_sparse
 from .passes.find_uses import Use
+from .passes.lower_sparse import Rewrite
 from .pattern import Pattern
 
 Run = Callable[..., Any]
@@ -63,7 +66,7 @@ class Folding:
         Dynamo guards on the strides, so the next call compiles once more."""
         for weight, found in self.pending:
             choice = found.choice
-            self.folds.finalize(weight, found.form, choice.weight, choice.kernel, found.tile)
+            self.folds.finalize(weight, found.form, choice.weight, found.kernel)
         self.pending.clear()
 
 
@@ -79,7 +82,7 @@ def fold(
     ``weights``: placeholder -> (name, pattern). The graph takes the same inputs as before.
     """
     inputs, chosen = list(example_inputs), dict[int, Chosen]()
-    rewrites: list[tuple[Use, fx.Node, int, int]] = []
+    rewrites: list[Rewrite] = []
     for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         if node in weights:
             name, pattern = weights[node]
@@ -90,8 +93,9 @@ def fold(
             else:
                 found = choose(inputs[place], name, pattern, uses, config, folding.search)
             chosen[place] = found
-            if found.tile and not isinstance(uses, str):
-                rewrites += [(use, node, inputs[place].shape[0], found.tile) for use in uses]
+            if found.kernel is not None and not isinstance(uses, str):
+                rows = inputs[place].shape[0]
+                rewrites += [Rewrite(use, node, rows, found.form, found.kernel) for use in uses]
     if lower_sparse(gm, rewrites):
         gm.recompile()
     choices = []
@@ -102,7 +106,7 @@ def fold(
                 folded = _run_form(weight, found, config, folding)
                 sizes = {"dense_bytes": weight.nbytes, "run_bytes": folded.nbytes}
                 choices.append(replace(found.choice, **sizes))
-                if found.tile:
+                if found.kernel is not None:
                     inputs[place] = folded
                     _stands_for(node, folded)
     run = lower(gm, inputs, config.inner)
@@ -113,11 +117,11 @@ def fold(
 
 def _left(packed: Packed, name: str, pattern: Pattern, uses: tuple[Use, ...] | str) -> Chosen:
     """What runs a weight of which only the packed form is left."""
-    if isinstance(uses, str) or {use.dtype for use in uses} != {packed.dtype}:
+    if isinstance(uses, str) or {use.work.dtype for use in uses} != {packed.dtype}:
         why = uses if isinstance(uses, str) else "finalized in another dtype than it runs in here"
         return Chosen(Choice(name, (), "dense", f"unpacked: {why}"), Form(pattern))
-    inputs = tuple(use.inputs for use in uses)
-    return Chosen(Choice(name, inputs, packed.kernel, FINALIZED), packed.form, packed.tile)
+    inputs = tuple(use.work.inputs for use in uses)
+    return Chosen(Choice(name, inputs, packed.kernel.name, FINALIZED), packed.form, packed.kernel)
 
 
 def _run_form(weight: Tensor, found: Chosen, config: Config, folding: Folding) -> Tensor:

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backends.cpu.packed import check, layout_of
+from .backends.family import Form, Kernel
 from .compiler import check_model, install
 from .config import Config, Inner
 from .errors import CheckpointError, ConfigError, PackError, PatternError
 from .facts import Decision
-from .folding import Form, Packed, hollow
+from .folding import Packed, hollow
 from .passes.mark_prunable import base_name
 from .pattern import Pattern
 from .runtime import require_compiled
@@ -30,7 +31,8 @@ from .state import without_finalized
 Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "sparsedm"
-_VERSION = 2
+_VERSION = 3
+_READS = (2, 3)
 _PACKED = ".sparsedm_packed"
 
 
@@ -156,9 +158,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         plain: dict[str, Any] = json.loads(meta)
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error}") from error
-    if plain.get("version") != _VERSION:
+    if plain.get("version") not in _READS:
         raise CheckpointError(
-            f"{path} has format version {plain.get('version')!r}, this package reads {_VERSION}"
+            f"{path} has format version {plain.get('version')!r}, this package reads {_READS}"
         )
     return tensors, plain
 
@@ -166,10 +168,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _plain_packed(packed: Packed) -> dict[str, Any]:
     return {
         "pattern": str(packed.form.pattern),
-        "width": packed.form.width,
-        "wide": packed.form.wide,
-        "kernel": packed.kernel,
-        "tile": packed.tile,
+        "kernel": packed.kernel.name,
+        "layout": packed.kernel.layout,
+        "tile": packed.kernel.tile,
         "shape": list(packed.shape),
     }
 
@@ -182,8 +183,9 @@ def _packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Pac
     layout = layout_of(data)
     if (layout.rows, layout.rows * layout.cols) != (shape[0], math.prod(shape)):
         raise PackError(f"{name} is packed as {layout.rows} x {layout.cols}, not {shape}")
-    form = Form(Pattern.parse(plain["pattern"]), None, plain["width"], plain["wide"])
-    return Packed(form, plain["kernel"], int(plain["tile"]), shape, layout.dtype, data)
+    kernel = Kernel(plain["kernel"], tuple(plain["layout"]), tuple(plain["tile"]))
+    form = Form(Pattern.parse(plain["pattern"]), None, kernel.untiled)
+    return Packed(form, kernel, shape, layout.dtype, data)
 
 
 def _plain(decision: Decision) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler import choose
+from sparsedm_compiler import measuring
 from tests.oracle import assert_same, oracle_of
 
 
@@ -37,7 +37,7 @@ class Net(nn.Module):
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of choices; the kernels built are those of all tests."""
-    monkeypatch.setattr(choose, "folder", lambda name: tmp_path)
+    monkeypatch.setattr(measuring, "folder", lambda name: tmp_path)
     return tmp_path
 
 
@@ -62,7 +62,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, **times: float) -> list[set[str]]:
         seen.append({name.partition("/")[0] for name in calls})
         return {name: times["dense" if name == "dense" else "sparse"] for name in calls}
 
-    monkeypatch.setattr(choose, "interleaved", fake)
+    monkeypatch.setattr(measuring, "interleaved", fake)
     return seen
 
 
@@ -70,7 +70,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, **times: float) -> list[set[str]]:
 def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for sparse, kernel in ((1.0, "cpu_free"), (2.0, "dense"), (1.95, "dense")):
         with monkeypatch.context() as patched:
-            patched.setattr(choose, "_read", lambda path: None)
+            patched.setattr(measuring, "_read", lambda path: None)
             seen = measured(patched, dense=2.0, sparse=sparse)
             fast = fast_of()
             out = fast(X)

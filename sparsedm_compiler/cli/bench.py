@@ -170,13 +170,13 @@ def ratios_of(
 
 def note(results: Path, ratios: Mapping[str, Mapping[str, Any]], batch: int) -> None:
     """Write into a run's results how many times faster it is than the fastest dense model."""
-    from ..choose import _cpu
+    from ..backends.cpu.family import cpu_name
     from ..evaluate.timing import machine
     from ..train.checkpoint import write_whole
 
     (found,) = ratios.values()
     name, (_, middle, _) = min(found.items(), key=lambda item: item[1][1])
-    about = named({"processor": _cpu(), **machine()}).rpartition(", load")[0]
+    about = named({"processor": cpu_name(), **machine()}).rpartition(", load")[0]
     values = json.loads(results.read_text(encoding="utf-8"))
     values["speed"] = {"ratio": middle, "baseline": f"{name}, batch {batch}, {about}"}
     write_whole(results, json.dumps(values, indent=1) + "\n")
@@ -186,12 +186,12 @@ def show(
     found: Mapping[str, Samples], subject: Subject, options: argparse.Namespace, inner: str
 ) -> None:
     """Print the ratios as a table, or as JSON."""
-    from ..choose import _cpu
+    from ..backends.cpu.family import cpu_name
     from ..evaluate.timing import machine, spread
 
     ratios = ratios_of(found, subject.patterns)
     dense = [*next(iter(ratios.values()))]
-    about = {"processor": _cpu(), **machine()}
+    about = {"processor": cpu_name(), **machine()}
     if options.json:
         asked = {"model": options.model, "batch": options.batch or 1, "prune": subject.prune}
         facts = {**asked, "inner": inner, "rounds": options.rounds, "machine": about}

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..backends.cpu.ops import is_channels_last
+from ..backends.family import Work
+from ..backends.register import is_channels_last
 from ..graph import value_of
 from ..table import TABLE
 
@@ -20,21 +20,12 @@ class Use:
     """One linear or conv2d by a weight that no other node reads in any other way.
 
     ``last``: the node whose value a kernel gives, the activation behind the product if there is
-    one, else ``node``. ``inputs``: shape of x (hints where symbolic). ``dtype``: of the output, in
-    which the product runs (autocast). ``kernel``, ``stride``, ``padding``, ``dilation``: of a
-    conv2d, () for linear. ``act``: "none", "gelu", "gelu_tanh" or "silu".
+    one, else ``node``. ``work``: what the kernel has to do.
     """
 
     node: fx.Node
     last: fx.Node
-    inputs: tuple[int, ...]
-    dtype: torch.dtype
-    channels_last: bool
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    act: str = "none"
+    work: Work
 
 
 def find_uses(weight: fx.Node) -> tuple[Use, ...] | str:
@@ -76,7 +67,7 @@ def _use(node: fx.Node, weight: fx.Node) -> Use | str:
             return "no sparse kernel for padding given as a word"
     act, last = _activation(node)
     channels_last = seen.dim() == 4 and is_channels_last(seen)
-    return Use(node, last, shape, out.dtype, channels_last, act=act, **conv)
+    return Use(node, last, Work(shape, out.dtype, channels_last, act=act, **conv))
 
 
 def _geometry(args: Mapping[str, Any], kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int32, c_int64, c_void_p
 
-ACTS = ("none", "gelu", "gelu_tanh", "silu")
-"""Activations a kernel can end with; their place is their code in act.h."""
-
 
 # Mirrored by kernel.cpp: change them together.
 class Call(ctypes.Structure):

@@ -6,7 +6,7 @@ Each has a kernel, a reference that needs none (unpack, then dense), a fake and 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import KernelError, PackError
-from .call import ACTS, Call
+from ..register import ACTS, activate, fake_linear, is_channels_last, like, register
+from .call import Call
 from .engine import ENGINES, engine
 from .library import library, unavailable
 from .packed import HEADER_BYTES, TYPES, unpack
-
-_lib = torch.library.Library("sparsedm", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 class Conv(NamedTuple):
@@ -101,7 +100,7 @@ def reference_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, act: str, tile: int = 0
 ) -> Tensor:
     """What ``linear`` computes, by the dense op."""
-    return activate(F.linear(x, unpack(packed).to(x.dtype), _as(bias, x)), act)
+    return activate(F.linear(x, unpack(packed).to(x.dtype), like(x, bias)), act)
 
 
 def reference_conv2d(
@@ -110,7 +109,7 @@ def reference_conv2d(
     """What ``conv2d`` computes, by the dense op."""
     conv = Conv(*how)
     weight = dense_weight(packed, conv.kernel).to(x.dtype)
-    out = F.conv2d(x, weight, _as(bias, x), conv.stride, conv.padding, conv.dilation)
+    out = F.conv2d(x, weight, like(x, bias), conv.stride, conv.padding, conv.dilation)
     return activate(out, conv.act)
 
 
@@ -120,19 +119,6 @@ def dense_weight(packed: Tensor, kernel: Sequence[int]) -> Tensor:
     if not kernel:
         return weight
     return weight.view(weight.shape[0], *kernel, -1).permute(0, 3, 1, 2).contiguous()
-
-
-def activate(x: Tensor, act: str) -> Tensor:
-    """The activation of that name (ACTS)."""
-    if act == "none":
-        return x
-    if act == "silu":
-        return F.silu(x)
-    return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
-
-
-def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype)
 
 
 def _plain_bias(bias: Tensor | None, rows: int) -> Tensor | None:
@@ -182,64 +168,22 @@ def _run(call: Call) -> None:
         )
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether x lies channels_last in memory, and not also as usual."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _fake_linear(x: Tensor, packed: Tensor, bias: Any, rows: int, act: str, tile: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
-
-
 def _fake_conv2d(x: Tensor, packed: Tensor, bias: Any, rows: int, *how: Any) -> Tensor:
     out = x.new_empty(Conv(*how).shape(x, rows))
     return out.to(memory_format=torch.channels_last) if is_channels_last(x) else out
 
 
-def _linear_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    return _x_gradient(grad, x, lambda given: reference_linear(given, *rest))
-
-
-def _conv2d_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    return _x_gradient(grad, x, lambda given: reference_conv2d(given, *rest))
-
-
-def _x_gradient(grad: Tensor, x: Tensor, reference: Callable[[Tensor], Tensor]) -> Tensor:
-    """The gradient of x, which guidance asks for; a folded weight has none."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        (found,) = torch.autograd.grad(reference(x), x, grad)
-    return found
-
-
-def _register(name: str, arguments: str, run: Any, fake: Any, grad: Any) -> None:
-    _lib.define(f"{name}({arguments}) -> Tensor", tags=_TAGS)  # type: ignore[no-untyped-call]
-    _lib.define(f"{name}_grad(Tensor grad, {arguments}) -> Tensor", tags=_TAGS)  # type: ignore[no-untyped-call]
-    _lib.impl(name, run, "CPU")  # type: ignore[no-untyped-call]
-    _lib.impl(f"{name}_grad", grad, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    full = f"sparsedm::{name}"
-    torch.library.register_fake(full, fake, lib=_lib)
-    torch.library.register_fake(f"{full}_grad", lambda grad, x, *_: torch.empty_like(x), lib=_lib)
-    grad_op = getattr(torch.ops.sparsedm, f"{name}_grad").default
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        found = grad_op(grad, *ctx.saved_tensors, *ctx.options)
-        return (found, *[None] * (2 + len(ctx.options)))
-
-    torch.library.register_autograd(full, backward, setup_context=_setup, lib=_lib)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
-_WEIGHT = "Tensor x, Tensor packed, Tensor? bias, int rows"
-_CONV = "int[] kernel, int[] stride, int[] padding, int[] dilation"
-_END = "str act, int tile"
-_TAGS = (torch.Tag.needs_exact_strides,)
-_register("nm_linear", f"{_WEIGHT}, {_END}", linear, _fake_linear, _linear_grad)
-_register("nm_conv2d", f"{_WEIGHT}, {_CONV}, {_END}", conv2d, _fake_conv2d, _conv2d_grad)
-
-nm_linear_op = torch.ops.sparsedm.nm_linear.default
-nm_conv2d_op = torch.ops.sparsedm.nm_conv2d.default
+nm_linear_op = register(
+    "nm_linear",
+    "str act, int tile",
+    {"CPU": linear},
+    fake=fake_linear,
+    reference=reference_linear,
+)
+nm_conv2d_op = register(
+    "nm_conv2d",
+    "int[] kernel, int[] stride, int[] padding, int[] dilation, str act, int tile",
+    {"CPU": conv2d},
+    fake=_fake_conv2d,
+    reference=reference_conv2d,
+)

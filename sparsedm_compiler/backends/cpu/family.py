@@ -1,0 +1,82 @@
+"""The CPU kernels as a family."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...pattern import Pattern
+from ..family import Call, Family, Form, Kernel, Work
+from .engine import engine
+from .library import unavailable, version
+from .ops import dense_weight, nm_conv2d_op, nm_linear_op
+from .pack import pack
+from .packed import refusal
+
+
+class CpuFamily(Family):
+    """Kernels for free masks, shared masks, and widely shared masks in bfloat16.
+
+    Layout of a Kernel: (columns of a block, whether it is the layout of wide.h). Tile: (vectors of
+    tokens).
+    """
+
+    device = "cpu"
+    names = ("cpu_free", "cpu_shared", "cpu_wide")
+
+    def unavailable(self) -> str | None:
+        return unavailable()
+
+    def refusal(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
+        return refusal(pattern, rows, cols, dtype)
+
+    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[Kernel, ...]:
+        """In the settings that won somewhere (benchmarks/sparse.py)."""
+        if pattern.rows > 1 and not pattern.vnm:
+            wide = dtype == torch.bfloat16 and pattern.rows % 16 == 0 and engine() != "plain"
+            return (
+                *(Kernel("cpu_wide", (2048, 1), (tile,)) for tile in (3, 6) if wide),
+                *_settings("cpu_shared", (512, 4), (512, 5), (2048, 2)),
+            )
+        settings = (((64, 6), (96, 5)), ((96, 5), (128, 5)), ((128, 5), (192, 4)))
+        place = sum(pattern.density < bound for bound in (0.4, 0.2, 0.1))
+        return _settings("cpu_free", *(*settings, ((192, 5), (256, 4)))[place])
+
+    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: Kernel) -> Tensor:
+        width, wide = kernel.layout
+        return pack(weight, mask, pattern, width=width, wide=bool(wide))
+
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
+        return dense_weight(packed, shape[2:])
+
+    def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
+        if not work.kernel:
+            return nm_linear_op, (work.act, *tile)
+        geometry = (work.kernel, work.stride, work.padding, work.dilation)
+        return nm_conv2d_op, (*map(list, geometry), work.act, *tile)
+
+    def machine(self) -> tuple[Any, ...]:
+        capability = torch.backends.cpu.get_cpu_capability()
+        threads = torch.get_num_threads()
+        return cpu_name(), torch.__version__, version(), engine(), threads, capability
+
+
+def _settings(name: str, *settings: tuple[int, int]) -> tuple[Kernel, ...]:
+    return tuple(Kernel(name, (width, 0), (tile,)) for width, tile in settings)
+
+
+@cache
+def cpu_name() -> str:
+    """The model of this CPU."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "CPU part")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

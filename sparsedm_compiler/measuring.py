@@ -1,0 +1,142 @@
+"""Milliseconds of dense and of sparse kernels for one weight: measured in turns, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends.families import families_of, family_of
+from .backends.family import Form, Kernel, Work
+from .backends.register import activate
+from .cache import folder, write
+from .folding import fold_weight
+from .pattern import Pattern
+
+_ROUNDS = 5
+_LEAST_SECONDS, _MOST_SECONDS = 0.03, 1.0
+
+
+@dataclass(slots=True)
+class Search:
+    """The seconds that one model may still spend on measuring."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured: a weight, by its name, pruned to a pattern, and all that it has to do."""
+
+    weight: Tensor
+    name: str
+    pattern: Pattern
+    works: tuple[Work, ...]
+
+
+def times_of(
+    subject: Subject, kernels: Sequence[Kernel], search: Search
+) -> dict[str, float] | None:
+    """Milliseconds of "dense" and of every kernel, from disk if they were measured before.
+
+    None where ``search`` has no time left.
+    """
+    path = folder("choices") / f"{_digest(subject)}.json"
+    found = _read(path)
+    if found is not None and all(str(kernel) in found for kernel in kernels):
+        return found
+    if search.seconds <= 0:
+        return None
+    start = time.perf_counter()
+    with torch.no_grad():
+        measured = _measure(subject, kernels)
+    search.seconds -= time.perf_counter() - start
+    write(path, json.dumps(measured).encode())
+    return measured
+
+
+def _measure(subject: Subject, kernels: Sequence[Kernel]) -> dict[str, float]:
+    weight, works = subject.weight.detach(), subject.works
+    dtype = works[0].dtype
+    inputs = [example(work, weight.device) for work in works]
+
+    def folded(kernel: Kernel | None) -> Tensor:
+        return fold_weight(weight, Form(subject.pattern, dtype, kernel), subject.name)
+
+    dense = folded(None)
+    calls: dict[str, Callable[[], Any]] = {
+        "dense": lambda: [run_dense(work, x, dense) for work, x in zip(works, inputs, strict=True)]
+    }
+    for kernel in kernels:
+        packed = folded(kernel.untiled)
+        calls[str(kernel)] = _sparse_calls(subject, inputs, packed, kernel)
+    return interleaved(calls)
+
+
+def _sparse_calls(
+    subject: Subject, inputs: list[Tensor], packed: Tensor, kernel: Kernel
+) -> Callable[[], Any]:
+    rows = subject.weight.shape[0]
+    form = Form(subject.pattern, subject.works[0].dtype, kernel.untiled)
+    family = family_of(kernel.name)
+    calls = [family.call(work, form, kernel.tile) for work in subject.works]
+    return lambda: [
+        op(x, packed, None, rows, *how) for (op, how), x in zip(calls, inputs, strict=True)
+    ]
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median milliseconds of each call, taken in turns so that a busy machine slows all alike."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    while True:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+        spent, rounds = time.perf_counter() - begin, len(times["dense"])
+        if (rounds >= _ROUNDS and spent > _LEAST_SECONDS) or spent > _MOST_SECONDS:
+            return {name: 1e3 * median(each) for name, each in times.items()}
+
+
+def run_dense(work: Work, x: Tensor, weight: Tensor) -> Tensor:
+    """What the model does without a kernel."""
+    if work.kernel:
+        out = F.conv2d(x, weight, None, work.stride, work.padding, work.dilation)
+    else:
+        out = F.linear(x, weight)
+    return activate(out, work.act)
+
+
+def example(work: Work, device: torch.device) -> Tensor:
+    """A random input for it."""
+    x = torch.randn(work.inputs, dtype=torch.float32, device=device).to(work.dtype)
+    return x.contiguous(memory_format=torch.channels_last) if work.channels_last else x
+
+
+def _digest(subject: Subject) -> str:
+    """Of all that a time depends on."""
+    weight = subject.weight
+    machine = [family.machine() for family in families_of(weight.device.type)]
+    about = (machine, tuple(weight.shape), str(subject.pattern), subject.works)
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:24]
+
+
+def _read(path: Path) -> dict[str, float] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    good = isinstance(found, dict) and all(isinstance(ms, float) for ms in found.values())
+    return found if good and "dense" in found else None
