@@ -1,0 +1,152 @@
+"""A packed V:n:m weight: the 2:4 fragments of the gathered columns, as vnm.cu's lanes hold them.
+
+A step is 32 kept columns: 8 groups of m columns, of which V rows share 4 each. One block of bytes:
+
+    values   [rows / 16, steps, 32 lanes, 4 registers, 2]  the weight's dtype
+    meta     [rows / 16, steps, 8, 2, 2] int16: places in the 4, 2 bits each; of row q and row q + 8
+    columns  [rows / V, steps, 32] int16: which of the 8 m columns of the step
+
+Where a row keeps fewer than 2 of its 4 columns, zeros fill its places; steps beyond the last group
+are zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import PackError
+from ...pattern import VNM_COLUMNS, Pattern
+
+GROUPS = 8
+"""Groups of m columns in a step."""
+
+_TILE = 16  # rows that one instruction multiplies
+_WIDEST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the sections of a packed weight begin, in bytes. ``steps``: of 8 groups each."""
+
+    rows: int
+    cols: int
+    pattern: Pattern
+
+    @property
+    def steps(self) -> int:
+        return ceil(self.cols / (GROUPS * self.pattern.m))
+
+    @property
+    def meta(self) -> int:
+        return self.rows * self.steps * 32
+
+    @property
+    def columns(self) -> int:
+        return self.meta + self.rows * self.steps * 4
+
+    @property
+    def size(self) -> int:
+        return self.columns + self.rows // self.pattern.rows * self.steps * 64
+
+
+def refusal(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
+    """Why a weight cannot be packed, None if it can."""
+    if not pattern.vnm:
+        return f"{pattern} is not V:n:m, which needs 4 shared columns of every m, e.g. '64:2:8'"
+    if pattern.n > 2:
+        return f"{pattern} keeps {pattern.n} of 4 columns, sparse tensor cores multiply 2"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"no V:n:m kernel for {str(dtype).removeprefix('torch.')}, only for half precision"
+    if pattern.rows % _TILE:
+        return f"{pattern.rows} rows that share columns are not a multiple of {_TILE}"
+    if pattern.m > _WIDEST:
+        return f"groups of {pattern.m} are wider than the {_WIDEST} columns a kernel gathers from"
+    why = pattern.misfit(rows, cols)
+    if why is not None:
+        return why
+    return f"{cols} columns are not a multiple of 8" if cols % 8 else None
+
+
+def pack(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
+    """The packed form (uint8, 1-D) of ``weight * mask``, both [rows, cols].
+
+    Raises PackError for a weight that cannot be packed, or a mask that is not of ``pattern``.
+    """
+    rows, cols = weight.shape
+    why = refusal(pattern, rows, cols, weight.dtype)
+    if why is not None:
+        raise PackError(f"a weight of {list(weight.shape)} cannot be packed to {pattern}: {why}")
+    blocks = mask.view(rows // pattern.rows, pattern.rows, -1, pattern.m)
+    columns = _first(blocks.any(1), VNM_COLUMNS, pattern)
+    chosen = columns.repeat_interleave(pattern.rows, 0)
+    held = mask.view(rows, -1, pattern.m).gather(2, chosen)
+    four = torch.where(held, weight.view(rows, -1, pattern.m).gather(2, chosen), 0)
+    places = _first(held, 2, pattern)
+    steps = Layout(rows, cols, pattern).steps
+    pad = (0, 0, 0, steps * GROUPS - cols // pattern.m)
+    values = F.pad(four.gather(2, places), pad)
+    empty = places.new_tensor([0, 1]).expand(rows, pad[3], 2)
+    sections = (
+        _fragments(values, steps),
+        _meta(torch.cat([places, empty], 1), steps),
+        _in_step(columns, pattern, steps),
+    )
+    return torch.cat([section.contiguous().view(-1).view(torch.uint8) for section in sections])
+
+
+def unpack(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.dtype) -> Tensor:
+    """[rows, cols]: the masked dense weight, to the bit. Raises PackError for other bytes."""
+    layout = Layout(rows, cols, pattern)
+    if packed.dtype is not torch.uint8 or packed.shape != (layout.size,):
+        raise PackError(
+            f"{tuple(packed.shape)} of {packed.dtype} is no weight of {rows} x {cols} packed to "
+            f"{pattern}, which takes {layout.size} bytes"
+        )
+    steps, groups = layout.steps, cols // pattern.m
+    values = packed[: layout.meta].view(dtype).view(-1, steps, 8, 4, 2, 2, 2)
+    values = values.permute(0, 5, 2, 1, 4, 3, 6).reshape(rows, steps * GROUPS, 2)[:, :groups]
+    meta = packed[layout.meta : layout.columns].view(torch.int16).view(-1, steps, 8, 2, 2)
+    halves = meta.permute(0, 4, 2, 1, 3).reshape(rows, steps * 2, 1, 1).int()
+    shifts = torch.arange(0, 16, 2, device=packed.device, dtype=torch.int32).view(4, 2)
+    places = ((halves >> shifts) & 3).view(rows, -1, 2)[:, :groups].long()
+    columns = packed[layout.columns :].view(torch.int16).view(-1, steps * GROUPS, VNM_COLUMNS)
+    columns = columns[:, :groups].long() % pattern.m
+    where = columns.repeat_interleave(pattern.rows, 0).gather(2, places)
+    dense = torch.zeros(rows, groups, pattern.m, dtype=dtype, device=packed.device)
+    return dense.scatter_(2, where, values).view(rows, cols)
+
+
+def _first(marks: Tensor, count: int, pattern: Pattern) -> Tensor:
+    """The places of the marks along the last dimension, ascending, filled up to ``count``."""
+    if bool((marks.sum(-1) > count).any()):
+        raise PackError(f"the mask is not one of {pattern}: it keeps more than {count} columns")
+    order = marks.logical_not().byte().sort(dim=-1, stable=True).indices
+    return order[..., :count].sort(dim=-1).values
+
+
+def _fragments(values: Tensor, steps: int) -> Tensor:
+    """[rows, groups, 2] -> [tiles, steps, 8, 4, 2 halves of the step, 2 halves of the tile, 2]."""
+    tiles = values.view(-1, 2, 8, steps, 2, 4, 2)  # tile half, row, step, step half, group, pair
+    return tiles.permute(0, 3, 2, 5, 4, 1, 6)
+
+
+def _meta(places: Tensor, steps: int) -> Tensor:
+    """[rows, groups, 2] places in 0 .. 3 -> [tiles, steps, 8, 2 halves of the step, 2] int16."""
+    shifts = torch.arange(0, 16, 2, device=places.device).view(4, 2)
+    halves = (places.view(len(places), steps * 2, 4, 2) << shifts).sum((2, 3))
+    tiles = halves.view(-1, 2, 8, steps, 2).permute(0, 3, 2, 4, 1)
+    return torch.where(tiles > 0x7FFF, tiles - 0x10000, tiles).to(torch.int16)
+
+
+def _in_step(columns: Tensor, pattern: Pattern, steps: int) -> Tensor:
+    """[blocks, groups, 4] columns of a group -> [blocks, steps, 32] int16 columns of a step."""
+    missing = steps * GROUPS - columns.shape[1]
+    spare = torch.arange(VNM_COLUMNS, device=columns.device)
+    columns = torch.cat([columns, spare.expand(len(columns), missing, VNM_COLUMNS)], 1)
+    begin = pattern.m * (torch.arange(steps * GROUPS, device=columns.device) % GROUPS)
+    return (columns + begin.view(-1, 1)).view(len(columns), steps, -1).to(torch.int16)

@@ -1,0 +1,83 @@
+"""The CUDA kernels compile to the instructions they are meant for; no GPU is needed for that."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsedm_compiler import KernelError
+from sparsedm_compiler.backends.cuda import nvrtc
+from sparsedm_compiler.backends.cuda.launch import Tile, linear_build, source, turn_build
+
+pytestmark = pytest.mark.skipif(nvrtc.unavailable() is not None, reason="needs NVRTC")
+BIG = Tile(64, 64, 4, 2, 4)
+
+
+def disassembler() -> Path | None:
+    """Triton brings one along."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        return None
+    path = Path(found.origin).parent / "backends/nvidia/bin/nvdisasm"
+    return path if path.exists() else None
+
+
+def code(
+    dtype: torch.dtype, capability: tuple[int, int], tile: Tile = BIG, act: str = "gelu"
+) -> bytes:
+    build = linear_build(
+        tile, 8, 64, dtype=dtype, bias=dtype, act=act, feature_major=tile is not BIG
+    )
+    return nvrtc.compiled(source(), capability, build.macros)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_every_card_gets_machine_code(capability: tuple[int, int]) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        assert code(dtype, capability)[:4] == b"\x7fELF"
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_instructions_are_those_of_sparse_tensor_cores(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    (tmp_path / "code.cubin").write_bytes(code(dtype, (9, 0)))
+    command = [str(disassembler()), "-c", str(tmp_path / "code.cubin")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    products = text.count("HMMA.SP.16832.F32" + (".BF16" if dtype == torch.bfloat16 else ""))
+    assert products == 4 * 8  # row tiles by token tiles of a warp, once: the loop is not unrolled
+    assert text.count("LDSM.16.MT88.4") == 8
+    assert not {"LDL", "STL"} & {*text.split()}  # nothing spills
+
+
+def test_code_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "folder", lambda name: tmp_path)
+    first = nvrtc.compiled(source(), (9, 0), turn_build(torch.float16).macros)
+    monkeypatch.setattr(nvrtc, "_compile", None)
+    assert nvrtc.compiled(source(), (9, 0), turn_build(torch.float16).macros) == first
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_kernel_that_does_not_compile_says_why() -> None:
+    with pytest.raises(KernelError, match='identifier "nonsense" is undefined'):
+        nvrtc.compiled("__global__ void f() { nonsense; }", (9, 0), ())
+
+
+def test_an_unknown_card_is_refused() -> None:
+    with pytest.raises(KernelError, match=r"does not know compute capability 99\.0"):
+        nvrtc.compiled(source(), (99, 0), ())
+
+
+def test_without_nvrtc_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with pytest.raises(KernelError, match="pip install nvidia-cuda-nvrtc"):
+        nvrtc.nvrtc.__wrapped__()
