@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends.families import families_of
 from .backends.family import Form, Kernel
-from .config import Config
+from .config import GRAPHS, Config
 from .facts import Choice
 from .measuring import Search, Subject, times_of
 from .passes.find_uses import Use
@@ -45,11 +46,15 @@ def choose(
     if asked != "auto":
         return _sparse(name, weight, pattern, uses, able[0], "pinned by kernels=")
     works = tuple(use.work for use in uses)
-    times = times_of(Subject(weight, name, pattern, works), able, search)
+    subject = Subject(weight, name, pattern, works, config.inner == GRAPHS)
+    times = times_of(subject, able, search)
     if times is None:
         why = f"not measured: search_seconds={config.search_seconds:g} were spent"
         return Chosen(_choice(name, weight, uses, "dense", why), dense)
     best = min(able, key=lambda each: times[str(each)])
+    if times[str(best)] == math.inf:
+        why = f"{' and '.join(dict.fromkeys(each.name for each in able))} refused its size"
+        return Chosen(_choice(name, weight, uses, "dense", why), dense)
     measured = {"dense_ms": times["dense"], "sparse_ms": times[str(best)]}
     if times[str(best)] >= MARGIN * times["dense"]:
         why = f"{best.name} was not faster"

@@ -17,8 +17,12 @@ SPARSE_KERNELS = ("cpu_free", "cpu_shared", "cpu_wide")
 KERNELS = ("auto", "dense", "sparse", *SPARSE_KERNELS)
 """What may run a folded weight: the fastest measured, dense, any sparse kernel, or one of them."""
 
+GRAPHS = "inductor-graphs"
+"""The inner compiler that is Inductor with CUDA graphs, torch.compile's mode "reduce-overhead"."""
+
 Inner = str | Callable[..., Any]
-"""What compiles the rewritten graph: "auto", a torch.compile backend's name, or a backend."""
+"""What compiles the rewritten graph: "auto", GRAPHS, a torch.compile backend's name, or a backend.
+"""
 
 
 @dataclass(frozen=True, slots=True)

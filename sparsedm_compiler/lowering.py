@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .backends.cpu.library import find_compiler
 from .backends.family import Form
 from .choose import Chosen, choose
-from .config import Config, Inner
+from .config import GRAPHS, Config, Inner
 from .errors import ConfigError
 from .facts import Choice
 from .folding import Folded, Folds, Packed
 from .graph import value_of
 from .measuring import Search
-from .passes import find_uses, lower_sparse
+from .passes import carry_features, find_uses, lower_sparse
 from .passes.find_uses import Use
 from .passes.lower_sparse import Rewrite
 from .pattern import Pattern
@@ -33,22 +34,31 @@ FINALIZED = "finalized"
 
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: Inner) -> Run:
     """The graph as the inner compiler runs it."""
-    backend = inner if callable(inner) else lookup_backend(resolve(inner))
+    if callable(inner):
+        backend = inner
+    elif resolve(inner) == GRAPHS:
+        from torch._inductor.compile_fx import compile_fx
+
+        backend = partial(compile_fx, config_patches={"triton.cudagraphs": True})
+    else:
+        backend = lookup_backend(resolve(inner))
     run: Run = backend(gm, list(example_inputs))
     return run
 
 
 def resolve(inner: str) -> str:
-    """The torch.compile backend that ``inner`` names; "auto" depends on the machine.
+    """The torch.compile backend that ``inner`` names, or GRAPHS; "auto" depends on the machine.
 
     Raises ConfigError for a name that torch does not know.
     """
     if inner == "auto":
         return "eager" if find_compiler() is None else "inductor"
+    if inner == GRAPHS:
+        return inner
     if inner not in list_backends(exclude_tags=()) or inner == "sparsedm":
         raise ConfigError(
             f"inner {inner!r} is no torch.compile backend; "
-            f"'auto', 'eager' and 'inductor' are, e.g. inner='eager'"
+            f"'auto', 'eager', 'inductor' and {GRAPHS!r} are, e.g. inner='eager'"
         )
     return inner
 
@@ -97,6 +107,7 @@ def fold(
                 rows = inputs[place].shape[0]
                 rewrites += [Rewrite(use, node, rows, found.form, found.kernel) for use in uses]
     if lower_sparse(gm, rewrites):
+        carry_features(gm)
         gm.recompile()
     choices = []
     with torch.no_grad():  # whether a gradient is asked for is for the call to see

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends.cuda import timing as cuda
 from .backends.families import families_of, family_of
 from .backends.family import Form, Kernel, Work
 from .backends.register import activate
 from .cache import folder, write
+from .errors import KernelError
 from .folding import fold_weight
 from .pattern import Pattern
 
@@ -35,12 +39,16 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is measured: a weight, by its name, pruned to a pattern, and all that it has to do."""
+    """What is measured: a weight, by its name, pruned to a pattern, and all that it has to do.
+
+    ``graphs``: whether the model will run under CUDA graphs, which hide what launches cost.
+    """
 
     weight: Tensor
     name: str
     pattern: Pattern
     works: tuple[Work, ...]
+    graphs: bool = False
 
 
 def times_of(
@@ -48,7 +56,7 @@ def times_of(
 ) -> dict[str, float] | None:
     """Milliseconds of "dense" and of every kernel, from disk if they were measured before.
 
-    None where ``search`` has no time left.
+    None where ``search`` has no time left; infinite for a kernel that refused to run.
     """
     path = folder("choices") / f"{_digest(subject)}.json"
     found = _read(path)
@@ -77,9 +85,17 @@ def _measure(subject: Subject, kernels: Sequence[Kernel]) -> dict[str, float]:
         "dense": lambda: [run_dense(work, x, dense) for work, x in zip(works, inputs, strict=True)]
     }
     for kernel in kernels:
-        packed = folded(kernel.untiled)
-        calls[str(kernel)] = _sparse_calls(subject, inputs, packed, kernel)
-    return interleaved(calls)
+        call = _sparse_calls(subject, inputs, folded(kernel.untiled), kernel)
+        with suppress(
+            KernelError
+        ):  # not every kernel takes every size: asking it is the way to know
+            call()
+            calls[str(kernel)] = call
+    if weight.device.type == "cuda":
+        times = cuda.interleaved(calls, weight.device, graphs=subject.graphs)
+    else:
+        times = interleaved(calls)
+    return {**{str(kernel): math.inf for kernel in kernels}, **times}
 
 
 def _sparse_calls(
@@ -129,7 +145,8 @@ def _digest(subject: Subject) -> str:
     """Of all that a time depends on."""
     weight = subject.weight
     machine = [family.machine() for family in families_of(weight.device.type)]
-    about = (machine, tuple(weight.shape), str(subject.pattern), subject.works)
+    shape = tuple(weight.shape)
+    about = (machine, shape, str(subject.pattern), subject.works, subject.graphs)
     return hashlib.sha256(repr(about).encode()).hexdigest()[:24]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import measuring
+from sparsedm_compiler.backends.family import Kernel
 from tests.oracle import assert_same, oracle_of
 
 
@@ -106,6 +107,25 @@ def test_a_choice_is_kept_on_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("cache")
+def test_a_kernel_that_refuses_a_size_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(monkeypatch, dense=2.0, sparse=1.0)
+
+    def refuse(subject: Any, inputs: Any, packed: Any, kernel: Kernel) -> Any:
+        def call() -> None:
+            raise sdm.KernelError("not this size")
+
+        return call
+
+    monkeypatch.setattr(measuring, "_sparse_calls", refuse)
+    for _ in range(2):  # measured, then from disk
+        fast = fast_of()
+        assert_same(fast(X), oracle_of(fast)(X))
+        found = choices(fast)["plain.weight"]
+        assert (found.kernel, found.sparse_ms) == ("dense", None)
+        assert found.reason == "cpu_free refused its size"
+
+
+@pytest.mark.usefixtures("cache")
 def test_no_time_to_search_means_dense_with_the_reason() -> None:
     fast = fast_of(search_seconds=0)
     assert_same(fast(X), oracle_of(fast)(X))
@@ -191,8 +211,9 @@ def test_another_default_device_changes_nothing() -> None:
     assert choices(measured_too)["plain.weight"].dense_ms is not None
 
 
-def test_inductor_runs_what_is_left() -> None:
-    fast = fast_of(inner="inductor", kernels={"*": "sparse"})
+@pytest.mark.parametrize("inner", ["inductor", "inductor-graphs"])
+def test_inductor_runs_what_is_left(inner: str) -> None:
+    fast = fast_of(inner=inner, kernels={"*": "sparse"})
     with torch.no_grad():
         for batch in (2, 3, 5):  # static shapes, then symbolic ones
             x = torch.randn(batch, 8, 16)

@@ -1,5 +1,6 @@
 """The passes. ``REWRITES`` is the only statement of their order."""
 
+from .carry_features import carry_features
 from .count_macs import count_macs
 from .find_sites import eager_sites, find_sites
 from .find_uses import find_uses
@@ -12,6 +13,7 @@ REWRITES = (insert_mask_ste,)
 
 __all__ = [
     "REWRITES",
+    "carry_features",
     "count_macs",
     "eager_sites",
     "find_sites",

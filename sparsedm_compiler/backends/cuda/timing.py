@@ -54,7 +54,7 @@ def _medians(calls: Calls, device: torch.device) -> dict[str, float]:
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
             flush.fill_(turn)  # and while that runs, what follows is issued
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = _event(), _event()
             begin.record()
             calls[name]()
             end.record()
@@ -75,3 +75,7 @@ def _issued(call: Callable[[], Any]) -> float:
         times.append(1e3 * (time.perf_counter() - start))
     torch.cuda.synchronize()
     return median(times)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

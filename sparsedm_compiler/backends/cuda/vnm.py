@@ -114,11 +114,12 @@ def _feature_major(flat: Tensor, launch: Launch) -> Tensor:
     aligned = flat.stride(1) % _PIECE == 0 and flat.data_ptr() % 16 == 0
     if flat.stride(0) == 1 and flat.stride(1) >= flat.shape[0] and aligned:
         return flat
-    if flat.stride(1) != 1:
-        flat = flat.contiguous()
     tokens, cols = flat.shape
     line = _padded(tokens)
     turned = torch.empty(cols, line, dtype=flat.dtype, device=flat.device)
+    if flat.stride(1) != 1:
+        turned[:, :tokens].copy_(flat.t())
+        return turned.t()[:tokens]
     problem = Problem(
         x=address(flat), out=address(turned), x_stride=flat.stride(0), out_stride=line,
         cols=cols, tokens=tokens,
