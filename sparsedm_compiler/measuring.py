@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -69,6 +70,7 @@ def _measure(subject: Subject, kernels: Sequence[Kernel]) -> dict[str, float]:
     dtype = works[0].dtype
     inputs = [example(work, weight.device) for work in works]
 
+    @cache
     def folded(kernel: Kernel | None) -> Tensor:
         return fold_weight(weight, Form(subject.pattern, dtype, kernel), subject.name)
 
