@@ -71,6 +71,7 @@ def _able(
     if asked == "dense":
         return "pinned by kernels=", ()
     families = families_of(weight.device.type)
+    families = tuple(each for each in families if not each.inexact or asked in each.names)
     if isinstance(weight, FakeTensor) or not families:
         return f"no sparse kernel for {weight.device.type} tensors yet", ()
     dtypes = {use.work.dtype for use in uses}

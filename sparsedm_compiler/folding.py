@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.families import family_of
-from .backends.family import Form, Kernel
+from .backends.families import families_of, family_of
+from .backends.family import Family, Form, Kernel
 from .errors import DenseRunError
 from .masks import kept, nm_mask
 
@@ -28,9 +29,35 @@ class Packed:
     dtype: torch.dtype
     data: Tensor
 
+    @property
+    def family(self) -> Family:
+        """The family of its kernel."""
+        return family_of(self.kernel.name)
+
     def dense(self) -> Tensor:
         """The masked weight, to the bit."""
-        return family_of(self.kernel.name).unpack(self.data, self.shape, self.form)
+        return self.family.unpack(self.data, self.shape, self.form)
+
+    def portable(self) -> Packed:
+        """The same as files hold it: on the CPU, in a form that any machine can read."""
+        return replace(self, data=self.family.portable(self.data, self.shape, self.form))
+
+    def suits(self, weight: Tensor) -> bool:
+        """Whether it can still run in the place of its parameter, after what has become of that."""
+        if weight.device != self.data.device:
+            return False
+        if self.family not in families_of(weight.device.type):
+            return False
+        size = self.shape[0], math.prod(self.shape[1:])
+        return self.family.refusal(self.form.pattern, *size, weight.dtype) is None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return replace(self, data=self.data.clone())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which carries it to other machines."""
+        data = self.portable().data
+        return Packed, (self.form, self.kernel, self.shape, self.dtype, data)
 
 
 @dataclass(slots=True)
@@ -53,6 +80,7 @@ class Folds:
 
     def __init__(self, packed: Mapping[str, Packed] | None = None) -> None:
         self.packed = dict(packed or {})
+        self._arrived = set(self.packed)  # from another place, maybe one of other kernels
         self._folds: dict[tuple[int, Form], _Fold] = {}
 
     def get(self, weight: Tensor, form: Form, name: str) -> Tensor:
@@ -85,15 +113,28 @@ class Folds:
         return packed
 
     def settle(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Make finalized weights hollow again that a copy, a file or a cast has filled with NaN."""
+        """Make finalized weights hollow again that a copy, a file or a cast has filled with NaN.
+
+        One that its packed form does not suit any more (another device, a dtype its kernel does not
+        run) gets its values back, to be folded anew.
+        """
         for name, weight in named:
             packed = self.packed.get(name)
-            if packed is None or (weight.stride()[0] == 0 and weight.dtype == packed.dtype):
+            if packed is None:
                 continue
-            if _is_hollow(weight):
-                hollow(weight)
-                if weight.dtype != packed.dtype:
-                    self.packed[name] = _cast(packed, weight.dtype, name)
+            known = name not in self._arrived and weight.stride()[0] == 0
+            if known and weight.dtype == packed.dtype and weight.device == packed.data.device:
+                continue
+            self._arrived.discard(name)
+            if not weight.is_meta and not _is_hollow(weight):
+                continue
+            if not packed.suits(weight):
+                weight.data = packed.dense().to(weight)
+                del self.packed[name]
+                continue
+            hollow(weight)
+            if weight.dtype != packed.dtype:
+                self.packed[name] = _cast(packed, weight.dtype, name)
 
     def finalize(self, weight: Tensor, form: Form, name: str, kernel: Kernel | None) -> None:
         """Keep only that form of the weight; a dense form is written into the weight itself."""
@@ -114,6 +155,8 @@ def hollow(weight: Tensor) -> None:
 
 
 def _is_hollow(weight: Tensor) -> bool:
+    if not any(weight.stride()):  # seen without reading it, which on a card would wait for it
+        return True
     return bool(weight.detach()[(0,) * weight.dim()].isnan())
 
 

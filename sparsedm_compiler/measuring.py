@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -77,6 +78,7 @@ def _measure(subject: Subject, kernels: Sequence[Kernel]) -> dict[str, float]:
     dtype = works[0].dtype
     inputs = [example(work, weight.device) for work in works]
 
+    @cache
     def folded(kernel: Kernel | None) -> Tensor:
         return fold_weight(weight, Form(subject.pattern, dtype, kernel), subject.name)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .backends.cpu.packed import check, layout_of
+from .backends.families import family_of
 from .backends.family import Form, Kernel
 from .compiler import check_model, install
 from .config import Config, Inner
-from .errors import CheckpointError, ConfigError, PackError, PatternError
+from .errors import CheckpointError, ConfigError, KernelError, PackError, PatternError
 from .facts import Decision
 from .folding import Packed, hollow
 from .passes.mark_prunable import base_name
@@ -49,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     forward = found[0][1]
     tensors, aliases = _without_aliases(without_finalized(forward.module, forward.folding.folds))
     packed = forward.folding.folds.packed
-    tensors.update({name + _PACKED: each.data for name, each in packed.items()})
+    tensors.update({name + _PACKED: each.portable().data for name, each in packed.items()})
     config = forward.config
     meta = {
         "version": _VERSION,
@@ -99,9 +98,11 @@ def load(path: str | os.PathLike[str], model: Model, *, inner: Inner = "auto") -
         found = {glob: Pattern.parse(text) for glob, text in meta["overrides"].items()}
         config = replace(config, overrides=tuple(found.items()))
         packed = {name: _packed(name, p, tensors) for name, p in meta["packed"].items()}
+        for name in [name for name, each in packed.items() if each.family.opaque]:
+            tensors[name] = packed.pop(name).dense()  # packed anew at the first call
         decisions = {plain["weight"]: _decision(plain) for plain in meta["decisions"]}
         tensors.update({alias: tensors[name] for alias, name in meta["aliases"].items()})
-    except (KeyError, TypeError, ConfigError, PatternError, PackError) as error:
+    except (KeyError, TypeError, ConfigError, PatternError, PackError, KernelError) as error:
         raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error!r}") from error
     student = copy.deepcopy(model)
     try:
@@ -176,16 +177,13 @@ def _plain_packed(packed: Packed) -> dict[str, Any]:
 
 
 def _packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
-    """A packed weight from a file, which a kernel may trust only after ``check``."""
+    """A packed weight from a file, which may be trusted only after its family's ``check``."""
     # A copy: aligned, and unlike the mapped file nobody else's to change after the check.
     data, shape = tensors.pop(name + _PACKED).clone(), tuple(plain["shape"])
-    check(data)
-    layout = layout_of(data)
-    if (layout.rows, layout.rows * layout.cols) != (shape[0], math.prod(shape)):
-        raise PackError(f"{name} is packed as {layout.rows} x {layout.cols}, not {shape}")
     kernel = Kernel(plain["kernel"], tuple(plain["layout"]), tuple(plain["tile"]))
+    dtype = family_of(kernel.name).check(data, shape)
     form = Form(Pattern.parse(plain["pattern"]), None, kernel.untiled)
-    return Packed(form, kernel, shape, layout.dtype, data)
+    return Packed(form, kernel, shape, dtype, data)
 
 
 def _plain(decision: Decision) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from ..errors import KernelError
 from .cpu.family import CpuFamily
+from .cuda.semi import SemiFamily
 from .family import Family
 
-FAMILIES: tuple[Family, ...] = (CpuFamily(),)
+FAMILIES: tuple[Family, ...] = (CpuFamily(), SemiFamily())
 
 
 def families_of(device: str) -> tuple[Family, ...]:
@@ -14,5 +16,8 @@ def families_of(device: str) -> tuple[Family, ...]:
 
 
 def family_of(kernel: str) -> Family:
-    """The family of a kernel, by its name."""
-    return next(family for family in FAMILIES if kernel in family.names)
+    """The family of a kernel, by its name. Raises KernelError for a name that is none's."""
+    for family in FAMILIES:
+        if kernel in family.names:
+            return family
+    raise KernelError(f"no kernel is called {kernel!r}")

@@ -69,10 +69,18 @@ class Form:
 
 
 class Family(ABC):
-    """The kernels of one device that read one packed format."""
+    """The kernels of one device that read one packed format.
+
+    ``inexact``: what its kernels do to numbers beyond the model's dtype, as a phrase; "" for
+    nothing. Others run only where pinned by name, and the dense weight stays beside their form.
+    ``opaque``: whether the packed form means nothing on another machine, so that files hold what
+    ``portable`` gives.
+    """
 
     device: str
     names: tuple[str, ...]
+    inexact: str = ""
+    opaque: bool = False
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -93,6 +101,17 @@ class Family(ABC):
     @abstractmethod
     def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
         """The masked dense weight of that shape, to the bit."""
+
+    @abstractmethod
+    def check(self, packed: Tensor, shape: tuple[int, ...]) -> torch.dtype:
+        """The dtype of a packed weight from a file, as ``portable`` gives it, on the CPU.
+
+        Raises PackError unless it is one of that shape that may be run or unpacked.
+        """
+
+    def portable(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
+        """The packed weight as files hold it, on the CPU: ``check`` takes it, and ``unpack``."""
+        return packed.cpu()
 
     @abstractmethod
     def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:

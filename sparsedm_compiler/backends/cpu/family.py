@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from functools import cache
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import PackError
 from ...pattern import Pattern
 from ..family import Call, Family, Form, Kernel, Work
 from .engine import engine
 from .library import unavailable, version
 from .ops import dense_weight, nm_conv2d_op, nm_linear_op
 from .pack import pack
-from .packed import refusal
+from .packed import check, layout_of, refusal
 
 
 class CpuFamily(Family):
@@ -53,6 +55,13 @@ class CpuFamily(Family):
 
     def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
         return dense_weight(packed, shape[2:])
+
+    def check(self, packed: Tensor, shape: tuple[int, ...]) -> torch.dtype:
+        check(packed)
+        layout = layout_of(packed)
+        if (layout.rows, layout.rows * layout.cols) != (shape[0], math.prod(shape)):
+            raise PackError(f"it is packed as {layout.rows} x {layout.cols}, not {shape}")
+        return layout.dtype
 
     def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
         if not work.kernel:

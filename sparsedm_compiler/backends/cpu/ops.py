@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import KernelError, PackError
+from ..matrix import from_matrix
 from ..register import ACTS, activate, fake_linear, is_channels_last, like, register
 from .call import Call
 from .engine import ENGINES, engine
@@ -115,10 +116,7 @@ def reference_conv2d(
 
 def dense_weight(packed: Tensor, kernel: Sequence[int]) -> Tensor:
     """The masked dense weight of a conv, [rows, channels, kh, kw]; kernel () is for Linear."""
-    weight = unpack(packed)
-    if not kernel:
-        return weight
-    return weight.view(weight.shape[0], *kernel, -1).permute(0, 3, 1, 2).contiguous()
+    return from_matrix(unpack(packed), kernel)
 
 
 def _plain_bias(bias: Tensor | None, rows: int) -> Tensor | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...errors import KernelError, PackError
 from ...pattern import Pattern
+from ..matrix import matrix
 from .library import library
 from .packed import empty, plan, refusal
 
@@ -36,10 +37,3 @@ def pack(
     if library().sdm_pack(weight.data_ptr(), mask.data_ptr(), packed.data_ptr()) != 0:
         raise KernelError("packing a weight ran out of memory")
     return packed
-
-
-def matrix(weight: Tensor) -> Tensor:
-    """[rows, cols], contiguous; the channels of every tap of a kernel lie side by side."""
-    if weight.dim() == 4:
-        weight = weight.permute(0, 2, 3, 1)
-    return weight.flatten(1).contiguous()

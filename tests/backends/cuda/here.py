@@ -1,0 +1,41 @@
+"""The CUDA families on CPU tensors: their references run what a card would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler import choose, folding, measuring
+from sparsedm_compiler.backends.cuda.semi import SemiFamily
+from sparsedm_compiler.backends.families import FAMILIES
+from sparsedm_compiler.masks import kept, nm_mask
+
+ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""Absolute and relative: a few layers, each rounded once to 8 or 11 bits."""
+
+
+def semi_on_cpu(patch: pytest.MonkeyPatch, **attributes: Any) -> None:
+    """Let the families of cuSPARSELt, and no other, run the weights of CPU models."""
+    found = tuple(family for family in FAMILIES if isinstance(family, SemiFamily))
+    for module in (choose, measuring, folding):
+        patch.setattr(module, "families_of", lambda device: found if device == "cpu" else ())
+    for name, value in {"unavailable": lambda self: None, **attributes}.items():
+        for kind in {type(family) for family in found}:
+            patch.setattr(kind, name, value)
+
+
+def pruned(shape: tuple[int, ...], pattern: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(masked weight, mask), small enough that sums over it keep their digits."""
+    torch.manual_seed(sum(shape))
+    weight = (torch.randn(shape) / 8).to(dtype)
+    mask = nm_mask(weight, pattern)
+    return kept(weight, mask), mask
+
+
+def kernels_of(model: nn.Module) -> dict[str, str]:
+    """The kernel of every folded weight."""
+    return {choice.weight: choice.kernel for choice in sdm.explain(model).choices}
