@@ -13,7 +13,7 @@ from .pattern import Pattern
 
 MODES = ("train", "infer")
 POLICIES = ("structural", "uvit", "all")
-SPARSE_KERNELS = ("cpu_free", "cpu_shared", "cpu_wide", "cuda_semi")
+SPARSE_KERNELS = ("cpu_free", "cpu_shared", "cpu_wide", "cuda_semi", "cuda_vnm")
 KERNELS = ("auto", "dense", "sparse", *SPARSE_KERNELS)
 """What may run a folded weight: the fastest measured, dense, any sparse kernel, or one of them."""
 

@@ -181,8 +181,8 @@ def _packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Pac
     # A copy: aligned, and unlike the mapped file nobody else's to change after the check.
     data, shape = tensors.pop(name + _PACKED).clone(), tuple(plain["shape"])
     kernel = Kernel(plain["kernel"], tuple(plain["layout"]), tuple(plain["tile"]))
-    dtype = family_of(kernel.name).check(data, shape)
     form = Form(Pattern.parse(plain["pattern"]), None, kernel.untiled)
+    dtype = family_of(kernel.name).check(data, shape, form)
     return Packed(form, kernel, shape, dtype, data)
 
 

@@ -25,14 +25,26 @@ ROUNDING = {"train": 0.0, "infer": 0.0, "sparse": 2e-5}
 
 
 def brute_mask(weight: Tensor, pattern: str | Pattern) -> Tensor:
-    """The n:m mask by a stable sort of every group; shares no code with the package."""
+    """The mask of any pattern by stable sorts of every group; shares no code with the package."""
     parsed = Pattern.parse(pattern)
-    assert parsed.rows == 1
-    scores = weight.detach().abs().movedim(1, -1)
-    groups = scores.reshape(-1, parsed.m)
+    scores = weight.detach().abs()
+    if parsed.rows == 1:
+        return _largest(scores, parsed.n, parsed.m)
+    energy = scores.float().square().unflatten(0, (-1, parsed.rows)).sum(1)
+    chosen = _largest(energy, 4 if parsed.vnm else parsed.n, parsed.m)
+    shared = chosen.repeat_interleave(parsed.rows, 0)
+    if not parsed.vnm:
+        return shared
+    return _largest(scores.masked_fill(~shared, -1), parsed.n, parsed.m)
+
+
+def _largest(scores: Tensor, n: int, m: int) -> Tensor:
+    """True for the n largest of every m along dim 1, the first of equal ones."""
+    last = scores.movedim(1, -1)
+    groups = last.reshape(-1, m)
     order = groups.sort(dim=-1, descending=True, stable=True).indices
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, : parsed.n], True)
-    return mask.reshape(scores.shape).movedim(-1, 1)
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True)
+    return mask.reshape(last.shape).movedim(-1, 1)
 
 
 def hand_masked(model: nn.Module, patterns: Mapping[str, str | Pattern]) -> nn.Module:

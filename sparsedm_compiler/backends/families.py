@@ -5,13 +5,15 @@ from __future__ import annotations
 from ..errors import KernelError
 from .cpu.family import CpuFamily
 from .cuda.semi import SemiFamily
+from .cuda.vnm_family import VnmFamily
 from .family import Family
 
-FAMILIES: tuple[Family, ...] = (CpuFamily(), SemiFamily())
+FAMILIES: tuple[Family, ...] = (CpuFamily(), VnmFamily(), SemiFamily())
+"""In the order to try them: those for fewer patterns, which gain more, first."""
 
 
 def families_of(device: str) -> tuple[Family, ...]:
-    """The families for tensors of a device type ("cpu", "cuda"), in the order to try them."""
+    """The families for tensors of a device type ("cpu", "cuda")."""
     return tuple(family for family in FAMILIES if family.device == device)
 
 

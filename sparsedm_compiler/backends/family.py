@@ -103,7 +103,7 @@ class Family(ABC):
         """The masked dense weight of that shape, to the bit."""
 
     @abstractmethod
-    def check(self, packed: Tensor, shape: tuple[int, ...]) -> torch.dtype:
+    def check(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> torch.dtype:
         """The dtype of a packed weight from a file, as ``portable`` gives it, on the CPU.
 
         Raises PackError unless it is one of that shape that may be run or unpacked.

@@ -56,7 +56,7 @@ class CpuFamily(Family):
     def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
         return dense_weight(packed, shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...]) -> torch.dtype:
+    def check(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> torch.dtype:
         check(packed)
         layout = layout_of(packed)
         if (layout.rows, layout.rows * layout.cols) != (shape[0], math.prod(shape)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -111,6 +112,12 @@ def turn_build(dtype: torch.dtype) -> Build:
 def source() -> str:
     """What is compiled for a GPU."""
     return (HERE / "device.cuh").read_text() + (HERE / "vnm.cu").read_text()
+
+
+@cache
+def version() -> str:
+    """A hash of the source: measurements of another one do not count."""
+    return hashlib.sha256(source().encode()).hexdigest()[:16]
 
 
 def on_device(device: torch.device) -> Launch:

@@ -60,7 +60,7 @@ class SemiFamily(Family):
     def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
         return from_matrix(dense24(packed, shape[0], math.prod(shape[1:])), shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...]) -> torch.dtype:
+    def check(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> torch.dtype:
         dtype, rows, cols = stated24(packed)
         if (rows, rows * cols) != (shape[0], math.prod(shape)):
             raise PackError(f"it is packed as {rows} x {cols}, not {shape}")

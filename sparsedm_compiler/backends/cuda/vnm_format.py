@@ -25,6 +25,8 @@ from ...pattern import VNM_COLUMNS, Pattern
 GROUPS = 8
 """Groups of m columns in a step."""
 
+TYPES = (torch.float16, torch.bfloat16)
+
 _TILE = 16  # rows that one instruction multiplies
 _WIDEST = 32
 
@@ -60,7 +62,7 @@ def refusal(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str |
         return f"{pattern} is not V:n:m, which needs 4 shared columns of every m, e.g. '64:2:8'"
     if pattern.n > 2:
         return f"{pattern} keeps {pattern.n} of 4 columns, sparse tensor cores multiply 2"
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in TYPES:
         return f"no V:n:m kernel for {str(dtype).removeprefix('torch.')}, only for half precision"
     if pattern.rows % _TILE:
         return f"{pattern.rows} rows that share columns are not a multiple of {_TILE}"
@@ -101,24 +103,50 @@ def pack(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
 
 def unpack(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.dtype) -> Tensor:
     """[rows, cols]: the masked dense weight, to the bit. Raises PackError for other bytes."""
+    layout = _sized(packed, rows, cols, pattern)
+    steps, groups = layout.steps, cols // pattern.m
+    values = packed[: layout.meta].view(dtype).view(-1, steps, 8, 4, 2, 2, 2)
+    values = values.permute(0, 5, 2, 1, 4, 3, 6).reshape(rows, steps * GROUPS, 2)[:, :groups]
+    places = _places(packed, layout)[:, :groups]
+    columns = _columns(packed, layout).view(-1, steps * GROUPS, VNM_COLUMNS)[:, :groups]
+    columns = columns % pattern.m
+    where = columns.repeat_interleave(pattern.rows, 0).gather(2, places)
+    dense = torch.zeros(rows, groups, pattern.m, dtype=dtype, device=packed.device)
+    return dense.scatter_(2, where, values).view(rows, cols)
+
+
+def check(packed: Tensor, rows: int, cols: int, pattern: Pattern) -> None:
+    """Raise PackError unless the kernel can run these bytes, from wherever, within their bounds."""
+    layout = _sized(packed, rows, cols, pattern)
+    columns, places = _columns(packed, layout), _places(packed, layout)
+    begin = pattern.m * torch.arange(GROUPS).repeat_interleave(VNM_COLUMNS)
+    inside = (columns >= begin) & (columns < begin + pattern.m)
+    if not bool(inside.all()) or not bool((places[..., 0] < places[..., 1]).all()):
+        raise PackError("the packed weight points outside of its columns")
+
+
+def _sized(packed: Tensor, rows: int, cols: int, pattern: Pattern) -> Layout:
     layout = Layout(rows, cols, pattern)
     if packed.dtype is not torch.uint8 or packed.shape != (layout.size,):
         raise PackError(
             f"{tuple(packed.shape)} of {packed.dtype} is no weight of {rows} x {cols} packed to "
             f"{pattern}, which takes {layout.size} bytes"
         )
-    steps, groups = layout.steps, cols // pattern.m
-    values = packed[: layout.meta].view(dtype).view(-1, steps, 8, 4, 2, 2, 2)
-    values = values.permute(0, 5, 2, 1, 4, 3, 6).reshape(rows, steps * GROUPS, 2)[:, :groups]
-    meta = packed[layout.meta : layout.columns].view(torch.int16).view(-1, steps, 8, 2, 2)
-    halves = meta.permute(0, 4, 2, 1, 3).reshape(rows, steps * 2, 1, 1).int()
+    return layout
+
+
+def _places(packed: Tensor, layout: Layout) -> Tensor:
+    """[rows, steps * 8, 2]: which of a group's 4 columns a row keeps."""
+    meta = packed[layout.meta : layout.columns].view(torch.int16).view(-1, layout.steps, 8, 2, 2)
+    halves = meta.permute(0, 4, 2, 1, 3).reshape(layout.rows, layout.steps * 2, 1, 1).int()
     shifts = torch.arange(0, 16, 2, device=packed.device, dtype=torch.int32).view(4, 2)
-    places = ((halves >> shifts) & 3).view(rows, -1, 2)[:, :groups].long()
-    columns = packed[layout.columns :].view(torch.int16).view(-1, steps * GROUPS, VNM_COLUMNS)
-    columns = columns[:, :groups].long() % pattern.m
-    where = columns.repeat_interleave(pattern.rows, 0).gather(2, places)
-    dense = torch.zeros(rows, groups, pattern.m, dtype=dtype, device=packed.device)
-    return dense.scatter_(2, where, values).view(rows, cols)
+    return ((halves >> shifts) & 3).view(layout.rows, -1, 2).long()
+
+
+def _columns(packed: Tensor, layout: Layout) -> Tensor:
+    """[rows / V, steps, 32]: which columns of a step a block gathers."""
+    columns = packed[layout.columns :].view(torch.int16)
+    return columns.view(-1, layout.steps, GROUPS * VNM_COLUMNS).long()
 
 
 def _first(marks: Tensor, count: int, pattern: Pattern) -> Tensor:

@@ -12,20 +12,26 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler import choose, folding, measuring
 from sparsedm_compiler.backends.cuda.semi import SemiFamily
 from sparsedm_compiler.backends.families import FAMILIES
+from sparsedm_compiler.backends.family import Family
 from sparsedm_compiler.masks import kept, nm_mask
 
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Absolute and relative: a few layers, each rounded once to 8 or 11 bits."""
 
 
+def on_cpu(patch: pytest.MonkeyPatch, kind: type[Family] = Family, **attributes: Any) -> None:
+    """Let the CUDA families of a kind, and no other, run the weights of CPU models."""
+    families = tuple(each for each in FAMILIES if each.device == "cuda" and isinstance(each, kind))
+    for module in (choose, measuring, folding):
+        patch.setattr(module, "families_of", lambda device: families if device == "cpu" else ())
+    for name, value in {"unavailable": lambda self: None, **attributes}.items():
+        for each in {type(family) for family in families}:
+            patch.setattr(each, name, value)
+
+
 def semi_on_cpu(patch: pytest.MonkeyPatch, **attributes: Any) -> None:
     """Let the families of cuSPARSELt, and no other, run the weights of CPU models."""
-    found = tuple(family for family in FAMILIES if isinstance(family, SemiFamily))
-    for module in (choose, measuring, folding):
-        patch.setattr(module, "families_of", lambda device: found if device == "cpu" else ())
-    for name, value in {"unavailable": lambda self: None, **attributes}.items():
-        for kind in {type(family) for family in found}:
-            patch.setattr(kind, name, value)
+    on_cpu(patch, SemiFamily, **attributes)
 
 
 def pruned(shape: tuple[int, ...], pattern: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,102 @@
+"""The V:n:m kernels as a family."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import PackError
+from ...pattern import Pattern
+from ..family import Call, Family, Form, Kernel, Work
+from ..matrix import from_matrix, matrix
+from .conv import conv_as_linear
+from .launch import Tile, version
+from .nvrtc import unavailable
+from .support import card, no_nvrtc, no_tensor_cores
+from .vnm import How, vnm_linear_op, warp_rows
+from .vnm_format import TYPES, check, pack, refusal, unpack
+
+TILES = (
+    (64, 4, 2),
+    (64, 2, 4),
+    (64, 2, 2),
+    (32, 4, 2),
+    (32, 2, 2),
+    (32, 4, 1),
+)
+"""(tokens of a warp, warps over rows, warps over tokens): large ones for large products."""
+
+_STAGES = (4, 3, 2)
+_PLENTY = 227 * 1024  # bytes of shared memory of an H100's block
+
+vnm_conv2d = conv_as_linear(vnm_linear_op)
+
+
+class VnmFamily(Family):
+    """Kernels for V:n:m weights in half precision.
+
+    Layout of a Kernel: (place of the dtype in TYPES). Tile: (tokens of a warp, warps over rows,
+    warps over tokens, stages).
+    """
+
+    device = "cuda"
+    names = ("cuda_vnm",)
+
+    def unavailable(self) -> str | None:
+        here = card()
+        return no_tensor_cores(here) or no_nvrtc(here) or unavailable()
+
+    def refusal(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
+        return refusal(pattern, rows, cols, dtype)
+
+    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[Kernel, ...]:
+        here, layout = card(), (TYPES.index(dtype),)
+        room = _PLENTY if here is None else here.shared_bytes
+        found = []
+        for tile in TILES:
+            stages = deepest(pattern, tile, room)
+            if stages:
+                found.append(Kernel("cuda_vnm", layout, (*tile, stages)))
+        return tuple(found)
+
+    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: Kernel) -> Tensor:
+        return pack(matrix(weight.detach()), matrix(mask), pattern)
+
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
+        size, dtype = (shape[0], math.prod(shape[1:])), _dtype(form)
+        return from_matrix(unpack(packed, *size, form.pattern, dtype), shape[2:])
+
+    def check(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> torch.dtype:
+        size, dtype = (shape[0], math.prod(shape[1:])), _dtype(form)
+        why = refusal(form.pattern, *size, dtype)
+        if why is not None:
+            raise PackError(f"no weight of {list(shape)} is packed to {form.pattern}: {why}")
+        check(packed, *size, form.pattern)
+        return dtype
+
+    def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
+        pattern = form.pattern
+        how = [*How(pattern.n, pattern.m, pattern.rows, *tile)]
+        if not work.kernel:
+            return vnm_linear_op, (work.act, how)
+        geometry = (work.kernel, work.stride, work.padding, work.dilation)
+        return vnm_conv2d, (*map(list, geometry), work.act, how)
+
+    def machine(self) -> tuple[Any, ...]:
+        return card(), torch.__version__, version()
+
+
+def _dtype(form: Form) -> torch.dtype:
+    """Of the values that a form holds."""
+    assert form.kernel is not None
+    (place,) = form.kernel.layout
+    return TYPES[place]
+
+
+def deepest(pattern: Pattern, tile: tuple[int, int, int], room: int) -> int:
+    """The most stages of which a tile fits into ``room`` bytes of shared memory; 0 if none does."""
+    sizes = {deep: Tile(warp_rows(pattern.rows), *tile, deep) for deep in _STAGES}
+    return next((deep for deep, each in sizes.items() if each.shared(pattern.m) <= room), 0)

@@ -1,0 +1,197 @@
+"""Law 1 where CUDA kernels run the weights: the same model, whatever is done to it.
+
+Every test runs twice: on the CPU, where the families' references stand in for the kernels, and on
+a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler.models.uvit import UViT
+from tests.backends.cuda.here import kernels_of, on_cpu
+from tests.oracle import assert_gradients, assert_same, hand_masked, masked_patterns, oracle_of
+
+BF16 = torch.bfloat16
+KERNELS = {"2:4": "cuda_semi", "64:2:8": "cuda_vnm", "16:1:8": "cuda_vnm"}
+CLOSE = 0.05
+"""Of outputs near 1 after a dozen layers in bfloat16."""
+
+patterns = pytest.mark.parametrize("pattern", KERNELS)
+inners = pytest.mark.parametrize("inner", ["eager", "inductor", "inductor-graphs"])
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu":
+        on_cpu(monkeypatch)
+    name: str = request.param
+    return name
+
+
+class Convs(nn.Module):
+    """A convolution, then layers of images as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, 64, 3, padding=1), nn.Conv2d(64, 4, 3, padding=1)
+        self.wide, self.point = nn.Conv2d(64, 64, 3, padding=1, stride=2), nn.Conv2d(64, 64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.nn.functional.silu(self.point(self.wide(self.first(x)))))
+
+
+def uvit(device: str, dtype: torch.dtype = BF16) -> nn.Module:
+    torch.manual_seed(0)
+    net = UViT(img_size=8, patch_size=2, embed_dim=64, depth=2, num_heads=2, num_classes=5)
+    return net.to(device, dtype).eval()
+
+
+def call(device: str, batch: int = 2, dtype: torch.dtype = BF16) -> tuple[Tensor, ...]:
+    torch.manual_seed(batch)
+    x, t = torch.randn(batch, 3, 8, 8), torch.linspace(0.1, 0.9, batch)
+    return x.to(device, dtype), t.to(device, dtype), torch.arange(batch, device=device) % 5
+
+
+def fast_of(model: nn.Module, pattern: str, inner: str = "eager", **options: Any) -> nn.Module:
+    options = {"kernels": {"*": "sparse"}, **options}
+    return sdm.compile(model, pattern, mode="infer", inner=inner, **options)
+
+
+@torch.no_grad()
+def check(fast: nn.Module, *inputs: Tensor) -> Tensor:
+    """It gives its oracle's output, which is not the dense model's."""
+    out = fast(*inputs).clone()
+    assert_same(out, oracle_of(fast)(*inputs), tolerance=CLOSE)
+    dense = hand_masked(fast, {})(*inputs)
+    assert (out - dense).abs().max() > 4 * (out - oracle_of(fast)(*inputs)).abs().max()
+    return out
+
+
+@patterns
+@inners
+def test_every_batch(device: str, pattern: str, inner: str) -> None:
+    fast = fast_of(uvit(device), pattern, inner)
+    for batch in (1, 2, 3, 2):
+        for _ in range(3):  # CUDA graphs: warm, record, replay
+            check(fast, *call(device, batch))
+    kernels = [*kernels_of(fast).values()]
+    assert kernels.count(KERNELS[pattern]) >= 8
+    assert set(kernels) <= {"dense", KERNELS[pattern]}
+
+
+@patterns
+@inners
+def test_images_of_every_size_and_layout(device: str, pattern: str, inner: str) -> None:
+    torch.manual_seed(0)
+    fast = fast_of(Convs().to(device, BF16), pattern, inner)
+    for size in (8, 9, 12):
+        for form in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 4, size, size).to(device, BF16).contiguous(memory_format=form)
+            check(fast, x)
+    assert KERNELS[pattern] in kernels_of(fast).values()
+
+
+@patterns
+def test_copies_updates_and_hooks(device: str, pattern: str) -> None:
+    fast, inputs = fast_of(uvit(device), pattern), call(device)
+    before = check(fast, *inputs)
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(fast), torch.load(file, weights_only=False)):
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(1.2).roll(1)
+        check(twin, *inputs)
+        assert masked_patterns(twin) == masked_patterns(fast)
+    name = next(iter(masked_patterns(fast))).rpartition(".")[0]
+    handle = fast.get_submodule(name).register_forward_hook(lambda m, args, out: out * 2)
+    assert not torch.equal(fast(*inputs), before)
+    handle.remove()
+    assert_same(fast(*inputs), before)
+
+
+@patterns
+def test_an_outer_compiler_runs_it(device: str, pattern: str) -> None:
+    fast, inputs = fast_of(uvit(device), pattern), call(device)
+    expected = check(fast, *inputs)
+    with torch.no_grad():
+        assert_same(torch.compile(fast, backend="eager")(*inputs), expected)
+
+
+@patterns
+def test_autocast_and_casts(device: str, pattern: str) -> None:
+    fast = fast_of(uvit(device, torch.float32), pattern)
+    inputs = call(device, dtype=torch.float32)
+    with torch.autocast(device, BF16):
+        check(fast, *inputs)
+    assert KERNELS[pattern] in kernels_of(fast).values()
+    fast.to(torch.float16)
+    check(fast, *call(device, dtype=torch.float16))
+    assert {parameter.dtype for parameter in fast.parameters()} == {torch.float16}
+
+
+@patterns
+def test_finalized_saved_and_loaded(device: str, pattern: str, tmp_path: Path) -> None:
+    plain, fast = fast_of(uvit(device), pattern), fast_of(uvit(device), pattern, finalize=True)
+    inputs = call(device)
+    expected = check(plain, *inputs)
+    for _ in range(2):
+        assert_same(fast(*inputs), expected)
+    name = next(choice.weight for choice in sdm.explain(fast).choices if choice.kernel != "dense")
+    assert fast.get_parameter(name).untyped_storage().nbytes() == 2
+    for key, tensor in oracle_of(plain).state_dict().items():
+        assert_same(fast.state_dict()[key], tensor)
+    sdm.save(fast, tmp_path / "file")
+    loaded = sdm.load(tmp_path / "file", uvit(device), inner="eager")
+    for _ in range(2):
+        assert_same(loaded(*inputs), expected)
+    assert loaded.get_parameter(name).untyped_storage().nbytes() == 2
+
+
+@patterns
+def test_training_reaches_every_weight(device: str, pattern: str) -> None:
+    student = sdm.compile(uvit(device, torch.float32), pattern, inner="eager")
+    inputs = call(device, dtype=torch.float32)
+    student(*inputs)
+    assert_gradients(student, oracle_of(student), (inputs, {}), tolerance=1e-4)
+
+
+@patterns
+def test_what_would_run_dense_raises(device: str, pattern: str) -> None:
+    fast, inputs = fast_of(uvit(device), pattern), call(device)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(sdm.DenseRunError):
+        fast(*inputs)
+    check(fast, *inputs)
+
+
+@patterns
+def test_measured_choices_have_their_times(device: str, pattern: str) -> None:
+    fast, inputs = fast_of(uvit(device), pattern, kernels={}), call(device)
+    check(fast, *inputs)
+    choices = sdm.explain(fast).choices
+    measured = [choice for choice in choices if choice.dense_ms is not None]
+    assert len(measured) >= 8
+    for choice in measured:
+        assert choice.sparse_ms is not None
+        assert (choice.kernel == "dense") == (choice.sparse_ms >= 0.96 * choice.dense_ms)
