@@ -26,7 +26,14 @@ CLOSE = 0.05
 """Of outputs near 1 after a dozen layers in bfloat16."""
 
 patterns = pytest.mark.parametrize("pattern", KERNELS)
-inners = pytest.mark.parametrize("inner", ["eager", "inductor", "inductor-graphs"])
+ways = pytest.mark.parametrize(
+    ("pattern", "inner"),
+    [
+        *((pattern, "eager") for pattern in KERNELS),
+        ("64:2:8", "inductor"),
+        ("2:4", "inductor-graphs"),
+    ],
+)
 
 
 @pytest.fixture(
@@ -87,11 +94,10 @@ def check(fast: nn.Module, *inputs: Tensor) -> Tensor:
     return out
 
 
-@patterns
-@inners
+@ways
 def test_every_batch(device: str, pattern: str, inner: str) -> None:
     fast = fast_of(uvit(device), pattern, inner)
-    for batch in (1, 2, 3, 2):
+    for batch in (1, 2, 3):
         for _ in range(3):  # CUDA graphs: warm, record, replay
             check(fast, *call(device, batch))
     kernels = [*kernels_of(fast).values()]
@@ -99,12 +105,11 @@ def test_every_batch(device: str, pattern: str, inner: str) -> None:
     assert set(kernels) <= {"dense", KERNELS[pattern]}
 
 
-@patterns
-@inners
+@ways
 def test_images_of_every_size_and_layout(device: str, pattern: str, inner: str) -> None:
     torch.manual_seed(0)
     fast = fast_of(Convs().to(device, BF16), pattern, inner)
-    for size in (8, 9, 12):
+    for size in (8, 11):
         for form in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, 4, size, size).to(device, BF16).contiguous(memory_format=form)
             check(fast, x)
