@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
+from tests.mask_cases import brute_tiles
 from tests.zoo import sample_of
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -25,9 +26,14 @@ ROUNDING = {"train": 0.0, "infer": 0.0, "sparse": 2e-5}
 
 
 def brute_mask(weight: Tensor, pattern: str | Pattern) -> Tensor:
-    """The n:m mask by a stable sort of every group; shares no code with the package."""
+    """The n:m mask by a stable sort of every group; shares no code with the package.
+
+    Of a transposable pattern: by trying all masks of every tile.
+    """
     parsed = Pattern.parse(pattern)
     assert parsed.rows == 1
+    if parsed.transposable:
+        return brute_tiles(weight, parsed.n)
     scores = weight.detach().abs().movedim(1, -1)
     groups = scores.reshape(-1, parsed.m)
     order = groups.sort(dim=-1, descending=True, stable=True).indices
