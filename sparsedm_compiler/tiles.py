@@ -31,11 +31,12 @@ def select_tiles(weight: Tensor, n: int) -> Tensor:
 
     weight: [out, in] or [out, in, *kernel]; tiles lie over (out, in) at every kernel position.
     Magnitudes are counted in whole units: 2^27 of them (2^58 in float64) make the power of two
-    above the tile's largest, what is below one unit counts as one, zero as none. So a float32
-    within 2^-3 of the largest counts exactly, sums are exact in any order, and every device finds
-    the same mask, also of the weight masked already. Of equal sums the first wins: by the choices
-    of the upper two rows, lowest columns first, then of the lower two, then by their order. NaN
-    and Inf count as the same, above every number of their tile.
+    above the tile's largest; what is less than one unit counts as one, zero as none. So a float32
+    of at least an eighth of the largest counts exactly and others to one unit, sums are exact in
+    any order, every device finds the same mask, and a weight whose zeros fit a legal mask keeps
+    all it has. Of equal sums the first wins: by the choices of the upper two rows, lowest columns
+    first, then of the lower two, then by their order. NaN and Inf count as the same, above every
+    number of their tile.
     """
     mask = torch.empty_like(weight, dtype=torch.bool)
     if weight.numel() == 0:
@@ -72,11 +73,13 @@ def _units(magnitudes: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What is added to what: places in the lanes [.., tiles] of the step before.
+    """What is added to what: places among the sums of the step before.
 
-    ``columns``: for each of the 4 rows, the columns of each choice. ``straight``, ``crossed``: for
-    each half of a tile and two choices, the first for its upper row or for its lower one.
-    ``halves``: the two halves of a lane. ``masks``: of every lane, with either half crossed.
+    ``columns``: for each row of a tile and each choice of n columns, the columns. ``straight``: for
+    each half of a tile (two rows) and each pair of choices, the first in the upper row, the second
+    in the lower; ``crossed``: the other way round. ``halves``: for each lane, two halves whose
+    columns add up. ``order``: the number of each lane. ``masks``: of each lane, with the upper and
+    the lower half straight or crossed.
     """
 
     columns: tuple[Tensor, ...]
