@@ -38,7 +38,7 @@ class Pattern:
     >>> Pattern.parse("1:8").density
     Fraction(1, 8)
     >>> Pattern.parse("64:2:8")
-    Pattern(n=2, m=8, rows=64, vnm=True)
+    Pattern(n=2, m=8, rows=64, vnm=True, transposable=False)
     >>> str(Pattern.parse("1:8x16"))
     '1:8x16'
     """

@@ -20,8 +20,9 @@ from .selection import KEYS
 _FORMATS = {torch.float32: (23, 127, 27), torch.float64: (52, 1023, 58)}
 """Bits of the fraction, bias of the exponent, and of units: sums of 12 must not overflow."""
 
-_CACHED, _AT_ONCE = 1 << 12, 1 << 17
-"""Tiles a core or an accelerator is given at a time: they take 1 kB each (benchmarks/masks.py)."""
+_CACHED, _AT_ONCE = 1 << 11, 1 << 17
+"""Tiles that a CPU or an accelerator is given at a time, 1 kB each. Of more on a CPU, the allocator
+returns the pages to the system at every step, which can triple the time (benchmarks/masks.py)."""
 
 Pair = tuple[int, int]
 
@@ -42,7 +43,7 @@ def select_tiles(weight: Tensor, n: int) -> Tensor:
     if weight.numel() == 0:
         return mask
     plan = _plan(n, weight.device)
-    size = _CACHED * torch.get_num_threads() if weight.device.type == "cpu" else _AT_ONCE
+    size = _CACHED if weight.device.type == "cpu" else _AT_ONCE
     step = max(1, size * TILE * TILE // weight[:TILE].numel()) * TILE
     for part, marked in zip(torch.split(weight, step), torch.split(mask, step), strict=True):
         tiles = _tiled(part)
