@@ -21,7 +21,7 @@ from sparsedm_compiler.evaluate.timing import interleaved, machine, ratio, sprea
 from sparsedm_compiler.masks import unchecked_nm_mask
 from sparsedm_compiler.pattern import Pattern
 
-COARSE = ["1:8x16", "64:2:8"]
+COARSE = ["2:4t", "1:8x16", "64:2:8"]
 PATTERNS = ["31:32", "3:4", "2:4", "1:4", "2:8", "1:8", "1:16", "1:32", "16:32", *COARSE]
 SHAPES = {"linear": (2048, 512), "conv": (256, 256, 3, 3)}
 

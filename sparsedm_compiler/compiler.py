@@ -72,13 +72,14 @@ def compile(
 
     The copy has the same class, config and state_dict keys; its parameters stay dense ("latent")
     and are masked afresh in every forward, with a straight-through gradient (``mode="train"``), or
-    masked once (``mode="infer"``). ``pattern``: "n:m" keeps n of m, "1:8x16" shares masks among
-    rows, "64:2:8" is V:n:m; left out in mode "infer", weights that already satisfy an N:M pattern
-    run by it and all others dense. ``keep_dense``: names or globs of layers, or a predicate over
-    parameter names. ``overrides``: {glob: pattern}, the first match wins. ``policy``: "structural"
-    keeps the first and last op dense, "all" does not, "uvit" prunes what the paper prunes.
-    ``inplace``: change ``model`` itself. ``inner``: what compiles the rewritten graph, any
-    torch.compile backend ("auto": Inductor where there is a C++ compiler, else "eager").
+    masked once (``mode="infer"``). ``pattern``: "n:m" keeps n of m, "2:4t" does so in W and its
+    transpose, "1:8x16" shares masks among rows, "64:2:8" is V:n:m; left out in mode "infer",
+    weights that already satisfy an N:M pattern run by it and all others dense. ``keep_dense``:
+    names or globs of layers, or a predicate over parameter names. ``overrides``: {glob: pattern},
+    the first match wins. ``policy``: "structural" keeps the first and last op dense, "all" does
+    not, "uvit" prunes what the paper prunes. ``inplace``: change ``model`` itself. ``inner``: what
+    compiles the rewritten graph, any torch.compile backend ("auto": Inductor where there is a C++
+    compiler, else "eager").
 
     In mode "infer" every folded weight is run by the fastest of dense and the sparse kernels, as
     measured here at the first call (kept on disk; at most ``search_seconds`` per model, what is not

@@ -2,7 +2,7 @@
 
 A weight is [out, in] or [out, in, *kernel]. Groups of m consecutive input channels, for every
 output row and kernel position, keep their n weights of largest magnitude; of equal ones the lowest
-index wins, so every group keeps exactly n.
+index wins, so every group keeps exactly n. Transposable masks (n:4t) are chosen tile by tile.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .errors import MaskError, PatternError
 from .pattern import VNM_COLUMNS, Pattern
 from .selection import KEYS, select
+from .tiles import select_tiles
 
 
 def nm_mask(weight: Tensor, pattern: str | Pattern, *, name: str | None = None) -> Tensor:
@@ -49,6 +50,8 @@ def nm_mask(weight: Tensor, pattern: str | Pattern, *, name: str | None = None) 
 def unchecked_nm_mask(weight: Tensor, pattern: Pattern) -> Tensor:
     """``nm_mask`` of a weight known to fit; NaN and Inf count as the largest magnitudes."""
     weight = weight.detach()
+    if pattern.transposable:
+        return select_tiles(weight, pattern.n)
     if pattern.rows == 1 and not pattern.vnm:
         return select(weight, pattern)
     energy = _column_energy(weight, pattern.rows)

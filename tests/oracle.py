@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
+from tests.mask_cases import brute_tiles
 from tests.zoo import sample_of
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -25,8 +26,13 @@ ROUNDING = {"train": 0.0, "infer": 0.0, "sparse": 2e-5}
 
 
 def brute_mask(weight: Tensor, pattern: str | Pattern) -> Tensor:
-    """The mask of any pattern by stable sorts of every group; shares no code with the package."""
+    """The mask of any pattern by stable sorts of every group; shares no code with the package.
+
+    Of a transposable pattern: by trying all masks of every tile.
+    """
     parsed = Pattern.parse(pattern)
+    if parsed.transposable:
+        return brute_tiles(weight, parsed.n)
     scores = weight.detach().abs()
     if parsed.rows == 1:
         return _largest(scores, parsed.n, parsed.m)

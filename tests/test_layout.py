@@ -19,6 +19,7 @@ ORDER = (
     ("pattern",),
     ("cache", "config", "facts", "table", "networks", "recognise"),
     ("selection",),
+    ("tiles",),
     ("masks",),
     ("ops",),
     ("backends.register", "backends.family", "backends.matrix"),

@@ -13,7 +13,15 @@ from sparsedm_compiler import selection
 from sparsedm_compiler.errors import MaskError, PatternError
 from sparsedm_compiler.masks import dropped, kept, nm_mask, unchecked_nm_mask
 from sparsedm_compiler.pattern import Pattern
-from tests.mask_cases import DTYPES, LAYOUTS, brute, channels_last, coarse_cases, free_cases
+from tests.mask_cases import (
+    DTYPES,
+    LAYOUTS,
+    brute,
+    channels_last,
+    coarse_cases,
+    free_cases,
+    tile_cases,
+)
 from tests.oracle import brute_mask
 
 properties = settings(deadline=None, max_examples=120)
@@ -25,7 +33,7 @@ def groups_of(tensor: Tensor, m: int) -> Tensor:
 
 
 @properties
-@given(st.one_of(free_cases(), coarse_cases()))
+@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
 def test_it_is_the_brute_force_mask(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight, pattern)
@@ -34,7 +42,7 @@ def test_it_is_the_brute_force_mask(case: tuple[Tensor, Pattern]) -> None:
 
 
 @properties
-@given(st.one_of(free_cases(), coarse_cases()))
+@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
 def test_every_group_keeps_exactly_n(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     counts = groups_of(nm_mask(weight, pattern), pattern.m).sum(1)
@@ -56,7 +64,7 @@ def test_the_kept_are_the_largest_and_ties_go_to_the_lowest(case: tuple[Tensor, 
 
 
 @properties
-@given(free_cases())
+@given(st.one_of(free_cases(), tile_cases()))
 def test_masking_the_masked_changes_nothing(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     once = kept(weight, nm_mask(weight, pattern))
@@ -64,7 +72,7 @@ def test_masking_the_masked_changes_nothing(case: tuple[Tensor, Pattern]) -> Non
 
 
 @properties
-@given(st.one_of(free_cases(), coarse_cases()))
+@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
 def test_dtype_and_layout_do_not_matter(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight.double().contiguous(), pattern)
@@ -131,7 +139,8 @@ def test_a_weight_larger_than_the_cache(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["2:4", "1:4", "3:4", "1:8", "7:8", "16:32", "31:32", "2:4x2", "2:2:8"]
+    "text",
+    ["2:4", "1:4", "3:4", "1:8", "7:8", "16:32", "31:32", "2:4x2", "2:2:8", "1:4t", "2:4t", "3:4t"],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_broken_weights_still_keep_exactly_n(text: str, dtype: torch.dtype) -> None:
@@ -166,7 +175,7 @@ def test_the_way_of_accelerators_gives_the_same(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("text", [*SIZES, "1:8x16", "64:2:8"])
+@pytest.mark.parametrize("text", [*SIZES, "1:8x16", "64:2:8", "1:4t", "2:4t", "3:4t"])
 def test_a_gpu_gives_the_same(text: str) -> None:
     pattern = Pattern.parse(text)
     for dtype in DTYPES:
@@ -174,7 +183,7 @@ def test_a_gpu_gives_the_same(text: str) -> None:
         assert torch.equal(nm_mask(weight.cuda(), pattern).cpu(), nm_mask(weight, pattern))
 
 
-@pytest.mark.parametrize("text", ["2:4", "1:8x2", "2:2:8"])
+@pytest.mark.parametrize("text", ["2:4", "1:8x2", "2:2:8", "2:4t"])
 def test_meta_and_fake_tensors_give_the_shape(text: str) -> None:
     on_meta = nm_mask(torch.empty(4, 8, 3, 3, device="meta"), text)
     assert (on_meta.shape, on_meta.dtype, on_meta.is_meta) == ((4, 8, 3, 3), torch.bool, True)
@@ -184,7 +193,9 @@ def test_meta_and_fake_tensors_give_the_shape(text: str) -> None:
 
 
 def test_an_empty_weight_has_an_empty_mask() -> None:
-    assert nm_mask(torch.empty(0, 8), "2:4").shape == (0, 8)
+    for text in ("2:4", "2:4t"):
+        assert nm_mask(torch.empty(0, 8), text).shape == (0, 8)
+        assert nm_mask(torch.empty(8, 0), text).shape == (8, 0)
 
 
 def test_the_mask_of_a_parameter_is_no_part_of_its_graph() -> None:
@@ -235,6 +246,8 @@ def test_large_but_finite_weights_are_fine() -> None:
         ((8, 3, 4, 4), "2:4", "input width 3 is not a multiple of 4"),
         ((24, 8), "1:8x16", "output width 24 is not a multiple of the 16"),
         ((32, 8), "64:2:8", "output width 32 is not a multiple of the 64"),
+        ((6, 8), "2:4t", "output width 6 is not a multiple of 4"),
+        ((8, 6), "2:4t", "input width 6 is not a multiple of 4"),
     ],
 )
 def test_a_pattern_that_does_not_fit_says_why(shape: tuple[int, ...], text: str, why: str) -> None:

@@ -18,6 +18,8 @@ from sparsedm_compiler.pattern import Pattern
 def patterns(draw: st.DrawFn) -> Pattern:
     """Any legal pattern."""
     m = draw(st.integers(1, 64))
+    if draw(st.integers(0, 9)) == 0:
+        return Pattern(draw(st.integers(1, 3)), 4, transposable=True)
     if draw(st.booleans()) and m >= 4:
         return Pattern(draw(st.integers(1, 4)), m, draw(st.integers(1, 128)), vnm=True)
     return Pattern(draw(st.integers(1, m)), m, draw(st.integers(1, 128)))
@@ -41,6 +43,9 @@ def test_its_text_reads_back_as_itself(pattern: Pattern) -> None:
         ("1:8x16", Pattern(1, 8, 16)),
         ("64:2:8", Pattern(2, 8, 64, vnm=True)),
         ("1:2:4", Pattern(2, 4, 1, vnm=True)),
+        ("1:4t", Pattern(1, 4, transposable=True)),
+        ("2:4t", Pattern(2, 4, transposable=True)),
+        ("3:4t", Pattern(3, 4, transposable=True)),
     ],
 )
 def test_n_is_kept_and_m_is_the_group(text: str, expected: Pattern) -> None:
@@ -59,6 +64,24 @@ def test_what_is_no_pattern_is_refused_with_a_way_out(text: str) -> None:
         Pattern.parse(text)
 
 
+TEXTS_WITH_T = ["2:8t", "4:4t", "0:4t", "5:4t", "1:2t", "2:4tx4", "2:4x4t", "64:2:4t", "2:4tt", "t"]
+
+
+@pytest.mark.parametrize("text", TEXTS_WITH_T)
+def test_only_n_of_4_is_transposable(text: str) -> None:
+    ways = f"'{text}' is not one of '1:4t', '2:4t' and '3:4t', which alone are transposable"
+    with pytest.raises(PatternError, match=ways):
+        Pattern.parse(text)
+
+
+@pytest.mark.parametrize(
+    "options", [{"m": 8}, {"n": 4}, {"n": 0}, {"rows": 4}, {"vnm": True}], ids=str
+)
+def test_a_transposable_pattern_has_no_other_form(options: dict[str, Any]) -> None:
+    with pytest.raises(PatternError, match="which alone are transposable"):
+        Pattern(**{"n": 2, "m": 4, **options}, transposable=True)
+
+
 @pytest.mark.parametrize("value", [None, 24, 0.5, (2, 4), b"2:4"])
 def test_what_is_no_string_is_refused(value: Any) -> None:
     with pytest.raises(PatternError, match="is not a string"):
@@ -75,6 +98,7 @@ def test_density_is_exact() -> None:
     assert Pattern.parse("31:32").density == Fraction(31, 32)
     assert Pattern.parse("1:8x16").density == Fraction(1, 8)
     assert Pattern.parse("64:2:8").density == Fraction(1, 4)
+    assert Pattern.parse("3:4t").density == Fraction(3, 4)
 
 
 @settings(deadline=None)
@@ -90,6 +114,9 @@ def test_dense_means_that_nothing_is_pruned(pattern: Pattern) -> None:
         ("1:8x16", (24, 8), "output width 24 is not a multiple of the 16 shared rows"),
         ("64:2:8", (32, 8), "output width 32 is not a multiple of the 64 shared rows"),
         ("64:2:8", (64, 12), "input width 12 is not a multiple of 8"),
+        ("2:4t", (6, 8), "output width 6 is not a multiple of 4"),
+        ("2:4t", (8, 6), "input width 6 is not a multiple of 4"),
+        ("2:4t", (12, 8), None),
         ("2:4", (7, 8), None),
         ("1:8x16", (32, 16), None),
         ("64:2:8", (128, 8), None),
@@ -104,3 +131,4 @@ def test_it_is_a_frozen_value() -> None:
     with pytest.raises(FrozenInstanceError):
         pattern.n = 3  # type: ignore[misc]
     assert len({pattern, Pattern(2, 4), Pattern(2, 4, 2)}) == 2
+    assert Pattern.parse("2:4t") != pattern

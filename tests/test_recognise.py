@@ -32,6 +32,15 @@ def test_a_masked_weight_is_recognised(text: str, kernel: tuple[int, ...], seed:
     assert_same(masked * nm_mask(masked, found), masked)
 
 
+@pytest.mark.parametrize(("text", "plain"), [("1:4t", "1:4"), ("2:4t", "2:4"), ("3:4t", "3:4")])
+def test_a_transposable_mask_is_one_of_the_plain_pattern(text: str, plain: str) -> None:
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
+    masked = weight * nm_mask(weight, text)
+    for each in (masked, masked.T):
+        assert str(recognise(each)) == plain
+        assert_same(each * nm_mask(each, plain), each)
+
+
 def test_one_value_too_many_is_not_overlooked() -> None:
     weight = torch.randn(32, 128)
     weight *= nm_mask(weight, Pattern.parse("2:4"))

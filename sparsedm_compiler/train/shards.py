@@ -1,7 +1,7 @@
 """Parameters that lie in rows on several processes (FSDP2), and masks of the rows that lie here.
 
 Groups of m run along the input channels, inside a row, so a process masks its own rows alone.
-Only a mask that rows share (n:mxR, V:n:m) needs the rows of other processes.
+Only masks decided for several rows together (n:mxR, V:n:m, n:4t) need the rows of other processes.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def state_like(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[
 def mask_here(weight: Tensor, pattern: Pattern) -> Tensor:
     """The mask of ``weight``, of the rows on this process.
 
-    Where rows share masks all processes must ask at the same time.
+    Where masks are decided for several rows together, all processes must ask at the same time.
     """
-    if isinstance(weight, DTensor) and (pattern.rows > 1 or pattern.vnm):
+    if isinstance(weight, DTensor) and pattern.height > 1:
         return rows_of(unchecked_nm_mask(whole(weight.detach()), pattern), weight)
     return unchecked_nm_mask(here(weight.detach()), pattern)
 

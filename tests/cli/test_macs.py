@@ -20,8 +20,8 @@ def test_options_change_the_model(shell: Shell) -> None:
 
 
 def test_a_dry_run_builds_the_model_and_counts_nothing(shell: Shell) -> None:
-    said = shell.dry("macs", "--model", "own:net", "--pattern", "2:4", "--pattern", "1:8")
-    assert said.out.splitlines()[:-1] == ["would count own:net at 2:4, 1:8"]
+    said = shell.dry("macs", "--model", "own:net", "--pattern", "2:4t", "--pattern", "1:8")
+    assert said.out.splitlines()[:-1] == ["would count own:net at 2:4t, 1:8"]
     assert "no preset" in shell.dry("macs", "--model", "unknown").reason
     assert "policy 'mine'" in shell.dry("macs", "--model", "own:net", "--policy", "mine").reason
     assert "would print the presets" in shell.dry("macs", "--list").out

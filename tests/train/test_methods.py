@@ -45,6 +45,9 @@ def test_a_method_brings_its_options_and_explicit_ones_win() -> None:
         ("1:8x16", ["4:8x16", "2:8x16", "1:8x16"]),
         ("64:1:8", ["64:2:8", "64:1:8"]),
         ("31:32", ["31:32"]),
+        ("1:4t", ["2:4t", "1:4t"]),
+        ("2:4t", ["3:4t", "2:4t"]),
+        ("3:4t", ["3:4t"]),
     ],
 )
 def test_stages_halve_what_is_kept(pattern: str, stages: list[str]) -> None:

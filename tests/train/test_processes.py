@@ -108,7 +108,8 @@ def test_a_sharded_run_resumes(tmp_path: Path) -> None:
 
 
 def masks(rank: int, folder: Path) -> None:
-    """Masks of the rows here are the rows of the masks, also where rows share them unevenly."""
+    """Masks of the rows here are the rows of the masks, also where rows share them unevenly
+    or a tile lies on both processes."""
     model = nn.Linear(8, 12, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)))
@@ -117,7 +118,7 @@ def masks(rank: int, folder: Path) -> None:
     weight = model.weight
     assert here(weight).shape == (6, 8)
     assert torch.equal(whole(weight), full)
-    for text in ("2:4", "1:8", "2:4x4", "4:2:8"):
+    for text in ("2:4", "1:8", "2:4x4", "4:2:8", "2:4t"):
         pattern = sdm.Pattern.parse(text)
         expected = rows_of(nm_mask(full, pattern), weight)
         assert torch.equal(mask_here(weight, pattern), expected)

@@ -15,7 +15,7 @@ from sparsedm_compiler.masks import nm_mask
 
 PATTERNS = (
     *("2:4", "1:4", "1:8", "3:4", "1:16", "31:32", "2:6", "1:2"),
-    *("1:8x16", "2:4x4", "2:4x5", "1:4x6", "1:2x3", "1:4x2", "16:2:8"),
+    *("2:4t", "1:8x16", "2:4x4", "2:4x5", "1:4x6", "1:2x3", "1:4x2", "16:2:8"),
 )
 ACTS = ("none", "gelu", "gelu_tanh", "silu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -40,9 +40,9 @@ def case(
     *,
     wide: bool = False,
 ) -> Case:
-    """A random weight of ``groups`` groups of channels; rows are rounded up to whole shares."""
+    """A random weight of ``groups`` groups of channels; rows are rounded up to whole masks."""
     pattern = Pattern.parse(text)
-    rows = -(-rows // pattern.rows) * pattern.rows
+    rows = -(-rows // pattern.height) * pattern.height
     weight = torch.randn(rows, groups * pattern.m, *kernel).to(dtype)
     mask = nm_mask(weight, pattern)
     return Case(pattern, weight * mask, pack(weight * mask, mask, pattern, width=width, wide=wide))
