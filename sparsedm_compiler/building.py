@@ -14,7 +14,7 @@ from .capture import Captured, captured_by_source
 from .config import Config
 from .errors import MaskError
 from .facts import Choice, Decision
-from .lowering import Folding, fold, lower
+from .lowering import Folding, fold, lower, multiply_sparse
 from .passes.find_sites import find_sites
 from .passes.mark_prunable import base_name, mark_prunable
 from .pattern import Pattern
@@ -30,12 +30,13 @@ def build(
     folding: Folding,
 ) -> tuple[Callable[..., Any], tuple[Choice, ...]]:
     """Rewrite (train) or fold (infer) the graph, and hand it to the inner compiler."""
-    if config.mode == "train":
-        run_rewrites(graph.gm, patterns)
-        return lower(graph.gm, example_inputs, config.inner), ()
     weights = {
         node: (base_name(graph.names[node][0]), pattern) for node, pattern in patterns.items()
     }
+    if config.mode == "train":
+        run_rewrites(graph.gm, patterns)
+        choices = multiply_sparse(graph.gm, weights, config)
+        return lower(graph.gm, example_inputs, config.inner), choices
     return fold(graph.gm, example_inputs, weights, config, folding)
 
 

@@ -19,6 +19,9 @@ from .pattern import Pattern
 MARGIN = 0.96
 """A sparse kernel must take less than this part of dense's time: a tie goes to dense."""
 
+TRAINING = "cuda_semi"
+"""The kernel that masked weights may be multiplied by in training."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -120,3 +123,38 @@ def _choice(
 ) -> Choice:
     inputs = () if isinstance(uses, str) else tuple(use.work.inputs for use in uses)
     return Choice(name, inputs, kernel, why, dense_ms, sparse_ms)
+
+
+def choose_training(
+    weight: Tensor, name: str, pattern: Pattern, uses: tuple[Use, ...] | str, config: Config
+) -> Choice | None:
+    """Whether a masked weight is multiplied sparse in training; None where nobody asked for it."""
+    asked = config.kernel_of(name)
+    if asked in ("auto", "dense"):
+        return None
+    why_not = _no_training(weight, pattern, uses, asked)
+    if why_not is not None:
+        return _choice(name, weight, uses, "dense", why_not)
+    backward = (
+        "" if pattern.transposable else "; the gradient of x is dense, '2:4t' makes it sparse"
+    )
+    return _choice(name, weight, uses, TRAINING, f"pinned by kernels={backward}")
+
+
+def _no_training(
+    weight: Tensor, pattern: Pattern, uses: tuple[Use, ...] | str, asked: str
+) -> str | None:
+    if asked not in ("sparse", TRAINING):
+        return f"{asked!r} does not run in training, {TRAINING!r} does"
+    if isinstance(uses, str):
+        return uses
+    families = [each for each in families_of(weight.device.type) if TRAINING in each.names]
+    if not families:
+        return f"no sparse product for training on {weight.device.type} tensors"
+    if any(use.work.kernel for use in uses):
+        return "no sparse convolution for training"
+    size = weight.shape[0], weight[0].numel()
+    why_not = families[0].unavailable()
+    for use in uses:
+        why_not = why_not or families[0].refusal(pattern, *size, use.work.dtype)
+    return why_not

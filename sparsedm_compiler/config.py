@@ -31,8 +31,8 @@ class Config:
 
     ``keep_dense``: globs over module and parameter names, or (until ``resolved``) a predicate over
     parameter names. ``pattern``: None to prune nothing but what ``overrides`` name, which then are
-    the weights whose values satisfy a pattern already. ``kernels``, ``forbid``, ``search_seconds``
-    and ``finalize`` are for mode "infer".
+    the weights whose values satisfy a pattern already. ``forbid``, ``search_seconds`` and
+    ``finalize`` are for mode "infer".
     """
 
     pattern: Pattern | None

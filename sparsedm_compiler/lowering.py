@@ -14,14 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends.cpu.library import find_compiler
 from .backends.family import Form
-from .choose import Chosen, choose
+from .choose import Chosen, choose, choose_training
 from .config import GRAPHS, Config, Inner
 from .errors import ConfigError
 from .facts import Choice
 from .folding import Folded, Folds, Packed
 from .graph import value_of
 from .measuring import Search
-from .passes import carry_features, find_uses, lower_sparse
+from .ops import mask_ste_op
+from .passes import carry_features, find_uses, lower_sparse, train_sparse
 from .passes.find_uses import Use
 from .passes.lower_sparse import Rewrite
 from .pattern import Pattern
@@ -61,6 +62,27 @@ def resolve(inner: str) -> str:
             f"'auto', 'eager', 'inductor' and {GRAPHS!r} are, e.g. inner='eager'"
         )
     return inner
+
+
+def multiply_sparse(
+    gm: fx.GraphModule, weights: Mapping[fx.Node, tuple[str, Pattern]], config: Config
+) -> tuple[Choice, ...]:
+    """Let masked weights be multiplied sparse in training where ``kernels`` asks for it.
+
+    ``weights``: placeholder -> (name, pattern). Returns what became of those that it asks for.
+    """
+    choices, rewrites = [], []
+    for masked in gm.graph.find_nodes(op="call_function", target=mask_ste_op):
+        name, pattern = weights[masked.args[0]]
+        uses = find_uses(masked)
+        choice = choose_training(value_of(masked.args[0]), name, pattern, uses, config)
+        if choice is not None:
+            choices.append(choice)
+            if choice.kernel != "dense" and not isinstance(uses, str):
+                rewrites += [(use, pattern.transposable) for use in uses]
+    if train_sparse(gm, rewrites):
+        gm.recompile()
+    return tuple(choices)
 
 
 class Folding:

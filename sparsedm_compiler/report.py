@@ -76,6 +76,8 @@ def _kernels(choices: tuple[Choice, ...]) -> str:
     ]
     headers = ("weight", "input", "kernel", "dense ms", "sparse ms", "why")
     table = tabulate(body, headers, floatfmt=".3f", disable_numparse=[0, 1, 2, 5])
+    if not any(choice.run_bytes for choice in choices):  # nothing is folded in training
+        return table
     sizes = {choice.weight: (choice.dense_bytes, choice.run_bytes) for choice in choices}
     dense, run = (sum(column) / 2**20 for column in zip(*sizes.values(), strict=True))
     return f"{table}\nfolded weights: {dense:.2f} MiB dense, {run:.2f} MiB as they run"

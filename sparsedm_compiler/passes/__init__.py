@@ -8,6 +8,7 @@ from .insert_mask_ste import insert_mask_ste
 from .lower_sparse import lower_sparse
 from .mark_prunable import mark_eager, mark_prunable
 from .topology import topology
+from .train_sparse import train_sparse
 
 REWRITES = (insert_mask_ste,)
 
@@ -23,4 +24,5 @@ __all__ = [
     "mark_eager",
     "mark_prunable",
     "topology",
+    "train_sparse",
 ]

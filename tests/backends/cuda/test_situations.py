@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.models.uvit import UViT
-from tests.backends.cuda.here import kernels_of, on_cpu
+from tests.backends.cuda.devices import device as device
+from tests.backends.cuda.here import kernels_of
 from tests.oracle import assert_gradients, assert_same, hand_masked, masked_patterns, oracle_of
 
 BF16 = torch.bfloat16
@@ -34,25 +35,6 @@ ways = pytest.mark.parametrize(
         ("2:4", "inductor-graphs"),
     ],
 )
-
-
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-            ],
-        ),
-    ]
-)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cpu":
-        on_cpu(monkeypatch)
-    name: str = request.param
-    return name
 
 
 class Convs(nn.Module):
