@@ -124,7 +124,8 @@ def on_device(device: torch.device) -> Launch:
     """Launches on a CUDA device, compiling what is not compiled yet."""
 
     def launch(build: Build, problem: Problem, grid: tuple[int, int]) -> None:
-        _launcher(build, device.index or 0)(problem, grid, build.threads)
+        with torch.cuda.device(device):
+            _launcher(build, torch.cuda.current_device())(problem, grid, build.threads)
 
     return launch
 

@@ -145,7 +145,6 @@ class Launcher:
         self.shared = shared
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
-            torch.cuda.current_stream()  # so that torch has made its context current
             _drive("cuModuleLoadData", ctypes.byref(self._module), code)
             _drive("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
             if shared > _PLAIN_SHARED:

@@ -48,6 +48,10 @@ static void run_block(int count, u32 seed) {
 static void run(void (*entry)(Problem), const Problem& given, int wide, int high, int count,
                 u32 seed) {
   kernel = entry, problem = given;
+  const u8* x = (const u8*)given.x;
+  const i64 blocks = given.rows / SHARE;
+  readable = {{x, x + 2 * ((given.cols - 1) * given.x_stride + given.tokens)},
+              {given.packed, given.packed + given.columns + blocks * given.steps * 64}};
   threads.resize(count);
   for (int y = 0; y < high; ++y)
     for (int x = 0; x < wide; ++x) {

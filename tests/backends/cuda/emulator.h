@@ -42,6 +42,12 @@ struct Copy {
   int bytes;
 };
 
+// What may be read: the copies that a kernel starts must keep to one of these.
+struct Range {
+  const u8 *begin, *end;
+};
+static std::vector<Range> readable;
+
 struct Thread {
   ucontext_t context;
   std::vector<char> stack;
@@ -64,7 +70,6 @@ std::vector<Meeting> warps;
 Meeting block;
 ucontext_t scheduler;
 int current;
-bool wrong;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s\n", what);
@@ -153,6 +158,11 @@ DEVICE u32 rounded(float low, float high) {
 DEVICE void copy_async(u32 to, const void* from, int bytes) {
   if (to % 16 || (uintptr_t)from % 16 || to + 16 > emulator::SHARED || bytes < 0 || bytes > 16)
     emulator::fail("a copy that is not aligned, or out of bounds");
+  const u8 *begin = (const u8*)from, *end = begin + bytes;
+  bool inside = bytes == 0;
+  for (const auto& range : emulator::readable)
+    inside |= range.begin <= begin && end <= range.end;
+  if (!inside) emulator::fail("a copy from where nothing lies");
   emulator::self().open.push_back({to, from, bytes});
 }
 DEVICE void copy_commit() {

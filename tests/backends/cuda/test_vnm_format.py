@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsedm_compiler import PackError, Pattern
-from sparsedm_compiler.backends.cuda.vnm_format import Layout, pack, refusal, unpack
+from sparsedm_compiler.backends.cuda.vnm_format import Layout, check, pack, refusal, unpack
 from sparsedm_compiler.masks import kept, nm_mask
 from tests.backends.cuda.vnm_cases import HALVES, PATTERNS
 
@@ -33,6 +33,7 @@ def test_unpack_inverts_pack(
     mask = nm_mask(weight, pattern) & (torch.rand(shape) >= lost)
     packed = pack(weight, mask, pattern)
     assert packed.shape == (Layout(*shape, pattern).size,)
+    check(packed, *shape, pattern)
     found = unpack(packed, *shape, pattern, dtype)
     assert torch.equal(found.view(torch.int16), kept(weight, mask).view(torch.int16))
 
@@ -87,3 +88,17 @@ def test_other_bytes_are_refused() -> None:
     for packed in (torch.zeros(100, dtype=torch.uint8), torch.zeros(2368, dtype=torch.int8)):
         with pytest.raises(PackError, match="which takes 2368 bytes"):
             unpack(packed, 64, 64, pattern, torch.bfloat16)
+
+
+def test_damaged_bytes_are_refused() -> None:
+    pattern, weight = Pattern.parse("64:2:8"), torch.randn(64, 128).bfloat16()
+    layout = Layout(64, 128, pattern)
+    packed = pack(weight, nm_mask(weight, pattern), pattern)
+    check(packed, 64, 128, pattern)
+    for place in (layout.meta, layout.columns + 1, layout.columns + 6):
+        damaged = packed.clone()
+        damaged[place : place + 1] = 0
+        if place == layout.columns + 1:
+            damaged[place] = 1
+        with pytest.raises(PackError, match="points outside"):
+            check(damaged, 64, 128, pattern)
