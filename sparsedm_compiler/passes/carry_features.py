@@ -30,7 +30,6 @@ def carry_features(gm: fx.GraphModule) -> int:
 def _read_by_its_like(node: fx.Node) -> bool:
     """Whether every reader is a V:n:m product, or an op of _EACH before one."""
     return bool(node.users) and all(
-        (user.target is vnm_linear_op and user.args[0] is node and node not in user.args[1:4])
-        or (user.target in _EACH and _read_by_its_like(user))
+        user.target is vnm_linear_op or (user.target in _EACH and _read_by_its_like(user))
         for user in node.users
     )

@@ -95,7 +95,7 @@ def test_damaged_bytes_are_refused() -> None:
     layout = Layout(64, 128, pattern)
     packed = pack(weight, nm_mask(weight, pattern), pattern)
     check(packed, 64, 128, pattern)
-    for place in (layout.meta, layout.columns + 1, layout.columns + 6):
+    for place in (layout.meta, layout.columns + 1, layout.columns + 8):
         damaged = packed.clone()
         damaged[place : place + 1] = 0
         if place == layout.columns + 1:
