@@ -20,7 +20,7 @@ from .facts import Choice
 from .folding import Folded, Folds, Packed
 from .graph import value_of
 from .measuring import Search
-from .passes import find_uses, lower_sparse
+from .passes import find_uses, lower_sparse, pad_tokens
 from .passes.find_uses import Use
 from .passes.lower_sparse import Rewrite
 from .pattern import Pattern
@@ -97,6 +97,7 @@ def fold(
                 rows = inputs[place].shape[0]
                 rewrites += [Rewrite(use, node, rows, found.form, found.kernel) for use in uses]
     if lower_sparse(gm, rewrites):
+        pad_tokens(gm)
         gm.recompile()
     choices = []
     with torch.no_grad():  # whether a gradient is asked for is for the call to see

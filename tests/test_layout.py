@@ -41,7 +41,7 @@ ORDER = (
     ("passes.find_sites",),
     ("passes.topology",),
     ("passes.find_uses",),
-    ("passes.mark_prunable", "passes.insert_mask_ste", "passes.lower_sparse"),
+    ("passes.mark_prunable", "passes.insert_mask_ste", "passes.lower_sparse", "passes.pad_tokens"),
     ("passes.count_macs",),
     ("passes",),
     ("choose", "verify", "report"),

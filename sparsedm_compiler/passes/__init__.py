@@ -6,6 +6,7 @@ from .find_uses import find_uses
 from .insert_mask_ste import insert_mask_ste
 from .lower_sparse import lower_sparse
 from .mark_prunable import mark_eager, mark_prunable
+from .pad_tokens import pad_tokens
 from .topology import topology
 
 REWRITES = (insert_mask_ste,)
@@ -20,5 +21,6 @@ __all__ = [
     "lower_sparse",
     "mark_eager",
     "mark_prunable",
+    "pad_tokens",
     "topology",
 ]
