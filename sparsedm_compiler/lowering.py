@@ -12,6 +12,7 @@ from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends.cpu.library import find_compiler
+from .backends.families import family_of
 from .backends.family import Form
 from .choose import Chosen, choose
 from .config import Config, Inner
@@ -131,8 +132,9 @@ def _run_form(weight: Tensor, found: Chosen, config: Config, folding: Folding) -
         return weight
     name, folds = found.choice.weight, folding.folds
     folded = folds.get(weight, found.form, name)
-    same_dtype = found.form.dtype is None
-    if config.finalize and same_dtype and folds.finalized(weight, name) is None:
+    exact = found.kernel is None or not family_of(found.kernel.name).inexact
+    exact = exact and found.form.dtype is None
+    if config.finalize and exact and folds.finalized(weight, name) is None:
         folding.pending.append((weight, found))
     return folded
 

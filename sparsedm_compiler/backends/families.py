@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from ..errors import KernelError
 from .cpu.family import CpuFamily
+from .cuda.quantized import QuantizedFamily
 from .cuda.semi import SemiFamily
 from .family import Family
 
-FAMILIES: tuple[Family, ...] = (CpuFamily(), SemiFamily())
+FAMILIES: tuple[Family, ...] = (
+    CpuFamily(),
+    SemiFamily(),
+    QuantizedFamily("fp8"),
+    QuantizedFamily("int8"),
+)
 
 
 def families_of(device: str) -> tuple[Family, ...]:

@@ -1,8 +1,9 @@
 """``f(x) -> f(pad(x))[:tokens]``, with what lies between two such calls done on padded rows.
 
 A kernel that takes tokens in multiples only would pad its input in every call. Here x is padded
-once, and its rows of zeros (then of anything finite) are carried along through all that acts on
-each row alone, norms, activations, residual sums, up to where rows meet, as in attention.
+once, and its rows of zeros, soon of other numbers, are carried along through all that acts on each
+row alone, norms, activations, residual sums, up to where rows meet: in attention, and in kernels
+that quantize all rows by one scale.
 """
 
 from __future__ import annotations

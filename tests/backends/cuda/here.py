@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import choose, folding, measuring
+from sparsedm_compiler.backends.cuda.quantized import QuantizedFamily
 from sparsedm_compiler.backends.cuda.semi import SemiFamily
 from sparsedm_compiler.backends.families import FAMILIES
 from sparsedm_compiler.masks import kept, nm_mask
@@ -20,7 +21,7 @@ ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 def semi_on_cpu(patch: pytest.MonkeyPatch, **attributes: Any) -> None:
     """Let the families of cuSPARSELt, and no other, run the weights of CPU models."""
-    found = tuple(family for family in FAMILIES if isinstance(family, SemiFamily))
+    found = tuple(each for each in FAMILIES if isinstance(each, (SemiFamily, QuantizedFamily)))
     for module in (choose, measuring, folding):
         patch.setattr(module, "families_of", lambda device: found if device == "cpu" else ())
     for name, value in {"unavailable": lambda self: None, **attributes}.items():

@@ -202,6 +202,25 @@ def test_a_machine_without_the_kernels_gets_the_dense_weights(
         assert_same(twin.plain.weight, oracle_of(fast_called()).plain.weight)
 
 
+@pytest.mark.parametrize("kernel", ["cuda_semi", "cpu_free"])
+def test_no_map_location_moves_what_pickle_holds(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel == "cpu_free":
+        monkeypatch.undo()
+    fast = fast_of(finalize=True)
+    fast(x_of())
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False, map_location="meta")
+    held = twin._sparsedm.folding.folds
+    assert {each.kernel.name for each in held.packed.values()} == {kernel}
+    assert {each.data.device.type for each in held.packed.values()} == {"cpu"}
+    held.settle(twin.named_parameters())
+    assert held.packed == {}
+
+
 def test_a_dtype_that_no_kernel_runs_brings_the_dense_weights_back() -> None:
     fast, expected = finalized()
     fast.float()
