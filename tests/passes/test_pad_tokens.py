@@ -67,8 +67,8 @@ def meeting(net: Net, x: Tensor) -> Tensor:
 
 def turned(net: Net, x: Tensor) -> Tensor:
     """The sum lies in memory as the turned operand does, and is viewed so."""
-    wide = net.a(x).transpose(0, 1).contiguous().transpose(0, 1)
-    total = wide + wide
+    first = net.a(x)
+    total = first.transpose(0, 1).contiguous().transpose(0, 1) + first
     return net.b(total).sum() + total.transpose(0, 1).view(-1)
 
 
