@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .backends.families import families_of
+from .backends.families import families_of, family_of
 from .backends.family import Form, Kernel
 from .config import GRAPHS, Config
 from .facts import Choice
@@ -107,6 +107,8 @@ def _sparse(
     why: str,
     **measured: float,
 ) -> Chosen:
+    if inexact := family_of(kernel.name).inexact:
+        why = f"{why}; it {inexact}"
     choice = _choice(name, weight, uses, kernel.name, why, **measured)
     dtype = None if uses[0].work.dtype == weight.dtype else uses[0].work.dtype
     return Chosen(choice, Form(pattern, dtype, kernel.untiled), kernel)

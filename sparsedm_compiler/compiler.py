@@ -18,6 +18,7 @@ In mode "infer", ``lowering.fold``:
     find_uses       every use of a weight, as a kernel would run it        passes/find_uses.py
     choose          dense or a kernel, as measured                         choose.py
     lower_sparse    linear(x, w) -> nm_linear(x, packed w)                 passes/lower_sparse.py
+    pad_tokens      rows of zeros where a kernel wants more tokens         passes/pad_tokens.py
     lower           the inner compiler, given the folded weights           folding.py
 
 and every call proves that the graph has run                               runtime.py

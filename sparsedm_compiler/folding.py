@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import weakref
 from collections.abc import Iterable, Mapping
@@ -55,9 +56,17 @@ class Packed:
         return replace(self, data=self.data.clone())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle, which carries it to other machines."""
-        data = self.portable().data
-        return Packed, (self.form, self.kernel, self.shape, self.dtype, data)
+        """For pickle, which carries it to other machines: as bytes, that no map_location moves."""
+        held = io.BytesIO()
+        torch.save(self.portable().data, held)
+        return _unpickled, (self.form, self.kernel, self.shape, self.dtype, held.getvalue())
+
+
+def _unpickled(
+    form: Form, kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, held: bytes
+) -> Packed:
+    data = torch.load(io.BytesIO(held), map_location="cpu", weights_only=True)
+    return Packed(form, kernel, shape, dtype, data)
 
 
 @dataclass(slots=True)

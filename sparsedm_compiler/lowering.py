@@ -13,6 +13,7 @@ from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends.cpu.library import find_compiler
+from .backends.families import family_of
 from .backends.family import Form
 from .choose import Chosen, choose, choose_training
 from .config import GRAPHS, Config, Inner
@@ -22,7 +23,7 @@ from .folding import Folded, Folds, Packed
 from .graph import value_of
 from .measuring import Search
 from .ops import mask_ste_op
-from .passes import carry_features, find_uses, lower_sparse, train_sparse
+from .passes import carry_features, find_uses, lower_sparse, pad_tokens, train_sparse
 from .passes.find_uses import Use
 from .passes.lower_sparse import Rewrite
 from .pattern import Pattern
@@ -130,6 +131,7 @@ def fold(
                 rewrites += [Rewrite(use, node, rows, found.form, found.kernel) for use in uses]
     if lower_sparse(gm, rewrites):
         carry_features(gm)
+        pad_tokens(gm)
         gm.recompile()
     choices = []
     with torch.no_grad():  # whether a gradient is asked for is for the call to see
@@ -163,8 +165,9 @@ def _run_form(weight: Tensor, found: Chosen, config: Config, folding: Folding) -
         return weight
     name, folds = found.choice.weight, folding.folds
     folded = folds.get(weight, found.form, name)
-    same_dtype = found.form.dtype is None
-    if config.finalize and same_dtype and folds.finalized(weight, name) is None:
+    exact = found.kernel is None or not family_of(found.kernel.name).inexact
+    exact = exact and found.form.dtype is None
+    if config.finalize and exact and folds.finalized(weight, name) is None:
         folding.pending.append((weight, found))
     return folded
 

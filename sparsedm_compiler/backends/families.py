@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from ..errors import KernelError
 from .cpu.family import CpuFamily
+from .cuda.quantized import QuantizedFamily
 from .cuda.semi import SemiFamily
 from .cuda.vnm_family import VnmFamily
 from .family import Family
 
-FAMILIES: tuple[Family, ...] = (CpuFamily(), VnmFamily(), SemiFamily())
+FAMILIES: tuple[Family, ...] = (
+    CpuFamily(),
+    VnmFamily(),
+    SemiFamily(),
+    QuantizedFamily("fp8"),
+    QuantizedFamily("int8"),
+)
 """In the order to try them: those for fewer patterns, which gain more, first."""
 
 

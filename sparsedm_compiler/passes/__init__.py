@@ -7,6 +7,7 @@ from .find_uses import find_uses
 from .insert_mask_ste import insert_mask_ste
 from .lower_sparse import lower_sparse
 from .mark_prunable import mark_eager, mark_prunable
+from .pad_tokens import pad_tokens
 from .topology import topology
 from .train_sparse import train_sparse
 
@@ -23,6 +24,7 @@ __all__ = [
     "lower_sparse",
     "mark_eager",
     "mark_prunable",
+    "pad_tokens",
     "topology",
     "train_sparse",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..family import Call, Work
 from ..register import is_channels_last
 
 Linear = Callable[..., Tensor]
@@ -40,6 +41,14 @@ def conv_as_linear(linear: Linear) -> Linear:
         return out if is_channels_last(x) else out.contiguous()
 
     return conv2d
+
+
+def linear_or_conv(linear: Linear, conv: Linear, work: Work, *how: Any) -> Call:
+    """What does the work, one of a linear layer and ``conv_as_linear`` of it, and its arguments."""
+    if not work.kernel:
+        return linear, how
+    geometry = (work.kernel, work.stride, work.padding, work.dilation)
+    return conv, (*map(list, geometry), *how)
 
 
 def patches(

@@ -13,9 +13,10 @@ from ...errors import PackError
 from ...pattern import Pattern
 from ..family import Call, Family, Form, Kernel, Work
 from ..matrix import from_matrix, matrix
+from .conv import linear_or_conv
 from .format24 import GROUP, KEPT, excess, pack24, stated24
 from .semi_ops import DEFAULT, dense24, semi_conv2d, semi_linear
-from .support import card, no_cusparselt, no_tensor_cores
+from .support import card, machine, no_cusparselt, no_tensor_cores
 
 TYPES = (torch.float16, torch.bfloat16)
 _MULTIPLE = 16
@@ -50,11 +51,7 @@ class SemiFamily(Family):
         return tuple(Kernel(self.names[0], (), (i, *split)) for i in range(algorithms(dtype)))
 
     def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: Kernel) -> Tensor:
-        values, mask = matrix(weight.detach()), matrix(mask)
-        rows, cols = values.shape
-        why = self.refusal(pattern, rows, cols, values.dtype) or excess(mask)
-        if why is not None:
-            raise PackError(f"a weight of {list(weight.shape)} cannot be packed to 2:4: {why}")
+        values, mask = rows_by_cols(weight, mask, pattern, self)
         return torch._cslt_compress(values) if values.is_cuda else pack24(values, mask)
 
     def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
@@ -73,13 +70,22 @@ class SemiFamily(Family):
         return pack24(dense, dense != 0)
 
     def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
-        if not work.kernel:
-            return semi_linear, (work.act, list(tile))
-        geometry = (work.kernel, work.stride, work.padding, work.dilation)
-        return semi_conv2d, (*map(list, geometry), work.act, list(tile))
+        return linear_or_conv(semi_linear, semi_conv2d, work, work.act, list(tile))
 
     def machine(self) -> tuple[Any, ...]:
-        return card(), torch.__version__
+        return machine()
+
+
+def rows_by_cols(
+    weight: Tensor, mask: Tensor, pattern: Pattern, family: Family
+) -> tuple[Tensor, Tensor]:
+    """(weight, mask) as matrices. Raises PackError where they are not what the family packs."""
+    values, mask = matrix(weight.detach()), matrix(mask)
+    rows, cols = values.shape
+    why = family.refusal(pattern, rows, cols, values.dtype) or excess(mask)
+    if why is not None:
+        raise PackError(f"a weight of {list(weight.shape)} cannot be packed to 2:4: {why}")
+    return values, mask
 
 
 def most_kept(pattern: Pattern) -> int:

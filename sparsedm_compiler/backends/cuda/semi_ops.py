@@ -74,21 +74,22 @@ def multiply(
         ) from error
 
 
-def dense24(packed: Tensor, rows: int, cols: int) -> Tensor:
-    """[rows, cols]: the masked matrix, packed for a CPU or for a card.
+def dense24(packed: Tensor, rows: int, cols: int, dtype: torch.dtype | None = None) -> Tensor:
+    """[rows, cols]: the masked matrix, packed for a CPU or for a card; ``dtype``: on a card.
 
-    On a card it is the product with the identity in pieces, which is exact: each sum has one term
-    that is not zero. Only the sign of a negative zero is lost.
+    There it is the product with the identity in pieces, which is exact: each sum has one term that
+    is not zero. Only the sign of a negative zero is lost.
     """
     if not packed.is_cuda:
         _check(packed, rows, cols)
         return unpack24(packed)
-    out = torch.empty(cols, rows, dtype=packed.dtype, device=packed.device)
+    out = torch.empty(cols, rows, dtype=dtype or packed.dtype, device=packed.device)
     for start in range(0, cols, _PIECE):
         size = min(_PIECE, cols - start)  # a multiple of 16, as cols is
-        one = torch.zeros(size, cols, dtype=packed.dtype, device=packed.device)
+        one = torch.zeros(size, cols, device=packed.device)
         one[:, start : start + size].fill_diagonal_(1)
-        out[start : start + size] = multiply(packed, one, None, DEFAULT)
+        piece = multiply(packed, one.to(packed.dtype), None, DEFAULT, dtype)
+        out[start : start + size] = piece
     return out.t().contiguous()
 
 

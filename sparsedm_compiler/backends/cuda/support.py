@@ -46,6 +46,11 @@ def card(index: int | None = None) -> Card | None:
         return None
 
 
+def machine() -> tuple[Card | None, str]:
+    """All of this machine that the time of a kernel on its current card depends on."""
+    return card(), torch.__version__
+
+
 def no_tensor_cores(card: Card | None) -> str | None:
     """Why no sparse tensor cores can be used, as a sentence; None if they can."""
     return _below(card, SPARSE_CORES, "no sparse tensor cores")

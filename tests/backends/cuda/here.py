@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import choose, folding, measuring
+from sparsedm_compiler.backends.cuda.quantized import QuantizedFamily
 from sparsedm_compiler.backends.cuda.semi import SemiFamily
 from sparsedm_compiler.backends.families import FAMILIES
 from sparsedm_compiler.backends.family import Family
@@ -19,9 +20,9 @@ ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Absolute and relative: a few layers, each rounded once to 8 or 11 bits."""
 
 
-def on_cpu(patch: pytest.MonkeyPatch, kind: type[Family] = Family, **attributes: Any) -> None:
-    """Let the CUDA families of a kind, and no other, run the weights of CPU models."""
-    families = tuple(each for each in FAMILIES if each.device == "cuda" and isinstance(each, kind))
+def on_cpu(patch: pytest.MonkeyPatch, kinds: Any = Family, **attributes: Any) -> None:
+    """Let the CUDA families of some kinds, and no other, run the weights of CPU models."""
+    families = tuple(each for each in FAMILIES if each.device == "cuda" and isinstance(each, kinds))
     for module in (choose, measuring, folding):
         patch.setattr(module, "families_of", lambda device: families if device == "cpu" else ())
     for name, value in {"unavailable": lambda self: None, **attributes}.items():
@@ -31,7 +32,7 @@ def on_cpu(patch: pytest.MonkeyPatch, kind: type[Family] = Family, **attributes:
 
 def semi_on_cpu(patch: pytest.MonkeyPatch, **attributes: Any) -> None:
     """Let the families of cuSPARSELt, and no other, run the weights of CPU models."""
-    on_cpu(patch, SemiFamily, **attributes)
+    on_cpu(patch, (SemiFamily, QuantizedFamily), **attributes)
 
 
 def pruned(shape: tuple[int, ...], pattern: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler import folding
 from sparsedm_compiler.backends.cuda.format24 import stated24
+from sparsedm_compiler.backends.families import FAMILIES
 from sparsedm_compiler.models.uvit import UViT
 from tests.backends.cuda.here import ROUNDING, kernels_of, semi_on_cpu
 from tests.oracle import assert_same, oracle_of
@@ -202,6 +204,25 @@ def test_a_machine_without_the_kernels_gets_the_dense_weights(
         assert_same(twin.plain.weight, oracle_of(fast_called()).plain.weight)
 
 
+@pytest.mark.parametrize("kernel", ["cuda_semi", "cpu_free"])
+def test_no_map_location_moves_what_pickle_holds(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel == "cpu_free":
+        monkeypatch.undo()
+    fast = fast_of(finalize=True)
+    fast(x_of())
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False, map_location="meta")
+    held = twin._sparsedm.folding.folds
+    assert {each.kernel.name for each in held.packed.values()} == {kernel}
+    assert {each.data.device.type for each in held.packed.values()} == {"cpu"}
+    held.settle(twin.named_parameters())
+    assert held.packed == {}
+
+
 def test_a_dtype_that_no_kernel_runs_brings_the_dense_weights_back() -> None:
     fast, expected = finalized()
     fast.float()
@@ -213,6 +234,15 @@ def test_a_dtype_that_no_kernel_runs_brings_the_dense_weights_back() -> None:
     half.half()
     assert_same(half(x_of().half()).float(), expected.float(), tolerance=2e-2)
     assert half.plain.weight.untyped_storage().nbytes() == 2
+
+
+def test_what_lies_on_another_device_suits_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _ = finalized()
+    packed = fast._sparsedm.folding.folds.packed["plain.weight"]
+    monkeypatch.setattr(folding, "families_of", lambda device: FAMILIES)
+    assert packed.suits(fast.plain.weight)
+    assert not packed.suits(fast.plain.weight.to("meta"))
+    assert not packed.suits(fast.plain.weight.float())
 
 
 def test_another_device_gets_the_values_back() -> None:
