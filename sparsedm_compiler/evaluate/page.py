@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from ..errors import DataError
-from .charts import DARK, draw_curves
+from .charts import DARK, LIGHT, draw_curves
 from .groups import ABSENT, Group, by_pattern, differing, grouped, named
 from .markup import Cell, document, picture, png, section, table
 from .runs import RunRecord, ScoreKind, read_run
 
-FEW = 8
-"""More runs than this, as many as there are colours, are not drawn in one chart."""
+FEW = len(LIGHT.runs)
+"""More runs than there are colours are not drawn in one chart."""
 BETTER = {
     **dict.fromkeys(("FD", "FID", "KID"), "lower is better"),
     **dict.fromkeys(("IS", "precision", "recall", "density", "coverage"), "higher is better"),
@@ -43,7 +43,7 @@ def page(runs: Mapping[str, RunRecord]) -> str:
     runs = {name: run for group in groups for name, run in group.runs.items()}
     shown = runs
     if len(runs) > FEW:
-        shown = {name: group.runs[name] for group in groups for name in [next(iter(group.runs))]}
+        shown = dict(next(iter(group.runs.items())) for group in groups)
     title = f"{len(runs)} training runs compared" if len(runs) > 1 else f"Run {min(runs)}"
     return document(
         title,
