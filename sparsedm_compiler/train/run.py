@@ -44,12 +44,7 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
         return found
     opened = open_all(config, state.device)
     scorer(config, torch.device("cpu"))  # what is wrong with it is said now, not after the training
-    teacher = open_model(
-        config.model.name,
-        options=config.model.options,
-        weights=config.model.weights,
-        device=state.device,
-    )
+    teacher = dense_model(config, state.device)
     student = student_of(teacher, config)
     macs = counted(teacher, config, opened)
     if progress and state.is_main_process:
@@ -70,6 +65,12 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     model = trained(config, teacher, student, result)
     progress = progress and state.is_main_process
     return concluded(config, opened, result, model, macs, progress=progress)
+
+
+def dense_model(config: RunConfig, device: torch.device) -> nn.Module:
+    """The model to prune, with its weights. Raises ConfigError and CheckpointError."""
+    spec = config.model
+    return open_model(spec.name, options=spec.options, weights=spec.weights, device=device)
 
 
 def student_of(teacher: nn.Module, config: RunConfig) -> nn.Module:
@@ -216,7 +217,7 @@ def describe(config: RunConfig) -> str:
     """What ``run`` would do, in lines for people; opens everything and writes nothing."""
     opened = open_all(config, torch.device("cpu"))
     scorer(config, torch.device("cpu"))
-    model = open_model(config.model.name, options=config.model.options)
+    model = dense_model(config, torch.device("cpu"))
     return described(config, opened, model, counted(model, config, opened))
 
 
