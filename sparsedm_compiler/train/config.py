@@ -153,6 +153,11 @@ class FinetuneConfig:
         lists = {name: tuple(v) for name, v in options.items() if isinstance(v, list)}
         return replace(self, **{**theirs, **options, **lists})
 
+    @property
+    def sparse(self) -> bool:
+        """Whether its method runs the student masked at all."""
+        return method_of(self.method).sparse
+
     def lr_scale(self, seen: int, batch: int, images: int | None = None) -> float:
         """The share of ``lr`` for the step that takes the images seen to ``seen + batch``.
 

@@ -75,7 +75,7 @@ def dense_model(config: RunConfig, device: torch.device) -> nn.Module:
 
 def student_of(teacher: nn.Module, config: RunConfig) -> nn.Module:
     """The model to train: ``teacher`` itself where nobody teaches and nothing is pruned."""
-    if method_of(config.train.method).sparse:
+    if config.train.sparse:
         return compile(teacher, config.prune.pattern, mode="train", **options_of(config))
     return teacher if config.train.teacher == "none" else copy.deepcopy(teacher)
 
@@ -87,7 +87,7 @@ def trained(
     if not config.train.shard:
         return student if result.ema is None else result.ema
     saved = Path(config.out) / "student.safetensors"
-    if method_of(config.train.method).sparse:
+    if config.train.sparse:
         return load(saved, teacher, inner=config.prune.inner)
     return load_weights(copy.deepcopy(teacher), saved)
 
@@ -113,12 +113,11 @@ def counted(teacher: nn.Module, config: RunConfig, opened: Opened) -> dict[str, 
     given = opened.condition(range(1))
     y = None if given is None else placed(given, place)
     x, t = torch.zeros(1, *opened.data.shape).to(place), torch.zeros(1, device=place.device)
-    pruned = method_of(config.train.method).sparse
     args, kwargs = arguments(teacher, x, t, y)
     with evaluating(teacher):
         report = (
             count_macs(teacher, *args, pattern=config.prune.pattern, **pruning(config), **kwargs)
-            if pruned
+            if config.train.sparse
             else count_macs(teacher, *args, pattern="1:1", **kwargs)
         )
     return {"dense": report.dense, "sparse": report.sparse, "attention": report.attention}
@@ -152,7 +151,7 @@ def concluded(
 
 def folded(model: nn.Module, config: RunConfig) -> nn.Module:
     """``model`` with its masks folded once. Dense kernels alone: they are the same everywhere."""
-    if not method_of(config.train.method).sparse:
+    if not config.train.sparse:
         return model
     options = options_of(config)
     return compile(model, config.prune.pattern, mode="infer", kernels={"*": "dense"}, **options)
@@ -226,14 +225,14 @@ def described(config: RunConfig, opened: Opened, model: nn.Module, macs: dict[st
     parameters = sum(parameter.numel() for parameter in model.parameters())
     train, folder = config.train, Path(config.out)
     saved = list_checkpoints(folder)
-    pruned = method_of(train.method).sparse
+    pattern = config.prune.pattern if train.sparse else "none, dense"
     state = f"resumed after {saved[-1]:,} of them" if saved else "a new run"
     lines = [
         f"model      {config.model.name}, {parameters:,} parameters, weights "
         f"{config.model.weights or 'its own or random'}",
         f"method     {train.method}: {method_of(train.method).about}",
-        f"pattern    {config.prune.pattern if pruned else 'none, dense'}, MACs {macs['dense']:,} "
-        f"-> {macs['sparse']:,} (attention {macs['attention']:,})",
+        f"pattern    {pattern}, MACs {macs['dense']:,} -> {macs['sparse']:,} "
+        f"(attention {macs['attention']:,})",
         f"data       {len(opened.data):,} images {list(opened.data.shape)} from "
         f"{config.data.train}",
         f"training   {train.images:,} images in batches of {train.batch_size}, objective "

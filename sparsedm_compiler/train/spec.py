@@ -10,7 +10,6 @@ from typing import Any
 
 from .. import ConfigError, Pattern
 from .config import FinetuneConfig
-from .methods import method_of
 from .plain import build, merged, put, read_mapping
 from .recipes import recipe
 
@@ -115,7 +114,7 @@ class RunConfig:
     out: str
 
     def __post_init__(self) -> None:
-        if self.model.weights is None and method_of(self.train.method).sparse:
+        if self.model.weights is None and self.train.sparse:
             hint = "set model.weights, or train the dense model first: train.method=dense"
             if self.model.name.count(":") == 0 and not Path(self.model.name).is_dir():
                 raise ConfigError(
