@@ -18,13 +18,14 @@ from torch import nn
 from .. import CheckpointError, ConfigError, compile, count_macs, load
 from ..data import ImageData, open_data
 from ..data.condition import placed
-from ..evaluate.calling import arguments, evaluating
+from ..evaluate.calling import arguments
 from ..evaluate.features import FeatureNetwork, load_network
 from ..evaluate.processes import own_share
 from ..evaluate.sampling import sample_batches, sampler_name
 from ..evaluate.schedulers import make_scheduler
 from ..evaluate.scores import Metrics, is_statistics, reference_of, score_images
 from ..models import load_weights, open_model
+from ..models.modes import evaluating
 from .checkpoint import list_checkpoints, write_whole
 from .loop import finetune
 from .methods import method_of
