@@ -141,7 +141,7 @@ def own_condition(options: argparse.Namespace) -> Asked | None:
     if options.condition is not None:
         from ..data.condition import mapped
 
-        rows = tensors_in(options.condition)
+        rows = rows_in(options.condition)
         return lambda numbers: mapped(
             lambda part: part[[number % len(part) for number in numbers]], rows
         )
@@ -164,19 +164,15 @@ def null_of(options: argparse.Namespace) -> int | Condition | None:
         return label
     from ..data.condition import mapped
 
-    return mapped(lambda part: part[0], tensors_in(options.null))
+    return mapped(lambda part: part[0], rows_in(options.null))
 
 
-def tensors_in(path: str) -> dict[str, torch.Tensor]:
-    """The tensors in a .safetensors file. Raises DataError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def rows_in(path: str) -> dict[str, torch.Tensor]:
+    """The tensors in a .safetensors file, each with a row or more. Raises DataError."""
+    from ..data.condition import read_condition
 
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot read the condition {path}: {error}") from error
-    if not found or not all(tensor.ndim and len(tensor) for tensor in found.values()):
+    found = read_condition(path)
+    if not all(tensor.ndim and len(tensor) for tensor in found.values()):
         raise DataError(f"{path} holds no tensors with a row per image")
     return found
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import DataError
@@ -15,6 +18,17 @@ Condition: TypeAlias = Tensor | Mapping[str, "Condition"]
 
 A mapping may hold a mapping, e.g. SDXL's ``added_cond_kwargs``.
 """
+
+
+def read_condition(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file by name. Raises DataError."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cannot read the condition {path}: {error}") from error
+    if not found:
+        raise DataError(f"{path} holds no tensors")
+    return found
 
 
 def mapped(change: Callable[[Tensor], Tensor], given: Condition) -> Condition:
