@@ -121,7 +121,7 @@ def counted(teacher: nn.Module, config: RunConfig, opened: Opened) -> dict[str, 
             if config.train.sparse
             else count_macs(teacher, *args, pattern="1:1", **kwargs)
         )
-    return {"dense": report.dense, "sparse": report.sparse, "attention": report.attention}
+    return report.totals
 
 
 def concluded(
