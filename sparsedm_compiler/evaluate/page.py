@@ -119,6 +119,7 @@ def score_note(kind: ScoreKind) -> str:
 def cells(group: Group, kinds: Iterable[ScoreKind]) -> list[Cell]:
     """The cells of a group, in the order of the heads."""
     run, seeds = group.first, sorted(each.seed for each in group.runs.values())
+    held = [each.held for each in group.runs.values() if each.held is not None]
     left = "" if run.finished or run.goal is None else f"of {run.goal:,}"
     return [
         Cell(
@@ -130,8 +131,8 @@ def cells(group: Group, kinds: Iterable[ScoreKind]) -> list[Cell]:
         Cell(run.pattern or "dense", word=True),
         Cell(", ".join(map(str, seeds)), value=seeds[0]),
         Cell(f"{run.images:,}", left, run.images),
-        spread(each.student_loss for each in group.runs.values()),
-        spread(each.average_loss for each in group.runs.values()),
+        spread(each.held_out for each in held),
+        spread(each.held_out_ema for each in held),
         *(spread(each.score(kind) for each in group.runs.values()) for kind in kinds),
         macs(run),
         speed(group),
