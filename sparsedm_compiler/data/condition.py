@@ -89,9 +89,16 @@ def described(given: Condition) -> str:
     return "{" + ", ".join(given) + "}"
 
 
-def rows(given: Condition, numbers: range) -> Condition:
-    """The rows ``numbers`` of every tensor of ``given``."""
-    return mapped(lambda part: part[numbers.start : numbers.stop], given)
+def rows(given: Condition, at: Tensor | range | slice | int) -> Condition:
+    """The rows ``at`` these places of every tensor of ``given``.
+
+    >>> rows(torch.tensor([7, 8, 9]), range(1, 3))
+    tensor([8, 9])
+    >>> rows({"context": torch.eye(2)}, 1)
+    {'context': tensor([0., 1.])}
+    """
+    index = slice(at.start, at.stop) if isinstance(at, range) else at
+    return mapped(lambda part: part[index], given)
 
 
 def placed(given: Condition, like: Tensor) -> Condition:

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from ..errors import ConfigError, DataError
 from ..models.modes import evaluating
 from ..models.optional import import_diffusers
-from .base import ImageData, checked_condition, condition_rows, positive
-from .condition import Condition
+from .base import ImageData, checked_condition, positive
+from .condition import Condition, rows
 from .latents import PREFIX
 from .rowfile import RowFile
 
@@ -146,13 +146,13 @@ def condition_tensors(
             "the data have a condition of their own and conditions are given: open the data with "
             "labels=False; if the model takes both, add them to conditions"
         )
-    rows = own if given is None else condition_rows(given, slice(numbers.start, numbers.stop))
-    if rows is None:
+    chosen = own if given is None else rows(given, numbers)
+    if chosen is None:
         return {}
-    if isinstance(rows, Tensor):
-        return {"labels": rows}
+    if isinstance(chosen, Tensor):
+        return {"labels": chosen}
     found: dict[str, Tensor] = {}
-    for name, part in rows.items():
+    for name, part in chosen.items():
         if not isinstance(part, Tensor):
             raise DataError(f"condition {name!r} holds names of its own, which no file can")
         found[PREFIX + name] = part

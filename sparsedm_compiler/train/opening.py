@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ConfigError
 from ..data import ImageData, decode_latents, open_autoencoder, open_data
-from ..data.condition import Condition, mapped, read_condition
+from ..data.condition import Condition, mapped, read_condition, rows
 from ..evaluate.guidance import Guidance
 from ..evaluate.sampling import SamplePlan
 from .pictures import Pictures
@@ -64,7 +64,7 @@ def guidance_of(config: RunConfig, opened: Opened) -> Guidance | None:
     if scale is None:
         return None
     if opened.null is not None:
-        return Guidance(scale, mapped(lambda part: part[0], opened.null))
+        return Guidance(scale, rows(opened.null, 0))
     if label is not None:
         return Guidance(scale, label)
     given = opened.condition(range(1))
