@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class SparseDMError(Exception):
     """Base of every error raised here; the message names the value, the place and the way out."""
@@ -49,3 +52,14 @@ class DataError(SparseDMError, ValueError):
 
 class StoppedError(SparseDMError, RuntimeError):
     """A run that was asked to stop (SIGTERM, Ctrl-C) and has saved itself; it can be resumed."""
+
+
+def meant(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of a message about an unknown ``name``: those it is close to, else all there are.
+
+    >>> meant("lrr", ["lr", "beta"], "it has"), meant("size", ["lr", "beta"], "it has")
+    ('did you mean lr?', 'it has lr, beta')
+    """
+    names = [*known]
+    close = get_close_matches(name, names, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"{otherwise} {', '.join(names)}"

@@ -88,13 +88,16 @@ class MacsReport:
     attention: int
     rows: tuple[MacRow, ...] = field(repr=False)
 
+    @property
+    def totals(self) -> dict[str, int]:
+        """The three sums by name."""
+        return {"dense": self.dense, "sparse": self.sparse, "attention": self.attention}
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: totals, the convention, and one entry per row."""
         return {
             "convention": CONVENTION,
-            "dense": self.dense,
-            "sparse": self.sparse,
-            "attention": self.attention,
+            **self.totals,
             "rows": [
                 {
                     "name": row.name,

@@ -121,11 +121,7 @@ def train_student(study: Study, setting: Setting) -> None:
     example = torch.zeros(1, *data.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     report = sdm.count_macs(teacher, *example, pattern=pattern or "1:1")
     values = result.as_dict(setting.name)
-    values["macs"] = {
-        "dense": report.dense,
-        "sparse": report.sparse,
-        "attention": report.attention,
-    }
+    values["macs"] = report.totals
     values["scores"] = scores(study, setting, model)
     values["samples"] = draw_grid(study, folder, model)
     (folder / "results.json").write_text(json.dumps(values, indent=1) + "\n")

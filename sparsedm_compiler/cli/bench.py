@@ -77,11 +77,10 @@ def subject_of(options: argparse.Namespace) -> Subject:
     if not (folder / "run.json").exists():
         found = Subject(options.model, own, asked or ["2:4"], prune)
     else:
-        from ..train import METHODS
         from ..train.run import pruning
 
         run = read_run_config(folder / "run.json")
-        if not METHODS[run.train.method].sparse:
+        if not run.train.sparse:
             raise ConfigError(f"{folder} trained a dense model, so there is nothing to compare")
         patterns = asked or [str(Pattern.parse(run.prune.pattern))]
         as_run = not asked and not prune and not own

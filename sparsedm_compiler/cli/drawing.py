@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,10 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
     add("--null-label", type=int, help="for guidance: the class that means no class")
     add(
-        "--null", metavar="FILE", help="for guidance: .safetensors, one row that means no condition"
+        "--null",
+        metavar="FILE",
+        help="for guidance: .safetensors that means no condition: one row, or the tensors of one "
+        "image without that axis, as in data.null",
     )
     add("--vae", metavar="FOLDER", help="diffusers AutoencoderKL that decodes latents to images")
 
@@ -115,8 +118,7 @@ def asked_of(options: argparse.Namespace, source: Source) -> tuple[Asked | None,
     """What the images are conditioned on, and how strongly."""
     from ..evaluate import Guidance
 
-    scale, null = options.guidance, null_of(options)
-    asked = own_condition(options)
+    scale, asked = options.guidance, own_condition(options)
     if asked is None and source.run is not None:
         from ..train import opening
 
@@ -125,8 +127,9 @@ def asked_of(options: argparse.Namespace, source: Source) -> tuple[Asked | None,
             run = replace(run, sample=replace(run.sample, guidance=scale))
         opened = opening.open_all(run, source.device)
         asked = None if opened.condition(range(1)) is None else opened.condition
-        if null is None:
+        if options.null is None and options.null_label is None:
             return asked, opening.guidance_of(run, opened)
+    null = null_of(options, asked)
     if scale is None:
         return asked, None
     if null is None:
@@ -139,9 +142,11 @@ def own_condition(options: argparse.Namespace) -> Asked | None:
     import torch
 
     if options.condition is not None:
-        from ..data.condition import mapped
+        from ..data.condition import mapped, read_condition
 
-        rows = tensors_in(options.condition)
+        rows = read_condition(options.condition)
+        if not all(part.ndim and len(part) for part in rows.values()):
+            raise DataError(f"{options.condition} holds no tensors with a row per image")
         return lambda numbers: mapped(
             lambda part: part[[number % len(part) for number in numbers]], rows
         )
@@ -157,28 +162,25 @@ def own_condition(options: argparse.Namespace) -> Asked | None:
     return lambda numbers: torch.tensor([labels[number % len(labels)] for number in numbers])
 
 
-def null_of(options: argparse.Namespace) -> int | Condition | None:
-    """What stands for no condition: a class, or the tensors of one image."""
+def null_of(options: argparse.Namespace, asked: Asked | None) -> int | Condition | None:
+    """What stands for no condition: a class, or the tensors of one image.
+
+    In a file they may have one axis more, that of rows, which what is ``asked`` for tells.
+    """
     if options.null is None:
         label: int | None = options.null_label
         return label
-    from ..data.condition import mapped
+    from torch import Tensor
 
-    return mapped(lambda part: part[0], tensors_in(options.null))
+    from ..data.condition import read_condition
 
-
-def tensors_in(path: str) -> dict[str, torch.Tensor]:
-    """The tensors in a .safetensors file. Raises DataError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot read the condition {path}: {error}") from error
-    if not found or not all(tensor.ndim and len(tensor) for tensor in found.values()):
-        raise DataError(f"{path} holds no tensors with a row per image")
-    return found
+    like = None if asked is None else asked(range(1))
+    rows = like if isinstance(like, Mapping) else {}
+    axes = {name: part.ndim for name, part in rows.items() if isinstance(part, Tensor)}
+    return {
+        name: part[0] if part.ndim == axes.get(name) and len(part) else part
+        for name, part in read_condition(options.null).items()
+    }
 
 
 def decoder_of(folder: str, source: Source) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -59,18 +59,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Read the configuration; with --dry-run open all it names. Raises SparseDMError."""
+    from ..train import run as runs
+
     main = join()
     config = config_of(options)
     folder = writable(config.out, folder=True)
 
     def run() -> None:
-        from ..train.run import run as train
-
-        values = train(config, progress=main)
+        values = runs.run(config, progress=main)
         if main:
             show(folder, values)
 
-    return Job(described(config) if options.dry_run else (), run)
+    return Job(tuple(runs.describe(config).splitlines()) if options.dry_run else (), run)
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:
@@ -85,20 +85,6 @@ def config_of(options: argparse.Namespace) -> RunConfig:
     ]
     below = {} if options.recipe is None else {"recipe": options.recipe}
     return RunConfig.read(options.config, [*short, *options.set], **below)
-
-
-def described(config: RunConfig) -> tuple[str, ...]:
-    """What the run would do, after all it names has been opened. Raises SparseDMError."""
-    from ..models import open_model
-    from ..train.run import describe
-
-    open_model(
-        config.model.name,
-        options=config.model.options,
-        weights=config.model.weights,
-        device="meta",
-    )
-    return tuple(describe(config).splitlines())
 
 
 def show(folder: Path, values: Mapping[str, Any]) -> None:

@@ -92,14 +92,14 @@ def source_of(options: argparse.Namespace) -> Source:
     """The model that was asked for, checked on the meta device. Raises SparseDMError."""
     from ..lowering import resolve
     from ..models import load_weights, open_model
-    from ..models.specs import is_function
+    from ..models.specs import may_be_trained
 
     name, chosen, weights, run = options.model, model_options(options), options.weights, None
     if (Path(name) / "run.json").exists():
         run = read_run_config(Path(name) / "run.json")
         weights = weights or student_of(Path(name))
         name, chosen = run.model.name, {**run.model.options, **chosen}
-    if weights is None and not is_function(name) and not Path(name).is_dir():
+    if weights is None and not may_be_trained(name):
         raise ConfigError(f"{name} alone has random weights: give --weights FILE")
     model = open_model(name, options=chosen, device="meta")
     pruned = None if weights is None else metadata_of(Path(weights))

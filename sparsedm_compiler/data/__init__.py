@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Batch, ImageData, Wanted, condition_rows
+from .base import Batch, ImageData, Wanted
 from .condition import Condition
+from .condition import rows as condition_rows
 from .encode import decode_latents, encode_latents, open_autoencoder
 from .hub import HubData
 from .latents import LatentData

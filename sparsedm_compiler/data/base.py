@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ConfigError, DataError
-from .condition import Condition, check_count, mapped
+from .condition import Condition, check_count, rows
 
 Batch = tuple[Tensor, Condition | None]
 """Images float32 [B, C, H, W] and what they are conditioned on."""
@@ -45,7 +45,7 @@ class ImageData(Dataset[tuple[Any, ...]], ABC):
     def __getitem__(self, number: int) -> tuple[Any, ...]:
         """``(image,)`` or ``(image, condition)``: what a DataLoader makes batches of."""
         images, condition = self.fetch([range(len(self))[number]])
-        return (images[0],) if condition is None else (images[0], condition_rows(condition, 0))
+        return (images[0],) if condition is None else (images[0], rows(condition, 0))
 
     def index(self, numbers: Sequence[int]) -> Tensor:
         """``numbers`` as int64 [B]. Raises IndexError where one is not in 0 .. len - 1."""
@@ -56,17 +56,6 @@ class ImageData(Dataset[tuple[Any, ...]], ABC):
                 f"numbers run from 0 to {len(self) - 1}"
             )
         return found
-
-
-def condition_rows(condition: Condition, rows: Tensor | slice | int) -> Condition:
-    """``condition`` at ``rows`` of its first axis.
-
-    >>> condition_rows(torch.tensor([7, 8, 9]), slice(1, 3))
-    tensor([8, 9])
-    >>> condition_rows({"context": torch.eye(2)}, 1)
-    {'context': tensor([0., 1.])}
-    """
-    return mapped(lambda part: part[rows], condition)
 
 
 def positive(name: str, value: int | None) -> None:

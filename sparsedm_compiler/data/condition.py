@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import DataError
@@ -15,6 +18,17 @@ Condition: TypeAlias = Tensor | Mapping[str, "Condition"]
 
 A mapping may hold a mapping, e.g. SDXL's ``added_cond_kwargs``.
 """
+
+
+def read_condition(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file by name. Raises DataError."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cannot read the condition {path}: {error}") from error
+    if not found:
+        raise DataError(f"{path} holds no tensors")
+    return found
 
 
 def mapped(change: Callable[[Tensor], Tensor], given: Condition) -> Condition:
@@ -75,9 +89,16 @@ def described(given: Condition) -> str:
     return "{" + ", ".join(given) + "}"
 
 
-def rows(given: Condition, numbers: range) -> Condition:
-    """The rows ``numbers`` of every tensor of ``given``."""
-    return mapped(lambda part: part[numbers.start : numbers.stop], given)
+def rows(given: Condition, at: Tensor | range | slice | int) -> Condition:
+    """The rows ``at`` these places of every tensor of ``given``.
+
+    >>> rows(torch.tensor([7, 8, 9]), range(1, 3))
+    tensor([8, 9])
+    >>> rows({"context": torch.eye(2)}, 1)
+    {'context': tensor([0., 1.])}
+    """
+    index = slice(at.start, at.stop) if isinstance(at, range) else at
+    return mapped(lambda part: part[index], given)
 
 
 def placed(given: Condition, like: Tensor) -> Condition:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .base import Batch, ImageData, Wanted, condition_rows, count_classes
+from .base import Batch, ImageData, Wanted, count_classes
 from .condition import Condition
 from .pixels import decoded, in_threads, scaled
 
@@ -41,7 +41,7 @@ class DecodedData(ImageData):
 
     def condition(self, index: Tensor) -> Condition | None:
         """What the images at ``index`` [B] are conditioned on."""
-        return None if self.labels is None else condition_rows(self.labels, index)
+        return None if self.labels is None else self.labels[index]
 
     def pixels(self, index: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] of the pictures at ``index`` [B]."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError
+from ..models.modes import evaluating
 from ..models.optional import import_diffusers
-from .base import ImageData, checked_condition, condition_rows, positive
-from .condition import Condition
+from .base import ImageData, checked_condition, positive
+from .condition import Condition, rows
 from .latents import PREFIX
 from .rowfile import RowFile
 
@@ -89,7 +89,7 @@ def encode_latents(
     if data.classes is not None:
         notes["classes"] = str(data.classes)
     steps = range(0, len(data), batch_size)
-    with RowFile(target, len(data), notes) as file, still(vae):
+    with RowFile(target, len(data), notes) as file, evaluating(vae):
         for first in tqdm(steps, desc="encode", unit="batch", disable=not progress):
             numbers = range(first, min(first + batch_size, len(data)))
             images, condition = data.fetch(numbers)
@@ -115,7 +115,7 @@ def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 16) -> Tensor
             f"latents {list(latents.shape)} are not [n, {vae.config.latent_channels}, h, w]"
         )
     found = []
-    with still(vae):
+    with evaluating(vae):
         for part in torch.split(latents, batch_size):
             plain = part.to(vae.device, torch.float32) / scaling.factor + scaling.shift
             found.append(vae.decode(plain.to(vae.dtype)).sample.float().clamp(-1, 1).cpu())
@@ -146,26 +146,14 @@ def condition_tensors(
             "the data have a condition of their own and conditions are given: open the data with "
             "labels=False; if the model takes both, add them to conditions"
         )
-    rows = own if given is None else condition_rows(given, slice(numbers.start, numbers.stop))
-    if rows is None:
+    chosen = own if given is None else rows(given, numbers)
+    if chosen is None:
         return {}
-    if isinstance(rows, Tensor):
-        return {"labels": rows}
+    if isinstance(chosen, Tensor):
+        return {"labels": chosen}
     found: dict[str, Tensor] = {}
-    for name, part in rows.items():
+    for name, part in chosen.items():
         if not isinstance(part, Tensor):
             raise DataError(f"condition {name!r} holds names of its own, which no file can")
         found[PREFIX + name] = part
     return found
-
-
-@contextmanager
-def still(vae: torch.nn.Module) -> Iterator[None]:
-    """Run the block with ``vae`` in eval mode and without gradients; its mode comes back."""
-    was = vae.training
-    vae.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        vae.train(was)

@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .base import (
-    EVERYTHING,
-    Batch,
-    ImageData,
-    Wanted,
-    checked_labels,
-    condition_rows,
-    count_classes,
-)
+from .base import EVERYTHING, Batch, ImageData, Wanted, checked_labels, count_classes
 from .condition import Condition
 from .rowfile import Rows, stored
 
@@ -74,7 +66,7 @@ class LatentData(ImageData):
 
     def _condition(self, index: Tensor) -> Condition | None:
         if self.labels is not None:
-            return condition_rows(self.labels, index)
+            return self.labels[index]
         found = {name: rows.at(index) for name, rows in self.conditions.items()}
         return {
             name: rows.float() if rows.is_floating_point() else rows for name, rows in found.items()

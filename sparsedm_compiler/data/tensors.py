@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .base import (
-    Batch,
-    ImageData,
-    Wanted,
-    checked_condition,
-    checked_labels,
-    condition_rows,
-    count_classes,
-)
-from .condition import Condition
+from .base import Batch, ImageData, Wanted, checked_condition, checked_labels, count_classes
+from .condition import Condition, rows
 from .pixels import pixels_of, resized, scaled
 
 
@@ -64,7 +56,7 @@ class TensorData(ImageData):
     def fetch(self, numbers: Sequence[int]) -> Batch:
         index = self.index(numbers)
         images = scaled(self.images[index])
-        return images, None if self.condition is None else condition_rows(self.condition, index)
+        return images, None if self.condition is None else rows(self.condition, index)
 
 
 def from_arrays(

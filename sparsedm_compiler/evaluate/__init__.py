@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..data.condition import Condition
-from .calling import evaluating, generator_at, in_mode, predict, seed_at
+from ..models.modes import evaluating, in_mode
+from .calling import generator_at, predict, seed_at
 from .features import FeatureNetwork, features, load_network
 from .frechet import frechet_distance, frechet_score
 from .grid import save_grid

@@ -1,11 +1,10 @@
-"""How a diffusion model of any make is called: one prediction, one mode, one seed per position."""
+"""How a diffusion model of any make is called: one prediction, one seed per position."""
 
 from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -117,25 +116,6 @@ def forward_signature(forward: Callable[..., Any]) -> Signature | None:
         return None
     late = None if named[1] in TIME_NAMES else next((n for n in TIME_NAMES if n in named), None)
     return Signature(late, None if anything else frozenset(named[1 if late else 2 :]))
-
-
-@contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Run the block with ``model`` in train or eval mode; every submodule's mode comes back."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode and without gradients; every submodule's mode comes back."""
-    with in_mode(model, training=False), torch.no_grad():
-        yield
 
 
 def seed_at(*position: int | str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import replacing
 from .log import Entry, Held, Trained, read_log
 
 __all__ = ["DARK", "LIGHT", "Entry", "Held", "Trained", "draw_curves", "read_log", "save_curves"]
@@ -55,11 +55,8 @@ Line = tuple[Sequence[int], Sequence[float], Mapping[str, Any]]
 
 def save_curves(path: str | Path, runs: Mapping[str, Log]) -> None:
     """Write the PNG of ``draw_curves`` at ``path``, whole or not at all, making its folder."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    part.write_bytes(draw_curves(runs))
-    os.replace(part, target)
+    with replacing(Path(path)) as part:
+        part.write_bytes(draw_curves(runs))
 
 
 def draw_curves(runs: Mapping[str, Log], theme: Theme = LIGHT) -> bytes:

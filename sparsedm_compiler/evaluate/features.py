@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
 from ..models.functions import import_function
-from .calling import evaluating
+from ..models.modes import evaluating
 from .moments import Moments
 from .stream import checked, rounded
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
 from ..errors import CheckpointError, DataError
+from ..files import replacing
 from .stream import checked, pixels
-
-PART = ".part"
 
 
 def image_path(folder: str | Path, number: int) -> Path:
@@ -51,15 +48,11 @@ def save_images(
 
 def write(path: Path, image: Tensor) -> None:
     """Write ``image`` [1 or 3, h, w] at ``path``, through a file beside it."""
-    part = path.with_name(path.name + PART)
     rows = pixels(image).permute(1, 2, 0).squeeze(2).contiguous().numpy()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rows).save(part, format="PNG")
-        os.replace(part, path)
+        with replacing(path) as part:
+            Image.fromarray(rows).save(part, format="PNG")
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}; make room or choose another folder, "
             "then run again with resume: the images already there are kept"

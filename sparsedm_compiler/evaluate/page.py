@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from ..errors import DataError
-from .charts import DARK, draw_curves
+from .charts import DARK, LIGHT, draw_curves
 from .groups import ABSENT, Group, by_pattern, differing, grouped, named
 from .markup import Cell, document, picture, png, section, table
 from .runs import RunRecord, ScoreKind, read_run
 
-FEW = 8
-"""More runs than this, as many as there are colours, are not drawn in one chart."""
+FEW = len(LIGHT.runs)
+"""More runs than there are colours are not drawn in one chart."""
 BETTER = {
     **dict.fromkeys(("FD", "FID", "KID"), "lower is better"),
     **dict.fromkeys(("IS", "precision", "recall", "density", "coverage"), "higher is better"),
@@ -43,7 +43,7 @@ def page(runs: Mapping[str, RunRecord]) -> str:
     runs = {name: run for group in groups for name, run in group.runs.items()}
     shown = runs
     if len(runs) > FEW:
-        shown = {name: group.runs[name] for group in groups for name in [next(iter(group.runs))]}
+        shown = dict(next(iter(group.runs.items())) for group in groups)
     title = f"{len(runs)} training runs compared" if len(runs) > 1 else f"Run {min(runs)}"
     return document(
         title,
@@ -119,6 +119,7 @@ def score_note(kind: ScoreKind) -> str:
 def cells(group: Group, kinds: Iterable[ScoreKind]) -> list[Cell]:
     """The cells of a group, in the order of the heads."""
     run, seeds = group.first, sorted(each.seed for each in group.runs.values())
+    held = [each.held for each in group.runs.values() if each.held is not None]
     left = "" if run.finished or run.goal is None else f"of {run.goal:,}"
     return [
         Cell(
@@ -130,8 +131,8 @@ def cells(group: Group, kinds: Iterable[ScoreKind]) -> list[Cell]:
         Cell(run.pattern or "dense", word=True),
         Cell(", ".join(map(str, seeds)), value=seeds[0]),
         Cell(f"{run.images:,}", left, run.images),
-        spread(each.student_loss for each in group.runs.values()),
-        spread(each.average_loss for each in group.runs.values()),
+        spread(each.held_out for each in held),
+        spread(each.held_out_ema for each in held),
         *(spread(each.score(kind) for each in group.runs.values()) for kind in kinds),
         macs(run),
         speed(group),

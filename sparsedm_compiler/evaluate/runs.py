@@ -61,8 +61,8 @@ class RunRecord:
     """What a run's folder tells. ``finished``: whether it has written its results.
 
     ``pattern``: None where dense. ``goal``: images it is to train on, None if unknown.
-    ``student_loss``, ``average_loss``: its last held-out losses. ``speed``: None where it was not
-    measured. ``samples``: its last grid, or None.
+    ``held``: its last held-out losses. ``speed``: None where it was not measured.
+    ``samples``: its last grid, or None.
     """
 
     folder: Path
@@ -75,8 +75,7 @@ class RunRecord:
     config: Mapping[str, Any] = field(repr=False)
     log: tuple[Entry, ...] = field(repr=False)
     goal: int | None = None
-    student_loss: float | None = None
-    average_loss: float | None = None
+    held: Held | None = None
     scores: tuple[Scored, ...] = ()
     macs: Macs | None = None
     speed: Speed | None = None
@@ -136,8 +135,7 @@ def finished(
         config=results["config"] if config is None else config,
         log=tuple(log) or logged(results, held),
         goal=int(results["images"]),
-        student_loss=held[-1].held_out if held else None,
-        average_loss=held[-1].held_out_ema if held else None,
+        held=held[-1] if held else None,
         scores=tuple(Scored(**{n: s[n] for n in Scored.__slots__}) for s in results["scores"]),
         macs=None if macs is None else Macs(macs["dense"], macs["sparse"], macs["attention"]),
         speed=None if speed is None else Speed(float(speed["ratio"]), str(speed["baseline"])),
@@ -164,8 +162,7 @@ def unfinished(place: Path, config: Mapping[str, Any], log: Sequence[Entry]) -> 
         config=config,
         log=tuple(log),
         goal=None if goal is None else int(goal),
-        student_loss=held[-1].held_out if held else None,
-        average_loss=held[-1].held_out_ema if held else None,
+        held=held[-1] if held else None,
         images_per_second=steps[-1].images_per_second if steps else None,
         samples=last_grid(place),
     )

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from ..data.condition import Condition, check_count, placed, rows
 from ..errors import ConfigError, DataError
-from .calling import evaluating, generator_at
+from ..models.modes import evaluating
+from .calling import generator_at
 from .guidance import Guidance, guided
 from .stream import CHUNK, Batches, Share, chunks
 

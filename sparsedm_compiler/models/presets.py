@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, meant
 from .inputs import Call, example_inputs
 from .optional import import_diffusers
 from .uvit import UViT
@@ -152,9 +151,7 @@ def preset(
 def find(name: str) -> Preset:
     """The preset of that name. Raises ConfigError that suggests close ones."""
     if name not in PRESETS:
-        close = get_close_matches(name, PRESETS, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(PRESETS)}"
-        raise ConfigError(f"no preset is called {name!r}; {hint}")
+        raise ConfigError(f"no preset is called {name!r}; {meant(name, PRESETS, 'known:')}")
     return PRESETS[name]
 
 

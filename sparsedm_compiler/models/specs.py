@@ -95,6 +95,11 @@ def is_function(spec: str) -> bool:
     return ":" in spec and not Path(spec).exists()
 
 
+def may_be_trained(spec: str) -> bool:
+    """Whether ``spec`` may bring weights of its own: a function or a directory."""
+    return is_function(spec) or Path(spec).is_dir()
+
+
 def entry_of(spec: str) -> Preset:
     """The class and config that ``spec`` names, if it is no function. Raises ConfigError."""
     path = Path(spec)

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import CheckpointError, ConfigError, masked_parameters, save
+from ..files import replacing
 from .shards import here, put, whole
 
 VERSION = 1
@@ -98,11 +99,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Replace the file at ``path`` by ``text``, whole or not at all. Raises CheckpointError."""
-    part = path.with_name(f".{path.name}{PART}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(part, text)
-        part.replace(path)
+        with replacing(path) as part:
+            write_text(part, text)
     except OSError as error:
         raise CheckpointError(unwritable(path, error)) from error
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, meant
 from .methods import TEACHERS, method_of
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -146,12 +145,16 @@ class FinetuneConfig:
         known = [field.name for field in fields(self)]
         for name in options:
             if name not in known:
-                close = get_close_matches(name, known, n=3)
-                hint = f"did you mean {' or '.join(close)}?" if close else f"it has {known}"
+                hint = meant(name, known, "it has")
                 raise ConfigError(f"finetune has no option {name!r}; {hint}")
         theirs = method_of(options["method"]).options if "method" in options else {}
         lists = {name: tuple(v) for name, v in options.items() if isinstance(v, list)}
         return replace(self, **{**theirs, **options, **lists})
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its method runs the student masked at all."""
+        return method_of(self.method).sparse
 
     def lr_scale(self, seen: int, batch: int, images: int | None = None) -> float:
         """The share of ``lr`` for the step that takes the images seen to ``seen + batch``.

@@ -237,9 +237,8 @@ def finish(run: Run) -> FinetuneResult:
         save = saving(run, averaged=True)
         if run.engine.main:
             save(run.folder / "student.safetensors")
-    if run.folder is not None and run.engine.main:
-        text = json.dumps(result.as_dict(run.folder.name), indent=1)
-        write_whole(run.folder / "results.json", text + "\n")
+            text = json.dumps(result.as_dict(run.folder.name), indent=1)
+            write_whole(run.folder / "results.json", text + "\n")
     run.engine.wait()
     return result
 

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import ConfigError
 from ..data import ImageData, decode_latents, open_autoencoder, open_data
-from ..data.condition import Condition, mapped
+from ..data.condition import Condition, mapped, read_condition, rows
 from ..evaluate.guidance import Guidance
 from ..evaluate.sampling import SamplePlan
 from .pictures import Pictures
@@ -48,12 +46,9 @@ def open_all(config: RunConfig, device: torch.device) -> Opened:
                 f"held-out images are {list(held_out.shape)}, training images "
                 f"{list(data.shape)}: set data.size"
             )
-    null: Condition | None = None
+    null = None
     if spec.null is not None:
-        try:
-            null = {name: tensor[None] for name, tensor in load_file(spec.null).items()}
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"cannot read data.null {spec.null}: {error}") from error
+        null = mapped(lambda part: part[None], read_condition(spec.null))
     return Opened(data, held_out, null, None if spec.vae is None else decoder(spec.vae, device))
 
 
@@ -69,7 +64,7 @@ def guidance_of(config: RunConfig, opened: Opened) -> Guidance | None:
     if scale is None:
         return None
     if opened.null is not None:
-        return Guidance(scale, mapped(lambda part: part[0], opened.null))
+        return Guidance(scale, rows(opened.null, 0))
     if label is not None:
         return Guidance(scale, label)
     given = opened.condition(range(1))

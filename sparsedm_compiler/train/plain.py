@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from .. import ConfigError
+from ..errors import ConfigError, meant
 
 T = TypeVar("T")
 
@@ -100,9 +99,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            close = get_close_matches(str(name), known, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known)}"
-            raise ConfigError(f"{where} has no {name!r}; {hint}")
+            raise ConfigError(f"{where} has no {name!r}; {meant(str(name), known, 'it has')}")
     lists = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     try:
         return cls(**lists)

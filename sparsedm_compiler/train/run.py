@@ -18,13 +18,14 @@ from torch import nn
 from .. import CheckpointError, ConfigError, compile, count_macs, load
 from ..data import ImageData, open_data
 from ..data.condition import placed
-from ..evaluate.calling import arguments, evaluating
+from ..evaluate.calling import arguments
 from ..evaluate.features import FeatureNetwork, load_network
 from ..evaluate.processes import own_share
 from ..evaluate.sampling import sample_batches, sampler_name
 from ..evaluate.schedulers import make_scheduler
 from ..evaluate.scores import Metrics, is_statistics, reference_of, score_images
 from ..models import load_weights, open_model
+from ..models.modes import evaluating
 from .checkpoint import list_checkpoints, write_whole
 from .loop import finetune
 from .methods import method_of
@@ -44,12 +45,7 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
         return found
     opened = open_all(config, state.device)
     scorer(config, torch.device("cpu"))  # what is wrong with it is said now, not after the training
-    teacher = open_model(
-        config.model.name,
-        options=config.model.options,
-        weights=config.model.weights,
-        device=state.device,
-    )
+    teacher = dense_model(config, state.device)
     student = student_of(teacher, config)
     macs = counted(teacher, config, opened)
     if progress and state.is_main_process:
@@ -72,9 +68,15 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     return concluded(config, opened, result, model, macs, progress=progress)
 
 
+def dense_model(config: RunConfig, device: torch.device) -> nn.Module:
+    """The model to prune, with its weights. Raises ConfigError and CheckpointError."""
+    spec = config.model
+    return open_model(spec.name, options=spec.options, weights=spec.weights, device=device)
+
+
 def student_of(teacher: nn.Module, config: RunConfig) -> nn.Module:
     """The model to train: ``teacher`` itself where nobody teaches and nothing is pruned."""
-    if method_of(config.train.method).sparse:
+    if config.train.sparse:
         return compile(teacher, config.prune.pattern, mode="train", **options_of(config))
     return teacher if config.train.teacher == "none" else copy.deepcopy(teacher)
 
@@ -86,7 +88,7 @@ def trained(
     if not config.train.shard:
         return student if result.ema is None else result.ema
     saved = Path(config.out) / "student.safetensors"
-    if method_of(config.train.method).sparse:
+    if config.train.sparse:
         return load(saved, teacher, inner=config.prune.inner)
     return load_weights(copy.deepcopy(teacher), saved)
 
@@ -112,15 +114,14 @@ def counted(teacher: nn.Module, config: RunConfig, opened: Opened) -> dict[str, 
     given = opened.condition(range(1))
     y = None if given is None else placed(given, place)
     x, t = torch.zeros(1, *opened.data.shape).to(place), torch.zeros(1, device=place.device)
-    pruned = method_of(config.train.method).sparse
     args, kwargs = arguments(teacher, x, t, y)
     with evaluating(teacher):
         report = (
             count_macs(teacher, *args, pattern=config.prune.pattern, **pruning(config), **kwargs)
-            if pruned
+            if config.train.sparse
             else count_macs(teacher, *args, pattern="1:1", **kwargs)
         )
-    return {"dense": report.dense, "sparse": report.sparse, "attention": report.attention}
+    return report.totals
 
 
 def concluded(
@@ -151,7 +152,7 @@ def concluded(
 
 def folded(model: nn.Module, config: RunConfig) -> nn.Module:
     """``model`` with its masks folded once. Dense kernels alone: they are the same everywhere."""
-    if not method_of(config.train.method).sparse:
+    if not config.train.sparse:
         return model
     options = options_of(config)
     return compile(model, config.prune.pattern, mode="infer", kernels={"*": "dense"}, **options)
@@ -216,7 +217,7 @@ def describe(config: RunConfig) -> str:
     """What ``run`` would do, in lines for people; opens everything and writes nothing."""
     opened = open_all(config, torch.device("cpu"))
     scorer(config, torch.device("cpu"))
-    model = open_model(config.model.name, options=config.model.options)
+    model = dense_model(config, torch.device("cpu"))
     return described(config, opened, model, counted(model, config, opened))
 
 
@@ -225,14 +226,14 @@ def described(config: RunConfig, opened: Opened, model: nn.Module, macs: dict[st
     parameters = sum(parameter.numel() for parameter in model.parameters())
     train, folder = config.train, Path(config.out)
     saved = list_checkpoints(folder)
-    pruned = method_of(train.method).sparse
+    pattern = config.prune.pattern if train.sparse else "none, dense"
     state = f"resumed after {saved[-1]:,} of them" if saved else "a new run"
     lines = [
         f"model      {config.model.name}, {parameters:,} parameters, weights "
         f"{config.model.weights or 'its own or random'}",
         f"method     {train.method}: {method_of(train.method).about}",
-        f"pattern    {config.prune.pattern if pruned else 'none, dense'}, MACs {macs['dense']:,} "
-        f"-> {macs['sparse']:,} (attention {macs['attention']:,})",
+        f"pattern    {pattern}, MACs {macs['dense']:,} -> {macs['sparse']:,} "
+        f"(attention {macs['attention']:,})",
         f"data       {len(opened.data):,} images {list(opened.data.shape)} from "
         f"{config.data.train}",
         f"training   {train.images:,} images in batches of {train.batch_size}, objective "

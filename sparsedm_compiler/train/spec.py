@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import ConfigError, Pattern
+from ..models.specs import may_be_trained
 from .config import FinetuneConfig
-from .methods import method_of
 from .plain import build, merged, put, read_mapping
 from .recipes import recipe
 
@@ -115,13 +115,12 @@ class RunConfig:
     out: str
 
     def __post_init__(self) -> None:
-        if self.model.weights is None and method_of(self.train.method).sparse:
-            hint = "set model.weights, or train the dense model first: train.method=dense"
-            if self.model.name.count(":") == 0 and not Path(self.model.name).is_dir():
-                raise ConfigError(
-                    f"method {self.train.method!r} prunes a trained model, and {self.model.name} "
-                    f"has random weights: {hint}"
-                )
+        name, weights = self.model.name, self.model.weights
+        if self.train.sparse and weights is None and not may_be_trained(name):
+            raise ConfigError(
+                f"method {self.train.method!r} prunes a trained model, and {name} has random "
+                "weights: set model.weights, or train the dense model first: train.method=dense"
+            )
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> RunConfig:

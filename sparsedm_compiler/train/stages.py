@@ -9,7 +9,7 @@ from torch import nn
 from .. import ConfigError, Pattern, pattern_of
 from .checkpoint import is_compiled
 from .config import FinetuneConfig
-from .methods import method_of, stages_towards
+from .methods import stages_towards
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Stage:
 
 def plan(config: FinetuneConfig, student: nn.Module) -> tuple[Stage, ...]:
     """The stages of a run. Raises ConfigError where method and student do not go together."""
-    compiled, method = is_compiled(student), method_of(config.method)
-    if compiled and not method.sparse:
+    compiled = is_compiled(student)
+    if compiled and not config.sparse:
         raise ConfigError(
             f"method {config.method!r} trains a dense model, but this {type(student).__name__} "
             "was compiled to a pattern: give the model itself, or another method"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.cli import main
-from sparsedm_compiler.cli.drawing import own_condition
+from sparsedm_compiler.cli.drawing import null_of, own_condition
 from sparsedm_compiler.evaluate import Guidance, make_scheduler, sample
 from sparsedm_compiler.evaluate.stream import pixels
 from sparsedm_compiler.models import open_model
@@ -126,7 +126,8 @@ def test_labels_and_guidance(shell: Shell) -> None:
 
 
 def namespace(**options: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"condition": None, "labels": None, "classes": None, **options})
+    names = ("condition", "labels", "classes", "null", "null_label")
+    return argparse.Namespace(**{**dict.fromkeys(names), **options})
 
 
 def test_conditions_are_used_in_turn(shell: Shell) -> None:
@@ -138,6 +139,18 @@ def test_conditions_are_used_in_turn(shell: Shell) -> None:
     asked = own_condition(namespace(condition="texts.safetensors"))
     assert asked is not None
     assert asked(range(1, 4))["context"].tolist() == [[2.0], [1.0], [2.0]]
+
+
+def test_the_tensors_of_no_condition_may_stand_in_a_row(shell: Shell) -> None:
+    null = {"text": torch.randn(1, 3), "scale": torch.tensor(2.0)}  # 1 token: no axis of rows
+    save_file({name: torch.stack([part] * 4) for name, part in null.items()}, "texts.safetensors")
+    save_file(null, "bare.safetensors")
+    save_file({name: part[None] for name, part in null.items()}, "row.safetensors")
+    asked = own_condition(namespace(condition="texts.safetensors"))
+    for file in ("bare.safetensors", "row.safetensors"):
+        found = null_of(namespace(null=file), asked)
+        torch.testing.assert_close(found, null, rtol=0, atol=0)
+    assert null_of(namespace(null_label=4), asked) == 4
 
 
 def test_notes_say_what_the_images_depend_on(shell: Shell, weights: Sequence[str]) -> None:
