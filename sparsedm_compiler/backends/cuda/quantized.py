@@ -74,7 +74,7 @@ class QuantizedFamily(Family):
         cols = matrix(torch.empty(shape, device="meta")).shape[1]
         return from_matrix(_dense(packed, shape[0], cols, self.kind), shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...]) -> torch.dtype:
+    def check(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> torch.dtype:
         raise PackError(f"no file holds weights packed for {self.names[0]}: it {self.inexact}")
 
     def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
