@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,22 @@ def register(
 def fake_linear(x: Tensor, packed: Tensor, bias: Any, rows: int, *how: Any) -> Tensor:
     """The shape of a linear op's output: [..., rows], row-major."""
     return x.new_empty(*x.shape[:-1], rows)
+
+
+def conv_shape(x: Tensor, rows: int, *geometry: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a conv2d's output; ``geometry``: kernel, stride, padding, dilation."""
+    sizes = zip(x.shape[2:], *geometry, strict=True)
+    return (
+        x.shape[0],
+        rows,
+        *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes),
+    )
+
+
+def fake_conv2d(x: Tensor, packed: Tensor, bias: Any, rows: int, *how: Any) -> Tensor:
+    """The shape of a conv op's output: [N, rows, H', W'], channels_last if x is."""
+    out = x.new_empty(conv_shape(x, rows, *how[:4]))
+    return out.to(memory_format=torch.channels_last) if is_channels_last(x) else out
 
 
 def activate(x: Tensor, act: str) -> Tensor:

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from ...errors import KernelError, PackError
 from ..matrix import from_matrix
-from ..register import ACTS, activate, fake_linear, is_channels_last, like, register
+from ..register import (
+    ACTS,
+    activate,
+    conv_shape,
+    fake_conv2d,
+    fake_linear,
+    is_channels_last,
+    like,
+    register,
+)
 from .call import Call
 from .engine import ENGINES, engine
 from .library import library, unavailable
@@ -31,12 +40,6 @@ class Conv(NamedTuple):
     dilation: Sequence[int]
     act: str
     tile: int
-
-    def shape(self, x: Tensor, rows: int) -> tuple[int, ...]:
-        """Of the output."""
-        span = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True))
-        sizes = zip(x.shape[2:], span, self.stride, self.padding, strict=True)
-        return (x.shape[0], rows, *((size + 2 * p - k) // s + 1 for size, k, s, p in sizes))
 
 
 def linear(
@@ -73,7 +76,7 @@ def conv2d(
     form = torch.channels_last if channels_last else torch.contiguous_format
     x = x.contiguous(memory_format=form)
     out = torch.empty(
-        conv.shape(x, rows),
+        conv_shape(x, rows, *how[:4]),
         dtype=x.dtype,
         device=x.device,
         memory_format=form,
@@ -166,11 +169,6 @@ def _run(call: Call) -> None:
         )
 
 
-def _fake_conv2d(x: Tensor, packed: Tensor, bias: Any, rows: int, *how: Any) -> Tensor:
-    out = x.new_empty(Conv(*how).shape(x, rows))
-    return out.to(memory_format=torch.channels_last) if is_channels_last(x) else out
-
-
 nm_linear_op = register(
     "nm_linear",
     "str act, int tile",
@@ -182,6 +180,6 @@ nm_conv2d_op = register(
     "nm_conv2d",
     "int[] kernel, int[] stride, int[] padding, int[] dilation, str act, int tile",
     {"CPU": conv2d},
-    fake=_fake_conv2d,
+    fake=fake_conv2d,
     reference=reference_conv2d,
 )

@@ -9,17 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..family import Call, Work
-from ..register import is_channels_last
+from ..register import fake_conv2d, is_channels_last, register
 
 Linear = Callable[..., Tensor]
 
 
-def conv_as_linear(linear: Linear) -> Linear:
-    """A conv2d that is ``linear`` over patches, in ops that a compiler traces and fuses.
+def conv_as_linear(name: str, linear: Linear, arguments: str) -> Linear:
+    """The op ``sparsedm::name``, a conv2d that is ``linear`` over patches.
 
-    ``linear``: (x [..., cols], packed, bias, rows, *how) -> [..., rows]. What comes back takes
-    (x [N, C, H, W], packed, bias, rows, kernel, stride, padding, dilation, *how), the weight packed
-    from ``matrix`` of [rows, C, kh, kw], and gives [N, rows, H', W'], channels_last if x is.
+    ``linear``: an op (x [..., cols], packed, bias, rows, *how) -> [..., rows], ``arguments``: the
+    schema of its ``how``. What comes back takes (x [N, C, H, W], packed, bias, rows, kernel,
+    stride, padding, dilation, *how), the weight packed from ``matrix`` of [rows, C, kh, kw], and
+    gives [N, rows, H', W'], channels_last if x is. It is one op, since Inductor cannot follow
+    strides of images whose sizes are symbols back through a matrix of patches.
     """
 
     def conv2d(
@@ -40,11 +42,13 @@ def conv_as_linear(linear: Linear) -> Linear:
         # Whoever reads it was traced with the strides of the dense convolution.
         return out if is_channels_last(x) else out.contiguous()
 
-    return conv2d
+    schema = f"int[] kernel, int[] stride, int[] padding, int[] dilation, {arguments}"
+    runs = {"CPU": conv2d, "CUDA": conv2d}
+    return register(name, schema, runs, fake=fake_conv2d, reference=conv2d)
 
 
 def linear_or_conv(linear: Linear, conv: Linear, work: Work, *how: Any) -> Call:
-    """What does the work, one of a linear layer and ``conv_as_linear`` of it, and its arguments."""
+    """What does the work, a linear layer or the same as a convolution, and its arguments."""
     if not work.kernel:
         return linear, how
     geometry = (work.kernel, work.stride, work.padding, work.dilation)

@@ -111,7 +111,13 @@ def semi_quantized_linear(
     return activate(semi_quantized_linear_op(x, packed, bias, rows, kind, how), act)
 
 
-semi_quantized_conv2d = conv_as_linear(semi_quantized_linear)
+def semi_quantized_conv2d(
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, *how: Any
+) -> Tensor:
+    """The same over patches; ``how``: kernel, stride, padding, dilation, act, kind, how."""
+    *geometry, act, kind, setting = how
+    out = semi_quantized_conv2d_op(x, packed, bias, rows, *geometry, kind, setting)
+    return activate(out, act)
 
 
 def _run(
@@ -160,4 +166,7 @@ semi_quantized_linear_op = register(
     {"CPU": _run, "CUDA": _run},
     fake=fake_linear,
     reference=_reference,
+)
+semi_quantized_conv2d_op = conv_as_linear(
+    "semi_quantized_conv2d", semi_quantized_linear_op, "str kind, int[] how"
 )

@@ -6,6 +6,7 @@ On a CPU it is its own reference: the portable format, dense in float32, rounded
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,10 @@ def semi_linear(
     return activate(semi_linear_op(x, packed, bias, rows, how), act)
 
 
-semi_conv2d = conv_as_linear(semi_linear)
+def semi_conv2d(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, *how: Any) -> Tensor:
+    """The same over patches; ``how``: kernel, stride, padding, dilation, act, how."""
+    *geometry, act, setting = how
+    return activate(semi_conv2d_op(x, packed, bias, rows, *geometry, setting), act)
 
 
 def multiply(
@@ -133,3 +137,4 @@ semi_linear_op = register(
     fake=fake_linear,
     reference=reference_linear,
 )
+semi_conv2d_op = conv_as_linear("semi_conv2d", semi_linear_op, "int[] how")

@@ -12,7 +12,7 @@ from ...errors import PackError
 from ...pattern import Pattern
 from ..family import Call, Family, Form, Kernel, Work
 from ..matrix import from_matrix, matrix
-from .conv import conv_as_linear
+from .conv import conv_as_linear, linear_or_conv
 from .launch import Tile, version
 from .nvrtc import unavailable
 from .support import card, no_nvrtc, no_tensor_cores
@@ -32,7 +32,7 @@ TILES = (
 _STAGES = (4, 3, 2)
 _PLENTY = 227 * 1024  # bytes of shared memory of an H100's block
 
-vnm_conv2d = conv_as_linear(vnm_linear_op)
+vnm_conv2d_op = conv_as_linear("vnm_conv2d", vnm_linear_op, "str act, int[] how")
 
 
 class VnmFamily(Family):
@@ -80,10 +80,7 @@ class VnmFamily(Family):
     def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
         pattern = form.pattern
         how = [*How(pattern.n, pattern.m, pattern.rows, *tile)]
-        if not work.kernel:
-            return vnm_linear_op, (work.act, how)
-        geometry = (work.kernel, work.stride, work.padding, work.dilation)
-        return vnm_conv2d, (*map(list, geometry), work.act, how)
+        return linear_or_conv(vnm_linear_op, vnm_conv2d_op, work, work.act, how)
 
     def machine(self) -> tuple[Any, ...]:
         return card(), torch.__version__, version()
