@@ -74,7 +74,8 @@ def _able(
     if asked == "dense":
         return "pinned by kernels=", ()
     families = families_of(weight.device.type)
-    families = tuple(each for each in families if not each.inexact or asked in each.names)
+    named = tuple(each for each in families if asked in each.names)
+    families = named or tuple(each for each in families if not each.inexact)
     if isinstance(weight, FakeTensor) or not families:
         return f"no sparse kernel for {weight.device.type} tensors yet", ()
     dtypes = {use.work.dtype for use in uses}
@@ -95,7 +96,8 @@ def _able(
     if asked in ("auto", "sparse"):
         return "every kernel for it is in forbid=", found
     found = tuple(each for each in found if each.name == asked)
-    return f"{asked!r}, asked by kernels=, does not run pattern {pattern}", found
+    where = f"pattern {pattern} on {weight.device.type}"
+    return f"{asked!r}, asked by kernels=, does not run {where}", found
 
 
 def _sparse(

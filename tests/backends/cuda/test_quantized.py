@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import PackError, Pattern, measuring
+from sparsedm_compiler.backends.cuda import quantized
 from sparsedm_compiler.backends.cuda.quantized import (
     KINDS,
     QuantizedFamily,
@@ -19,12 +20,13 @@ from sparsedm_compiler.backends.cuda.quantized import (
     semi_quantized_linear_op,
 )
 from sparsedm_compiler.backends.cuda.semi_ops import DEFAULT
+from sparsedm_compiler.backends.cuda.support import Card
 from sparsedm_compiler.backends.family import Form, Kernel, Work
 from tests.backends.cuda.here import kernels_of, pruned, semi_on_cpu
 from tests.oracle import assert_same, oracle_of
 
 kinds = pytest.mark.parametrize("kind", list(KINDS))
-PATTERN = Pattern(2, 4)
+PATTERN, UNAVAILABLE = Pattern(2, 4), QuantizedFamily.unavailable
 RELATIVE = {"int8": 0.02, "fp8": 0.06}
 """Of the largest output: int8 has 7 bits for the largest number, e4m3 has 4 for each."""
 
@@ -167,6 +169,26 @@ def sdm_student() -> nn.Module:
     student = sdm.compile(Wide().bfloat16(), "2:4", mode="infer", inner="eager")
     student(X)
     return student
+
+
+def test_why_it_cannot_run_is_said_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    semi_on_cpu(monkeypatch)
+    old = Card("NVIDIA A100", (8, 0), cusparselt=(0, 8, 1))
+    monkeypatch.setattr(quantized, "card", lambda: old)
+    monkeypatch.setattr(QuantizedFamily, "unavailable", UNAVAILABLE)
+    fast = sdm.compile(
+        Wide().bfloat16(),
+        "2:4",
+        mode="infer",
+        inner="eager",
+        kernels={"b": "cuda_semi_fp8", "c": "cuda_semi_int8"},
+    )
+    fast(X)
+    found = {choice.weight: choice for choice in sdm.explain(fast).choices}
+    assert found["b.weight"].reason == (
+        "no sparse tensor cores for float8: NVIDIA A100 has compute capability 8.0, 8.9 is needed"
+    )
+    assert found["c.weight"].kernel == "cuda_semi_int8"
 
 
 def test_nobody_gets_it_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
