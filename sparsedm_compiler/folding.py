@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from .backends.families import families_of, family_of
 from .backends.family import Family, Form, Kernel
 from .errors import DenseRunError
 from .masks import kept, nm_mask
+from .stale import Lookout, Sampled
 
 _SAMPLES = 64
 
@@ -73,7 +75,7 @@ def _unpickled(
 class _Fold:
     weight: weakref.ref[Tensor]
     state: tuple[int, int]
-    samples: Tensor
+    samples: Sampled
     folded: Tensor
 
 
@@ -81,7 +83,8 @@ class Folds:
     """The folded weights of one model; all its graphs share them.
 
     A change of the weight is seen by its version counter, its storage, and, for edits through
-    ``.data`` that move neither, by 64 of its values spread evenly.
+    ``.data`` that move neither, by 64 of its values spread evenly: before the call on a CPU; on
+    another device by a later call, with a warning, since asking it would be to wait for it.
 
     ``packed``: by name, the weights that were finalized: the parameter is hollow, one NaN seen
     through strides of zero, so that whatever reads it by another way is loud.
@@ -91,6 +94,24 @@ class Folds:
         self.packed = dict(packed or {})
         self._arrived = set(self.packed)  # from another place, maybe one of other kernels
         self._folds: dict[tuple[int, Form], _Fold] = {}
+        self._lookout = Lookout()
+
+    def catch_up(self) -> None:
+        """Forget all folds if a look at the weights, after some earlier call, found an edit."""
+        if self._lookout.found():
+            self._folds.clear()
+            warnings.warn(
+                "weights were edited through .data after they had been folded, and at least one "
+                "call still ran what they were; edit them in place under torch.no_grad(), which "
+                "is seen at once",
+                stacklevel=2,
+            )
+
+    def look(self) -> None:
+        """Have devices other than the CPU asked whether their weights are what was folded."""
+        late = [fold.samples for fold in self._folds.values() if _late(fold.samples.now)]
+        if late:
+            self._lookout.look(late)
 
     def get(self, weight: Tensor, form: Form, name: str) -> Tensor:
         """The weight in that form. Raises DenseRunError where a gradient is asked for."""
@@ -105,12 +126,13 @@ class Folds:
         state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
         fold = self._folds.get((id(weight), form))
         known = fold is not None and fold.weight() is weight and fold.state == state
-        if fold is not None and known and torch.equal(fold.samples, _samples(weight, packed)):
+        if fold is not None and known and (_late(weight) or _as_before(fold.samples)):
             return fold.folded
         with torch.no_grad():
             source = weight.detach() if packed is None else packed.dense()
             folded = fold_weight(source, form, name)
-            samples = _samples(weight, packed).clone()
+            now = _samples(weight, packed)
+            samples = Sampled(now, now.clone())
         self._folds[id(weight), form] = _Fold(weakref.ref(weight), state, samples, folded)
         return folded
 
@@ -148,7 +170,8 @@ class Folds:
     def finalize(self, weight: Tensor, form: Form, name: str, kernel: Kernel | None) -> None:
         """Keep only that form of the weight; a dense form is written into the weight itself."""
         folded = self.get(weight, form, name)
-        self._folds.pop((id(weight), form), None)
+        for key in [key for key in self._folds if key[0] == id(weight)]:
+            del self._folds[key]
         if kernel is None:
             with torch.no_grad():
                 weight.copy_(folded)
@@ -187,14 +210,25 @@ def fold_weight(weight: Tensor, form: Form, name: str) -> Tensor:
 
 
 def _samples(weight: Tensor, packed: Packed | None) -> Tensor:
-    """Up to 64 values of a weight, without a copy where its memory has no gaps."""
+    """About 64 values of a weight: a view of them in it."""
     if packed is not None:
         return packed.data[:0]
     weight = weight.detach()
     # Any order will do, so that channels_last weights need no copy either.
-    flat = weight.as_strided((weight.numel(),), (1,)) if _gapless(weight) else weight.flatten()
-    samples: Tensor = flat[:: max(1, flat.numel() // _SAMPLES)]
-    return samples
+    if not _gapless(weight):
+        steps = (slice(None, None, max(1, size // 8)) for size in weight.shape[:2])
+        return weight[tuple(steps)]
+    flat = weight.as_strided((weight.numel(),), (1,))
+    return flat[:: max(1, flat.numel() // _SAMPLES)]
+
+
+def _as_before(samples: Sampled) -> bool:
+    return torch.equal(samples.now, samples.before)
+
+
+def _late(weight: Tensor) -> bool:
+    """Whether reading the weight's values would be to wait for its device."""
+    return weight.device.type != "cpu"
 
 
 def _gapless(weight: Tensor) -> bool:
@@ -216,6 +250,8 @@ class Folded:
 
     def __call__(self, *inputs: Any) -> Any:
         given = list(inputs)
+        self.folds.catch_up()
         for place, form in self.forms.items():
             given[place] = self.folds.get(given[place], form, self.names[place])
+        self.folds.look()
         return self.run(*given)

@@ -48,6 +48,36 @@ def test_every_kind_of_update_is_seen(way: str) -> None:
     check()
 
 
+@both
+def test_a_device_that_is_not_waited_for_tells_of_edits_one_call_late(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsedm_compiler.folding._late", lambda weight: True)
+    fast = folded(way)
+    tolerance = 1e-4 if way == "sparse" else 0.0
+    before = fast(X)
+    with torch.no_grad():
+        fast.plain.weight.mul_(-2)  # a counter tells of it
+    assert_same(fast(X), oracle_of(fast)(X), tolerance=tolerance)
+    for edit in (lambda w: w.data.add_(0.3), lambda w: w.data.copy_(torch.randn_like(w))):
+        before = fast(X)
+        edit(fast.conv.weight)
+        assert_same(fast(X), before)
+        with pytest.warns(UserWarning, match=r"edited through \.data"):
+            assert_same(fast(X), oracle_of(fast)(X), tolerance=tolerance)
+        assert_same(fast(X), oracle_of(fast)(X), tolerance=tolerance)
+
+
+def test_weights_with_gaps_are_watched_too() -> None:
+    wide = torch.randn(16, 40)
+    fast = folded("infer")
+    fast.plain.weight = nn.Parameter(wide[:, 3:19], requires_grad=False)
+    fast(X)
+    wide.mul_(2)
+    fast.plain.weight.data.add_(0.1)
+    assert_same(fast(X), oracle_of(fast)(X))
+
+
 def test_graphs_share_their_folded_weights() -> None:
     fast = folded("sparse")
     for batch in (1, 2, 3):

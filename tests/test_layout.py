@@ -17,7 +17,7 @@ PACKAGE = Path(sparsedm_compiler.__file__).parent
 ORDER = (
     ("errors", "files"),
     ("pattern",),
-    ("cache", "config", "facts", "table", "networks", "recognise"),
+    ("cache", "config", "facts", "table", "networks", "recognise", "stale"),
     ("selection",),
     ("tiles",),
     ("masks",),
