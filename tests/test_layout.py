@@ -20,6 +20,8 @@ ORDER = (
     ("cache", "config", "facts", "table", "networks", "recognise"),
     ("selection",),
     ("masks",),
+    ("backends.cuda", "backends.cuda.launching"),
+    ("backends.cuda.masking", "backends.cuda.masking_kernels"),
     ("ops",),
     ("backends.cpu", "backends.cpu.call"),
     ("backends.cpu.packed", "backends.cpu.library"),
@@ -122,3 +124,15 @@ def test_importing_the_package_needs_only_the_core_dependencies() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_package_works_where_there_is_no_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, sparsedm_compiler; "
+        "from sparsedm_compiler.backends.cuda import masking; "
+        "from sparsedm_compiler.ops import mask_ste; "
+        "assert mask_ste(torch.tensor([[1.0, 2.0]]), '1:2').tolist() == [[0.0, 2.0]]; "
+        "print(masking.unavailable())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("Triton cannot be imported (")
