@@ -28,6 +28,7 @@ ORDER = (
     ("backends.cpu.pack",),
     ("backends.cpu.engine",),
     ("backends.cpu.ops",),
+    ("backends.cuda.gather", "backends.cuda.gather_kernels"),
     ("folding",),
     ("graph",),
     ("capture",),
@@ -129,10 +130,10 @@ def test_importing_the_package_needs_only_the_core_dependencies() -> None:
 def test_the_package_works_where_there_is_no_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import torch, sparsedm_compiler; "
-        "from sparsedm_compiler.backends.cuda import masking; "
+        "from sparsedm_compiler.backends.cuda import gather, masking; "
         "from sparsedm_compiler.ops import mask_ste; "
         "assert mask_ste(torch.tensor([[1.0, 2.0]]), '1:2').tolist() == [[0.0, 2.0]]; "
-        "print(masking.unavailable())"
+        "assert gather.unavailable() is masking.unavailable(); print(masking.unavailable())"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("Triton cannot be imported (")
