@@ -15,7 +15,7 @@ MODES = ("train", "infer")
 POLICIES = ("structural", "uvit", "all")
 SPARSE_KERNELS = (
     *("cpu_free", "cpu_shared", "cpu_wide"),
-    *("cuda_vnm", "cuda_semi", "cuda_semi_fp8", "cuda_semi_int8"),
+    *("cuda_vnm", "cuda_gather", "cuda_semi", "cuda_semi_fp8", "cuda_semi_int8"),
 )
 KERNELS = ("auto", "dense", "sparse", *SPARSE_KERNELS)
 """What may run a folded weight: the fastest measured, dense, any sparse kernel, or one of them."""

@@ -6,13 +6,18 @@ UNet under Inductor, one CPU thread): it leaves the first compile where the dens
 compile. What that tensor code saves is a part of the mask's own time, which does not grow with the
 batch; it loses as often as it wins at 2:4. One op for all weights at once is no faster to compile
 or to run, and its outputs would hide from the graph which weight is masked how.
+
+On CUDA the mask and the product are one Triton kernel, where there is Triton.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .backends.cuda import masking
 from .errors import PatternError
 from .masks import kept, unchecked_nm_mask
 from .pattern import Pattern
@@ -20,7 +25,10 @@ from .pattern import Pattern
 
 @torch.library.custom_op("sparsedm::mask_ste", mutates_args=())
 def _mask_ste(weight: Tensor, pattern: str) -> Tensor:
-    return kept(weight, unchecked_nm_mask(weight, _fitting(weight, pattern)))
+    fitting = _fitting(weight, pattern)
+    if _fused(weight.device.type, weight.dtype, fitting, masking.unavailable):
+        return masking.masked(weight, fitting)
+    return kept(weight, unchecked_nm_mask(weight, fitting))
 
 
 @_mask_ste.register_fake
@@ -62,3 +70,10 @@ def _fitting(weight: Tensor, text: str) -> Pattern:
             f"'{pattern}' does not fit a weight of shape {list(weight.shape)}: {why}"
         )
     return pattern
+
+
+def _fused(
+    device: str, dtype: torch.dtype, pattern: Pattern, unavailable: Callable[[], str | None]
+) -> bool:
+    """Whether one kernel masks such weights; Triton is asked for on CUDA alone."""
+    return device == "cuda" and masking.refusal(pattern, dtype) is None and unavailable() is None

@@ -21,6 +21,8 @@ ORDER = (
     ("selection",),
     ("tiles",),
     ("masks",),
+    ("backends.cuda", "backends.cuda.launching"),
+    ("backends.cuda.masking", "backends.cuda.masking_kernels"),
     ("ops",),
     ("backends.register", "backends.family", "backends.matrix"),
     ("backends.cpu", "backends.cpu.call"),
@@ -29,15 +31,17 @@ ORDER = (
     ("backends.cpu.engine",),
     ("backends.cpu.ops",),
     ("backends.cpu.family",),
-    ("backends.cuda", "backends.cuda.support", "backends.cuda.format24"),
+    ("backends.cuda.support", "backends.cuda.format24"),
     ("backends.cuda.tokens", "backends.cuda.conv"),
     ("backends.cuda.semi_ops",),
     ("backends.cuda.semi",),
     ("backends.cuda.quantized", "backends.cuda.training"),
     ("backends.cuda.nvrtc", "backends.cuda.timing", "backends.cuda.vnm_format"),
-    ("backends.cuda.launch",),
+    ("backends.cuda.vnm_launch",),
     ("backends.cuda.vnm",),
     ("backends.cuda.vnm_family",),
+    ("backends.cuda.gather", "backends.cuda.gather_kernels"),
+    ("backends.cuda.gather_family",),
     ("backends.families",),
     ("folding",),
     ("measuring",),
@@ -137,3 +141,15 @@ def test_importing_the_package_needs_only_the_core_dependencies() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_package_works_where_there_is_no_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, sparsedm_compiler; "
+        "from sparsedm_compiler.backends.cuda import gather, masking; "
+        "from sparsedm_compiler.ops import mask_ste; "
+        "assert mask_ste(torch.tensor([[1.0, 2.0]]), '1:2').tolist() == [[0.0, 2.0]]; "
+        "assert gather.unavailable() is masking.unavailable(); print(masking.unavailable())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("Triton cannot be imported (")

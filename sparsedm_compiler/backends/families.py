@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import KernelError
 from .cpu.family import CpuFamily
+from .cuda.gather_family import GatherFamily
 from .cuda.quantized import QuantizedFamily
 from .cuda.semi import SemiFamily
 from .cuda.vnm_family import VnmFamily
@@ -12,6 +13,7 @@ from .family import Family
 FAMILIES: tuple[Family, ...] = (
     CpuFamily(),
     VnmFamily(),
+    GatherFamily(),
     SemiFamily(),
     QuantizedFamily("fp8"),
     QuantizedFamily("int8"),

@@ -13,8 +13,8 @@ from torch import Tensor
 from ...errors import KernelError
 from ...pattern import Pattern
 from ..register import activate, register
-from .launch import Launch, Problem, Tile, address, linear_build, on_device, turn_build
 from .vnm_format import Layout, unpack
+from .vnm_launch import Launch, Problem, Tile, address, linear_build, on_device, turn_build
 
 _PIECE = 8  # values of 16 bytes
 

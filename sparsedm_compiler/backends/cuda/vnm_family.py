@@ -13,11 +13,11 @@ from ...pattern import Pattern
 from ..family import Call, Family, Form, Kernel, Work
 from ..matrix import from_matrix, matrix
 from .conv import conv_as_linear, linear_or_conv
-from .launch import Tile, version
 from .nvrtc import unavailable
-from .support import card, no_nvrtc, no_tensor_cores
+from .support import card, machine, no_nvrtc, no_tensor_cores
 from .vnm import How, vnm_linear_op, warp_rows
 from .vnm_format import TYPES, check, pack, refusal, unpack
+from .vnm_launch import Tile, version
 
 TILES = (
     (64, 4, 2),
@@ -83,7 +83,7 @@ class VnmFamily(Family):
         return linear_or_conv(vnm_linear_op, vnm_conv2d_op, work, work.act, how)
 
     def machine(self) -> tuple[Any, ...]:
-        return card(), torch.__version__, version()
+        return *machine(), version()
 
 
 def _dtype(form: Form) -> torch.dtype:

@@ -19,6 +19,8 @@ PATTERNS = (
 )
 ACTS = ("none", "gelu", "gelu_tanh", "silu")
 DTYPES = (torch.float32, torch.bfloat16)
+ROUNDING = {torch.bfloat16: (2.0**-8, 1e-30), torch.float16: (2.0**-11, 2.0**-25)}
+"""What a result may be off by, once rounded: a part of itself, and where it is all but zero."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,22 @@ def activated(x: Tensor, act: str) -> Tensor:
     return F.silu(x) if act == "silu" else F.gelu(x, approximate=act[4:].strip("_") or "none")
 
 
-def assert_rounded(out: Tensor, exact: Tensor, sums: Tensor, kept: int, act: str) -> None:
+def assert_rounded(
+    out: Tensor, exact: Tensor, sums: Tensor, kept: int, act: str, *, cut: bool = False
+) -> None:
     """``out`` is ``act(exact)`` but for rounding. exact, sums: float64; sums: |W| |x| + |b|.
 
     A sum of k products is off by at most (k + 2) u sums, u = 2^-24; an activation (slope at most
-    1.13) by a further 4e-7 (1 + |x|); bfloat16 rounds the result once more, by 2^-8 of it.
+    1.13) by a further 4e-7 (1 + |x|); bfloat16 rounds the result once more, by 2^-8 of it, float16
+    by 2^-11. ``cut``: it cuts the bits off instead.
     """
     value = activated(exact, act)
     bound = 1.13 * (kept + 2) * 2.0**-24 * sums + 1e-30
     if act != "none":
         bound = bound + 4e-7 * (1 + exact.abs())
-    if out.dtype == torch.bfloat16:
-        bound = bound + 2.0**-8 * value.abs() + 1e-30
+    if out.dtype in ROUNDING:
+        part, least = ROUNDING[out.dtype]
+        bound = bound + (1 + cut) * (part * value.abs() + least)
     assert out.shape == exact.shape
     excess = (out.double() - value).abs() - bound
     assert not excess.numel() or bool((excess <= 0).all()), float(excess.max())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparsedm_compiler.backends.cpu.library import find_compiler
-from sparsedm_compiler.backends.cuda.launch import HERE, Build, Problem
+from sparsedm_compiler.backends.cuda.vnm_launch import HERE, Build, Problem
 
 _TESTS = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC")

@@ -120,7 +120,7 @@ def test_what_is_refused() -> None:
     assert "keeps up to 3 of 4" in str(family.refusal(Pattern(3, 4), 32, 32, torch.bfloat16))
     assert "float64" in str(family.refusal(PATTERN, 32, 32, torch.float64))
     with pytest.raises(PackError, match="no file holds weights packed for cuda_semi_int8"):
-        family.check(torch.zeros(9, dtype=torch.uint8), (32, 32))
+        family.check(torch.zeros(9, dtype=torch.uint8), (32, 32), Form(PATTERN))
 
 
 class Wide(nn.Module):

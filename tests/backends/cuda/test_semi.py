@@ -76,13 +76,13 @@ def test_weights_come_back_to_the_bit(pattern: str, shape: tuple[int, ...]) -> N
     weight.view(-1)[mask.reshape(-1).nonzero()[::7].flatten()] = -0.0  # kept, and zero
     parsed = Pattern.parse(pattern)
     packed = FAMILY.pack(weight, mask, parsed, KERNEL)
-    assert FAMILY.check(packed, shape) is torch.float16
+    assert FAMILY.check(packed, shape, Form(parsed)) is torch.float16
     assert FAMILY.portable(packed, shape, Form(parsed)) is packed
     again = FAMILY.unpack(packed, shape, Form(parsed))
     assert again.stride() == weight.stride()
     assert_same(again.view(torch.int16), weight.view(torch.int16))
     with pytest.raises(PackError, match="it is packed as"):
-        FAMILY.check(packed, (shape[0] * 2, *shape[1:]))
+        FAMILY.check(packed, (shape[0] * 2, *shape[1:]), Form(parsed))
 
 
 def test_a_mask_of_three_is_refused_whatever_the_values() -> None:

@@ -147,7 +147,7 @@ def test_weights_come_back_to_the_bit(
     assert again.stride() == weight.stride()
     assert_same(again.cpu().view(torch.int16), weight.view(torch.int16))
     held = FAMILY.portable(packed, shape, FORM)
-    assert (held.device.type, FAMILY.check(held, shape)) == ("cpu", dtype)
+    assert (held.device.type, FAMILY.check(held, shape, FORM)) == ("cpu", dtype)
     assert_same(FAMILY.unpack(held, shape, FORM), weight)
 
 

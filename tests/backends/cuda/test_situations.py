@@ -22,7 +22,7 @@ from tests.backends.cuda.here import kernels_of
 from tests.oracle import assert_gradients, assert_same, hand_masked, masked_patterns, oracle_of
 
 BF16 = torch.bfloat16
-KERNELS = {"2:4": "cuda_semi", "64:2:8": "cuda_vnm", "16:1:8": "cuda_vnm"}
+KERNELS = {"2:4": "cuda_semi", "64:2:8": "cuda_vnm", "16:1:8": "cuda_vnm", "1:4x16": "cuda_gather"}
 CLOSE = 0.05
 """Of outputs near 1 after a dozen layers in bfloat16."""
 

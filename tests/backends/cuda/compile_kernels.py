@@ -1,0 +1,115 @@
+"""``python -m tests.backends.cuda.compile_kernels`` compiles for an H100 that need not be there.
+
+Triton brings the assembler, so only the launch is left out. What the interpreter cannot show is
+checked here: that the code compiles, spills next to nothing, reads memory in vectors and uses the
+tensor cores. A process of its own: Triton is told of a GPU that may not be there.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from sparsedm_compiler.backends.cuda.gather import pack, run_linear, settings
+from sparsedm_compiler.backends.cuda.masking import masked
+from sparsedm_compiler.masks import nm_mask
+from sparsedm_compiler.pattern import Pattern
+
+_SPILL, _SHARED_MEMORY = 64, 227 << 10  # bytes: per thread, per block
+_DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+MASKS = (
+    *("2:4", "1:8", "3:4", "16:32", "1:32", "32:64", "7:13", "2048:16384"),
+    *("1:8x16", "4:32x128", "3:5x48", "1:128x128", "64:2:8", "64:3:8", "128:2:64"),
+)
+TYPES = (torch.bfloat16, torch.float32)  # float16's code is bfloat16's
+GATHERS = ("1:8x16", "2:4x48", "1:4x128")
+
+
+class _Hopper:
+    """As much of Triton's driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only() -> list[Any]:
+    """From here on, a launch compiles and no more; the list grows by what was compiled."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def warm(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    driver.set_active(_Hopper())
+    JITFunction.run = warm
+    return compiled
+
+
+def spilled(kernel: Any) -> int:
+    """Bytes of stack per thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(_DISASSEMBLER), "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", said)
+    assert found, said
+    return int(found[1])
+
+
+def check(kernel: Any, what: object) -> None:
+    assert spilled(kernel) <= _SPILL, (what, spilled(kernel))
+    assert kernel.metadata.shared <= _SHARED_MEMORY, (what, kernel.metadata.shared)
+
+
+def check_masks(compiled: list[Any]) -> None:
+    for text in MASKS:
+        pattern = Pattern.parse(text)
+        for dtype in TYPES:
+            weight = torch.empty(4 * pattern.rows, 16 * pattern.m, 3, 3, dtype=dtype)
+            for view in (weight[..., 0, 0].contiguous(), weight):
+                masked(view, pattern)
+                check(compiled[-1], (text, dtype))
+            masked(weight.to(memory_format=torch.channels_last), pattern)
+            check(compiled[-1], (text, dtype))
+            if pattern.m in (4, 8, 16, 32, 64):  # a group is 8 bytes or more, side by side
+                code = compiled[-1].asm["ptx"]
+                assert "ld.global.v" in code, (text, dtype)
+                assert "st.global.v" in code, (text, dtype)
+
+
+def check_gathers(compiled: list[Any]) -> None:
+    for text in GATHERS:
+        pattern = Pattern.parse(text)
+        rows, cols = 2 * pattern.rows, 200 * pattern.m
+        for dtype in TYPES:
+            weight = torch.randn(rows, cols).to(dtype)
+            packed, bias = pack(weight, nm_mask(weight, pattern), pattern), torch.zeros(rows)
+            for how in settings(pattern, dtype):
+                run_linear(weight, packed, bias, rows, "gelu_tanh", how)
+                check(compiled[-1], (dtype, how))
+                core = "mma.sync" if how[3] < 64 else "wgmma.mma_async"
+                assert (core in compiled[-1].asm["ptx"]) == (dtype != torch.float32), (dtype, how)
+
+
+if __name__ == "__main__":
+    kernels = compile_only()
+    check_masks(kernels)
+    check_gathers(kernels)
+    print(f"{len(kernels)} kernels compiled for compute capability 9.0")

@@ -1,0 +1,25 @@
+"""The kernels compile for the GPU they are meant for, on a machine that has none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.backends.cuda.running import needs_triton
+
+
+def test_the_kernels_compile_for_an_h100(tmp_path: Path) -> None:
+    needs_triton()
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.backends.cuda.compile_kernels"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("kernels compiled for compute capability 9.0\n")
