@@ -12,7 +12,7 @@ from .backends.families import families_of, family_of
 from .backends.family import Form, Kernel
 from .config import GRAPHS, Config
 from .facts import Choice
-from .measuring import Search, Subject, times_of
+from .measuring import Search, Subject, times_of, trusted
 from .passes.find_uses import Use
 from .pattern import Pattern
 
@@ -46,23 +46,30 @@ def choose(
     dense = Form(pattern)
     if isinstance(uses, str) or not able:
         return Chosen(_choice(name, weight, uses, "dense", why_not), dense)
-    if asked != "auto":
-        return _sparse(name, weight, pattern, uses, able[0], "pinned by kernels=")
     works = tuple(use.work for use in uses)
     subject = Subject(weight, name, pattern, works, config.inner == GRAPHS)
+    if asked != "auto":
+        if weight.is_cuda and not family_of(able[0].name).inexact and not trusted(subject, able[0]):
+            why = _distrust(able[:1])
+            return Chosen(_choice(name, weight, uses, "dense", why), dense)
+        return _sparse(name, weight, pattern, uses, able[0], "pinned by kernels=")
     times = times_of(subject, able, search)
     if times is None:
         why = f"not measured: search_seconds={config.search_seconds:g} were spent"
         return Chosen(_choice(name, weight, uses, "dense", why), dense)
     best = min(able, key=lambda each: times[str(each)])
     if times[str(best)] == math.inf:
-        why = f"{' and '.join(dict.fromkeys(each.name for each in able))} refused its size"
-        return Chosen(_choice(name, weight, uses, "dense", why), dense)
+        return Chosen(_choice(name, weight, uses, "dense", _distrust(able)), dense)
     measured = {"dense_ms": times["dense"], "sparse_ms": times[str(best)]}
     if times[str(best)] >= MARGIN * times["dense"]:
         why = f"{best.name} was not faster"
         return Chosen(_choice(name, weight, uses, "dense", why, **measured), dense)
     return _sparse(name, weight, pattern, uses, best, "fastest measured", **measured)
+
+
+def _distrust(able: tuple[Kernel, ...]) -> str:
+    names = " and ".join(dict.fromkeys(each.name for each in able))
+    return f"{names} refused its size, or gave other numbers than dense"
 
 
 def _able(

@@ -57,7 +57,7 @@ def times_of(
 ) -> dict[str, float] | None:
     """Milliseconds of "dense" and of every kernel, from disk if they were measured before.
 
-    None where ``search`` has no time left; infinite for a kernel that refused to run.
+    None where ``search`` has no time left; infinite for a kernel that is not to be ``trusted``.
     """
     path = folder("choices") / f"{_digest(subject)}.json"
     found = _read(path)
@@ -73,7 +73,27 @@ def times_of(
     return measured
 
 
+def trusted(subject: Subject, kernel: Kernel) -> bool:
+    """Whether a kernel runs the subject and gives dense's numbers, but for rounding."""
+    with torch.no_grad():
+        return str(kernel) in _calls(subject, [kernel])
+
+
 def _measure(subject: Subject, kernels: Sequence[Kernel]) -> dict[str, float]:
+    calls, device = _calls(subject, kernels), subject.weight.device
+    if device.type == "cuda":
+        times = cuda.interleaved(calls, device, graphs=subject.graphs)
+    else:
+        times = interleaved(calls)
+    return {**{str(kernel): math.inf for kernel in kernels}, **times}
+
+
+def _calls(subject: Subject, kernels: Sequence[Kernel]) -> dict[str, Callable[[], Any]]:
+    """What "dense" does, and every kernel that takes the size and gives the same but for rounding.
+
+    Not every kernel takes every size, which asking it tells, and none is believed before it has
+    multiplied on this machine.
+    """
     weight, works = subject.weight.detach(), subject.works
     dtype = works[0].dtype
     inputs = [example(work, weight.device) for work in works]
@@ -82,22 +102,23 @@ def _measure(subject: Subject, kernels: Sequence[Kernel]) -> dict[str, float]:
     def folded(kernel: Kernel | None) -> Tensor:
         return fold_weight(weight, Form(subject.pattern, dtype, kernel), subject.name)
 
-    dense = folded(None)
-    calls: dict[str, Callable[[], Any]] = {
-        "dense": lambda: [run_dense(work, x, dense) for work, x in zip(works, inputs, strict=True)]
-    }
+    def dense() -> list[Tensor]:
+        return [run_dense(work, x, folded(None)) for work, x in zip(works, inputs, strict=True)]
+
+    expected, calls = dense(), {"dense": dense}
     for kernel in kernels:
         call = _sparse_calls(subject, inputs, folded(kernel.untiled), kernel)
-        with suppress(
-            KernelError
-        ):  # not every kernel takes every size: asking it is the way to know
-            call()
-            calls[str(kernel)] = call
-    if weight.device.type == "cuda":
-        times = cuda.interleaved(calls, weight.device, graphs=subject.graphs)
-    else:
-        times = interleaved(calls)
-    return {**{str(kernel): math.inf for kernel in kernels}, **times}
+        with suppress(KernelError):
+            if all(map(_agree, call(), expected)):
+                calls[str(kernel)] = call
+    return calls
+
+
+def _agree(out: Tensor, dense: Tensor) -> bool:
+    """Whether an output differs from dense's by no more than the order of sums explains."""
+    share = 2.0**-5 if dense.dtype.itemsize == 2 else 1e-3
+    largest = float(dense.abs().max()) if dense.numel() else 0.0
+    return torch.allclose(out.float(), dense.float(), rtol=0, atol=share * largest)
 
 
 def _sparse_calls(

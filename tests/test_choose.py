@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import measuring
-from sparsedm_compiler.backends.family import Kernel
 from tests.oracle import assert_same, oracle_of
 
 
@@ -106,23 +106,27 @@ def test_a_choice_is_kept_on_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(seen) == 12  # other threads, other times
 
 
+def refuses() -> None:
+    raise sdm.KernelError("not this size")
+
+
 @pytest.mark.usefixtures("cache")
-def test_a_kernel_that_refuses_a_size_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [refuses, lambda: [torch.ones(2, 8, 16)] * 2, lambda: [torch.full((2, 8, 16), torch.nan)] * 2],
+    ids=["refuses", "wrong", "NaN"],
+)
+def test_a_kernel_that_cannot_be_trusted_is_not_chosen(
+    call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured(monkeypatch, dense=2.0, sparse=1.0)
-
-    def refuse(subject: Any, inputs: Any, packed: Any, kernel: Kernel) -> Any:
-        def call() -> None:
-            raise sdm.KernelError("not this size")
-
-        return call
-
-    monkeypatch.setattr(measuring, "_sparse_calls", refuse)
+    monkeypatch.setattr(measuring, "_sparse_calls", lambda *about: call)
     for _ in range(2):  # measured, then from disk
-        fast = fast_of()
+        fast = fast_of(kernels={"conv": "dense"})
         assert_same(fast(X), oracle_of(fast)(X))
         found = choices(fast)["plain.weight"]
         assert (found.kernel, found.sparse_ms) == ("dense", None)
-        assert found.reason == "cpu_free refused its size"
+        assert found.reason == "cpu_free refused its size, or gave other numbers than dense"
 
 
 @pytest.mark.usefixtures("cache")

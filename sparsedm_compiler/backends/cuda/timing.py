@@ -33,10 +33,16 @@ def interleaved(calls: Calls, device: torch.device, *, graphs: bool) -> dict[str
 
 
 def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as a CUDA graph, so that the time between its launches is the GPU's own."""
+    """The call as a CUDA graph, so that the time between its launches is the GPU's own.
+
+    What cannot be captured is timed as it is.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
+    try:
+        with torch.cuda.graph(graph):
+            out = call()
+    except RuntimeError:
+        return call
 
     def replay() -> Any:
         graph.replay()
