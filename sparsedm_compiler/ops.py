@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backends.cuda import masking
 from .errors import PatternError
-from .masks import kept, unchecked_nm_mask
+from .masks import dropped, kept, unchecked_nm_mask
 from .pattern import Pattern
 
 
@@ -60,6 +60,13 @@ def mask_ste(weight: Tensor, pattern: str | Pattern) -> Tensor:
     """
     masked: Tensor = mask_ste_op(weight, pattern if isinstance(pattern, str) else str(pattern))
     return masked
+
+
+def pruned(weight: Tensor, pattern: Pattern) -> Tensor:
+    """``(1 - mask) * weight`` of a weight known to fit; zero where the mask keeps it."""
+    if _fused(weight.device.type, weight.dtype, pattern, masking.unavailable):
+        return masking.masked(weight, pattern, rest=True)
+    return dropped(weight, unchecked_nm_mask(weight, pattern))
 
 
 def _fitting(weight: Tensor, text: str) -> Pattern:

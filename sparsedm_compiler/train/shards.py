@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import ConfigError, Pattern
-from ..masks import unchecked_nm_mask
+from ..masks import dropped, unchecked_nm_mask
+from ..ops import pruned
 
 
 def shard(student: nn.Module, processes: int) -> None:
@@ -92,6 +93,13 @@ def mask_here(weight: Tensor, pattern: Pattern) -> Tensor:
     if isinstance(weight, DTensor) and pattern.height > 1:
         return rows_of(unchecked_nm_mask(whole(weight.detach()), pattern), weight)
     return unchecked_nm_mask(here(weight.detach()), pattern)
+
+
+def pruned_here(weight: Tensor, pattern: Pattern) -> Tensor:
+    """``(1 - mask) * weight`` of the rows on this process; else as ``mask_here``."""
+    if isinstance(weight, DTensor) and pattern.height > 1:
+        return dropped(here(weight), mask_here(weight, pattern))
+    return pruned(here(weight), pattern)
 
 
 def whole_state(model: nn.Module) -> Mapping[str, Tensor]:

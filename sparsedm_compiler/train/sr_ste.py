@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .. import ConfigError, Pattern, masked_parameters
-from ..masks import dropped
-from .shards import here, mask_here
+from .shards import here, pruned_here
 
 FORMS = ("paper", "decoupled")
 
@@ -94,7 +93,7 @@ def _apply(optimizer: Optimizer, *, model: nn.Module, lam: float, form: str) -> 
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if id(weight) in patterns and weight.grad is not None:
-                term = dropped(here(weight), mask_here(weight, patterns[id(weight)]))
+                term = pruned_here(weight, patterns[id(weight)])
                 if form == "paper":
                     _join(
                         here(weight.grad), term, -lam if group.get("maximize") else lam, optimizer

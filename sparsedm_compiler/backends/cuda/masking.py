@@ -53,8 +53,10 @@ def refusal(pattern: Pattern, dtype: torch.dtype) -> str | None:
     return None
 
 
-def masked(weight: Tensor, pattern: Pattern) -> Tensor:
+def masked(weight: Tensor, pattern: Pattern, *, rest: bool = False) -> Tensor:
     """``kept(weight, unchecked_nm_mask(weight, pattern))``, to the bit, with the same strides.
+
+    ``rest``: ``dropped`` of the same instead, what the mask leaves out.
 
     ``weight``: [out, in] or [out, in, *kernel] that the pattern fits and ``refusal`` does not name.
     Energies of shared columns are sums in float32: two columns that differ by its rounding alone
@@ -63,13 +65,15 @@ def masked(weight: Tensor, pattern: Pattern) -> Tensor:
     weight = weight.detach()
     out = torch.empty_like(weight)
     if pattern.is_dense:
-        return out.copy_(weight)
+        return out.zero_() if rest else out.copy_(weight)
     if weight.numel():
-        _launch(weight, out, pattern)
+        _launch(weight, out, pattern, rest=rest)
     return out
 
 
-def _launch(weight: Tensor, out: Tensor, pattern: Pattern, *, wide: bool = False) -> None:
+def _launch(
+    weight: Tensor, out: Tensor, pattern: Pattern, *, rest: bool = False, wide: bool = False
+) -> None:
     """Fill ``out``. ``wide``: count elements in 64 bits even where 32 do."""
     import triton.language as tl
 
@@ -99,6 +103,7 @@ def _launch(weight: Tensor, out: Tensor, pattern: Pattern, *, wide: bool = False
             SHARED=shared if pattern.vnm or pattern.rows > 1 else 0,
             FREE=pattern.vnm or pattern.rows == 1,
             FLOAT=getattr(tl, _FLOATS[weight.dtype]),
+            REST=rest,
             ALIGN=align,
             ROWS=rows,
             LANES=block,

@@ -28,13 +28,14 @@ def mask_kernel(
     SHARED: tl.constexpr,
     FREE: tl.constexpr,
     FLOAT: tl.constexpr,
+    REST: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     PLACES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """out = weight where kept, else 0, both read as integers of their bits.
+    """out = weight where kept (REST: where not), else 0, both read as integers of their bits.
 
     The S rows of a lane choose ``SHARED`` columns of M by energy (0: none), then each row keeps N
     of those of M or SHARED that are left to it (FREE). ``sizes``: of the dimensions that lanes run
@@ -59,7 +60,7 @@ def mask_kernel(
     if FREE:
         allowed = _kept(bits, place, allowed, N, SHARED if SHARED > 0 else M, PLACES)
     target = _at(lane, row, place, sizes, out_lane, out_row, out_place, ALIGN, WIDE)
-    tl.store(out + target, tl.where(allowed, bits, 0), mask=inside)
+    tl.store(out + target, tl.where(allowed != REST, bits, 0), mask=inside)
 
 
 @triton.jit

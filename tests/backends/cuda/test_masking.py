@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsedm_compiler.backends.cuda.masking import _lanes, _launch, masked, refusal
-from sparsedm_compiler.masks import kept, unchecked_nm_mask
+from sparsedm_compiler.masks import dropped, kept, unchecked_nm_mask
 from sparsedm_compiler.ops import _fused, mask_ste, mask_ste_op
 from sparsedm_compiler.pattern import Pattern
 from sparsedm_compiler.selection import KEYS
@@ -34,12 +34,17 @@ def expected(weight: Tensor, pattern: Pattern) -> Tensor:
     return kept(weight, unchecked_nm_mask(weight, pattern))
 
 
+def left_out(weight: Tensor, pattern: Pattern) -> Tensor:
+    return dropped(weight, unchecked_nm_mask(weight, pattern))
+
+
 def check(weight: Tensor, pattern: Pattern) -> None:
     """The same bits and strides; the oracle runs on the CPU."""
-    found, oracle = masked(moved(weight), pattern), expected(weight, pattern)
-    assert (found.dtype, found.shape) == (oracle.dtype, oracle.shape)
-    assert found.stride() == oracle.stride()
-    assert torch.equal(bits(found.cpu()), bits(oracle))
+    for rest, oracle in enumerate((expected(weight, pattern), left_out(weight, pattern))):
+        found = masked(moved(weight), pattern, rest=bool(rest))
+        assert (found.dtype, found.shape) == (oracle.dtype, oracle.shape)
+        assert found.stride() == oracle.stride()
+        assert torch.equal(bits(found.cpu()), bits(oracle))
 
 
 def bits(tensor: Tensor) -> Tensor:
