@@ -214,7 +214,7 @@ def test_no_speed_without_its_quality() -> None:
 def test_all_that_went_wrong_is_told() -> None:
     found = results_of(
         ops=[op(1.5, wrong={"kernel/2": "off by 1"})],
-        tests={"passed": [], "failed": {"t": "why"}, "skipped": {}, "left_out": {}, "seconds": 1},
+        tests={**outcomes(""), "failed": {"t": "why"}, "seconds": 1, "stopped": False},
         sections={"table": {"seconds": 1, "stopped": "", "failed": {"cell": "no memory"}}},
     )
     assert failures(found) == [

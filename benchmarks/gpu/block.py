@@ -16,6 +16,7 @@ from sparsedm_compiler.models.uvit import Block, UViTConfig
 
 from .case import Case, Row, Tell
 from .comparing import bound, dense, faster, of_models, typical
+from .models import Call
 from .plan import PAPER, Plan
 from .pruned import checked, kernels_of, student_of
 
@@ -41,18 +42,7 @@ def compare(plan: Plan, cell: tuple[str, int, int, int], key: str, tell: Tell) -
     torch.compiler.reset()
     torch.manual_seed(0)
     dtype, batch, ratio, patch = cell
-    config = UViTConfig(
-        img_size=plan.block.side,
-        patch_size=patch,
-        embed_dim=plan.block.width,
-        num_heads=plan.block.heads,
-        mlp_ratio=ratio,
-        depth=1,
-    )
-    with torch.device(plan.device):
-        model = Block(config).to(getattr(torch, dtype)).eval()
-        x = torch.randn(batch, config.extras + config.patches, config.embed_dim)
-    call = ((x.to(getattr(torch, dtype)),), {})
+    model, call = opened(plan, dtype, batch, (ratio, patch))
     student = student_of(model, PATTERN, plan, policy="all")
     with torch.no_grad():
         errors = checked(model, student, call)
@@ -62,7 +52,7 @@ def compare(plan: Plan, cell: tuple[str, int, int, int], key: str, tell: Tell) -
         times = of_models({name: bound(run, call) for name, run in runs.items()}, plan.seconds)
     row: Row = {
         **{"dtype": dtype, "batch": batch, "mlp_ratio": ratio, "patch": patch},
-        **{"tokens": x.shape[1], "width": plan.block.width, "pattern": PATTERN},
+        **{"tokens": call[0][0].shape[1], "width": plan.block.width, "pattern": PATTERN},
         **errors,
         "kernels": kernels_of(student),
         "ms": typical(times),
@@ -76,3 +66,20 @@ def compare(plan: Plan, cell: tuple[str, int, int, int], key: str, tell: Tell) -
         flush=True,
     )
     yield row
+
+
+def opened(plan: Plan, dtype: str, batch: int, shape: tuple[int, int]) -> tuple[Block, Call]:
+    """The block for (mlp_ratio, patch), and its input."""
+    ratio, patch = shape
+    config = UViTConfig(
+        img_size=plan.block.side,
+        patch_size=patch,
+        embed_dim=plan.block.width,
+        num_heads=plan.block.heads,
+        mlp_ratio=ratio,
+        depth=1,
+    )
+    with torch.device(plan.device):
+        model = Block(config).to(getattr(torch, dtype)).eval()
+        x = torch.randn(batch, config.extras + config.patches, config.embed_dim)
+    return model, ((x.to(getattr(torch, dtype)),), {})

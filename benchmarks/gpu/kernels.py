@@ -27,17 +27,16 @@ AHEAD = 4
 
 
 def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
-    """What takes longest first; then all kernels, which tests and layers need soonest."""
+    """In the order in which they are needed."""
     for name, batch in plan.models[:AHEAD] if plan.compiled else ():
         yield Case(f"{name} {batch}", partial(compiled, plan, name, batch))
-    for name, batch in plan.training if plan.compiled else ():
-        for text in (None, *plan.train_patterns):
-            run = partial(trained, plan, (name, batch), text)
-            yield Case(f"{name} {batch} {text}", run)
     acts = sorted({layer.act for layer in plan.layers})
     for text in plan.op_patterns:
         for act in acts:
             yield Case(f"{text} {act}", partial(built, plan, text, act))
+    for which in plan.training[:1] if plan.compiled else ():
+        for pattern in (None, *plan.train_patterns):
+            yield Case(f"training {pattern}", partial(trained, plan, which, pattern))
 
 
 def compiled(plan: Plan, name: str, batch: int, tell: Tell) -> Iterator[Row]:

@@ -26,11 +26,11 @@ from .clock import Clock
 from .packages import losses, refusal
 from .processes import ended
 
-SHARES = {"tests": 90, "ops": 150, "models": 145, "table": 70, "training": 60, "memory": 15}
+SHARES = {"tests": 110, "ops": 140, "models": 145, "table": 65, "training": 60, "memory": 15}
 """Seconds of nine minutes."""
 _RESTARTS = 6
 _LAST_ROW = 20
-_AHEAD = 8
+_AHEAD = 6
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,9 @@
 
 One row per shape and number of tokens. All settings are checked against float32, then screened in a
 few rounds; the fastest of each pattern is timed again, beside dense, in rounds of their own: the
-ratios shown are from those, so that the fastest is not fast by having been chosen.
+ratios shown are from those, so that the fastest is not fast by having been chosen. Kernels that
+change numbers (8 bits) are screened at 2:4, and never the fastest: only a user who pins them gets
+them.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from .plan import Layer, Plan
 DTYPE = torch.bfloat16
 TOLERANCE = 4e-3
 """Of ||out - exact|| / ||exact||: rounding to bfloat16 once gives 1.7e-3."""
+INEXACT, INEXACT_AT = 0.1, "2:4"
 
 Run = Callable[[], Tensor]
 
@@ -64,19 +67,14 @@ def compare(
     torch.compiler.reset()
     given = operands(layer, tokens, plan.device)
     row: Row = {
-        "model": layer.model,
-        "layer": layer.name,
-        "tokens": tokens,
-        "cols": layer.cols,
-        "rows": layer.rows,
-        "act": layer.act,
-        "dtype": "bfloat16",
-        "patterns": {},
+        **{"model": layer.model, "layer": layer.name, "tokens": tokens, "cols": layer.cols},
+        **{"rows": layer.rows, "act": layer.act, "dtype": "bfloat16", "patterns": {}},
     }
     baseline, finalists = dense(given, plan), dict[str, Run]()
     for text in plan.op_patterns:
-        found, best = screened(given, text, baseline, plan, Trial(avoid, tell))
-        row["patterns"][text] = found
+        trial = Trial(given, text, avoid, tell)
+        best = trial.fastest(baseline, plan)
+        row["patterns"][text] = trial.found
         if best is not None:
             finalists[text] = best
     times = of_ops({"dense": baseline, **finalists}, plan, plan.rounds)
@@ -107,47 +105,83 @@ def dense(given: Given, plan: Plan) -> Run:
     return partial(run, given.x, given.weight, given.bias)
 
 
-@dataclass(frozen=True, slots=True)
 class Trial:
-    """What not to try, and how to say what is tried."""
+    """One layer at one pattern: what every kernel does. ``found``: what was seen, by kernel."""
 
-    avoid: frozenset[str]
-    tell: Tell
+    def __init__(self, given: Given, text: str, avoid: frozenset[str], tell: Tell) -> None:
+        self.given, self.text, self.avoid, self.tell = given, text, avoid, tell
+        self.found: dict[str, Any] = {"refused": {}, "wrong": {}, "error": {}, "ms": {}}
+        self.found["inexact"] = []
+        self.ready: dict[str, Run] = {}
 
+    def fastest(self, baseline: Run, plan: Plan) -> Run | None:
+        """The fastest kernel of those that are right; None where there is none."""
+        try:
+            pattern = Pattern.parse(self.text)
+        except PatternError as why:
+            self.found["refused"]["pattern"] = str(why)
+            return None
+        exact = expected(self.given, pattern)
+        for family in families.families_of("cuda"):
+            if not family.inexact or self.text == INEXACT_AT:
+                self.try_family(family, pattern, exact)
+        return self.screened(baseline, plan) if self.ready else None
 
-def screened(
-    given: Given, text: str, baseline: Run, plan: Plan, trial: Trial
-) -> tuple[dict[str, Any], Run | None]:
-    """What every kernel does for a pattern, and the fastest of those that are right."""
-    try:
-        pattern = Pattern.parse(text)
-    except PatternError as why:
-        return {"refused": {"pattern": str(why)}}, None
-    found: dict[str, Any] = {"refused": {}, "wrong": {}, "error": {}, "ms": {}}
-    exact = expected(given, pattern)
-    ready: dict[str, Run] = {}
-    for family in families.families_of("cuda"):
-        size = given.layer.rows, given.layer.cols
+    def try_family(self, family: Family, pattern: Pattern, exact: Tensor) -> None:
+        """All kernels of a family."""
+        size, name = (self.given.layer.rows, self.given.layer.cols), "/".join(family.names)
         why_not = family.unavailable() or family.refusal(pattern, *size, DTYPE)
         if why_not is not None:
-            found["refused"]["/".join(family.names)] = why_not
-            continue
-        for kernel, run in calls(given, pattern, family):
-            if fits(kernel, text, run, exact, found, trial):
-                ready[str(kernel)] = run
-    if not ready:
-        return found, None
-    samples, broken = each_alone({"dense": baseline, **ready}, plan, plan.screening)
-    times = {name: round(ms, 6) for name, ms in typical(samples).items()}
-    found["wrong"] |= broken
-    found["screened_dense_ms"] = times.pop("dense")
-    found["ms"] = times
-    if not times:
-        return found, None
-    best = min(times, key=times.__getitem__)
-    gated = times[best] < MARGIN * found["screened_dense_ms"]
-    found |= {"kernel": best, "gated": "sparse" if gated else "dense"}
-    return found, ready[best]
+            self.found["refused"][name] = why_not
+            return
+        bound = INEXACT if family.inexact else TOLERANCE
+        try:
+            for kernel, run in calls(self.given, pattern, family):
+                if self.fits(str(kernel), run, exact, bound):
+                    self.ready[str(kernel)] = run
+                    self.found["inexact"] += [str(kernel)] if family.inexact else []
+        except Exception as bug:  # of packing
+            if lost():
+                raise
+            self.found["wrong"][name] = plainly(bug)
+
+    def fits(self, kernel: str, run: Run, exact: Tensor, bound: float) -> bool:
+        """Whether a kernel runs this shape and is as near to float32 as that."""
+        name = f"{kernel} at {self.text}"
+        if name in self.avoid:
+            self.found["wrong"][kernel] = "the process died of it"
+            return False
+        self.tell(name)
+        poison(exact)
+        try:
+            off = error(run(), exact)
+        except KernelError as why:
+            self.found["refused"][kernel] = str(why)[:200]
+            return False
+        except Exception as bug:
+            if lost():
+                raise
+            self.found["wrong"][kernel] = plainly(bug)
+            return False
+        self.found["error"][kernel] = float(f"{off:.3g}")
+        if off > bound:
+            self.found["wrong"][kernel] = f"off by {off:.2g}"
+        return off <= bound
+
+    def screened(self, baseline: Run, plan: Plan) -> Run | None:
+        """The fastest of a few rounds of all, and what the gate would say to it."""
+        samples, broken = each_alone({"dense": baseline, **self.ready}, plan, plan.screening)
+        times = {name: round(ms, 6) for name, ms in typical(samples).items()}
+        self.found["wrong"] |= broken
+        self.found["screened_dense_ms"] = dense_ms = times.pop("dense")
+        self.found["ms"] = times
+        exactly = [name for name in times if name not in self.found["inexact"]]
+        if not exactly:
+            return None
+        best = min(exactly, key=times.__getitem__)
+        gated = "sparse" if times[best] < MARGIN * dense_ms else "dense"
+        self.found |= {"kernel": best, "gated": gated}
+        return self.ready[best]
 
 
 def calls(given: Given, pattern: Pattern, family: Family) -> Iterator[tuple[Kernel, Run]]:
@@ -160,32 +194,6 @@ def calls(given: Given, pattern: Pattern, family: Family) -> Iterator[tuple[Kern
         op, how = family.call(given.work, form, kernel.tile)
         weight = packed[kernel.untiled]
         yield kernel, partial(op, given.x, weight, given.bias, given.layer.rows, *how)
-
-
-def fits(
-    kernel: Kernel, text: str, run: Run, exact: Tensor, found: dict[str, Any], trial: Trial
-) -> bool:
-    """Whether a kernel runs this shape and gives what float32 gives; noted where it does not."""
-    name = f"{kernel} at {text}"
-    if name in trial.avoid:
-        found["wrong"][str(kernel)] = "the process died of it"
-        return False
-    trial.tell(name)
-    poison(exact)
-    try:
-        off = error(run(), exact)
-    except KernelError as why:
-        found["refused"][str(kernel)] = str(why)[:200]
-        return False
-    except Exception as bug:
-        if lost():
-            raise
-        found["wrong"][str(kernel)] = plainly(bug)
-        return False
-    found["error"][str(kernel)] = float(f"{off:.3g}")
-    if off > TOLERANCE:
-        found["wrong"][str(kernel)] = f"off by {off:.2g}"
-    return off <= TOLERANCE
 
 
 def poison(like: Tensor) -> None:

@@ -71,7 +71,8 @@ def machine_line(about: dict[str, Any]) -> str:
 
 def tests(found: dict[str, Any]) -> str:
     """Counts, and the names of what did not pass."""
-    lines = [f"{len(found['passed'])} passed in {found['seconds']:.0f} s."]
+    end = ", then the time was up." if found["stopped"] else "."
+    lines = [f"{len(found['passed'])} passed in {found['seconds']:.0f} s{end}"]
     for key in ("failed", "left_out"):
         lines += [f"- {key.replace('_', ' ')}: {name}: {why}" for name, why in found[key].items()]
     skipped: dict[str, int] = {}
@@ -95,7 +96,8 @@ def ops(results: Results, known: Quality) -> str:
     note = (
         "bf16, bias fused, L2 cold, CUDA graphs; over cuBLASLt, with an activation over compiled "
         "dense. In brackets the quartiles; "
-        '"(dense)": the gate keeps that layer dense.'
+        '"(dense)": the gate keeps that layer dense. Kernels that change numbers (8 bits) are in '
+        "results.json."
     )
     return (
         f"{note}\n\n{markdown((*names, *patterns), [*body, losses(known, patterns, len(names))])}"
@@ -164,7 +166,7 @@ def training(results: Results, known: Quality) -> str:
             row["model"],
             row["batch"],
             text,
-            *(speed(results, found["step"][kind]) for kind in ("mask", "sr-ste")),
+            *(step_cell(results, found["step"], kind) for kind in ("mask", "sr-ste", "sparse")),
             known.of(text),
         )
         for row in results["training"]
@@ -174,8 +176,13 @@ def training(results: Results, known: Quality) -> str:
     note = (
         "Forward, backward and AdamW; bf16 autocast, Inductor. Times the dense step: < 1 is faster."
     )
-    names = ("model", "batch", "pattern", "mask / dense", "sr-ste / dense", "quality")
+    names = ("model", "batch", "pattern", "mask", "sr-ste", "sparse products", "quality")
     return f"{note}\n\n{markdown(names, body)}"
+
+
+def step_cell(results: Results, step: dict[str, Any], kind: str) -> str:
+    """One way of training."""
+    return speed(results, step[kind]) if kind in step else _GONE
 
 
 def memory(results: Results, known: Quality) -> str:

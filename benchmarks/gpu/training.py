@@ -1,7 +1,8 @@
 """A masked training step over a dense one: bf16 autocast, Inductor, AdamW.
 
 "mask" is the student alone, "sr-ste" has the decayed pruned weights, too: the same compiled student
-with an optimizer each, as what a step costs does not depend on what the weights are.
+with an optimizer each, as what a step costs does not depend on what the weights are. "sparse" is
+the student whose products are sparse in training, too, where its kernels run the pattern.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from .case import Case, Row, Tell
 from .comparing import faster, of_models, typical
 from .models import ENTRIES, opened
 from .plan import Plan
+from .pruned import kernels_of
+
+SPARSE = ("2:4", "2:4t")
+"""Patterns whose products can be sparse in training."""
 
 
 def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
@@ -45,14 +50,21 @@ def compare(plan: Plan, which: tuple[str, int], avoid: frozenset[str], tell: Tel
         student = sdm.compile(model, text, inner=inner(plan), policy=entry.policy)
         kinds = {"mask": False, "sr-ste": True}
         steps = {kind: stepper(student, call, sr_ste=decay) for kind, decay in kinds.items()}
+        if text in SPARSE:
+            pinned = sdm.compile(
+                model, text, inner=inner(plan), policy=entry.policy, kernels={"*": "sparse"}
+            )
+            steps["sparse"] = stepper(pinned, call, sr_ste=False)
         times = of_models({"dense": dense, **steps}, plan.seconds)
         masked = sum(weight.numel() for weight, _ in sdm.masked_parameters(student).values())
         row["patterns"][text] = {
             "masked_share": masked / sum(weight.numel() for weight in student.parameters()),
             "ms": typical(times),
             # the other way round than everywhere else: a step over the dense step
-            "step": {kind: faster(times, "dense", kind) for kind in kinds},
+            "step": {kind: faster(times, "dense", kind) for kind in steps},
         }
+        if text in SPARSE:
+            row["patterns"][text]["sparse_kernels"] = kernels_of(pinned)
         middle = {kind: round(each[1], 3) for kind, each in row["patterns"][text]["step"].items()}
         print(f"training: {entry.title}, {text}, times the dense step: {middle}", flush=True)
         yield row
