@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test kills sanitize lint types check bench study clean
+.PHONY: help env demo test kills sanitize lint types check bench gpu study clean
 
 help: ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -51,6 +51,13 @@ bench: env ## all benchmarks, about 45 minutes; writes out/bench
 	$(BIN)/python benchmarks/mask_ste.py --out out/bench/mask_ste.json
 	$(BIN)/python benchmarks/sparse.py --out out/bench/sparse.json --chart out/bench/sparse.png
 	$(BIN)/python benchmarks/train_step.py --out out/bench/train_step.json
+
+# A Python whose torch has CUDA; nothing is installed. Options: make gpu GPU="--only models"
+GPU_PYTHON ?= python3
+GPU ?=
+
+gpu: ## the tests and benchmarks that need a CUDA GPU, under 10 minutes; writes out/gpu
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu $(GPU)
 
 study: env ## compare the methods in minutes, on digits; docs/results/methods.md has the real one
 	$(BIN)/python benchmarks/methods.py --quick --jobs 2 --out out/study

@@ -21,15 +21,21 @@ def interleaved(calls: Calls, device: torch.device, *, graphs: bool) -> dict[str
     ``graphs``: the model will run under CUDA graphs, so that what a launch costs on the CPU does
     not count; else a call takes at least as long as the CPU needs to issue it.
     """
+    found = {name: median(each) for name, each in sampled(calls, device).items()}
+    if not graphs:
+        with torch.cuda.device(device):
+            found = {name: max(found[name], _issued(call)) for name, call in calls.items()}
+    return found
+
+
+def sampled(calls: Calls, device: torch.device, rounds: int = _ROUNDS) -> dict[str, list[float]]:
+    """Milliseconds that each call takes on the GPU, round by round: replayed as a CUDA graph."""
     with torch.cuda.device(device):
         for call in calls.values():
             for _ in range(_WARMUP):
                 call()
         ready = {name: _captured(call) for name, call in calls.items()}
-        found = _medians(ready, device)
-        if not graphs:
-            found = {name: max(found[name], _issued(call)) for name, call in calls.items()}
-    return found
+        return _replayed(ready, device, rounds)
 
 
 def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -51,24 +57,22 @@ def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def _medians(calls: Calls, device: torch.device) -> dict[str, float]:
+def _replayed(calls: Calls, device: torch.device, rounds: int) -> dict[str, list[float]]:
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(_FLUSHED * cache, dtype=torch.int8, device=device)
     spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     names = list(calls)
-    for turn in range(_ROUNDS):
+    for turn in range(rounds):
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
-            flush.fill_(turn)  # and while that runs, what follows is issued
+            flush.fill_(turn % 100)  # and while that runs, what follows is issued
             begin, end = _event(), _event()
             begin.record()
             calls[name]()
             end.record()
             spans[name].append((begin, end))
     torch.cuda.synchronize()
-    return {
-        name: median(begin.elapsed_time(end) for begin, end in each) for name, each in spans.items()
-    }
+    return {name: [begin.elapsed_time(end) for begin, end in each] for name, each in spans.items()}
 
 
 def _issued(call: Callable[[], Any]) -> float:

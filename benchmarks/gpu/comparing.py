@@ -1,0 +1,125 @@
+"""Samples of calls that are compared, taken in turns in one process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsedm_compiler.backends.cuda import timing as cuda
+from sparsedm_compiler.evaluate.timing import interleaved, ratio
+
+from .case import plainly
+from .models import Call
+from .plan import Plan
+
+Calls = Mapping[str, Callable[[], object]]
+Milliseconds = dict[str, list[float]]
+
+_LEAST, _MOST = 7, 41
+_WARMUP = 4  # CUDA graphs are recorded in the second call
+
+
+def of_ops(calls: Calls, plan: Plan, rounds: int) -> Milliseconds:
+    """Of kernels: replayed CUDA graphs with a cold L2 cache; on a CPU by the clock on the wall."""
+    if plan.device == "cuda":
+        return cuda.sampled(calls, torch.device("cuda", 0), rounds)
+    samples = interleaved(calls, rounds=rounds)
+    return {name: [1e3 * each for each in sample.wall] for name, sample in samples.items()}
+
+
+def each_alone(calls: Calls, plan: Plan, rounds: int) -> tuple[Milliseconds, dict[str, str]]:
+    """As ``of_ops``, and why some could not be timed, as in a CUDA graph; "dense" always can."""
+    try:
+        return of_ops(calls, plan, rounds), {}
+    except Exception:
+        if lost():
+            raise
+    whys = {name: why_not(call, plan) for name, call in calls.items() if name != "dense"}
+    broken = {name: why for name, why in whys.items() if why is not None}
+    sound = {name: call for name, call in calls.items() if name not in broken}
+    return of_ops(sound, plan, rounds), broken
+
+
+def why_not(call: Callable[[], object], plan: Plan) -> str | None:
+    """Why a call cannot be timed; None if it can."""
+    try:
+        of_ops({"dense": call}, plan, 1)
+    except Exception as error:
+        if lost():
+            raise
+        return plainly(error)
+    return None
+
+
+def of_models(calls: Calls, seconds: float) -> Milliseconds:
+    """Of whole calls, from the call to the end of the GPU's work; for about so many seconds."""
+    first = interleaved(calls, rounds=1, warmup=_WARMUP)
+    each = sum(sample.wall[0] for sample in first.values())
+    samples = interleaved(calls, rounds=max(_LEAST, min(_MOST, int(seconds / each))), warmup=0)
+    return {name: [1e3 * one for one in sample.wall] for name, sample in samples.items()}
+
+
+def faster(times: Milliseconds, name: str, over: str = "dense") -> tuple[float, float, float]:
+    """How many times faster ``name`` is: quartiles of the ratios of the rounds."""
+    return ratio(times[over], times[name])
+
+
+def typical(times: Milliseconds) -> dict[str, float]:
+    """The median milliseconds of each."""
+    return {name: median(each) for name, each in times.items()}
+
+
+def bound(run: nn.Module | Callable[..., Any], call: Call) -> Callable[[], object]:
+    """The call of a model; what it returns is dropped, as CUDA graphs want it."""
+    args, kwargs = call
+
+    def once() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        run(*args, **kwargs)
+
+    return once
+
+
+def dense(model: nn.Module, plan: Plan) -> Any:
+    """The model as torch compiles it best: Inductor with CUDA graphs."""
+    if plan.compiled:
+        return torch.compile(model, mode="reduce-overhead")
+    return torch.compile(model, backend="eager")
+
+
+def output(run: nn.Module, call: Call) -> Tensor:
+    """What a model returns, as one tensor."""
+    args, kwargs = call
+    out = run(*args, **kwargs)
+    found: Tensor = out if isinstance(out, Tensor) else out.sample
+    return found
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    """||out - exact|| / ||exact||; infinite for NaN."""
+    exact = exact.float()
+    found = float((out.float() - exact).norm() / exact.norm())
+    return found if found == found else float("inf")
+
+
+def lost() -> bool:
+    """Whether the GPU can be used no more by this process."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def tidy() -> None:
+    """Give back the memory of what was compared."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

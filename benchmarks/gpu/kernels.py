@@ -1,0 +1,67 @@
+"""Compiling ahead, in several processes while the tests run: what is then found on disk.
+
+Nothing is timed here. Kernels are compiled by one call each, dense models by Inductor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+
+import torch
+
+from sparsedm_compiler import KernelError, PatternError
+from sparsedm_compiler.backends import families
+from sparsedm_compiler.pattern import Pattern
+
+from .case import Case, Row, Tell
+from .comparing import bound, dense
+from .models import opened
+from .ops import DTYPE, calls, operands
+from .plan import Layer, Plan
+from .training import step_of
+
+AHEAD = 4
+"""Models compiled ahead: the first of the plan, as few more are timed in the time there is."""
+
+
+def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
+    """In the order in which they are needed."""
+    for name, batch in plan.models[:AHEAD] if plan.compiled else ():
+        yield Case(f"{name} {batch}", partial(compiled, plan, name, batch))
+    acts = sorted({layer.act for layer in plan.layers})
+    for text in plan.op_patterns:
+        for act in acts:
+            yield Case(f"{text} {act}", partial(built, plan, text, act))
+    for which in plan.training[:1] if plan.compiled else ():
+        for pattern in (None, *plan.train_patterns):
+            yield Case(f"training {pattern}", partial(trained, plan, which, pattern))
+
+
+def compiled(plan: Plan, name: str, batch: int, tell: Tell) -> Iterator[Row]:
+    """A dense model, compiled."""
+    with torch.no_grad():
+        model, call = opened(name, batch, plan.device, DTYPE)
+        bound(dense(model, plan), call)()
+    yield {}
+
+
+def trained(plan: Plan, which: tuple[str, int], text: str | None, tell: Tell) -> Iterator[Row]:
+    """A training step, compiled; text: None for the dense model's."""
+    with suppress(PatternError):
+        step_of(plan, which, text)()
+    yield {}
+
+
+def built(plan: Plan, text: str, act: str, tell: Tell) -> Iterator[Row]:
+    """All kernels for a pattern and an activation, compiled."""
+    with suppress(PatternError):
+        pattern = Pattern.parse(text)
+        given = operands(Layer("any", "any", 256, 256, act), 512, plan.device)
+        for family in families.families_of("cuda"):
+            if not (family.unavailable() or family.refusal(pattern, 256, 256, DTYPE)):
+                for _, run in calls(given, pattern, family):
+                    with suppress(KernelError):
+                        run()
+    yield {}

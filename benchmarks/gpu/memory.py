@@ -1,0 +1,86 @@
+"""Bytes: of the folded weights, of a whole model at rest, and at the peak of one call.
+
+Every layer that a sparse kernel takes is pinned to it and finalized, so that this shows what the
+format saves, not what the gate chose. Eager, without CUDA graphs, whose pools would hide the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import sparsedm_compiler as sdm
+
+from .case import Case, Row, Tell
+from .models import ENTRIES, Call, opened
+from .plan import Plan
+from .pruned import kernels_of
+
+
+def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
+    """One per model and batch."""
+    for name, batch in plan.memory:
+        run = partial(compare, plan, (name, batch), avoid)
+        yield Case(f"{ENTRIES[name].title}, batch {batch}", run)
+
+
+def compare(plan: Plan, which: tuple[str, int], avoid: frozenset[str], tell: Tell) -> Iterator[Row]:
+    """The row of one model, with one more pattern each time."""
+    torch.compiler.reset()
+    name, batch = which
+    entry = ENTRIES[name]
+    row: Row = {"model": entry.title, "batch": batch, "dtype": "bfloat16", "patterns": {}}
+    with torch.no_grad():
+        model, call = opened(name, batch, "cpu", torch.bfloat16)
+        row["dense"] = bytes_of(copy.deepcopy(model), call, plan.device)
+        for text in plan.model_patterns:
+            crumb = f"{name} batch {batch} at {text}"
+            if crumb in avoid:
+                row["patterns"][text] = {"died": True}
+                continue
+            tell(crumb)
+            student = sdm.compile(
+                copy.deepcopy(model).to(plan.device),
+                text,
+                mode="infer",
+                policy=entry.policy,
+                inner="eager",
+                kernels={"*": "sparse"},
+                finalize=True,
+                inplace=True,
+            )
+            found = bytes_of(student, call, plan.device)
+            choices = {choice.weight: choice for choice in sdm.explain(student).choices}
+            found["folded"] = sum(choice.run_bytes for choice in choices.values())
+            found["folded_dense"] = sum(choice.dense_bytes for choice in choices.values())
+            found["kernels"] = kernels_of(student)
+            row["patterns"][text] = found
+            print(f"memory: {entry.title}, {text}: {found}", flush=True)
+            del student
+            yield row
+
+
+def bytes_of(model: nn.Module, call: Call, device: str) -> dict[str, Any]:
+    """{"resting", "peak"}: of the GPU's memory, the model on it; None on a CPU."""
+    model = model.to(device)
+    args, kwargs = torch.utils._pytree.tree_map(
+        lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, call
+    )
+    for _ in range(3):  # the first folds, the second captures once more
+        model(*args, **kwargs)
+    if device != "cuda":
+        return {"resting": None, "peak": None}
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    resting = torch.cuda.memory_allocated()
+    model(*args, **kwargs)
+    torch.cuda.synchronize()
+    return {"resting": resting, "peak": torch.cuda.max_memory_allocated()}

@@ -1,0 +1,219 @@
+"""Single linear layers: every kernel setting of every family against cuBLASLt.
+
+One row per shape and number of tokens. All settings are checked against float32, then screened in a
+few rounds; the fastest of each pattern is timed again, beside dense, in rounds of their own: the
+ratios shown are from those, so that the fastest is not fast by having been chosen. Kernels that
+change numbers (8 bits) are screened at 2:4, and never the fastest: only a user who pins them gets
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsedm_compiler import KernelError, PatternError
+from sparsedm_compiler.backends import families
+from sparsedm_compiler.backends.family import Family, Form, Kernel, Work
+from sparsedm_compiler.backends.register import activate
+from sparsedm_compiler.choose import MARGIN
+from sparsedm_compiler.folding import fold_weight
+from sparsedm_compiler.pattern import Pattern
+
+from .case import Case, Row, Tell, plainly
+from .comparing import each_alone, error, faster, lost, of_ops, typical
+from .plan import Layer, Plan
+
+DTYPE = torch.bfloat16
+TOLERANCE = 4e-3
+"""Of ||out - exact|| / ||exact||: rounding to bfloat16 once gives 1.7e-3."""
+INEXACT, INEXACT_AT = 0.1, "2:4"
+
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The operands of one case: x [tokens, cols], weight [rows, cols], bias [rows]."""
+
+    layer: Layer
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def work(self) -> Work:
+        return Work(tuple(self.x.shape), DTYPE, act=self.layer.act)
+
+
+def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
+    """One per number of tokens and layer."""
+    for tokens in plan.tokens:
+        for layer in plan.layers:
+            key = f"{layer.model} {layer.name} {tokens}x{layer.cols}x{layer.rows}"
+            yield Case(key, partial(compare, plan, layer, tokens, avoid))
+
+
+def compare(
+    plan: Plan, layer: Layer, tokens: int, avoid: frozenset[str], tell: Tell
+) -> Iterator[Row]:
+    """The row of one layer."""
+    torch.compiler.reset()
+    given = operands(layer, tokens, plan.device)
+    row: Row = {
+        **{"model": layer.model, "layer": layer.name, "tokens": tokens, "cols": layer.cols},
+        **{"rows": layer.rows, "act": layer.act, "dtype": "bfloat16", "patterns": {}},
+    }
+    baseline, finalists = dense(given, plan), dict[str, Run]()
+    for text in plan.op_patterns:
+        trial = Trial(given, text, avoid, tell)
+        best = trial.fastest(baseline, plan)
+        row["patterns"][text] = trial.found
+        if best is not None:
+            finalists[text] = best
+    times = of_ops({"dense": baseline, **finalists}, plan, plan.rounds)
+    row["dense_ms"] = typical(times)["dense"]
+    for text in finalists:
+        row["patterns"][text]["ratio"] = faster(times, text)
+    print(told(row), flush=True)
+    yield row
+
+
+def operands(layer: Layer, tokens: int, device: str) -> Given:
+    """Random ones: as large as those of a real layer, and no zeros, which would run faster."""
+    torch.manual_seed(0)
+    draw = partial(torch.randn, device=device)
+    weight = draw(layer.rows, layer.cols) / layer.cols**0.5
+    x, bias = draw(tokens, layer.cols), 0.1 * draw(layer.rows)
+    return Given(layer, x.to(DTYPE), weight.to(DTYPE), bias.to(DTYPE))
+
+
+def dense(given: Given, plan: Plan) -> Run:
+    """The unpruned layer as torch runs it, compiled where an activation can be fused to it."""
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return activate(F.linear(x, weight, bias), given.layer.act)
+
+    if given.layer.act != "none" and plan.compiled:
+        run = torch.compile(run, fullgraph=True, dynamic=False)
+    return partial(run, given.x, given.weight, given.bias)
+
+
+class Trial:
+    """One layer at one pattern: what every kernel does. ``found``: what was seen, by kernel."""
+
+    def __init__(self, given: Given, text: str, avoid: frozenset[str], tell: Tell) -> None:
+        self.given, self.text, self.avoid, self.tell = given, text, avoid, tell
+        self.found: dict[str, Any] = {"refused": {}, "wrong": {}, "error": {}, "ms": {}}
+        self.found["inexact"] = []
+        self.ready: dict[str, Run] = {}
+
+    def fastest(self, baseline: Run, plan: Plan) -> Run | None:
+        """The fastest kernel of those that are right; None where there is none."""
+        try:
+            pattern = Pattern.parse(self.text)
+        except PatternError as why:
+            self.found["refused"]["pattern"] = str(why)
+            return None
+        exact = expected(self.given, pattern)
+        for family in families.families_of("cuda"):
+            if not family.inexact or self.text == INEXACT_AT:
+                self.try_family(family, pattern, exact)
+        return self.screened(baseline, plan) if self.ready else None
+
+    def try_family(self, family: Family, pattern: Pattern, exact: Tensor) -> None:
+        """All kernels of a family."""
+        size, name = (self.given.layer.rows, self.given.layer.cols), "/".join(family.names)
+        why_not = family.unavailable() or family.refusal(pattern, *size, DTYPE)
+        if why_not is not None:
+            self.found["refused"][name] = why_not
+            return
+        bound = INEXACT if family.inexact else TOLERANCE
+        try:
+            for kernel, run in calls(self.given, pattern, family):
+                if self.fits(str(kernel), run, exact, bound):
+                    self.ready[str(kernel)] = run
+                    self.found["inexact"] += [str(kernel)] if family.inexact else []
+        except Exception as bug:  # of packing
+            if lost():
+                raise
+            self.found["wrong"][name] = plainly(bug)
+
+    def fits(self, kernel: str, run: Run, exact: Tensor, bound: float) -> bool:
+        """Whether a kernel runs this shape and is as near to float32 as that."""
+        name = f"{kernel} at {self.text}"
+        if name in self.avoid:
+            self.found["wrong"][kernel] = "the process died of it"
+            return False
+        self.tell(name)
+        poison(exact)
+        try:
+            off = error(run(), exact)
+        except KernelError as why:
+            self.found["refused"][kernel] = str(why)[:200]
+            return False
+        except Exception as bug:
+            if lost():
+                raise
+            self.found["wrong"][kernel] = plainly(bug)
+            return False
+        self.found["error"][kernel] = float(f"{off:.3g}")
+        if off > bound:
+            self.found["wrong"][kernel] = f"off by {off:.2g}"
+        return off <= bound
+
+    def screened(self, baseline: Run, plan: Plan) -> Run | None:
+        """The fastest of a few rounds of all, and what the gate would say to it."""
+        samples, broken = each_alone({"dense": baseline, **self.ready}, plan, plan.screening)
+        times = {name: round(ms, 6) for name, ms in typical(samples).items()}
+        self.found["wrong"] |= broken
+        self.found["screened_dense_ms"] = dense_ms = times.pop("dense")
+        self.found["ms"] = times
+        exactly = [name for name in times if name not in self.found["inexact"]]
+        if not exactly:
+            return None
+        best = min(exactly, key=times.__getitem__)
+        gated = "sparse" if times[best] < MARGIN * dense_ms else "dense"
+        self.found |= {"kernel": best, "gated": gated}
+        return self.ready[best]
+
+
+def calls(given: Given, pattern: Pattern, family: Family) -> Iterator[tuple[Kernel, Run]]:
+    """Every kernel of a family with its call; weights are packed once for all that share them."""
+    packed: dict[Kernel, Tensor] = {}
+    for kernel in family.candidates(pattern, DTYPE):
+        form = Form(pattern, DTYPE, kernel.untiled)
+        if kernel.untiled not in packed:
+            packed[kernel.untiled] = fold_weight(given.weight, form, "weight")
+        op, how = family.call(given.work, form, kernel.tile)
+        weight = packed[kernel.untiled]
+        yield kernel, partial(op, given.x, weight, given.bias, given.layer.rows, *how)
+
+
+def poison(like: Tensor) -> None:
+    """Leave NaN in memory of the output's size, for a kernel that does not write all of it."""
+    del_me = torch.full(like.shape, torch.nan, dtype=DTYPE, device=like.device)
+    del del_me
+
+
+def expected(given: Given, pattern: Pattern) -> Tensor:
+    """The masked layer in float32."""
+    weight = fold_weight(given.weight, Form(pattern), "weight")
+    out = F.linear(given.x.float(), weight.float(), given.bias.float())
+    return activate(out, given.layer.act)
+
+
+def told(row: Row) -> str:
+    """The row in one line."""
+    parts = [
+        f"{text} {each['ratio'][1]:.2f}" if "ratio" in each else f"{text} -"
+        for text, each in row["patterns"].items()
+    ]
+    size = f"{row['tokens']}x{row['cols']}x{row['rows']}"
+    return f"ops: {row['model']} {row['layer']} {size}: {', '.join(parts)}"

@@ -1,0 +1,136 @@
+"""What is measured, in the order of its worth: in full on a GPU, at toy sizes in a rehearsal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+PAPER = {
+    1: {1: 1.02, 2: 1.01, 4: 1.01},
+    2: {1: 1.04, 2: 0.97, 4: 1.01},
+    4: {1: 1.23, 2: 1.10, 4: 0.98},
+    8: {1: 1.22, 2: 1.17, 4: 1.08},
+}
+"""The paper's speed-ups: mlp_ratio -> patch size -> 2:4 over eager dense."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One linear layer of a model, [rows, cols], with what comes behind it."""
+
+    model: str
+    name: str
+    cols: int
+    rows: int
+    act: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The U-ViT block of the paper's table; ``side``: of the image that is cut into patches."""
+
+    width: int
+    heads: int
+    side: int
+    ratios: tuple[int, ...]
+    patches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    batches: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is measured.
+
+    ``models``, ``training``, ``memory``: (name in models.py, batch). ``compiled``: Inductor with
+    CUDA graphs; else eager, in a rehearsal. ``kernels``: of the models, as of ``compile``; gated,
+    but in a rehearsal, where dense would always win. ``seconds``: of one comparison of models.
+    """
+
+    device: str
+    compiled: bool
+    kernels: str
+    tokens: tuple[int, ...]
+    layers: tuple[Layer, ...]
+    op_patterns: tuple[str, ...]
+    block: Block
+    models: tuple[tuple[str, int], ...]
+    model_patterns: tuple[str, ...]
+    training: tuple[tuple[str, int], ...]
+    train_patterns: tuple[str, ...]
+    memory: tuple[tuple[str, int], ...]
+    screening: int
+    rounds: int
+    seconds: float
+
+
+def layers_of(model: str, width: int, act: str = "gelu") -> Iterator[Layer]:
+    """The linear layers of a transformer block with one qkv."""
+    yield Layer(model, "fc1", width, 4 * width, act)
+    yield Layer(model, "fc2", 4 * width, width)
+    yield Layer(model, "qkv", width, 3 * width)
+    yield Layer(model, "proj", width, width)
+
+
+LAYERS = (
+    *layers_of("DiT-XL/2", 1152, "gelu_tanh"),
+    Layer("FLUX", "fc1", 3072, 12288, "gelu_tanh"),
+    Layer("FLUX", "fc2", 12288, 3072),
+    Layer("FLUX", "out", 15360, 3072),
+    Layer("FLUX", "proj", 3072, 3072),
+    *layers_of("U-ViT-L", 1024),
+    Layer("SD3", "fc1", 1536, 6144, "gelu_tanh"),
+    Layer("SD3", "fc2", 6144, 1536),
+    Layer("SD3", "proj", 1536, 1536),
+    *layers_of("U-ViT-S", 512),
+)
+
+FULL = Plan(
+    device="cuda",
+    compiled=True,
+    kernels="auto",
+    tokens=(4096, 16384, 1024, 256, 8192, 2048, 512),
+    layers=LAYERS,
+    op_patterns=("2:4", "64:2:8", "64:2:16", "128:2:16", "1:8x64"),
+    block=Block(8192, 8, 32, (8, 4, 2, 1), (1, 2, 4), ("bfloat16", "float16"), (1, 8)),
+    models=(
+        ("dit", 16),
+        ("uvit-s", 32),
+        ("flux", 1),
+        ("uvit-l", 8),
+        ("dit", 1),
+        ("uvit-s", 1),
+        ("sdxl", 1),
+        ("dit", 32),
+        ("uvit-l", 32),
+        ("uvit-s", 8),
+        ("dit", 8),
+        ("uvit-l", 1),
+        ("sdxl", 8),
+    ),
+    model_patterns=("64:2:8", "2:4", "64:2:16"),
+    training=(("uvit-s", 32), ("dit-quarter", 16)),
+    train_patterns=("2:4", "1:8", "64:2:8", "2:4t"),
+    memory=(("dit", 16), ("uvit-l", 8)),
+    screening=4,
+    rounds=21,
+    seconds=1.5,
+)
+
+TINY = Plan(
+    device="cpu",
+    compiled=False,
+    kernels="sparse",
+    tokens=(16, 40),
+    layers=(*layers_of("toy", 128),),
+    op_patterns=("2:4", "64:2:8", "128:2:16", "1:8x64"),
+    block=Block(64, 2, 8, (2, 1), (2, 4), ("bfloat16",), (1,)),
+    models=(("dit-toy", 2), ("uvit-toy", 1), ("flux-toy", 1)),
+    model_patterns=("64:2:8", "2:4"),
+    training=(("uvit-toy", 2),),
+    train_patterns=("2:4", "2:4t"),
+    memory=(("uvit-toy", 1),),
+    screening=3,
+    rounds=5,
+    seconds=0.05,
+)

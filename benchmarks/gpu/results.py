@@ -1,0 +1,88 @@
+"""What was found, as one JSON file that is whole at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .case import Read
+
+SECTIONS = ("ops", "models", "table", "training", "memory")
+"""Those with rows, as they are shown."""
+
+Results = dict[str, Any]
+
+
+def empty(environment: dict[str, Any], *, rehearsal: bool) -> Results:
+    """Nothing yet."""
+    rows: Results = {name: [] for name in SECTIONS}
+    return {
+        "rehearsal": rehearsal,
+        "environment": environment,
+        "sections": {},
+        "tests": None,
+        **rows,
+    }
+
+
+def take(results: Results, section: str, found: Read, seconds: float) -> None:
+    """Put in what a section has found so far."""
+    results[section] = [{"key": key, **row} for key, row in found.rows.items()]
+    results["sections"][section] = {
+        "seconds": round(seconds, 1),
+        "stopped": found.stopped,
+        "failed": found.failed,
+    }
+
+
+def save(results: Results, path: Path) -> None:
+    """Write the file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def load(paths: Sequence[Path]) -> Results:
+    """The results of several runs as one. Raises ValueError where they are of different cards.
+
+    Every row is of one run; a row of a later file replaces that of an earlier one.
+    """
+    runs = [json.loads(path.read_text()) for path in paths]
+    cards = {(run["rehearsal"], run["environment"]["gpu"]) for run in runs}
+    if len(cards) > 1:
+        raise ValueError(f"results of different machines are not one: {sorted(map(str, cards))}")
+    whole = runs[0]
+    for run in runs[1:]:
+        for name in SECTIONS:
+            rows = {row["key"]: row for row in (*whole[name], *run[name])}
+            whole[name] = list(rows.values())
+        for name, said in run["sections"].items():
+            before = whole["sections"].get(name, {"seconds": 0, "failed": {}})
+            failed = {**before["failed"], **said["failed"]}
+            done = {row["key"] for row in whole.get(name) or ()}
+            left = {key: why for key, why in failed.items() if key not in done}
+            whole["sections"][name] = {**said, "failed": left}
+        whole["tests"] = run["tests"] or whole["tests"]
+        if run["environment"]["commit"] not in whole["environment"]["commit"].split(", "):
+            whole["environment"]["commit"] += f", {run['environment']['commit']}"
+    return whole
+
+
+def failures(results: Results) -> list[str]:
+    """One sentence for everything that went wrong: tests, sections, kernels that are not right."""
+    tests = results["tests"] or {"failed": {}}
+    found = [f"test {name}: {why}" for name, why in tests["failed"].items()]
+    for name, said in results["sections"].items():
+        found += [f"{name}: {key}: {why}" for key, why in said["failed"].items()]
+    for row in results["ops"]:
+        for text, each in row["patterns"].items():
+            for kernel, why in each.get("wrong", {}).items():
+                found.append(f"ops: {row['key']} at {text}: {kernel} is wrong: {why}")
+    for row in results["models"]:
+        for text, each in row["patterns"].items():
+            if each["wrong"]:
+                found.append(f"models: {row['key']} at {text} is wrong")
+    return found

@@ -1,0 +1,249 @@
+"""results.json -> Markdown: the goals, and a table for every section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sparsedm_compiler.evaluate.timing import spread
+
+from .goals import models, verdicts
+from .quality import Quality, quality
+from .results import Results, failures
+
+REHEARSAL = "CPU rehearsal, not a measurement"
+_GONE = "–"  # noqa: RUF001
+Cells = Sequence[object]
+
+
+def summary(results: Results) -> str:
+    """The whole report. In a rehearsal no number of it stands for a speed: none is shown."""
+    known = quality()
+    parts = [*head(results)]
+    if results["tests"]:
+        parts += ["## Tests", tests(results["tests"])]
+    for title, key, section in SECTIONS:
+        if results[key]:
+            mark = f" ({REHEARSAL})" if results["rehearsal"] else ""
+            parts += [f"## {title}{mark}", section(results, known)]
+    parts += [known.about] if any(results[key] for _, key, _ in SECTIONS) else []
+    wrong = failures(results)
+    parts += ["## What failed", "\n".join(f"- {line}" for line in wrong)] if wrong else []
+    return "\n\n".join(parts) + "\n"
+
+
+def head(results: Results) -> list[str]:
+    """Title, machine, goals, how far each section came."""
+    about, goals = results["environment"], verdicts(results)
+    if results["rehearsal"]:
+        title = f"# {REHEARSAL}"
+        said = "Every section at toy sizes on a CPU, the CUDA kernels by their references in torch."
+    else:
+        title, said = f"# {about['gpu']}", machine_line(about)
+    judged = markdown(("goal", "", "found"), [(g.goal, g.status, g.detail) for g in goals])
+    parts = [title, said, "## Goals", judged]
+    slowest = sorted(models(results))[:1]
+    if slowest and not results["rehearsal"]:
+        parts.append(f"Lowest of all models: {slowest[0][0]:.3f} ({slowest[0][1]}).")
+    stopped = [
+        f"- {name}: {len(results[name])} rows in {said['seconds']:.0f} s"
+        + (f"; the time was up {said['stopped']}" if said["stopped"] else "")
+        for name, said in results["sections"].items()
+    ]
+    return [*parts, "\n".join(stopped)] if stopped else parts
+
+
+def machine_line(about: dict[str, Any]) -> str:
+    """The environment in two sentences."""
+    card = about["card"] or {}
+    at = ", ".join(
+        f"{card[key]} {word}"
+        for key, word in (("clocks.sm", "SM clock"), ("power.draw", "drawn"))
+        if key in card
+    )
+    return (
+        f"Driver {card.get('driver_version', 'unknown')}; torch {about['torch']}, CUDA "
+        f"{about['cuda']}, cuSPARSELt {about['cusparselt']}, Triton {about['triton']}; commit "
+        f"{about['commit']}, {about['time']}; before the first test: {at or 'no card seen'}. "
+        "Ratios are medians [quartiles] of rounds taken in turns in one process; > 1 is faster."
+    )
+
+
+def tests(found: dict[str, Any]) -> str:
+    """Counts, and the names of what did not pass."""
+    end = ", then the time was up." if found["stopped"] else "."
+    lines = [f"{len(found['passed'])} passed in {found['seconds']:.0f} s{end}"]
+    for key in ("failed", "left_out"):
+        lines += [f"- {key.replace('_', ' ')}: {name}: {why}" for name, why in found[key].items()]
+    skipped: dict[str, int] = {}
+    for why in found["skipped"].values():
+        skipped[why] = skipped.get(why, 0) + 1
+    lines += [f"- {count} skipped: {why}" for why, count in skipped.items()]
+    return "\n".join(lines)
+
+
+def ops(results: Results, known: Quality) -> str:
+    """A line per shape, a column per pattern; the fastest kernel of each."""
+    patterns = patterns_of(results["ops"])
+    body = [
+        (
+            *(row[key] for key in ("model", "layer", "tokens", "cols", "rows", "act")),
+            *(op_cell(results, row["patterns"].get(text, {})) for text in patterns),
+        )
+        for row in results["ops"]
+    ]
+    names = ("model", "layer", "tokens", "in", "out", "act")
+    note = (
+        "bf16, bias fused, L2 cold, CUDA graphs; over cuBLASLt, with an activation over compiled "
+        "dense. In brackets the quartiles; "
+        '"(dense)": the gate keeps that layer dense. Kernels that change numbers (8 bits) are in '
+        "results.json."
+    )
+    return (
+        f"{note}\n\n{markdown((*names, *patterns), [*body, losses(known, patterns, len(names))])}"
+    )
+
+
+def op_cell(results: Results, found: dict[str, Any]) -> str:
+    """Ratio and kernel, or why there is none."""
+    if "ratio" not in found:
+        return _GONE
+    family = found["kernel"].partition("/")[0]
+    shown = speed(results, found["ratio"])
+    return f"{shown} {family}" + (" (dense)" if found["gated"] == "dense" else "")
+
+
+def table(results: Results, known: Quality) -> str:
+    """The paper's table beside ours: a line per cell."""
+    body = [
+        (
+            *(row[key] for key in ("dtype", "batch", "mlp_ratio", "patch", "tokens")),
+            _GONE if row["paper"] is None else f"{row['paper']:.2f}",
+            speed(results, row["over_eager"]),
+            speed(results, row["over_compiled"]),
+            counts(row["kernels"]),
+            known.of(row["pattern"]),
+        )
+        for row in results["table"]
+    ]
+    names = ("dtype", "batch", "mlp_ratio", "patch", "tokens", "paper", "over eager")
+    note = (
+        "One U-ViT block at 2:4, width 8192, 8 heads: tokens are the (32 / patch)^2 patches of a "
+        "CIFAR10 image and one of time. The paper's speed-ups are over eager; it states neither "
+        "batch nor dtype."
+    )
+    more = ("over compiled", "kernels", "quality")
+    return f"{note}\n\n{markdown((*names, *more), body)}"
+
+
+def whole(results: Results, known: Quality) -> str:
+    """A line per model and batch, a column per pattern."""
+    patterns = patterns_of(results["models"])
+    body = [
+        (row["model"], row["batch"], *(model_cell(results, row, text) for text in patterns))
+        for row in results["models"]
+    ]
+    note = (
+        "One forward in bf16, every layer gated, over torch.compile(mode='reduce-overhead'); in "
+        "parentheses how many weights each kernel runs."
+    )
+    rows = [*body, losses(known, patterns, 2)]
+    return f"{note}\n\n{markdown(('model', 'batch', *patterns), rows)}"
+
+
+def model_cell(results: Results, row: dict[str, Any], text: str) -> str:
+    """Ratio and gate decisions."""
+    found = row["patterns"].get(text, {})
+    if "ratio" not in found:
+        return "wrong" if found.get("wrong") else _GONE
+    return f"{speed(results, found['ratio'])} ({counts(found['kernels'])})"
+
+
+def training(results: Results, known: Quality) -> str:
+    """A line per model and pattern."""
+    body = [
+        (
+            row["model"],
+            row["batch"],
+            text,
+            *(step_cell(results, found["step"], kind) for kind in ("mask", "sr-ste", "sparse")),
+            known.of(text),
+        )
+        for row in results["training"]
+        for text, found in row["patterns"].items()
+        if "step" in found
+    ]
+    note = (
+        "Forward, backward and AdamW; bf16 autocast, Inductor. Times the dense step: < 1 is faster."
+    )
+    names = ("model", "batch", "pattern", "mask", "sr-ste", "sparse products", "quality")
+    return f"{note}\n\n{markdown(names, body)}"
+
+
+def step_cell(results: Results, step: dict[str, Any], kind: str) -> str:
+    """One way of training."""
+    return speed(results, step[kind]) if kind in step else _GONE
+
+
+def memory(results: Results, known: Quality) -> str:
+    """A line per model and pattern."""
+    body = [
+        (
+            row["model"],
+            row["batch"],
+            text,
+            megabytes(found["folded_dense"]),
+            megabytes(found["folded"]),
+            *(megabytes(row["dense"][key]) for key in ("resting", "peak")),
+            *(megabytes(found[key]) for key in ("resting", "peak")),
+            known.of(text),
+        )
+        for row in results["memory"]
+        for text, found in row["patterns"].items()
+        if "folded" in found
+    ]
+    note = "MiB, every layer that a kernel takes pinned to it and finalized; eager."
+    names = ("model", "batch", "pattern", "weights dense", "folded", "model", "peak of a call")
+    more = ("model, sparse", "peak, sparse", "quality")
+    return f"{note}\n\n{markdown((*names, *more), body)}"
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[Results, Quality], str]], ...] = (
+    ("Single layers", "ops", ops),
+    ("The paper's table", "table", table),
+    ("Whole models", "models", whole),
+    ("Training steps", "training", training),
+    ("Memory", "memory", memory),
+)
+
+
+def patterns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Every pattern in them, in their order."""
+    return list(dict.fromkeys(text for row in rows for text in row["patterns"]))
+
+
+def losses(known: Quality, patterns: Sequence[str], before: int) -> Cells:
+    """The last line of a table of speeds."""
+    return ("quality", *[""] * (before - 1), *(known.of(text) for text in patterns))
+
+
+def speed(results: Results, quartiles: Sequence[float]) -> str:
+    """A ratio; in a rehearsal, that there is one."""
+    low, middle, high = quartiles
+    return "ran" if results["rehearsal"] else spread((low, middle, high))
+
+
+def counts(kernels: dict[str, int]) -> str:
+    """How many weights each kernel runs."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(kernels.items()))
+
+
+def megabytes(size: int | None) -> str:
+    """Bytes as MiB."""
+    return _GONE if size is None else f"{size / 2**20:.1f}"
+
+
+def markdown(names: Cells, rows: Sequence[Cells]) -> str:
+    """A table."""
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,0 +1,94 @@
+"""A masked training step over a dense one: bf16 autocast, Inductor, AdamW.
+
+"mask" is the student alone, "sr-ste" has the decayed pruned weights, too: the same compiled student
+with an optimizer each, as what a step costs does not depend on what the weights are. "sparse" is
+the student whose products are sparse in training, too, where its kernels run the pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+import sparsedm_compiler as sdm
+from benchmarks.train_step import stepper
+
+from .case import Case, Row, Tell
+from .comparing import faster, of_models, typical
+from .models import ENTRIES, opened
+from .plan import Plan
+from .pruned import kernels_of
+
+SPARSE = ("2:4", "2:4t")
+"""Patterns whose products can be sparse in training."""
+
+
+def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
+    """One per model and batch."""
+    for name, batch in plan.training:
+        run = partial(compare, plan, (name, batch), avoid)
+        yield Case(f"{ENTRIES[name].title}, batch {batch}", run)
+
+
+def compare(plan: Plan, which: tuple[str, int], avoid: frozenset[str], tell: Tell) -> Iterator[Row]:
+    """The row of one model, with one more pattern each time."""
+    torch.compiler.reset()
+    name, batch = which
+    entry = ENTRIES[name]
+    row: Row = {"model": entry.title, "batch": batch, "dtype": "bfloat16 autocast", "patterns": {}}
+    model, call = opened(name, batch, plan.device, torch.float32)
+    dense = stepper(torch.compile(model, backend=inner(plan)), call, sr_ste=False)
+    for text in plan.train_patterns:
+        crumb = f"{name} batch {batch} at {text}"
+        if crumb in avoid or not known(text):
+            why = "the process died of it" if crumb in avoid else "not a pattern of this version"
+            row["patterns"][text] = {"refused": why}
+            continue
+        tell(crumb)
+        student = sdm.compile(model, text, inner=inner(plan), policy=entry.policy)
+        kinds = {"mask": False, "sr-ste": True}
+        steps = {kind: stepper(student, call, sr_ste=decay) for kind, decay in kinds.items()}
+        if text in SPARSE:
+            pinned = sdm.compile(
+                model, text, inner=inner(plan), policy=entry.policy, kernels={"*": "sparse"}
+            )
+            steps["sparse"] = stepper(pinned, call, sr_ste=False)
+        times = of_models({"dense": dense, **steps}, plan.seconds)
+        masked = sum(weight.numel() for weight, _ in sdm.masked_parameters(student).values())
+        row["patterns"][text] = {
+            "masked_share": masked / sum(weight.numel() for weight in student.parameters()),
+            "ms": typical(times),
+            # the other way round than everywhere else: a step over the dense step
+            "step": {kind: faster(times, "dense", kind) for kind in steps},
+        }
+        if text in SPARSE:
+            row["patterns"][text]["sparse_kernels"] = kernels_of(pinned)
+        middle = {kind: round(each[1], 3) for kind, each in row["patterns"][text]["step"].items()}
+        print(f"training: {entry.title}, {text}, times the dense step: {middle}", flush=True)
+        yield row
+
+
+def step_of(plan: Plan, which: tuple[str, int], text: str | None) -> Callable[[], None]:
+    """One training step, of the dense model where there is no pattern."""
+    name, batch = which
+    model, call = opened(name, batch, plan.device, torch.float32)
+    if text is None:
+        return stepper(torch.compile(model, backend=inner(plan)), call, sr_ste=False)
+    student = sdm.compile(model, text, inner=inner(plan), policy=ENTRIES[name].policy)
+    return stepper(student, call, sr_ste=False)
+
+
+def inner(plan: Plan) -> str:
+    """What compiles both."""
+    return "inductor" if plan.compiled else "eager"
+
+
+def known(text: str) -> bool:
+    """Whether this version knows a pattern."""
+    try:
+        sdm.Pattern.parse(text)
+    except sdm.PatternError:
+        return False
+    return True

@@ -1,0 +1,67 @@
+"""Whole models: sparse inference, each layer gated, against Inductor; both under CUDA graphs.
+
+Time is from the call to the end of the GPU's work, so what a call costs in Python counts, too. Each
+pattern is timed beside the dense model in rounds of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from .case import Case, Row, Tell
+from .comparing import bound, dense, faster, of_models, typical
+from .models import ENTRIES, NEEDS_DIFFUSERS, opened
+from .plan import Plan
+from .pruned import checked, kernels_of, reasons_of, student_of
+
+DTYPE = torch.bfloat16
+
+
+def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
+    """One per model and batch."""
+    for name, batch in plan.models:
+        if name not in NEEDS_DIFFUSERS or find_spec("diffusers") is not None:
+            run = partial(compare, plan, (name, batch), avoid)
+            yield Case(f"{ENTRIES[name].title}, batch {batch}", run)
+
+
+def compare(plan: Plan, which: tuple[str, int], avoid: frozenset[str], tell: Tell) -> Iterator[Row]:
+    """The row of one model, with one more pattern each time."""
+    torch.compiler.reset()
+    name, batch = which
+    entry = ENTRIES[name]
+    row: Row = {"model": entry.title, "name": name, "batch": batch, "dtype": "bfloat16"}
+    row |= {"stand_in": "stand-in" in entry.title, "patterns": {}}
+    with torch.no_grad():
+        model, call = opened(name, batch, plan.device, DTYPE)
+        compiled = dense(model, plan)
+        for text in plan.model_patterns:
+            crumb = f"{name} batch {batch} at {text}"
+            if crumb in avoid:
+                row["patterns"][text] = {"wrong": True, "died": True}
+                continue
+            tell(crumb)
+            student = student_of(model, text, plan, policy=entry.policy, kernels=plan.kernels)
+            found: dict[str, Any] = checked(model, student, call)
+            found |= {"kernels": kernels_of(student), "dense_because": reasons_of(student)}
+            if not found["wrong"]:
+                runs = {"dense": compiled, "sparse": student}
+                calls = {key: bound(run, call) for key, run in runs.items()}
+                times = of_models(calls, plan.seconds)
+                found |= {"ratio": faster(times, "sparse"), "ms": typical(times)}
+            row["patterns"][text] = found
+            del student
+            print(told(row, text), flush=True)
+            yield row
+
+
+def told(row: Row, text: str) -> str:
+    """One pattern of a row in one line."""
+    found = row["patterns"][text]
+    speed = f"{found['ratio'][1]:.3f} times as fast" if "ratio" in found else "wrong"
+    return f"models: {row['model']}, batch {row['batch']}, {text}: {speed}, {found['kernels']}"
