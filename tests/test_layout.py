@@ -32,7 +32,7 @@ ORDER = (
     ("backends.cpu.ops",),
     ("backends.cpu.family",),
     ("backends.cuda.support", "backends.cuda.format24"),
-    ("backends.cuda.tokens", "backends.cuda.conv"),
+    ("backends.cuda.tokens", "backends.cuda.conv", "backends.cuda.bare"),
     ("backends.cuda.semi_ops",),
     ("backends.cuda.semi",),
     ("backends.cuda.quantized", "backends.cuda.training"),

@@ -18,19 +18,19 @@ from torch import nn
 import sparsedm_compiler as sdm
 
 from .case import Case, Row, Tell
-from .models import ENTRIES, Call, opened
+from .models import ENTRIES, Call, opened, per_model
 from .plan import Plan
 from .pruned import kernels_of
 
 
 def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
     """One per model and batch."""
-    for name, batch in plan.memory:
-        run = partial(compare, plan, (name, batch), avoid)
-        yield Case(f"{ENTRIES[name].title}, batch {batch}", run)
+    return per_model(plan.memory, partial(compare, plan=plan, avoid=avoid))
 
 
-def compare(plan: Plan, which: tuple[str, int], avoid: frozenset[str], tell: Tell) -> Iterator[Row]:
+def compare(
+    which: tuple[str, int], tell: Tell, *, plan: Plan, avoid: frozenset[str]
+) -> Iterator[Row]:
     """The row of one model, with one more pattern each time."""
     torch.compiler.reset()
     name, batch = which

@@ -6,8 +6,9 @@ same activations, with random weights; rotary positions and position tables are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from sparsedm_compiler.models import UViT, example_inputs
 from sparsedm_compiler.models.presets import find
 from sparsedm_compiler.models.uvit import sinusoid
+
+from .case import Case, Row
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 WAVES = 256
@@ -221,6 +224,14 @@ def opened(name: str, batch: int, device: str, dtype: torch.dtype) -> tuple[nn.M
         model = entry.build().to(dtype).eval()
         call = entry.inputs(model, batch)
     return model, cast(call, dtype)
+
+
+def per_model(
+    models: Iterable[tuple[str, int]], compare: Callable[..., Iterator[Row]]
+) -> Iterator[Case]:
+    """A case for each (model, batch), which ``compare`` takes first."""
+    for name, batch in models:
+        yield Case(f"{ENTRIES[name].title}, batch {batch}", partial(compare, (name, batch)))
 
 
 def cast(call: Call, dtype: torch.dtype) -> Call:

@@ -17,7 +17,7 @@ from benchmarks.train_step import stepper
 
 from .case import Case, Row, Tell
 from .comparing import faster, of_models, typical
-from .models import ENTRIES, opened
+from .models import ENTRIES, opened, per_model
 from .plan import Plan
 from .pruned import kernels_of
 
@@ -27,12 +27,12 @@ SPARSE = ("2:4", "2:4t")
 
 def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
     """One per model and batch."""
-    for name, batch in plan.training:
-        run = partial(compare, plan, (name, batch), avoid)
-        yield Case(f"{ENTRIES[name].title}, batch {batch}", run)
+    return per_model(plan.training, partial(compare, plan=plan, avoid=avoid))
 
 
-def compare(plan: Plan, which: tuple[str, int], avoid: frozenset[str], tell: Tell) -> Iterator[Row]:
+def compare(
+    which: tuple[str, int], tell: Tell, *, plan: Plan, avoid: frozenset[str]
+) -> Iterator[Row]:
     """The row of one model, with one more pattern each time."""
     torch.compiler.reset()
     name, batch = which

@@ -15,7 +15,7 @@ import torch
 
 from .case import Case, Row, Tell
 from .comparing import bound, dense, faster, of_models, typical
-from .models import ENTRIES, NEEDS_DIFFUSERS, opened
+from .models import ENTRIES, NEEDS_DIFFUSERS, opened, per_model
 from .plan import Plan
 from .pruned import checked, kernels_of, reasons_of, student_of
 
@@ -24,13 +24,14 @@ DTYPE = torch.bfloat16
 
 def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
     """One per model and batch."""
-    for name, batch in plan.models:
-        if name not in NEEDS_DIFFUSERS or find_spec("diffusers") is not None:
-            run = partial(compare, plan, (name, batch), avoid)
-            yield Case(f"{ENTRIES[name].title}, batch {batch}", run)
+    here = find_spec("diffusers") is not None
+    models = (each for each in plan.models if here or each[0] not in NEEDS_DIFFUSERS)
+    return per_model(models, partial(compare, plan=plan, avoid=avoid))
 
 
-def compare(plan: Plan, which: tuple[str, int], avoid: frozenset[str], tell: Tell) -> Iterator[Row]:
+def compare(
+    which: tuple[str, int], tell: Tell, *, plan: Plan, avoid: frozenset[str]
+) -> Iterator[Row]:
     """The row of one model, with one more pattern each time."""
     torch.compiler.reset()
     name, batch = which

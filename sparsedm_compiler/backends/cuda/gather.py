@@ -109,6 +109,13 @@ def unpack(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.
     return dense.flatten(0, 1)
 
 
+def check(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.dtype) -> None:
+    """Raise PackError unless the kernel can run these bytes, from wherever, within their bounds."""
+    _, columns = views(packed, rows, cols, pattern, dtype)
+    if bool((columns < 0).any()) or bool((columns >= cols).any()):
+        raise PackError("the packed weight points outside of its columns")
+
+
 def settings(pattern: Pattern, dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
     """The few ``how`` worth measuring on a shape, for long and for short inputs."""
     exact = dtype is torch.float32  # by the ordinary units, not the tensor cores

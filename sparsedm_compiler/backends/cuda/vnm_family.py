@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...errors import PackError
 from ...pattern import Pattern
-from ..family import Call, Family, Form, Kernel, Work
-from ..matrix import from_matrix, matrix
+from ..family import Call, Form, Kernel, Work
+from . import vnm_format
+from .bare import BareFamily
 from .conv import conv_as_linear, linear_or_conv
 from .nvrtc import unavailable
 from .support import card, machine, no_nvrtc, no_tensor_cores
 from .vnm import How, vnm_linear_op, warp_rows
-from .vnm_format import TYPES, check, pack, refusal, unpack
 from .vnm_launch import Tile, version
 
 TILES = (
@@ -35,25 +32,22 @@ _PLENTY = 227 * 1024  # bytes of shared memory of an H100's block
 vnm_conv2d_op = conv_as_linear("vnm_conv2d", vnm_linear_op, "str act, int[] how")
 
 
-class VnmFamily(Family):
+class VnmFamily(BareFamily):
     """Kernels for V:n:m weights in half precision.
 
-    Layout of a Kernel: (place of the dtype in TYPES). Tile: (tokens of a warp, warps over rows,
-    warps over tokens, stages).
+    Tile of a Kernel: (tokens of a warp, warps over rows, warps over tokens, stages).
     """
 
     device = "cuda"
     names = ("cuda_vnm",)
+    format = vnm_format
 
     def unavailable(self) -> str | None:
         here = card()
         return no_tensor_cores(here) or no_nvrtc(here) or unavailable()
 
-    def refusal(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
-        return refusal(pattern, rows, cols, dtype)
-
     def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[Kernel, ...]:
-        here, layout = card(), (TYPES.index(dtype),)
+        here, layout = card(), (vnm_format.TYPES.index(dtype),)
         room = _PLENTY if here is None else here.shared_bytes
         found = []
         for tile in TILES:
@@ -62,21 +56,6 @@ class VnmFamily(Family):
                 found.append(Kernel("cuda_vnm", layout, (*tile, stages)))
         return tuple(found)
 
-    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: Kernel) -> Tensor:
-        return pack(matrix(weight.detach()), matrix(mask), pattern)
-
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
-        size, dtype = (shape[0], math.prod(shape[1:])), _dtype(form)
-        return from_matrix(unpack(packed, *size, form.pattern, dtype), shape[2:])
-
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> torch.dtype:
-        size, dtype = (shape[0], math.prod(shape[1:])), _dtype(form)
-        why = refusal(form.pattern, *size, dtype)
-        if why is not None:
-            raise PackError(f"no weight of {list(shape)} is packed to {form.pattern}: {why}")
-        check(packed, *size, form.pattern)
-        return dtype
-
     def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
         pattern = form.pattern
         how = [*How(pattern.n, pattern.m, pattern.rows, *tile)]
@@ -84,13 +63,6 @@ class VnmFamily(Family):
 
     def machine(self) -> tuple[Any, ...]:
         return *machine(), version()
-
-
-def _dtype(form: Form) -> torch.dtype:
-    """Of the values that a form holds."""
-    assert form.kernel is not None
-    (place,) = form.kernel.layout
-    return TYPES[place]
 
 
 def deepest(pattern: Pattern, tile: tuple[int, int, int], room: int) -> int:

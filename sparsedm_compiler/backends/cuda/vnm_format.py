@@ -115,7 +115,7 @@ def unpack(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.
     return dense.scatter_(2, where, values).view(rows, cols)
 
 
-def check(packed: Tensor, rows: int, cols: int, pattern: Pattern) -> None:
+def check(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.dtype) -> None:
     """Raise PackError unless the kernel can run these bytes, from wherever, within their bounds."""
     layout = _sized(packed, rows, cols, pattern)
     columns, places = _columns(packed, layout), _places(packed, layout)

@@ -33,7 +33,7 @@ def test_unpack_inverts_pack(
     mask = nm_mask(weight, pattern) & (torch.rand(shape) >= lost)
     packed = pack(weight, mask, pattern)
     assert packed.shape == (Layout(*shape, pattern).size,)
-    check(packed, *shape, pattern)
+    check(packed, *shape, pattern, dtype)
     found = unpack(packed, *shape, pattern, dtype)
     assert torch.equal(found.view(torch.int16), kept(weight, mask).view(torch.int16))
 
@@ -94,11 +94,11 @@ def test_damaged_bytes_are_refused() -> None:
     pattern, weight = Pattern.parse("64:2:8"), torch.randn(64, 128).bfloat16()
     layout = Layout(64, 128, pattern)
     packed = pack(weight, nm_mask(weight, pattern), pattern)
-    check(packed, 64, 128, pattern)
+    check(packed, 64, 128, pattern, weight.dtype)
     for place in (layout.meta, layout.columns + 1, layout.columns + 8):
         damaged = packed.clone()
         damaged[place : place + 1] = 0
         if place == layout.columns + 1:
             damaged[place] = 1
         with pytest.raises(PackError, match="points outside"):
-            check(damaged, 64, 128, pattern)
+            check(damaged, 64, 128, pattern, weight.dtype)
