@@ -31,22 +31,26 @@ def nvrtc() -> ctypes.CDLL:
     Raises KernelError where there is none.
     """
     major = (torch.version.cuda or "13").partition(".")[0]
-    if sys.platform == "win32":
-        names = [f"nvrtc64_{major}0_0.dll"]
-    else:
-        names = [f"libnvrtc.so.{major}", "libnvrtc.so"]
-    roots = [Path(torch.__file__).parent / "lib", *_packages()]
-    files = [str(file) for root in roots for name in names[:1] for file in root.rglob(name)]
-    for name in (*names, *files):
+    windows = sys.platform == "win32"
+    name = f"nvrtc64_{major}0_0.dll" if windows else f"libnvrtc.so.{major}"
+    for builtins in _files("nvrtc-builtins*.dll" if windows else "libnvrtc-builtins.so.*"):
+        with suppress(OSError):  # NVRTC asks for it by name alone, and not every build finds it
+            ctypes.CDLL(builtins)
+    for found in (name, *_files(name)):
         with suppress(OSError):
-            return ctypes.CDLL(name)
+            return ctypes.CDLL(found)
     raise KernelError(
-        f"no NVRTC here to build CUDA kernels with ({names[0]}); pip install nvidia-cuda-nvrtc"
+        f"no NVRTC here to build CUDA kernels with ({name}); pip install nvidia-cuda-nvrtc"
     )
 
 
-def _packages() -> list[Path]:
-    return [Path(place, "nvidia") for place in sys.path if Path(place, "nvidia").is_dir()]
+def _files(pattern: str) -> list[str]:
+    """The libraries of such a name that torch and NVIDIA's Python packages brought along."""
+    found = list((Path(torch.__file__).parent / "lib").glob(pattern))
+    for place in sys.path:
+        for folder_name in ("lib", "bin", "bin/x86_64"):
+            found += Path(place, "nvidia").glob(f"*/{folder_name}/{pattern}")
+    return [str(path) for path in found]
 
 
 @cache
