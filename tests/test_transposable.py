@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler import choose
-from sparsedm_compiler.backends.cpu.pack import pack
+from sparsedm_compiler.backends.cpu.family import CpuFamily
 from sparsedm_compiler.backends.cpu.packed import refusal, unpack
 from sparsedm_compiler.masks import nm_mask
 from sparsedm_compiler.train.sr_ste import sr_ste
@@ -79,11 +78,11 @@ def test_the_kernels_of_free_masks_pack_it(kernel: tuple[int, ...], dtype: torch
     mask = nm_mask(weight, PATTERN)
     dense = (weight * mask).movedim(1, -1).flatten(1)
     assert refusal(PATTERN, *dense.shape, dtype) is None
-    for candidate in choose.candidates(PATTERN, dtype):
-        assert candidate.kernel == "cpu_free"
-        packed = pack(weight * mask, mask, PATTERN, width=candidate.width, wide=candidate.wide)
-        assert_same(unpack(packed), dense)
-    assert choose.candidates(PATTERN, dtype) == choose.candidates(sdm.Pattern(2, 4), dtype)
+    family = CpuFamily()
+    for candidate in family.candidates(PATTERN, dtype):
+        assert candidate.name == "cpu_free"
+        assert_same(unpack(family.pack(weight * mask, mask, PATTERN, candidate)), dense)
+    assert family.candidates(PATTERN, dtype) == family.candidates(sdm.Pattern(2, 4), dtype)
 
 
 def test_convolutions_have_a_mask_per_position() -> None:
