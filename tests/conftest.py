@@ -19,7 +19,11 @@ mend_torchvision()  # peft and transformers import it on their own
 
 @pytest.fixture(scope="module", autouse=True)
 def _fresh() -> Iterator[None]:
-    """Let go of what compilers hold after each file: a heap of gigabytes makes every gc slow."""
+    """Let go of what compilers hold after each file: a heap of gigabytes makes every gc slow.
+
+    What stays even so, in caches, is not looked through again.
+    """
     yield
     torch._dynamo.reset()
     gc.collect()
+    gc.freeze()
