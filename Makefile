@@ -34,7 +34,7 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: env ## the kernel tests under AddressSanitizer and UBSan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 SPARSEDM_CXXFLAGS="$(SANITIZE)" \
-	$(BIN)/python -m pytest -n0 tests/backends/cpu/test_kernels.py tests/backends/cpu/test_packed.py
+	$(BIN)/python -m pytest -n0 tests/backends/cpu/test_kernels.py tests/backends/cpu/test_format.py
 
 lint: env ## ruff
 	$(BIN)/ruff check .

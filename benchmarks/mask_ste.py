@@ -29,11 +29,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from sparsedm_compiler.evaluate.timing import Samples, interleaved, machine, ratio, spread
-from sparsedm_compiler.masks import kept, unchecked_nm_mask
+from sparsedm_compiler.autotune.timer import Samples, interleaved, machine, ratio, spread
+from sparsedm_compiler.masks.mask_ste import mask_ste
+from sparsedm_compiler.masks.nm_mask import kept, unchecked_nm_mask
+from sparsedm_compiler.masks.sorting_network import selection
 from sparsedm_compiler.models.uvit import UViT, UViTConfig
-from sparsedm_compiler.networks import selection
-from sparsedm_compiler.ops import mask_ste
 from sparsedm_compiler.pattern import Pattern
 
 MaskAll = Callable[[list[Tensor]], list[Tensor]]

@@ -17,8 +17,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from sparsedm_compiler.evaluate.timing import interleaved, machine, ratio, spread
-from sparsedm_compiler.masks import unchecked_nm_mask
+from sparsedm_compiler.autotune.timer import interleaved, machine, ratio, spread
+from sparsedm_compiler.masks.nm_mask import unchecked_nm_mask
 from sparsedm_compiler.pattern import Pattern
 
 COARSE = ["2:4t", "1:8x16", "64:2:8"]

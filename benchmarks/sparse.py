@@ -26,10 +26,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.autotune.timer import Samples, interleaved, machine, ratio, spread
 from sparsedm_compiler.backends.cpu.family import CpuFamily
-from sparsedm_compiler.backends.family import Form, Kernel, Work
-from sparsedm_compiler.evaluate.timing import Samples, interleaved, machine, ratio, spread
-from sparsedm_compiler.folding import fold_weight
+from sparsedm_compiler.backends.kernel_family import Form, Kernel, Work
+from sparsedm_compiler.compiler.folded_weights import fold_weight
 from sparsedm_compiler.models import preset
 from sparsedm_compiler.pattern import Pattern
 
@@ -173,7 +173,7 @@ def bench_sampling(patterns: tuple[str, ...], rounds: int) -> list[dict[str, Any
     """One 20-step image of a U-ViT-S, drawn by DPM-Solver++."""
     from diffusers import DPMSolverMultistepScheduler
 
-    from sparsedm_compiler.evaluate import sample
+    from sparsedm_compiler.diffusion import sample
 
     model, _ = whole("uvit-cifar10-small", 1)
 

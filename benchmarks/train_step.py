@@ -26,7 +26,7 @@ from tabulate import tabulate
 from torch import nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.evaluate.timing import interleaved, machine, ratio, spread
+from sparsedm_compiler.autotune.timer import interleaved, machine, ratio, spread
 from sparsedm_compiler.models import preset
 
 MODELS = ("uvit-cifar10-small", "ddpm-cifar10")

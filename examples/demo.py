@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from train_teacher import TEACHER_IMAGES, train_teacher
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.evaluate import frechet_score, sample, sampler_name, save_grid
+from sparsedm_compiler.diffusion import sample, sampler_name
+from sparsedm_compiler.evaluate import frechet_score
 from sparsedm_compiler.models import UViT
+from sparsedm_compiler.reporting import save_grid
 from sparsedm_compiler.train import finetune, held_out_loss
 
 RECIPES: Mapping[str, Mapping[str, float]] = {

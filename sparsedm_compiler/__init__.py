@@ -10,7 +10,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .compiler import compile, count_macs, explain, pattern_of, repattern, topology
+from .compiler.api import compile, count_macs, explain, pattern_of, repattern, topology
+from .compiler.guarded_forward import masked_parameters
+from .compiler.serialization import load, save
 from .errors import (
     CaptureError,
     CheckpointError,
@@ -25,11 +27,8 @@ from .errors import (
     SparseDMError,
     StoppedError,
 )
-from .facts import Choice, Decision, MacRow, MacsReport, Topology
 from .pattern import Pattern
-from .report import Explanation
-from .runtime import masked_parameters
-from .storage import load, save
+from .reports import Choice, Decision, Explanation, MacRow, MacsReport, Topology
 
 if TYPE_CHECKING:
     from .train import FinetuneConfig as FinetuneConfig

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from sparsedm_compiler.models.optional import mend_torchvision
+from sparsedm_compiler.optional_deps import mend_torchvision
 
 torch.set_num_threads(1)
 mend_torchvision()  # peft and transformers import it on their own

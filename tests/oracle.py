@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
-from tests.mask_cases import brute_tiles
+from tests.masks.mask_cases import brute_tiles
 from tests.zoo import sample_of
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -152,7 +152,7 @@ def test_a_process_is_stopped_with_all_that_it_started() -> None:
 
 def test_marked_tests_are_found() -> None:
     files = marked_files()
-    assert "tests/test_masks.py" in files
+    assert "tests/masks/test_nm_mask.py" in files
     assert all((ROOT / file).exists() for file in files)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .zoo import FAMILIES, Family, sample_of
+from tests.zoo import FAMILIES, Family, sample_of
 
 each = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 

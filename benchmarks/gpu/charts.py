@@ -6,7 +6,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from sparsedm_compiler.evaluate.charts import LIGHT
+from sparsedm_compiler.reporting.charts import LIGHT
 
 from .plan import FULL
 from .quality import Quality, quality

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsedm_compiler.backends.cuda import timing as cuda
-from sparsedm_compiler.evaluate.timing import interleaved, ratio
+from sparsedm_compiler.autotune.timer import interleaved, ratio
+from sparsedm_compiler.backends.cuda import timer as cuda
 
 from .case import plainly
 from .models import Call

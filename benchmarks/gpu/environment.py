@@ -29,7 +29,7 @@ def environment(arguments: list[str], commit: str | None) -> dict[str, Any]:
     """As it is now, before anything has run."""
     import torch
 
-    from sparsedm_compiler.evaluate.timing import machine
+    from sparsedm_compiler.autotune.timer import machine
 
     found = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),

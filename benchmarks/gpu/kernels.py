@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from sparsedm_compiler import KernelError, PatternError
-from sparsedm_compiler.backends import families
+from sparsedm_compiler.backends import registry as families
 from sparsedm_compiler.pattern import Pattern
 
 from .case import Case, Row, Tell

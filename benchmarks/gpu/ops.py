@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsedm_compiler import KernelError, PatternError
-from sparsedm_compiler.backends import families
-from sparsedm_compiler.backends.family import Family, Form, Kernel, Work
-from sparsedm_compiler.backends.register import activate
-from sparsedm_compiler.choose import MARGIN
-from sparsedm_compiler.folding import fold_weight
+from sparsedm_compiler.autotune.select_kernel import MARGIN
+from sparsedm_compiler.backends import registry as families
+from sparsedm_compiler.backends.custom_op import activate
+from sparsedm_compiler.backends.kernel_family import Family, Form, Kernel, Work
+from sparsedm_compiler.compiler.folded_weights import fold_weight
 from sparsedm_compiler.pattern import Pattern
 
 from .case import Case, Row, Tell, plainly

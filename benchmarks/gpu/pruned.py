@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.config import GRAPHS
-from sparsedm_compiler.masks import kept, nm_mask
+from sparsedm_compiler.masks.nm_mask import kept, nm_mask
 
 from .comparing import error, output
 from .models import Call, cast

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-from sparsedm_compiler.backends.families import FAMILIES
+from sparsedm_compiler.backends.registry import FAMILIES
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparsedm_compiler.evaluate.timing import spread
+from sparsedm_compiler.autotune.timer import spread
 
 from .goals import models, verdicts
 from .quality import Quality, quality

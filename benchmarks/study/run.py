@@ -15,10 +15,10 @@ from torch import nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.data import open_data
+from sparsedm_compiler.diffusion.sampling import SamplePlan, sample_batches, sampler_name
+from sparsedm_compiler.diffusion.schedulers import make_scheduler
 from sparsedm_compiler.evaluate.features import FeatureNetwork
-from sparsedm_compiler.evaluate.sampling import SamplePlan, sample_batches, sampler_name
-from sparsedm_compiler.evaluate.schedulers import make_scheduler
-from sparsedm_compiler.evaluate.scores import reference_of, score_images
+from sparsedm_compiler.evaluate.score_images import reference_of, score_images
 from sparsedm_compiler.train import Pictures, finetune
 
 from .judge import accuracy, features_of, judge

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from sparsedm_compiler.evaluate.page import report_page
+from sparsedm_compiler.reporting.page import report_page
 
 from .plan import GROUPS, Study
 

@@ -1,0 +1,1 @@
+"""Sparse kernels: one folder for each kernel family, behind ``kernel_family.KernelFamily``."""

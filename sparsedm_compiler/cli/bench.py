@@ -18,7 +18,7 @@ from .options import add_device, add_inner, add_model_options, device_of, model_
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..evaluate.timing import Samples
+    from ..autotune.timer import Samples
 
 ABOUT = """\
 measure how much faster a model runs pruned than dense on this machine
@@ -69,7 +69,7 @@ def subject_of(options: argparse.Namespace) -> Subject:
     """The model and the patterns that were asked for. Raises ConfigError and PatternError."""
     from ..config import Config
     from ..errors import ConfigError
-    from .loading import read_run_config
+    from .open_student import read_run_config
 
     folder, own = Path(options.model), model_options(options)
     asked = [*dict.fromkeys(str(Pattern.parse(text)) for text in options.pattern or ())]
@@ -77,7 +77,7 @@ def subject_of(options: argparse.Namespace) -> Subject:
     if not (folder / "run.json").exists():
         found = Subject(options.model, own, asked or ["2:4"], prune)
     else:
-        from ..train.run import pruning
+        from ..experiment.run import pruning
 
         run = read_run_config(folder / "run.json")
         if not run.train.sparse:
@@ -93,9 +93,9 @@ def subject_of(options: argparse.Namespace) -> Subject:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Check the request; with --dry-run make the model too. Raises SparseDMError."""
+    from ..compiler.lower import resolve
     from ..errors import ConfigError
-    from ..lowering import resolve
-    from ..models.specs import open_called
+    from ..models.loading import open_called
 
     subject = subject_of(options)
     for name, value in (("rounds", options.rounds), ("threads", options.threads)):
@@ -129,7 +129,7 @@ def candidates(model: nn.Module, subject: Subject, inner: str) -> dict[str, Call
 
     import torch
 
-    from ..compiler import compile
+    from ..compiler.api import compile
 
     if inner == "eager":
         found: dict[str, Callable[..., Any]] = {"dense, eager": model}
@@ -149,7 +149,7 @@ def measured(
     """The seconds of every candidate, taken in turns."""
     from functools import partial
 
-    from ..evaluate.timing import interleaved
+    from ..autotune.timer import interleaved
 
     return interleaved({name: partial(call, each) for name, each in calls.items()}, rounds=rounds)
 
@@ -158,7 +158,7 @@ def ratios_of(
     found: Mapping[str, Samples], patterns: Sequence[str]
 ) -> dict[str, dict[str, tuple[float, float, float]]]:
     """Quartiles of how many times faster each pattern is than each dense candidate."""
-    from ..evaluate.timing import ratio
+    from ..autotune.timer import ratio
 
     dense = [name for name in found if name not in patterns]
     return {
@@ -169,8 +169,8 @@ def ratios_of(
 
 def note(results: Path, ratios: Mapping[str, Mapping[str, Any]], batch: int) -> None:
     """Write into a run's results how many times faster it is than the fastest dense model."""
+    from ..autotune.timer import machine
     from ..backends.cpu.family import cpu_name
-    from ..evaluate.timing import machine
     from ..train.checkpoint import write_whole
 
     (found,) = ratios.values()
@@ -185,8 +185,8 @@ def show(
     found: Mapping[str, Samples], subject: Subject, options: argparse.Namespace, inner: str
 ) -> None:
     """Print the ratios as a table, or as JSON."""
+    from ..autotune.timer import machine, spread
     from ..backends.cpu.family import cpu_name
-    from ..evaluate.timing import machine, spread
 
     ratios = ratios_of(found, subject.patterns)
     dense = [*next(iter(ratios.values()))]

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .job import Job
-from .loading import add_source, source_of
+from .open_student import add_source, source_of
 
 if TYPE_CHECKING:
     import torch
 
     from ..config import Config
-    from ..facts import MacsReport
-    from ..models.specs import Called
+    from ..models.loading import Called
+    from ..reports import MacsReport
 
 ABOUT = """\
 show what is pruned in a saved model, and why the rest is dense
@@ -50,8 +50,8 @@ def prepare(options: argparse.Namespace) -> Job:
     example = source.example(options.inputs)
 
     def run() -> None:
-        from ..compiler import explain
-        from ..runtime import require_compiled
+        from ..compiler.api import explain
+        from ..compiler.guarded_forward import require_compiled
 
         model = source.open()
         args, kwargs = real(example[1:], source.device)
@@ -76,7 +76,7 @@ def real(call: Any, device: torch.device) -> Any:
 
 def counted(example: Called, config: Config) -> MacsReport:
     """The MACs of the model as it was pruned."""
-    from ..compiler import count_macs
+    from ..compiler.api import count_macs
 
     model, args, kwargs = example
     return count_macs(

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .drawing import Drawing, add_drawing, drawing_of
 from .job import Job, writable
-from .launched import join
-from .loading import add_source, add_weights, source_of
+from .launcher import join
+from .open_student import add_source, add_weights, source_of
 from .options import device_of
 from .sample import NOTES
+from .sampling_options import Drawing, add_drawing, drawing_of
 
 if TYPE_CHECKING:
     import torch
 
     from ..data import ImageData
     from ..evaluate import FeatureNetwork, Metrics, Score
-    from ..evaluate.scores import Known
+    from ..evaluate.score_images import Known
 
 BATCH = 64
 """Images that are read at once."""
@@ -122,8 +122,9 @@ class Side:
         self, network: FeatureNetwork, theirs: Known, metrics: Metrics, progress: bool
     ) -> tuple[Score, ...]:
         """The scores against the reference ``theirs``."""
-        from ..evaluate import image_batches, score_images
-        from ..evaluate.processes import own_share
+        from ..diffusion import image_batches
+        from ..evaluate import score_images
+        from ..evaluate.process_group import own_share
 
         if self.drawing is not None:
             model = self.drawing.source.open()
@@ -166,7 +167,7 @@ def noted(folder: Path) -> str | None:
 
 def reference_of(options: argparse.Namespace) -> ImageData | str:
     """The images of the reference, or the path of its statistics."""
-    from ..evaluate.scores import is_statistics
+    from ..evaluate.score_images import is_statistics
 
     spec: str = options.reference
     return spec if is_statistics(Path(spec)) else data_of(spec, options)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .job import Job, writable
-from .launched import join
+from .launcher import join
 
 if TYPE_CHECKING:
-    from ..train.spec import RunConfig
+    from ..experiment.run_config import RunConfig
 
 ABOUT = """\
 prune a model and fine-tune it against its dense teacher
@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Read the configuration; with --dry-run open all it names. Raises SparseDMError."""
-    from ..train import run as runs
+    from ..experiment import run as runs
 
     main = join()
     config = config_of(options)
@@ -75,7 +75,7 @@ def prepare(options: argparse.Namespace) -> Job:
 
 def config_of(options: argparse.Namespace) -> RunConfig:
     """The configuration of all options together. Raises ConfigError."""
-    from ..train.spec import RunConfig
+    from ..experiment.run_config import RunConfig
 
     given = vars(options)
     short = [

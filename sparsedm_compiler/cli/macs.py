@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from ..facts import CONVENTION, MacsReport
 from ..pattern import Pattern
+from ..reports import CONVENTION, MacsReport
 from .job import Job
 from .options import add_model_options, model_options
 
 if TYPE_CHECKING:
-    from ..models.specs import Called
+    from ..models.loading import Called
 
 ABOUT = """\
 count the MACs of models, dense and pruned, without their weights
@@ -67,7 +67,7 @@ def prepare(options: argparse.Namespace) -> Job:
     if options.list:
         return Job(("would print the presets",), print_presets)
     from ..config import Config
-    from ..models.specs import open_called
+    from ..models.loading import open_called
 
     patterns = [Pattern.parse(text) for text in options.pattern or ["2:4"]]
     Config.of(patterns[0], policy=options.policy)
@@ -100,7 +100,7 @@ def count(
     name: str, called: Called, patterns: Sequence[Pattern], options: argparse.Namespace
 ) -> Count:
     """The MACs of the model of that name at every pattern. Raises SparseDMError."""
-    from ..compiler import count_macs
+    from ..compiler.api import count_macs
 
     model, args, kwargs = called
     reports = {

@@ -69,7 +69,7 @@ def model_options(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of the model's configuration that were given. Raises ConfigError."""
     found: dict[str, Any] = {}
     if options.option:
-        from ..train.plain import put
+        from ..experiment.yaml_values import put
 
         for assignment in options.option:
             put(found, assignment)

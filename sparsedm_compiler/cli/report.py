@@ -23,9 +23,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Read every run. Raises SparseDMError."""
-    from ..evaluate.groups import named
-    from ..evaluate.page import report_page
-    from ..evaluate.runs import read_run
+    from ..reporting.grouping import named
+    from ..reporting.page import report_page
+    from ..reporting.run_record import read_run
 
     runs = named([read_run(folder) for folder in options.runs])
     out = writable(options.out)

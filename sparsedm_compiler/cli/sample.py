@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
-from .drawing import Drawing, add_drawing, drawing_of
 from .job import Job, writable
-from .launched import join, wait
-from .loading import add_source, add_weights, source_of
+from .launcher import join, wait
+from .open_student import add_source, add_weights, source_of
+from .sampling_options import Drawing, add_drawing, drawing_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +75,7 @@ def draw_folder(
     """Write every image that is not there yet, and what all of them were drawn by."""
     from functools import partial
 
-    from ..evaluate import save_images, saved
+    from ..reporting import save_images, saved
 
     if main:
         out.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def draw_grid(drawing: Drawing, model: nn.Module, out: Path, columns: int, main:
     """Write all images as one picture."""
     import torch
 
-    from ..evaluate.processes import gathered
+    from ..evaluate.process_group import gathered
     from ..train import Pictures
 
     parts = dict(drawing.batches(model, progress=main))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .base import Batch, ImageData, Wanted
-from .condition import Condition
-from .condition import rows as condition_rows
-from .encode import decode_latents, encode_latents, open_autoencoder
+from ..diffusion.condition import Condition
+from ..diffusion.condition import rows as condition_rows
+from .encode_latents import decode_latents, encode_latents, open_autoencoder
 from .hub import HubData
+from .image_data import Batch, ImageData, Wanted
 from .latents import LatentData
-from .opening import open_data
+from .open_data import open_data
 from .tensors import TensorData
 
 __all__ = [

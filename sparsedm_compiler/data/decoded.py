@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..diffusion.condition import Condition
 from ..errors import DataError
-from .base import Batch, ImageData, Wanted, count_classes
-from .condition import Condition
+from .image_data import Batch, ImageData, Wanted, count_classes
 from .pixels import decoded, in_threads, scaled
 
 Encoded = tuple[str, Path | BytesIO]

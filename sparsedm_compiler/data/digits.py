@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import DataError
-from .base import Wanted, require
+from .image_data import Wanted, require
 from .tensors import TensorData, from_arrays
 
 HELD_OUT = 360

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from ..errors import DataError
-from .base import Wanted
 from .decoded import FileData
+from .image_data import Wanted
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}

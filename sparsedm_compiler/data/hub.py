@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..diffusion.condition import Condition
 from ..errors import DataError
-from .base import EVERYTHING, Wanted, checked_labels, require
-from .condition import Condition
 from .decoded import DecodedData, Encoded
+from .image_data import EVERYTHING, Wanted, checked_labels, require
 
 LABEL_NAMES = ("label", "labels", "class", "y")
 """Which column of integers is the class where no column is declared to be one."""

@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..diffusion.condition import Condition
 from ..errors import DataError
-from .base import EVERYTHING, Batch, ImageData, Wanted, checked_labels, count_classes
-from .condition import Condition
+from .image_data import EVERYTHING, Batch, ImageData, Wanted, checked_labels, count_classes
 from .rowfile import Rows, stored
 
 Value = TypeVar("Value", int, float)

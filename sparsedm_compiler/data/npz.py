@@ -12,8 +12,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from ..errors import DataError
-from .base import ImageData, Wanted
-from .pack import PACK, PackData
+from .image_data import ImageData, Wanted
+from .jpeg_pack import PACK, PackData
 from .tensors import from_arrays
 
 IMAGES = ("x", "images", "arr_0")

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diffusion.condition import Condition, rows
 from ..errors import DataError
-from .base import Batch, ImageData, Wanted, checked_condition, checked_labels, count_classes
-from .condition import Condition, rows
+from .image_data import Batch, ImageData, Wanted, checked_condition, checked_labels, count_classes
 from .pixels import pixels_of, resized, scaled
 
 

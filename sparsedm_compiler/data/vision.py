@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from ..models.optional import mend_torchvision
-from .base import ImageData, Wanted, require
+from ..optional_deps import mend_torchvision
 from .decoded import FileData
+from .image_data import ImageData, Wanted, require
 from .tensors import from_arrays
 
 LABELS = {

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.image_batches import checked, rounded
+from ..diffusion.modes import evaluating
 from ..errors import ConfigError, DataError
-from ..models.functions import import_function
-from ..models.modes import evaluating
+from ..models.factories import import_function
 from .moments import Moments
-from .stream import checked, rounded
 
 BATCH = 64
 """Images that a feature network sees at once when it reads a stream."""

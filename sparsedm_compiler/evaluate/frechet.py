@@ -7,7 +7,7 @@ import warnings
 from torch import Tensor
 
 from ..errors import DataError
-from ..models.optional import mend_torchvision
+from ..optional_deps import mend_torchvision
 from .features import Extractor, features
 from .moments import Moments, Statistics
 from .score import Score

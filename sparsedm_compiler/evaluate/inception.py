@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..errors import ConfigError, DataError
-from ..models.optional import mend_torchvision
+from ..optional_deps import mend_torchvision
 from .features import FeatureNetwork
 
 WIDTHS = (64, 192, 768, 2048)

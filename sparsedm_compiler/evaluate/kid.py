@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..diffusion.predict import generator_at
 from ..errors import ConfigError
-from .calling import generator_at
 from .frechet import check_pair
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .inputs import example_inputs
+from .example_inputs import example_inputs
+from .loading import open_called, open_model
 from .presets import PRESETS, preset
-from .specs import open_called, open_model
 from .uvit import UViT, UViTConfig
 from .weights import load_weights
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, meant
-from .inputs import Call, example_inputs
-from .optional import import_diffusers
+from ..optional_deps import import_diffusers
+from .example_inputs import Call, example_inputs
 from .uvit import UViT
 
 

@@ -1,15 +1,15 @@
 """The passes. ``REWRITES`` is the only statement of their order."""
 
-from .carry_features import carry_features
-from .count_macs import count_macs
-from .find_sites import eager_sites, find_sites
-from .find_uses import find_uses
-from .insert_mask_ste import insert_mask_ste
-from .lower_sparse import lower_sparse
-from .mark_prunable import mark_eager, mark_prunable
-from .pad_tokens import pad_tokens
-from .topology import topology
-from .train_sparse import train_sparse
+from .analysis.count_macs import count_macs
+from .analysis.find_sites import eager_sites, find_sites
+from .analysis.find_uses import find_uses
+from .analysis.mark_prunable import mark_eager, mark_prunable
+from .analysis.topology import topology
+from .rewrite.carry_features import carry_features
+from .rewrite.insert_mask_ste import insert_mask_ste
+from .rewrite.lower_sparse import lower_sparse
+from .rewrite.pad_tokens import pad_tokens
+from .rewrite.train_sparse import train_sparse
 
 REWRITES = (insert_mask_ste,)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .config import FinetuneConfig
-from .held_out import held_out_loss
+from .finetune_config import FinetuneConfig
+from .fixed_mask import static_mask
 from .loop import finetune
 from .methods import METHODS, Method
-from .pictures import Pictures
 from .result import FinetuneResult, HeldOut
+from .sample_grids import Pictures
 from .sr_ste import sr_ste
-from .static import static_mask
+from .validation import held_out_loss
 
 __all__ = [
     "METHODS",

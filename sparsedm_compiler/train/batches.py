@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from ..data.condition import Condition, check_count, rows
+from ..diffusion import generator_at
+from ..diffusion.condition import Condition, check_count, rows
 from ..errors import DataError
-from ..evaluate import generator_at
 
 Batch: TypeAlias = "tuple[Tensor, Condition | None]"
 Data = Tensor | tuple[Tensor, Tensor] | Dataset[Any] | Iterable[Any]

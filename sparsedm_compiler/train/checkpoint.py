@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import CheckpointError, ConfigError, masked_parameters, save
-from ..files import replacing
-from .shards import here, put, whole
+from ..fileio import replacing
+from .fsdp import here, put, whole
 
 VERSION = 1
 PART = ".part"

@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import ConfigError, StoppedError
-from ..data.condition import Condition
-from .average import Average
+from ..diffusion.condition import Condition
+from ..diffusion.objective import objective_of
 from .batches import Data, Stream
 from .checkpoint import write_whole
-from .config import FinetuneConfig
-from .engine import Engine
-from .held_out import held_out_loss
-from .keeping import check_config, restore, resume, save_every, save_run, saving
-from .logbook import Logbook, MaskWatch
-from .objective import objective_of
-from .pictures import Pictures
+from .distributed import Engine
+from .ema import Average
+from .finetune_config import FinetuneConfig
+from .fixed_mask import static_mask
 from .result import FinetuneResult, HeldOut
-from .setup import adamw, look_once, refuse_mixed_up, session
+from .resume import check_config, restore, resume, save_every, save_run, saving
+from .run_log import Logbook, MaskWatch
+from .sample_grids import Pictures
+from .session import adamw, look_once, refuse_mixed_up, session
 from .signals import Stop
+from .stage_switch import begin_stage, set_up_stage
 from .stages import plan
-from .staging import begin_stage, set_up_stage
 from .state import Run
-from .static import static_mask
-from .steps import step
+from .step import step
+from .validation import held_out_loss
 
 LOG_BATCHES, LOG_LINES = 50, 40
 """A line of the log is for so many batches, or for fewer where the run would have fewer lines."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import FinetuneConfig
+from .finetune_config import FinetuneConfig
 
 VERSION = 1
 

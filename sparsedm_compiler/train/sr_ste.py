@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .. import ConfigError, Pattern, masked_parameters
-from .shards import here, pruned_here
+from .fsdp import here, pruned_here
 
 FORMS = ("paper", "decoupled")
 

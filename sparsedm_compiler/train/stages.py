@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import ConfigError, Pattern, pattern_of
 from .checkpoint import is_compiled
-from .config import FinetuneConfig
+from .finetune_config import FinetuneConfig
 from .methods import stages_towards
 
 

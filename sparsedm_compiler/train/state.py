@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import SparseDMError
-from ..data.condition import Condition
-from .average import Average
+from ..diffusion.condition import Condition
+from ..diffusion.objective import Objective
 from .batches import Data
-from .config import FinetuneConfig
-from .engine import Engine
-from .logbook import Logbook, MaskWatch
-from .objective import Objective
-from .pictures import Pictures
+from .distributed import Engine
+from .ema import Average
+from .finetune_config import FinetuneConfig
 from .result import HeldOut
+from .run_log import Logbook, MaskWatch
+from .sample_grids import Pictures
 from .stages import Stage
 
 

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.autotune.timer import Samples, interleaved, ratio
 from sparsedm_compiler.cli.bench import Subject, candidates, named
-from sparsedm_compiler.evaluate.timing import Samples, interleaved, ratio
 from sparsedm_compiler.models import UViT
-
-from .conftest import Shell
+from tests.cli.conftest import Shell
 
 BENCH = ("bench", "own:net", "--inner", "eager", "--rounds", "2")
 
@@ -84,7 +83,7 @@ def test_a_run_is_told_its_speed(shell: Shell, monkeypatch: pytest.MonkeyPatch) 
         made.append((args[1], options))
         return real(*args, **options)
 
-    monkeypatch.setattr("sparsedm_compiler.compiler.compile", compile)
+    monkeypatch.setattr("sparsedm_compiler.compiler.api.compile", compile)
     asked = ("bench", folder, "--inner", "eager", "--rounds", "2")
     before = (folder / "results.json").read_text()
     assert f"{folder}, batch 1: times" in shell(*asked, "--pattern", "2:4").out

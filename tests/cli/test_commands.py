@@ -25,8 +25,7 @@ from sparsedm_compiler.errors import (
     SparseDMError,
     StoppedError,
 )
-
-from .conftest import Shell
+from tests.cli.conftest import Shell
 
 FOLDER = Path(sparsedm_compiler.cli.__file__).parent
 

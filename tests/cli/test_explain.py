@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import sparsedm_compiler as sdm
-
-from .conftest import Shell, student
+from tests.cli.conftest import Shell, student
 
 EXPLAIN = ("explain", "student.safetensors", "--model", "own:net", "--inner", "eager")
 

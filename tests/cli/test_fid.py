@@ -12,17 +12,16 @@ import pytest
 import torch
 
 from sparsedm_compiler.data import open_data
+from sparsedm_compiler.diffusion.image_batches import rounded
 from sparsedm_compiler.evaluate import (
     Score,
     frechet_distance,
     kernel_distance,
     load_statistics,
     precision_recall,
-    save_images,
 )
-from sparsedm_compiler.evaluate.stream import rounded
-
-from .conftest import Shell
+from sparsedm_compiler.reporting import save_images
+from tests.cli.conftest import Shell
 
 PIXELS = ("--network", "own:pixels")
 

@@ -12,10 +12,9 @@ import torch
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.cli import finetune
+from sparsedm_compiler.experiment.run_config import RunConfig
 from sparsedm_compiler.models import open_model
-from sparsedm_compiler.train.spec import RunConfig
-
-from .conftest import Shell
+from tests.cli.conftest import Shell
 
 YAML = """
 model: {name: "own:net", options: {num_classes: 10}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from .conftest import Shell
+from tests.cli.conftest import Shell
 
 
 def test_options_change_the_model(shell: Shell) -> None:

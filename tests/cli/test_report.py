@@ -1,10 +1,9 @@
-"""The report command; the page itself is tested in tests/evaluate/test_page.py."""
+"""The report command; the page itself is tested in tests/reporting/test_page.py."""
 
 from __future__ import annotations
 
-from tests.evaluate.run_folders import run, unfinished
-
-from .conftest import Shell
+from tests.cli.conftest import Shell
+from tests.reporting.run_folders import run, unfinished
 
 
 def test_runs_become_a_page(shell: Shell) -> None:

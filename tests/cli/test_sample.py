@@ -18,14 +18,13 @@ from torch import Tensor
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.cli import main
-from sparsedm_compiler.cli.drawing import null_of, own_condition
-from sparsedm_compiler.evaluate import Guidance, make_scheduler, sample
-from sparsedm_compiler.evaluate.stream import pixels
+from sparsedm_compiler.cli.sampling_options import null_of, own_condition
+from sparsedm_compiler.diffusion import Guidance, make_scheduler, sample
+from sparsedm_compiler.diffusion.image_batches import pixels
 from sparsedm_compiler.models import open_model
+from tests.cli.conftest import Shell, student
 from tests.group import run_group
 from tests.oracle import oracle_of
-
-from .conftest import Shell, student
 
 HOW = ("--steps", "3", "--sampler", "ddim", "--inner", "eager")
 MASKED = ("--model", "own:net", "--weights", "student.safetensors", "--mode", "train", *HOW)
@@ -212,7 +211,7 @@ def test_bad_requests(shell: Shell, argv: list[str], says: str) -> None:
 
 def run_folder(shell: Shell, *, weights: bool = True, **train: Any) -> Path:
     """A run on the digits, as far as sampling needs it."""
-    from sparsedm_compiler.train.spec import RunConfig
+    from sparsedm_compiler.experiment.run_config import RunConfig
 
     folder = shell.folder / "run"
     config = RunConfig.of(

@@ -9,16 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsedm_compiler.diffusion import generator_at, image_batches
+from sparsedm_compiler.diffusion.image_batches import rounded
 from sparsedm_compiler.errors import ConfigError, DataError
-from sparsedm_compiler.evaluate import (
-    FeatureNetwork,
-    features,
-    generator_at,
-    image_batches,
-    load_network,
-)
+from sparsedm_compiler.evaluate import FeatureNetwork, features, load_network
 from sparsedm_compiler.evaluate.features import collect
-from sparsedm_compiler.evaluate.stream import rounded
 
 IMAGES = torch.rand(10, 1, 2, 2, generator=generator_at("images")) * 2.2 - 1.1
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsedm_compiler.diffusion import generator_at
 from sparsedm_compiler.errors import DataError
-from sparsedm_compiler.evaluate import features, frechet_distance, frechet_score, generator_at
+from sparsedm_compiler.evaluate import features, frechet_distance, frechet_score
 
 
 def normal(count: int, width: int) -> Tensor:

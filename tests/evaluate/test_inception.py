@@ -14,19 +14,18 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from sparsedm_compiler.data import open_data
+from sparsedm_compiler.diffusion import generator_at, image_batches
 from sparsedm_compiler.errors import DataError
 from sparsedm_compiler.evaluate import (
     features,
-    generator_at,
-    image_batches,
     load_network,
     load_statistics,
     reference_of,
-    save_images,
     save_statistics,
     score_images,
 )
 from sparsedm_compiler.evaluate.inception import digest_of
+from sparsedm_compiler.reporting import save_images
 
 COMMAND = """
 import runpy, sys

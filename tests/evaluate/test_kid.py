@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsedm_compiler.diffusion import generator_at
 from sparsedm_compiler.errors import ConfigError, DataError
-from sparsedm_compiler.evaluate import generator_at, kernel_distance
+from sparsedm_compiler.evaluate import kernel_distance
 
 
 def drawn(name: str, count: int, width: int = 4) -> Tensor:

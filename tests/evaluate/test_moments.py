@@ -9,14 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsedm_compiler.diffusion import generator_at
 from sparsedm_compiler.errors import CheckpointError, DataError
-from sparsedm_compiler.evaluate import (
-    Moments,
-    Statistics,
-    generator_at,
-    load_statistics,
-    save_statistics,
-)
+from sparsedm_compiler.evaluate import Moments, Statistics, load_statistics, save_statistics
 
 
 def drawn(count: int, width: int = 5, away: float = 0.0) -> Tensor:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from sparsedm_compiler import optional_deps as optional_module
 from sparsedm_compiler.errors import ConfigError, SparseDMError
 from sparsedm_compiler.models import PRESETS, UViT, example_inputs, preset
-from sparsedm_compiler.models import optional as optional_module
-from sparsedm_compiler.models.inputs import FEEDS
+from sparsedm_compiler.models.example_inputs import FEEDS
 from sparsedm_compiler.models.presets import from_diffusers
 
 DIT_EXTRA_EMBEDDERS = 27

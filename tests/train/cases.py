@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.evaluate import generator_at
+from sparsedm_compiler.diffusion import generator_at
 from sparsedm_compiler.models import UViT
 from sparsedm_compiler.train import FinetuneResult, finetune
 from sparsedm_compiler.train.methods import METHODS

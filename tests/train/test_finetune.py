@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.diffusion import generator_at
 from sparsedm_compiler.errors import ConfigError, DataError, SparseDMError
-from sparsedm_compiler.evaluate import generator_at
 from sparsedm_compiler.models import UViT
 from sparsedm_compiler.train import FinetuneConfig, FinetuneResult, finetune, held_out_loss
 
@@ -213,7 +213,7 @@ def test_sr_ste_is_asked_for_and_taken_off_again(monkeypatch: pytest.MonkeyPatch
         calls.append((model, options))
         return Handle()
 
-    monkeypatch.setattr("sparsedm_compiler.train.setup.sr_ste", attach)
+    monkeypatch.setattr("sparsedm_compiler.train.session.sr_ste", attach)
     student = sdm.compile(Denoiser(), pattern="2:4", policy="all", inner="eager")
     tuned(student)
     assert calls == []

@@ -10,7 +10,9 @@ from torch import nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError, Pattern
-from sparsedm_compiler.train import METHODS, FinetuneConfig, loop, staging, steps
+from sparsedm_compiler.train import METHODS, FinetuneConfig, loop
+from sparsedm_compiler.train import stage_switch as staging
+from sparsedm_compiler.train import step as steps
 from sparsedm_compiler.train.methods import stages_towards
 from tests.train.cases import SPARSE, short, student_of, teacher, weights
 

@@ -9,7 +9,7 @@ import torch
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError
-from sparsedm_compiler.masks import nm_mask
+from sparsedm_compiler.masks.nm_mask import nm_mask
 from tests.train.cases import short, teacher, weights
 
 

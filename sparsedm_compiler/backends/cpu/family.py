@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ...errors import PackError
 from ...pattern import Pattern
-from ..family import Call, Family, Form, Kernel, Work
-from .engine import engine
-from .library import unavailable, version
+from ..kernel_family import Call, Family, Form, Kernel, Work
+from .build import unavailable, version
+from .format import check, layout_of, refusal
+from .isa import engine
 from .ops import dense_weight, nm_conv2d_op, nm_linear_op
 from .pack import pack
-from .packed import check, layout_of, refusal
 
 
 class CpuFamily(Family):

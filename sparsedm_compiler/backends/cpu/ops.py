@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import KernelError, PackError
-from ..matrix import from_matrix
-from ..register import (
+from ..custom_op import (
     ACTS,
     activate,
     conv_shape,
@@ -25,10 +24,11 @@ from ..register import (
     like,
     register,
 )
-from .call import Call
-from .engine import ENGINES, engine
-from .library import library, unavailable
-from .packed import HEADER_BYTES, TYPES, unpack
+from ..weight_matrix import from_matrix
+from .abi import Call
+from .build import library, unavailable
+from .format import HEADER_BYTES, TYPES, unpack
+from .isa import ENGINES, engine
 
 
 class Conv(NamedTuple):

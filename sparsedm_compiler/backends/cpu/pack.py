@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ...errors import KernelError, PackError
 from ...pattern import Pattern
-from ..matrix import matrix
-from .library import library
-from .packed import empty, plan, refusal
+from ..weight_matrix import matrix
+from .build import library
+from .format import empty, plan, refusal
 
 
 def pack(

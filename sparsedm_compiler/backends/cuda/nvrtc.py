@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from ...cache import folder, write
 from ...errors import KernelError
+from ...fileio import folder, write
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PLAIN_SHARED = 48 * 1024

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsedm_compiler import Pattern
 from sparsedm_compiler.backends.cpu.pack import pack
-from sparsedm_compiler.masks import nm_mask
+from sparsedm_compiler.masks.nm_mask import nm_mask
 
 PATTERNS = (
     *("2:4", "1:4", "1:8", "3:4", "1:16", "31:32", "2:6", "1:2"),

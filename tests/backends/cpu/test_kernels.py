@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsedm_compiler import KernelError, PackError
 from sparsedm_compiler.backends.cpu import ops
-from sparsedm_compiler.backends.cpu.library import unavailable
+from sparsedm_compiler.backends.cpu.build import unavailable
 from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
 from tests.backends.cpu.cases import (
     Case,

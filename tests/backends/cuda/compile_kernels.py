@@ -19,9 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from sparsedm_compiler.backends.cuda.gather import pack, run_linear, settings
-from sparsedm_compiler.backends.cuda.masking import masked
-from sparsedm_compiler.masks import nm_mask
+from sparsedm_compiler.backends.gather.ops import pack, run_linear, settings
+from sparsedm_compiler.masks.nm_mask import nm_mask
+from sparsedm_compiler.masks.triton_mask import masked
 from sparsedm_compiler.pattern import Pattern
 
 _SPILL, _SHARED_MEMORY = 64, 227 << 10  # bytes: per thread, per block

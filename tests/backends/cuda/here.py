@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler import choose, folding, measuring
-from sparsedm_compiler.backends.cuda.quantized import QuantizedFamily
-from sparsedm_compiler.backends.cuda.semi import SemiFamily
-from sparsedm_compiler.backends.families import FAMILIES
-from sparsedm_compiler.backends.family import Family
-from sparsedm_compiler.masks import kept, nm_mask
+from sparsedm_compiler.autotune import measure as measuring
+from sparsedm_compiler.autotune import select_kernel as choose
+from sparsedm_compiler.backends.cusparselt.family import SemiFamily
+from sparsedm_compiler.backends.cusparselt.quantized import QuantizedFamily
+from sparsedm_compiler.backends.kernel_family import Family
+from sparsedm_compiler.backends.registry import FAMILIES
+from sparsedm_compiler.compiler import folded_weights as folding
+from sparsedm_compiler.masks.nm_mask import kept, nm_mask
 
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Absolute and relative: a few layers, each rounded once to 8 or 11 bits."""

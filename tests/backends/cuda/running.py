@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsedm_compiler.backends.cuda.launching import interpreted, unavailable
+from sparsedm_compiler.triton_support import interpreted, unavailable
 
 DEVICE = "cpu" if interpreted() else "cuda"
 

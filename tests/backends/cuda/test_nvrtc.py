@@ -12,7 +12,7 @@ import torch
 
 from sparsedm_compiler import KernelError
 from sparsedm_compiler.backends.cuda import nvrtc
-from sparsedm_compiler.backends.cuda.vnm_launch import Tile, linear_build, source, turn_build
+from sparsedm_compiler.backends.vnm.launch import Tile, linear_build, source, turn_build
 
 pytestmark = pytest.mark.skipif(nvrtc.unavailable() is not None, reason="needs NVRTC")
 BIG = Tile(64, 64, 4, 2, 4)

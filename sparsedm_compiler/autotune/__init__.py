@@ -1,0 +1,1 @@
+"""Kernel selection: every candidate is timed beside dense, and the fastest one runs."""

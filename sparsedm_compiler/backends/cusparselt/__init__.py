@@ -1,0 +1,1 @@
+"""2:4 products on sparse tensor cores, by cuSPARSELt."""

@@ -1,0 +1,1 @@
+"""Products over gathered columns for masks that many rows share, in Triton."""

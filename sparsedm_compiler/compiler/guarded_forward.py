@@ -1,0 +1,243 @@
+"""The guarded forward: it runs its masks or raises.
+
+``compile`` keeps a ``SparseForward`` in ``module.__dict__["forward"]``. The class, its config and
+its state_dict stay what they are; calling the module runs the class's own forward through
+TorchDynamo with our backend, and every call proves that the masked graph has run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.exc import FailOnRecompileLimitHit
+
+from ..config import Config
+from ..errors import ConfigError, DenseRunError
+from ..graph.capture import (
+    BROKEN,
+    EagerProduct,
+    OwnForward,
+    Watch,
+    captured,
+    dynamo_settings,
+    our_errors,
+    private_forward,
+    watch_eager,
+)
+from ..graph.diagnostics import break_line, user_line
+from ..graph.names import base_name
+from ..passes.analysis.find_sites import eager_sites, find_sites
+from ..passes.analysis.mark_prunable import decide, mark_eager, mark_prunable
+from ..pattern import Pattern
+from ..reports import Choice, Decision
+from .building import build, check_finite, patterns_of
+from .folded_weights import Packed
+from .lower import FINALIZED, Folding
+from .state import KEY, fill_packed, named
+
+_NO_FRAMES = "found no compiled frames"
+"""How newer torch words that a call ran uncompiled; the run counter says it for all."""
+
+
+class SparseForward(OwnForward):
+    """The forward of one compiled module.
+
+    ``decisions``: by weight name, fixed by the first capture that meets the weight, so that train
+    and eval, every resolution, a copy and a reloaded file all prune the same weights.
+    ``choices``: of every folded weight, by name and input shapes. ``folding``: the folded weights.
+    ``known``: the parameters the module had when it was compiled. ``broken``: why the model runs
+    as several graphs, None while one holds it all.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        known: frozenset[str],
+        decisions: Mapping[str, Decision],
+        override: Callable[..., Any] | None,
+        packed: Mapping[str, Packed] | None = None,
+    ) -> None:
+        self.module = module
+        self.config = config
+        self.known = known
+        self.decisions = dict(decisions)
+        self.override = override
+        self.broken: str | None = None
+        self.choices: dict[tuple[str, tuple[tuple[int, ...], ...]], Choice] = {}
+        self.folding = Folding(config, packed)
+        self.__signature__ = inspect.signature(
+            override or types.MethodType(type(module).forward, module)
+        )
+        self._compiled: Callable[..., Any] | None = None
+        self._thread = threading.local()
+
+    def install(self) -> None:
+        """Become the forward of the module."""
+        self.module.__dict__["forward"] = self
+        self.module.__dict__[KEY] = self
+        if self.config.finalize:
+            self.module.register_state_dict_post_hook(fill_packed)  # type: ignore[no-untyped-call]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="a sparsedm model compiles itself; leave out fullgraph=True"
+    )
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        before = self._runs
+        if self.folding.folds.packed:
+            self.folding.folds.settle(named(self.module))
+        with dynamo_settings(), our_errors():
+            try:
+                out = self._call(*args, **kwargs)
+            except FailOnRecompileLimitHit as limit:
+                raise DenseRunError(
+                    f"{self._name} has been compiled for more shapes and settings than it may: "
+                    f"pad its inputs to fewer shapes ({limit})"
+                ) from limit
+            except RuntimeError as error:
+                if _NO_FRAMES not in str(error):
+                    raise
+        if self._runs == before:
+            raise DenseRunError(
+                f"{self._name} ran without its masks, so its output was dropped: TorchDynamo did "
+                "not compile the call. Unset TORCHDYNAMO_DISABLE, leave the force_eager stance, "
+                "and call it outside of dispatch modes such as FlopCounterMode"
+            )
+        self.folding.finalize()
+        return out
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = self._compile(fullgraph=True)
+        if self.broken is None:
+            try:
+                return self._compiled(self.module, *args, **kwargs)
+            except BROKEN as unsupported:
+                self._go_partial(break_line(unsupported), *args, **kwargs)
+        with Watch(self.module, self._refuse_eager):
+            return self._compiled(self.module, *args, **kwargs)
+
+    def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
+        forward = private_forward(self.module)
+        run: Callable[..., Any] = torch.compile(forward, backend=self._backend, fullgraph=fullgraph)
+        return run
+
+    def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
+        """Run as several graphs from now on: decide by an eager run, since none holds it all."""
+        seen = eager_sites(watch_eager(self.module, *args, **kwargs))
+        self._adopt(mark_eager(seen, self.config, self.known))
+        self.broken = reason
+        self._compiled = self._compile(fullgraph=False)
+
+    def _refuse_eager(self, seen: EagerProduct) -> None:
+        """An accepted weight that Python between the graphs multiplies would be dense there."""
+        for site in eager_sites((seen,)):
+            if not site.names:
+                continue
+            weight = base_name(site.label)
+            decision = self.decisions.get(weight)
+            if decision is None:
+                decision = decide(site, site.refusal, self.config, self.known)
+            if decision.accepted:
+                raise DenseRunError(
+                    f"{weight!r} would run dense: its {site.op_name} lies in Python that cannot "
+                    f"be captured, at {user_line()}. Keep it dense with "
+                    f"keep_dense=[{weight!r}], or make that code capturable: {self.broken}"
+                )
+
+    def _adopt(self, decisions: tuple[Decision, ...]) -> None:
+        for decision in decisions:
+            self.decisions.setdefault(decision.weight, decision)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graph = captured(gm, example_inputs, self.module)
+        whole = self.broken is None
+        self._adopt(mark_prunable(find_sites(graph), self.config, self.known, whole=whole))
+        patterns = patterns_of(graph, self.decisions)
+        if whole and not patterns:
+            raise ConfigError(nothing_to_prune(self._name, self.config, self.decisions))
+        check_finite(graph, example_inputs, patterns, self.folding)
+        run, choices = build(graph, example_inputs, patterns, self.config, self.folding)
+        for choice in choices:
+            key = (choice.weight, choice.inputs)
+            if choice.reason != FINALIZED or key not in self.choices:  # else it was measured before
+                self.choices[key] = choice
+
+        def counted(*inputs: Any) -> Any:
+            out = run(*inputs)
+            self._thread.runs = self._runs + 1
+            return out
+
+        return counted
+
+    @property
+    def _runs(self) -> int:
+        runs: int = self._thread.__dict__.get("runs", 0)
+        return runs
+
+    @property
+    def _name(self) -> str:
+        return type(self.module).__name__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and deepcopy: the copy is captured anew, with the decisions already taken."""
+        packed = self.folding.folds.packed
+        state = (self.module, self.config, self.known, self.decisions, self.override, packed)
+        return SparseForward, state
+
+
+# An outer torch.compile of the module would else compile this frame too, until its limit is hit.
+skip_code(SparseForward.__call__.__code__)
+
+
+def nothing_to_prune(name: str, config: Config, decisions: Mapping[str, Decision]) -> str:
+    """The sentence for a model of which every weight stays dense."""
+    reasons = "; ".join(f"{d.weight}: {d.refusal}" for d in list(decisions.values())[:3])
+    return (
+        f"no weight of {name} is pruned to {config.pattern} ({reasons or 'it multiplies by none'});"
+        " choose a smaller m, or policy='all' to prune the first and last layer too"
+    )
+
+
+def sparse_forwards(model: nn.Module) -> Iterator[tuple[str, SparseForward]]:
+    """(prefix of its parameter names, SparseForward) of every compiled module inside ``model``."""
+    for name, module in model.named_modules():
+        forward = module.__dict__.get(KEY)
+        if isinstance(forward, SparseForward) and forward.module is module:
+            yield (f"{name}." if name else ""), forward
+
+
+def require_compiled(model: nn.Module) -> list[tuple[str, SparseForward]]:
+    """The SparseForwards inside ``model``. Raises ConfigError if there are none."""
+    found = list(sparse_forwards(model))
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} was not compiled; first: model = "
+            "sparsedm_compiler.compile(model, pattern='2:4')"
+        )
+    return found
+
+
+def masked_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, Pattern]]:
+    """The parameters that run masked, by their name in ``model``, each with its pattern.
+
+    Empty before the first call of the model, which captures it. Looks through wrappers (DDP, an
+    outer torch.compile). Raises ConfigError if no module inside ``model`` was compiled.
+    """
+    found = {}
+    for prefix, forward in require_compiled(model):
+        for name, parameter in forward.module.named_parameters():
+            decision = forward.decisions.get(base_name(name))
+            if decision is not None and decision.pattern is not None:
+                found[prefix + name] = (parameter, decision.pattern)
+    return found

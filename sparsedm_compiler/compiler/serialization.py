@@ -1,0 +1,202 @@
+"""Save and load a compiled model: safetensors with the pattern in the metadata."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..backends.kernel_family import Form, Kernel
+from ..backends.registry import family_of
+from ..config import Config, Inner
+from ..errors import CheckpointError, ConfigError, KernelError, PackError, PatternError
+from ..graph.names import base_name
+from ..pattern import Pattern
+from ..reports import Decision
+from .api import check_model, install
+from .folded_weights import Packed, hollow
+from .guarded_forward import require_compiled
+from .state import without_finalized
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_KEY = "sparsedm"
+_VERSION = 3
+_READS = (2, 3)
+_PACKED = ".sparsedm_packed"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a compiled model's state_dict (latent dense weights) and decisions to ``path``.
+
+    The file is plain safetensors, readable without this package, but for finalized weights, which
+    are written packed. It appears whole or not at all.
+    Raises ConfigError if ``model`` was not compiled, CheckpointError if it cannot be written.
+    """
+    found = require_compiled(model)
+    if len(found) > 1:
+        raise ConfigError(f"{len(found)} compiled models are inside; save each: {[*dict(found)]}")
+    forward = found[0][1]
+    tensors, aliases = _without_aliases(without_finalized(forward.module, forward.folding.folds))
+    packed = forward.folding.folds.packed
+    tensors.update({name + _PACKED: each.portable().data for name, each in packed.items()})
+    config = forward.config
+    meta = {
+        "version": _VERSION,
+        "class": type(forward.module).__name__,
+        "pattern": None if config.pattern is None else str(config.pattern),
+        "mode": config.mode,
+        "policy": config.policy,
+        "keep_dense": list(config.dense_globs),
+        "overrides": {glob: str(pattern) for glob, pattern in config.overrides},
+        "kernels": dict(config.kernels),
+        "forbid": list(config.forbid),
+        "finalize": config.finalize,
+        "packed": {name: _plain_packed(each) for name, each in packed.items()},
+        "known": sorted(forward.known),
+        "decisions": [_plain(decision) for decision in forward.decisions.values()],
+        "aliases": aliases,
+    }
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, part, {"format": "pt", _KEY: json.dumps(meta)})
+        os.replace(part, target)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {target}: {error}") from error
+
+
+def load(path: str | os.PathLike[str], model: Model, *, inner: Inner = "auto") -> Model:
+    """A compiled copy of ``model`` with the weights, pattern and decisions saved at ``path``.
+
+    ``model``: the plain dense model of the class that was saved. Raises CheckpointError if the
+    file is missing, is no such file, or does not fit ``model``.
+    """
+    check_model(model)
+    tensors, meta = _read(Path(path))
+    try:
+        config = Config.of(
+            meta["pattern"],
+            mode=meta["mode"],
+            policy=meta["policy"],
+            keep_dense=meta["keep_dense"],
+            inner=inner,
+            kernels=meta["kernels"],
+            forbid=meta["forbid"],
+            finalize=meta["finalize"],
+        )
+        found = {glob: Pattern.parse(text) for glob, text in meta["overrides"].items()}
+        config = replace(config, overrides=tuple(found.items()))
+        packed = {name: _packed(name, p, tensors) for name, p in meta["packed"].items()}
+        for name in [name for name, each in packed.items() if each.family.opaque]:
+            tensors[name] = packed.pop(name).dense()  # packed anew at the first call
+        decisions = {plain["weight"]: _decision(plain) for plain in meta["decisions"]}
+        tensors.update({alias: tensors[name] for alias, name in meta["aliases"].items()})
+    except (KeyError, TypeError, ConfigError, PatternError, PackError, KernelError) as error:
+        raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error!r}") from error
+    student = copy.deepcopy(model)
+    try:
+        _hollow_out(student, packed)
+        missing, unknown = student.load_state_dict(tensors, strict=False)
+        absent = {name for name in missing if base_name(name) not in packed}
+        if absent or unknown:
+            raise RuntimeError(f"missing {sorted(absent)}, unknown {sorted(unknown)}")
+    except (RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} holds a {meta['class']} and does not fit this {type(model).__name__}: {error}"
+        ) from error
+    return install(student, config, decisions, frozenset(meta["known"]), packed)
+
+
+def _hollow_out(student: nn.Module, packed: Mapping[str, Packed]) -> None:
+    """Free the weights that the file holds packed. Raises RuntimeError where the shapes differ."""
+    for name, each in packed.items():
+        weight = student.get_parameter(name)
+        if tuple(weight.shape) != each.shape:
+            raise RuntimeError(f"{name} is {list(weight.shape)}, packed {list(each.shape)}")
+        weight.data = weight.data.to(each.dtype)
+        hollow(weight)
+
+
+def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors to write, each storage once, and for tied ones the name they are under."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        where = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and where in seen:
+            aliases[name] = seen[where]
+        else:
+            seen[where] = name
+            tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensors, aliases
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = (file.metadata() or {}).get(_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path} as safetensors: {error}") from error
+    if meta is None:
+        raise CheckpointError(
+            f"{path} holds no sparsedm pattern: load it into the model as usual, then "
+            "sparsedm_compiler.compile(model, pattern='2:4')"
+        )
+    try:
+        plain: dict[str, Any] = json.loads(meta)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error}") from error
+    if plain.get("version") not in _READS:
+        raise CheckpointError(
+            f"{path} has format version {plain.get('version')!r}, this package reads {_READS}"
+        )
+    return tensors, plain
+
+
+def _plain_packed(packed: Packed) -> dict[str, Any]:
+    return {
+        "pattern": str(packed.form.pattern),
+        "kernel": packed.kernel.name,
+        "layout": packed.kernel.layout,
+        "tile": packed.kernel.tile,
+        "shape": list(packed.shape),
+    }
+
+
+def _packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
+    """A packed weight from a file, which may be trusted only after its family's ``check``."""
+    # A copy: aligned, and unlike the mapped file nobody else's to change after the check.
+    data, shape = tensors.pop(name + _PACKED).clone(), tuple(plain["shape"])
+    kernel = Kernel(plain["kernel"], tuple(plain["layout"]), tuple(plain["tile"]))
+    form = Form(Pattern.parse(plain["pattern"]), None, kernel.untiled)
+    dtype = family_of(kernel.name).check(data, shape, form)
+    return Packed(form, kernel, shape, dtype, data)
+
+
+def _plain(decision: Decision) -> dict[str, Any]:
+    return {
+        "weight": decision.weight,
+        "op": decision.op,
+        "shape": list(decision.shape),
+        "pattern": None if decision.pattern is None else str(decision.pattern),
+        "refusal": decision.refusal,
+    }
+
+
+def _decision(plain: dict[str, Any]) -> Decision:
+    pattern = None if plain["pattern"] is None else Pattern.parse(plain["pattern"])
+    shape = tuple(plain["shape"])
+    return Decision(plain["weight"], plain["op"], shape, pattern, plain["refusal"])

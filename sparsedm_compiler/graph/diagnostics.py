@@ -1,0 +1,28 @@
+"""Names the user's line of code behind a graph break or an unmasked product."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+
+import torch
+
+_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+def user_line() -> str:
+    """The innermost line on the stack that is neither torch's nor ours, as "file:line: code"."""
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith((*_OURS, "<")):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return "an unknown line"
+
+
+def break_line(error: Exception) -> str:
+    """Dynamo's reason for a graph break in one line, with the user's line that caused it."""
+    text = str(error)
+    frames = re.findall(r'File "(.+?)", line (\d+), in .*\n\s+(.+)', text)
+    theirs = [frame for frame in frames if not frame[0].startswith(_OURS)]
+    place = " (at {}:{}: {})".format(*theirs[-1]) if theirs else ""
+    return text.strip().splitlines()[0] + place

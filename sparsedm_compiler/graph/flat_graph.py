@@ -1,0 +1,242 @@
+"""Our words for FX: one flat list of ops, sub-graphs inlined, weights traced to parameters.
+
+Gradient checkpointing, autocast regions and branches put layers into sub-GraphModules. Analyses
+should not care: ``flatten`` inlines them, so that every analysis is a walk along one list.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .op_table import TABLE, Product
+
+_CASTS = {"to", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach"}
+_VIEWS = {
+    *("squeeze", "unsqueeze", "view", "reshape", "flatten", "chunk", "split", "narrow", "unbind"),
+    *("getitem", "__getitem__", "select", "view_as", "reshape_as", "tensor_split", "unflatten"),
+}
+_TURNS = {"t", "transpose", "permute", "mT", "T", "swapaxes", "movedim"}
+
+
+@dataclass(slots=True, eq=False)
+class Op:
+    """One node of the flat graph. ``args``/``kwargs`` hold Ops in the place of nodes.
+
+    ``name``: the node's name, prefixed by the sub-graph it lies in. ``value``: what the node
+    produces (a FakeTensor with its shape, or whatever the node's metadata holds).
+    """
+
+    name: str
+    node: fx.Node
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    users: list[Op] = field(default_factory=list, repr=False)
+
+    @property
+    def value(self) -> Any:
+        """The example value; None where the node has none."""
+        return value_of(self.node)
+
+    @property
+    def inputs(self) -> tuple[Op, ...]:
+        """Every Op among the arguments, in order."""
+        return tuple(_ops_in((self.args, self.kwargs)))
+
+    def products(self) -> tuple[tuple[Product, tuple[Op, ...]], ...]:
+        """What this op multiplies, each with the Ops that may hold the weight."""
+        entry = TABLE.get(self.node.target)
+        if entry is None or self.node.op not in ("call_function", "call_method"):
+            return ()
+        bound = entry.bind(self.args, self.kwargs)
+        values = {name: _map_ops(arg, lambda op: op.value) for name, arg in bound.items()}
+        found = []
+        for product in entry.products(values, self.value):
+            factors = (bound.get(name) for name in product.factors)
+            found.append((product, tuple(f for f in factors if isinstance(f, Op))))
+        return tuple(found)
+
+
+def value_of(node: fx.Node) -> Any:
+    """The example value in the metadata of a Dynamo or exported node, or None."""
+    meta = node.meta
+    return meta["example_value"] if "example_value" in meta else meta.get("val")
+
+
+def flatten(gm: fx.GraphModule) -> tuple[Op, ...]:
+    """Every op of ``gm`` and of its sub-graphs in execution order; the last one is the output."""
+    ops = tuple(_inline(gm, "", None)[0])
+    for op in ops:
+        for source in op.inputs:
+            source.users.append(op)
+    return ops
+
+
+def _inline(
+    gm: fx.GraphModule, prefix: str, bound: Iterable[Any] | None
+) -> tuple[list[Op], dict[fx.Node, Any]]:
+    """The ops of one graph whose placeholders stand for ``bound`` (None: for themselves)."""
+    ops: list[Op] = []
+    env: dict[fx.Node, Any] = {}
+    incoming = None if bound is None else iter(bound)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and incoming is not None:
+            env[node] = next(incoming)
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
+            env[node] = args[0][args[1]]
+            continue
+        if node.op == "output" and bound is not None:
+            env[node] = args[0]
+            continue
+        inner, args = _enter(gm, node, args, prefix)
+        ops.extend(inner.ops)
+        if inner.result is not None:
+            env[node] = inner.result
+            continue
+        env[node] = Op(prefix + node.name, node, tuple(args), dict(kwargs))
+        ops.append(env[node])
+    return ops, env
+
+
+@dataclass(slots=True)
+class _Inner:
+    """What a node's sub-graphs contribute: their ops, and their output where there is just one."""
+
+    ops: list[Op] = field(default_factory=list)
+    result: Any = None
+
+
+def _enter(
+    gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], prefix: str
+) -> tuple[_Inner, tuple[Any, ...]]:
+    """Inline the sub-graphs a higher-order node calls; several (branches) merge in the node."""
+    graphs = [] if node.op != "call_function" else list(subgraphs(gm, node.args))
+    if node.target is torch.ops.higher_order.autograd_function_apply:
+        graphs = graphs[:1]  # the second one is the backward
+    inner, results = _Inner(), []
+    for name, graph in graphs:
+        operands = list(_leaves(args))
+        wanted = sum(inner_node.op == "placeholder" for inner_node in graph.graph.nodes)
+        if wanted > len(operands):
+            continue  # called in a way we do not know: its weights are seen as read by this node
+        ops, env = _inline(graph, f"{prefix}{name}/", operands[len(operands) - wanted :])
+        inner.ops.extend(ops)
+        results.append(env[next(reversed(graph.graph.nodes))])
+    if len(results) == len(graphs) == 1:
+        inner.result = results[0]
+        return inner, args
+    return inner, (*args, *results)
+
+
+def subgraphs(gm: fx.GraphModule, args: Any) -> Iterator[tuple[str, fx.GraphModule]]:
+    """(name, GraphModule) of every sub-graph among a node's arguments."""
+    for arg in _leaves(args):
+        if isinstance(arg, fx.Node) and arg.op == "get_attr":
+            try:
+                graph = gm.get_submodule(str(arg.target))
+            except AttributeError:
+                continue
+            if isinstance(graph, fx.GraphModule):
+                yield str(arg.target), graph
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, (tuple, list)):
+        for part in tree:
+            yield from _leaves(part)
+    elif isinstance(tree, dict):
+        yield from _leaves(list(tree.values()))
+    elif isinstance(tree, slice):
+        yield from _leaves((tree.start, tree.stop, tree.step))
+    else:
+        yield tree
+
+
+def _ops_in(tree: Any) -> Iterator[Op]:
+    return (leaf for leaf in _leaves(tree) if isinstance(leaf, Op))
+
+
+def _map_ops(tree: Any, change: Any) -> Any:
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_map_ops(part, change) for part in tree)
+    return change(tree) if isinstance(tree, Op) else tree
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How an operand comes from a parameter.
+
+    ``layout``: "same" (casts, row slices and trailing ones: dimension 1 is still the input
+    channels), "transposed", or "view" (anything else).
+    """
+
+    parameter: Op
+    layout: str
+
+
+def trace(operand: Op, parameters: Collection[Op]) -> Reading | None:
+    """The parameter ``operand`` is a cast or view of; None for an activation."""
+    turned = False
+    op = operand
+    while op not in parameters:
+        step = _step(op)
+        if step is None:
+            return None
+        turned |= step in _TURNS
+        op = op.inputs[0]
+    return Reading(op, _layout(operand.value, op.value, turned))
+
+
+def _step(op: Op) -> str | None:
+    """The name of a cast, view or turn of a single tensor; None for any other op."""
+    if op.node.op not in ("call_function", "call_method") or not op.inputs:
+        return None
+    return reading_step(str(op.args[1]) if op.node.target is getattr else op.node.target)
+
+
+def reading_step(target: Any) -> str | None:
+    """The name of a call target that casts, views or turns one tensor; None for any other."""
+    if isinstance(target, torch._ops.OpOverload):
+        target = target._opname
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name if name in _CASTS | _VIEWS | _TURNS else None
+
+
+def _layout(seen: Any, parameter: Any, turned: bool) -> str:
+    if not isinstance(seen, Tensor) or parameter.dim() < 2 or seen.dim() < 2:
+        return "view"
+    if turned:
+        flipped = parameter.dim() == 2 and tuple(seen.shape) == tuple(parameter.shape)[::-1]
+        return "transposed" if flipped else "view"
+    return "same" if _inner_shape(seen) == _inner_shape(parameter) else "view"
+
+
+def _inner_shape(weight: Tensor) -> tuple[int, ...]:
+    """The shape behind the rows, without trailing ones: [out, in, 1] and [out, in] agree."""
+    shape = list(weight.shape[1:])
+    while len(shape) > 1 and shape[-1] == 1:
+        shape.pop()
+    return tuple(shape)
+
+
+def readers(parameter: Op) -> Iterator[tuple[Op, Op]]:
+    """(reader, operand) for every op that consumes the parameter or a cast or view of it."""
+    pending = [parameter]
+    while pending:
+        operand = pending.pop(0)
+        for user in operand.users:
+            if user.node.op != "output" and _step(user) and user.inputs[0] is operand:
+                pending.append(user)
+            elif user.node.op == "output" or _holds_tensor(user.value):
+                yield user, operand
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in _leaves(value))

@@ -1,0 +1,1 @@
+"""Analyses: each reads a graph and returns frozen values."""

@@ -1,0 +1,38 @@
+"""graph -> MacsReport: exact MACs per call node, dense and effective sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ...graph.names import base_name
+from ...reports import Decision, MacRow, MacsReport
+from .find_sites import Site
+from .mark_prunable import by_weight
+
+
+def count_macs(sites: Iterable[Site], decisions: tuple[Decision, ...]) -> MacsReport:
+    """MACs of one run of the graph; a pruned weight counts its kept share, exactly."""
+    chosen = by_weight(decisions)
+    return total(row(site, chosen.get(base_name(site.label))) for site in sites)
+
+
+def row(site: Site, decision: Decision | None) -> MacRow:
+    """The MACs of one site. The pruned width divides by m, so the sparse count is exact."""
+    dense = site.product.macs()
+    pattern = None if decision is None else decision.pattern
+    sparse = dense if pattern is None else int(dense * pattern.density)
+    refusal = None if decision is None else decision.refusal
+    label = base_name(site.label).removesuffix(".weight")
+    return MacRow(label, site.kind, site.op_name, site.shape, dense, sparse, pattern, refusal)
+
+
+def total(rows: Iterable[MacRow]) -> MacsReport:
+    """The report of these rows."""
+    rows = tuple(rows)
+    layers = [r for r in rows if r.kind != "attention"]
+    return MacsReport(
+        dense=sum(r.dense for r in layers),
+        sparse=sum(r.sparse for r in layers),
+        attention=sum(r.dense for r in rows if r.kind == "attention"),
+        rows=rows,
+    )

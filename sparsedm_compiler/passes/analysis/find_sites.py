@@ -1,0 +1,117 @@
+"""product of a weight -> Site: every multiplication in the graph, with the parameter behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ...graph.capture import Captured, EagerProduct, Names
+from ...graph.flat_graph import Op, Reading, flatten, trace
+from ...graph.op_table import TABLE, Product
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """One product of one op. ``kind``: "conv", "linear" or "attention".
+
+    ``node``: the node's name. ``op_name``: the op's name in reports, e.g. "conv2d".
+    ``names``: of the parameter that is the weight, () for none. ``shape``: the weight's shape.
+    ``refusal``: why this use of the weight cannot be pruned, whatever its size. ``op`` and
+    ``parameter`` are None for a product seen in an eager run.
+    """
+
+    node: str
+    op_name: str
+    product: Product
+    kind: str
+    names: Names = ()
+    shape: tuple[int, ...] = ()
+    refusal: str | None = None
+    op: Op | None = None
+    parameter: Op | None = None
+
+    @property
+    def label(self) -> str:
+        """The parameter's name, or the node's where the weight is not a parameter."""
+        return self.names[0] if self.names else self.node
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """A captured graph as analyses see it."""
+
+    ops: tuple[Op, ...]
+    parameters: dict[Op, Names]
+    inputs: frozenset[Op]
+    sites: tuple[Site, ...]
+
+
+def find_sites(captured: Captured) -> Sites:
+    """Every product in the graph and its sub-graphs, in execution order."""
+    ops = flatten(captured.gm)
+    parameters = captured.parameters(ops)
+    held = (op for op in ops if op.node.op == "placeholder" and op not in parameters)
+    inputs = frozenset(op for op in held if op.node not in captured.buffers)
+    sites = [
+        _site(op, product, factors, parameters) for op in ops for product, factors in op.products()
+    ]
+    return Sites(ops, parameters, inputs, tuple(sites))
+
+
+def _site(op: Op, product: Product, factors: tuple[Op, ...], parameters: dict[Op, Names]) -> Site:
+    found = Site(op.name, TABLE[op.node.target].name, product, product.kind, op=op)
+    for place, factor in enumerate(factors):
+        reading = trace(factor, parameters)
+        if reading is not None:
+            return replace(
+                found,
+                kind=product.kind if product.fixed else "linear",
+                names=parameters[reading.parameter],
+                shape=tuple(reading.parameter.value.shape),
+                refusal=product.refusal or _misread(product, reading, place),
+                parameter=reading.parameter,
+            )
+    if not product.fixed:
+        return found
+    shape = tuple(factors[0].value.shape)
+    return replace(found, shape=shape, refusal=product.refusal or COMPUTED)
+
+
+COMPUTED = "its weight is computed in the forward, not a parameter"
+
+
+def _misread(product: Product, reading: Reading, place: int) -> str | None:
+    """Why the groups of the parameter would not run along the summed dimension, or None."""
+    wanted = "same" if product.fixed else "transposed"
+    if reading.layout == wanted and place == 0:
+        return None
+    if product.fixed:
+        return "a reshaped view of the parameter is multiplied, not the parameter"
+    return "it is a factor of a matrix product other than x @ weight.T"
+
+
+def eager_sites(seen: Sequence[EagerProduct]) -> tuple[Site, ...]:
+    """The products of an eager run, in order, for models that no single graph holds."""
+    return tuple(
+        _eager_site(number, product, call)
+        for number, call in enumerate(seen)
+        for product in call.entry.products(call.values, call.out)
+    )
+
+
+def _eager_site(number: int, product: Product, call: EagerProduct) -> Site:
+    found = Site(f"{call.entry.name}_{number}", call.entry.name, product, product.kind)
+    for factor in product.factors:
+        if factor in call.names:
+            refusal = None if product.fixed else "its weight is a factor of a plain matrix product"
+            return replace(
+                found,
+                kind=product.kind if product.fixed else "linear",
+                names=call.names[factor],
+                shape=tuple(call.values[factor].shape),
+                refusal=product.refusal or refusal,
+            )
+    if not product.fixed:
+        return found
+    shape = tuple(call.values[product.factors[0]].shape)
+    return replace(found, shape=shape, refusal=product.refusal or COMPUTED)

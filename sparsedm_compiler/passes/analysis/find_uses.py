@@ -1,0 +1,106 @@
+"""weight -> Use: every call that multiplies by a folded weight, as a kernel would run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ...backends.custom_op import is_channels_last
+from ...backends.kernel_family import Work
+from ...graph.flat_graph import value_of
+from ...graph.op_table import TABLE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Use:
+    """One linear or conv2d by a weight that no other node reads in any other way.
+
+    ``last``: the node whose value a kernel gives, the activation behind the product if there is
+    one, else ``node``. ``work``: what the kernel has to do.
+    """
+
+    node: fx.Node
+    last: fx.Node
+    work: Work
+
+
+def find_uses(weight: fx.Node) -> tuple[Use, ...] | str:
+    """The uses of a weight's placeholder, or the sentence that says why no kernel can run them."""
+    found = []
+    for node in weight.users:
+        use = _use(node, weight)
+        if isinstance(use, str):
+            return use
+        found.append(use)
+    return tuple(found) or "nothing reads it in this graph"
+
+
+def operands(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a use's node by name: input, weight, bias, ..."""
+    return TABLE[node.target].bind(node.args, node.kwargs)
+
+
+def _use(node: fx.Node, weight: fx.Node) -> Use | str:
+    entry = TABLE.get(node.target) if node.op == "call_function" else None
+    if entry is None or entry.name not in ("linear", "conv2d"):
+        return f"read by {_name(node)}, for which there is no sparse kernel"
+    args = operands(node)
+    x, bias = args["input"], args.get("bias")
+    if args["weight"] is not weight or weight in (x, bias):
+        return f"read by {_name(node)} in another place than the weight's"
+    seen, out = value_of(x), value_of(node)
+    if not isinstance(seen, Tensor) or not isinstance(out, Tensor):
+        return f"the shapes of {_name(node)} are not known"
+    if bias is not None and value_of(bias).shape != value_of(weight).shape[:1]:
+        return f"read by {_name(node)} with a bias that is not one value per row"
+    shape = tuple(_hint(size) for size in seen.shape)
+    conv: dict[str, tuple[int, ...]] = {}
+    if entry.name == "conv2d":
+        if len(shape) != 4 or args.get("groups", 1) != 1:
+            return "no sparse kernel for a convolution without a batch dimension"
+        conv = _geometry(args, tuple(value_of(weight).shape[2:]))
+        if not conv:
+            return "no sparse kernel for padding given as a word"
+    act, last = _activation(node)
+    channels_last = seen.dim() == 4 and is_channels_last(seen)
+    return Use(node, last, Work(shape, out.dtype, channels_last, act=act, **conv))
+
+
+def _geometry(args: Mapping[str, Any], kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    padding = args.get("padding", 0)
+    if isinstance(padding, str):
+        if padding != "valid":
+            return {}
+        padding = 0
+    given = {"stride": args.get("stride", 1), "padding": padding}
+    given["dilation"] = args.get("dilation", 1)
+    pairs = {
+        name: (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
+        for name, value in given.items()
+    }
+    return {"kernel": kernel, **pairs}
+
+
+def _activation(node: fx.Node) -> tuple[str, fx.Node]:
+    """The activation that alone reads the product, by the name kernels know it, and its node."""
+    user = next(iter(node.users), node)
+    if len(node.users) != 1 or user.op != "call_function" or user.args[:1] != (node,):
+        return "none", node
+    if user.target is F.silu:
+        return "silu", user
+    if user.target is F.gelu:
+        form = user.kwargs.get("approximate", "none")
+        return ("gelu_tanh" if form == "tanh" else "gelu"), user
+    return "none", node
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,111 @@
+"""weight -> Decision: pruned to a pattern, or left dense for a reason that is a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from ...config import Config, matches
+from ...graph.capture import Names
+from ...graph.flat_graph import Op, readers
+from ...graph.names import base_name
+from ...reports import Decision
+from .find_sites import Site, Sites
+from .topology import ends
+
+UVIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+"""The layers that the authors of SparseDM prune in a U-ViT."""
+
+
+def mark_prunable(
+    sites: Sites, config: Config, known: Collection[str] | None = None, *, whole: bool = True
+) -> tuple[Decision, ...]:
+    """One decision per weight (a tied weight has one), in execution order.
+
+    ``known``: the names of the parameters that were in the model when it was compiled; weights
+    added since (adapters) stay dense. None: all are known. ``whole``: the graph is the whole
+    model, so that its first and last ops are the model's.
+    """
+    first, last = ends(sites) if whole else (frozenset[Op](), frozenset[Op]())
+    at_end = {**dict.fromkeys(last, "last"), **dict.fromkeys(first, "first")}
+    return _mark(
+        sites.sites, config, known, {s: at_end[s.op] for s in sites.sites if s.op in at_end}
+    )
+
+
+def mark_eager(
+    sites: Sequence[Site], config: Config, known: Collection[str] | None = None
+) -> tuple[Decision, ...]:
+    """The decisions for an eager run: first and last are what ran first and last."""
+    weighted = [site for site in sites if site.kind != "attention"]
+    at_end = {weighted[0]: "first", weighted[-1]: "last"} if weighted else {}
+    return _mark(sites, config, known, at_end)
+
+
+def _mark(
+    sites: Sequence[Site],
+    config: Config,
+    known: Collection[str] | None,
+    at_end: Mapping[Site, str],
+) -> tuple[Decision, ...]:
+    grouped: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.kind != "attention":
+            grouped.setdefault(site.label, []).append(site)
+    return tuple(
+        decide(uses[0], _use_refusal(uses, at_end, config), config, known)
+        for uses in grouped.values()
+    )
+
+
+def decide(
+    site: Site, refusal: str | None, config: Config, known: Collection[str] | None = None
+) -> Decision:
+    """The decision for one weight: what the user asked, then ``refusal``, then its size."""
+    names = tuple(base_name(name) for name in site.names) or (site.node,)
+    pattern = next((p for glob, p in config.overrides if matches(glob, names)), config.pattern)
+    refusal = _user_refusal(names, config, known if site.names else None) or refusal
+    if pattern is None:
+        refusal = refusal or "its values satisfy no N:M pattern"
+    else:
+        refusal = refusal or pattern.misfit(site.shape[0], site.shape[1])
+    chosen = None if refusal else pattern
+    return Decision(names[0], site.op_name, site.shape, chosen, refusal)
+
+
+def _user_refusal(names: Names, config: Config, known: Collection[str] | None) -> str | None:
+    if known is not None and not any(name in known for name in names):
+        return "it was added to the model after compile()"
+    for glob in config.dense_globs:
+        if matches(glob, names):
+            return f"kept dense by keep_dense={glob!r}"
+    if config.policy == "uvit" and not any(
+        name.removesuffix(".weight").endswith(UVIT_LAYERS) for name in names
+    ):
+        return "not in the layer set of policy='uvit'"
+    return None
+
+
+def _use_refusal(uses: list[Site], at_end: Mapping[Site, str], config: Config) -> str | None:
+    """Why the weight's place in the graph keeps it dense: one bad use is enough."""
+    for site in uses:
+        if site.refusal:
+            return site.refusal
+    if config.policy == "structural" and config.pattern is not None:
+        for site in uses:
+            if site in at_end:
+                return f"{at_end[site]} op of the graph"
+    return _other_reader(uses)
+
+
+def _other_reader(uses: list[Site]) -> str | None:
+    parameter = uses[0].parameter
+    multiplied = {site.op for site in uses}
+    for reader, _ in readers(parameter) if parameter is not None else ():
+        if reader not in multiplied:
+            return f"it is also read by {reader.name}, which is neither a linear nor a convolution"
+    return None
+
+
+def by_weight(decisions: tuple[Decision, ...]) -> Mapping[str, Decision]:
+    """The decisions by weight name."""
+    return {decision.weight: decision for decision in decisions}

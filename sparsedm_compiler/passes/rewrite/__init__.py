@@ -1,0 +1,1 @@
+"""Rewrites: each edits a graph and returns the number of changes."""

@@ -1,0 +1,58 @@
+"""``save_grid``: rows of images as one labelled PNG, every pixel enlarged and none smoothed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..diffusion.image_batches import pixels
+from ..errors import DataError
+
+GAP = 4
+FONT_SIZE = 15
+
+
+def save_grid(
+    path: str | Path,
+    rows: Mapping[str, Tensor],
+    *,
+    columns: Sequence[str] = (),
+    scale: int = 8,
+) -> None:
+    """Write ``rows`` (label -> images [n, 1 or 3, h, w] in [-1, 1]) as a PNG at ``path``.
+
+    Every pixel becomes ``scale`` x ``scale`` (nearest neighbour); ``columns`` labels the columns.
+    Raises DataError where the rows are not equally many images of one size.
+    """
+    shapes = {tuple(images.shape) for images in rows.values()}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 4 or shape[1] not in (1, 3):
+        raise DataError("a grid needs rows of equally many images [n, 1 or 3, h, w]")
+    if columns and len(columns) != shape[0]:
+        raise DataError(f"{len(columns)} column labels for {shape[0]} images in a row")
+    font = ImageFont.load_default(FONT_SIZE)
+    left = int(max(font.getlength(label) for label in rows)) + 3 * GAP
+    top = FONT_SIZE + 2 * GAP if columns else GAP
+    height, width = shape[2] * scale + GAP, shape[3] * scale + GAP
+    canvas = Image.new("RGB", (left + shape[0] * width, top + len(rows) * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, label in enumerate(columns):
+        middle = left + column * width + shape[3] * scale // 2
+        draw.text((middle, top // 2), label, "black", font, anchor="mm")
+    for row, (label, images) in enumerate(rows.items()):
+        y = top + row * height
+        draw.text((left - 2 * GAP, y + shape[2] * scale // 2), label, "black", font, anchor="rm")
+        for column, image in enumerate(images):
+            canvas.paste(enlarged(image, scale), (left + column * width, y))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+
+
+def enlarged(image: Tensor, scale: int) -> Image.Image:
+    """``image`` [1 or 3, h, w] in [-1, 1] with each pixel a square of side ``scale``."""
+    values = pixels(image)
+    height, width = values.shape[1:]
+    small = Image.fromarray(values.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    return small.resize((width * scale, height * scale), Image.Resampling.NEAREST)

@@ -1,0 +1,72 @@
+"""Everything random about image k of a run, from (seed, k) alone.
+
+So neither the batch size, nor the number of processes, nor an interruption changes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..diffusion import generator_at
+from ..diffusion.condition import Condition, mapped, stacked
+from ..errors import ConfigError
+from .finetune_config import FinetuneConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """For each of B images: noise like it, a level u in [0, 1) (float64), flip and drop or not."""
+
+    noise: Tensor
+    u: Tensor
+    flip: Tensor
+    drop: Tensor
+
+
+def draw(config: FinetuneConfig, first: int, shape: torch.Size) -> Draws:
+    """The draws of images ``first`` to ``first + shape[0] - 1``, on the CPU; ``shape``: of all."""
+    noise = torch.empty(shape)
+    three = torch.empty(shape[0], 3, dtype=torch.float64)
+    for row in range(shape[0]):
+        source = generator_at(config.seed, "image", first + row)
+        torch.rand(3, generator=source, dtype=torch.float64, out=three[row])
+        torch.randn(shape[1:], generator=source, out=noise[row])
+    u, flip, drop = three.unbind(1)
+    return Draws(noise, u, flip < 0.5, drop < config.drop_condition)
+
+
+def flipped(images: Tensor, flip: Tensor) -> Tensor:
+    """``images`` [B, ..., W] with those mirrored that ``flip`` [B] names."""
+    where = flip.to(images.device).reshape(-1, *[1] * (images.dim() - 1))
+    return torch.where(where, images.flip(-1), images)
+
+
+def dropped(
+    condition: Condition | None,
+    drop: Tensor,
+    null_label: int | None,
+    null: Condition | None,
+) -> Condition | None:
+    """``condition`` with that of the images ``drop`` [B] names replaced by "none".
+
+    That is ``null_label`` for class labels; for text ``null`` (one row of it), else zeros.
+    Raises ConfigError where class labels are to be dropped and there is no ``null_label``.
+    """
+    if condition is None or not drop.any():
+        return condition
+    if isinstance(condition, Tensor):
+        if null_label is None:
+            raise ConfigError(
+                "drop_condition needs null_label, the class that stands for no class: "
+                "usually the number of classes, in a model built with one class more"
+            )
+        return torch.where(drop.to(condition.device), null_label, condition)
+    if null is None:
+        null = mapped(lambda part: torch.zeros_like(part[:1]), condition)
+    count = len(drop)
+    both = stacked(condition, null)
+    rows = torch.where(drop, count, torch.arange(count))
+    return mapped(lambda part: part[rows.to(part.device)], both)

@@ -1,0 +1,48 @@
+"""What a kernel sees of the tokens: a matrix of whole multiples, contiguous and aligned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsedm_compiler.backends.cuda.token_padding import ALIGN, by_rows
+from tests.oracle import assert_same
+
+
+@pytest.mark.parametrize("leading", [(1,), (8,), (3, 3), (2, 2, 4), ()])
+@pytest.mark.parametrize("multiple", [8, 16])
+def test_rows_are_padded_to_a_multiple_by_zeros(leading: tuple[int, ...], multiple: int) -> None:
+    seen: list[Tensor] = []
+    x = torch.randn(*leading, 4)
+
+    def double(flat: Tensor) -> Tensor:
+        seen.append(flat)
+        return torch.cat((flat, flat), 1)
+
+    out = by_rows(x, 8, multiple, double)
+    assert_same(out, torch.cat((x, x), -1))
+    tokens = x[..., 0].numel()
+    assert seen[0].shape == (tokens + -tokens % multiple, 4)
+    assert 0 <= len(seen[0]) - tokens < multiple
+    assert not seen[0][tokens:].any()
+    assert (seen[0].data_ptr() == x.data_ptr()) == (tokens % multiple == 0)
+
+
+def test_what_lies_at_an_odd_address_is_moved() -> None:
+    x = torch.randn(8 * 4 + 1)[1:].view(8, 4)
+    assert x.data_ptr() % ALIGN
+
+    def check(flat: Tensor) -> Tensor:
+        assert flat.data_ptr() % ALIGN == 0
+        return flat
+
+    assert_same(by_rows(x, 4, 8, check), x)
+    assert_same(by_rows(x.t(), 8, 4, check), x.t())
+
+
+def test_no_tokens_ask_nothing_of_the_kernel() -> None:
+    def never(flat: Tensor) -> Tensor:
+        raise AssertionError(flat.shape)
+
+    assert by_rows(torch.randn(2, 0, 4), 6, 8, never).shape == (2, 0, 6)

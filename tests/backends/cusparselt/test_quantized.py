@@ -1,0 +1,215 @@
+"""8-bit kernels: their arithmetic, and that nobody gets them unasked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.library import opcheck
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler import PackError, Pattern
+from sparsedm_compiler.autotune import measure as measuring
+from sparsedm_compiler.backends.cuda.device import Card
+from sparsedm_compiler.backends.cusparselt import quantized
+from sparsedm_compiler.backends.cusparselt.ops import DEFAULT
+from sparsedm_compiler.backends.cusparselt.quantized import (
+    KINDS,
+    QuantizedFamily,
+    quantize,
+    semi_quantized_linear_op,
+)
+from sparsedm_compiler.backends.kernel_family import Form, Kernel, Work
+from tests.backends.cuda.here import kernels_of, pruned, semi_on_cpu
+from tests.oracle import assert_same, oracle_of
+
+kinds = pytest.mark.parametrize("kind", list(KINDS))
+PATTERN, UNAVAILABLE = Pattern(2, 4), QuantizedFamily.unavailable
+RELATIVE = {"int8": 0.02, "fp8": 0.06}
+"""Of the largest output: int8 has 7 bits for the largest number, e4m3 has 4 for each."""
+
+
+def packed_of(
+    kind: str, shape: tuple[int, ...] = (64, 32), dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    weight, mask = pruned(shape, "2:4", dtype)
+    family = QuantizedFamily(kind)
+    return family.pack(weight, mask, PATTERN, Kernel(family.names[0])), weight
+
+
+@kinds
+def test_quantizing_is_rounding_by_a_scale(kind: str) -> None:
+    dtype, largest = KINDS[kind]
+    values = torch.randn(5, 64) * torch.tensor([1e-30, 0.0, 1.0, 300.0, 1e30])[:, None]
+    for each_row in (False, True):
+        rounded, scales = quantize(values, kind, each_row=each_row)
+        assert rounded.dtype is dtype
+        assert scales.shape == ((5, 1) if each_row else (1, 1))
+        bound = values.abs().amax(1 if each_row else (0, 1), keepdim=True)
+        again = rounded.float() * scales
+        step = bound / largest / 2 if kind == "int8" else bound / 448 * 16 + values.abs() / 16
+        assert bool(((again - values).abs() <= step * 1.001).all())
+    top = rounded.float().abs().amax(1)
+    assert_same(top[[0, 2, 3, 4]], torch.full((4,), largest))
+    assert bool((rounded.float()[1] == 0).all())
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("leading", [(16,), (2, 5), (0,), ()])
+def test_it_is_the_linear_layer_of_rounded_numbers(
+    kind: str, dtype: torch.dtype, leading: tuple[int, ...]
+) -> None:
+    packed, weight = packed_of(kind, dtype=dtype)
+    x, bias = torch.randn(*leading, 32).to(dtype), torch.randn(64)
+    out = semi_quantized_linear_op(x, packed, bias, 64, kind, DEFAULT)
+    assert (out.shape, out.dtype) == ((*leading, 64), dtype)
+    if not out.numel():
+        return
+    q_x, s_x = (each.double() for each in quantize(x.reshape(-1, 32), kind))
+    q_w, s_w = (each.double() for each in quantize(weight, kind, each_row=True))
+    rounded = ((q_x @ q_w.t()) * s_x * s_w.t() + bias.double()).view(out.shape)
+    assert_same(out.double(), rounded, tolerance={torch.float32: 1e-5}.get(dtype, 8e-3))
+    dense = F.linear(x.double(), weight.double(), bias.double())
+    assert (out - dense).abs().max() < RELATIVE[kind] * dense.abs().max()
+
+
+def test_sums_of_integers_are_exact() -> None:
+    """Sums beyond what float32 holds: one scale of a power of two, so that they show."""
+    weight = torch.zeros(32, 4096)
+    weight[:, ::2] = 127.0
+    family = QuantizedFamily("int8")
+    packed = family.pack(weight, weight != 0, PATTERN, Kernel("cuda_semi_int8"))
+    x = torch.full((16, 4096), 127.0)
+    x[:, 0] = 126.0
+    out = semi_quantized_linear_op(x, packed, None, 32, "int8", DEFAULT)
+    assert_same(out, torch.full((16, 32), float(127 * 127 * 2048 - 127)))
+
+
+@kinds
+def test_the_op_is_sound(kind: str) -> None:
+    packed, weight = packed_of(kind)
+    x = torch.randn(2, 5, 32).bfloat16().requires_grad_()
+    opcheck(semi_quantized_linear_op, (x, packed, None, 64, kind, list(DEFAULT)))
+    out = semi_quantized_linear_op(x, packed, None, 64, kind, DEFAULT)
+    (ours,) = torch.autograd.grad(out.sum(), x)
+    (theirs,) = torch.autograd.grad(F.linear(x, weight).sum(), x)
+    assert (ours - theirs).abs().max() < RELATIVE[kind] * theirs.abs().max()
+
+
+@kinds
+def test_a_convolution(kind: str) -> None:
+    packed, weight = packed_of(kind, (32, 32, 3, 3))
+    x = torch.randn(1, 32, 5, 6).bfloat16()
+    geometry = {"kernel": (3, 3), "stride": (1, 2), "padding": (1, 0), "dilation": (1, 1)}
+    family = QuantizedFamily(kind)
+    op, how = family.call(Work(tuple(x.shape), x.dtype, **geometry), Form(PATTERN), DEFAULT)
+    dense = F.conv2d(x, weight, None, (1, 2), (1, 0))
+    assert (op(x, packed, None, 32, *how) - dense).abs().max() < RELATIVE[kind] * dense.abs().max()
+    again = family.unpack(packed, (32, 32, 3, 3), Form(PATTERN))
+    assert (again - weight).abs().max() < RELATIVE[kind] * weight.abs().max()
+
+
+def test_what_is_refused() -> None:
+    family = QuantizedFamily("int8")
+    assert family.refusal(PATTERN, 32, 48, torch.bfloat16) == (
+        "48 columns are not a multiple of 32, as cuSPARSELt wants"
+    )
+    assert "keeps up to 3 of 4" in str(family.refusal(Pattern(3, 4), 32, 32, torch.bfloat16))
+    assert "float64" in str(family.refusal(PATTERN, 32, 32, torch.float64))
+    with pytest.raises(PackError, match="no file holds weights packed for cuda_semi_int8"):
+        family.check(torch.zeros(9, dtype=torch.uint8), (32, 32), Form(PATTERN))
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.d = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(F.gelu(self.b(self.a(x)))))
+
+
+X = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+@kinds
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_it_runs_where_it_is_asked_for_by_name(
+    kind: str, inner: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    semi_on_cpu(monkeypatch)
+    fast = sdm.compile(
+        Wide().bfloat16(),
+        "2:4",
+        mode="infer",
+        inner=inner,
+        kernels={"b": f"cuda_semi_{kind}", "c": "sparse"},
+        finalize=True,
+    )
+    with torch.no_grad():
+        for _ in range(2):
+            out = fast(X)
+    assert kernels_of(fast) == {"b.weight": f"cuda_semi_{kind}", "c.weight": "cuda_semi"}
+    assert "pinned by kernels=; it quantizes the weight and its inputs" in str(sdm.explain(fast))
+    # The weight itself is all there, as it was: 8 bits cannot stand for it.
+    assert_same(fast.b.weight, Wide().bfloat16().b.weight)
+    assert fast.c.weight.untyped_storage().nbytes() == 2
+    dense = oracle_of(sdm_student())(X)
+    assert 0 < (out - dense).abs().max() < RELATIVE[kind] * dense.abs().max()
+    sdm.save(fast, tmp_path / "file")
+    again = sdm.load(tmp_path / "file", Wide().bfloat16(), inner="eager")
+    assert_same(again(X), out, tolerance=8e-3)
+
+
+def sdm_student() -> nn.Module:
+    student = sdm.compile(Wide().bfloat16(), "2:4", mode="infer", inner="eager")
+    student(X)
+    return student
+
+
+def test_why_it_cannot_run_is_said_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    semi_on_cpu(monkeypatch)
+    old = Card("NVIDIA A100", (8, 0), cusparselt=(0, 8, 1))
+    monkeypatch.setattr(quantized, "card", lambda: old)
+    monkeypatch.setattr(QuantizedFamily, "unavailable", UNAVAILABLE)
+    fast = sdm.compile(
+        Wide().bfloat16(),
+        "2:4",
+        mode="infer",
+        inner="eager",
+        kernels={"b": "cuda_semi_fp8", "c": "cuda_semi_int8"},
+    )
+    fast(X)
+    found = {choice.weight: choice for choice in sdm.explain(fast).choices}
+    assert found["b.weight"].reason == (
+        "no sparse tensor cores for float8: NVIDIA A100 has compute capability 8.0, 8.9 is needed"
+    )
+    assert found["c.weight"].kernel == "cuda_semi_int8"
+
+
+def test_nobody_gets_it_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    semi_on_cpu(monkeypatch)
+    monkeypatch.setattr(measuring, "folder", lambda name: tmp_path)
+    for how, expected in (("sparse", {"cuda_semi"}), ("auto", {"cuda_semi", "dense"})):
+        fast = sdm.compile(
+            Wide().bfloat16(), "2:4", mode="infer", inner="eager", kernels={"*": how}
+        )
+        fast(X)
+        assert set(kernels_of(fast).values()) <= expected
+    without = sdm.compile(
+        Wide().bfloat16(),
+        "2:4",
+        mode="infer",
+        inner="eager",
+        kernels={"*": "sparse"},
+        forbid="cuda_semi",
+    )
+    without(X)
+    assert {choice.reason for choice in sdm.explain(without).choices} == {
+        "every kernel for it is in forbid="
+    }

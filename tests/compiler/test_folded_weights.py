@@ -1,0 +1,178 @@
+"""Folded weights follow the weights they stand for; finalized ones are all that is left."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import sparsedm_compiler as sdm
+from tests.autotune.test_select_kernel import Net, X
+from tests.oracle import OPTIONS, assert_same, oracle_of
+
+both = pytest.mark.parametrize("way", ["infer", "sparse"])
+
+
+def folded(way: str, **options: Any) -> nn.Module:
+    return sdm.compile(Net(), "2:4", inner="eager", **OPTIONS[way], **options)
+
+
+@both
+def test_every_kind_of_update_is_seen(way: str) -> None:
+    fast = folded(way)
+    tolerance = 1e-4 if way == "sparse" else 0.0
+    fast(X)
+
+    def check() -> None:
+        assert_same(fast(X), oracle_of(fast)(X), tolerance=tolerance)
+
+    with torch.no_grad():
+        fast.plain.weight.mul_(-2)
+    check()
+    fast.plain.weight.data.add_(0.3)  # moves neither the version counter nor the storage
+    check()
+    fast.conv.weight.data.copy_(torch.randn_like(fast.conv.weight))
+    check()
+    fast.active.weight.data = torch.randn(16, 16)
+    check()
+    fast.twice.weight = nn.Parameter(torch.randn(16, 16), requires_grad=False)
+    check()
+    fast.conv.to(memory_format=torch.channels_last)
+    check()
+
+
+@both
+def test_a_device_that_is_not_waited_for_tells_of_edits_one_call_late(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsedm_compiler.compiler.folded_weights._late", lambda weight: True)
+    fast = folded(way)
+    tolerance = 1e-4 if way == "sparse" else 0.0
+    before = fast(X)
+    with torch.no_grad():
+        fast.plain.weight.mul_(-2)  # a counter tells of it
+    assert_same(fast(X), oracle_of(fast)(X), tolerance=tolerance)
+    for edit in (lambda w: w.data.add_(0.3), lambda w: w.data.copy_(torch.randn_like(w))):
+        before = fast(X)
+        edit(fast.conv.weight)
+        assert_same(fast(X), before)
+        with pytest.warns(UserWarning, match=r"edited through \.data"):
+            assert_same(fast(X), oracle_of(fast)(X), tolerance=tolerance)
+        assert_same(fast(X), oracle_of(fast)(X), tolerance=tolerance)
+
+
+def test_weights_with_gaps_are_watched_too() -> None:
+    wide = torch.randn(16, 40)
+    fast = folded("infer")
+    fast.plain.weight = nn.Parameter(wide[:, 3:19], requires_grad=False)
+    fast(X)
+    wide.mul_(2)
+    fast.plain.weight.data.add_(0.1)
+    assert_same(fast(X), oracle_of(fast)(X))
+
+
+def test_graphs_share_their_folded_weights() -> None:
+    fast = folded("sparse")
+    for batch in (1, 2, 3):
+        fast(torch.randn(batch, 8, 16))
+    folds = fast._sparsedm.folding.folds._folds
+    assert len(folds) == 5
+
+
+def finalized(**options: Any) -> tuple[nn.Module, torch.Tensor]:
+    fast = folded("sparse", finalize=True, **options)
+    expected = folded("sparse")(X)
+    assert_same(fast(X), expected)
+    assert_same(fast(X), expected)
+    return fast, expected
+
+
+def test_finalized_weights_take_no_memory_and_still_run() -> None:
+    fast, expected = finalized()
+    assert fast.plain.weight.untyped_storage().nbytes() == 4
+    assert bool(fast.plain.weight.isnan().all())
+    assert fast.line.weight.untyped_storage().nbytes() == 16 * 16 * 4  # dense: masked in place
+    assert_same(fast.line.weight, oracle_of(Reference.of(fast)).line.weight)
+    found = {choice.weight: choice for choice in sdm.explain(fast).choices}
+    plain = found["plain.weight"]
+    assert plain.dense_bytes == 16 * 16 * 4
+    assert plain.run_bytes == fast._sparsedm.folding.folds.packed["plain.weight"].data.nbytes
+    assert "MiB dense" in str(sdm.explain(fast))
+    other = torch.randn(5, 8, 16)
+    assert_same(fast(other), folded("sparse")(other))
+    assert_same(fast(X), expected)
+
+
+class Reference:
+    @staticmethod
+    def of(fast: nn.Module) -> nn.Module:
+        """A student that is not finalized, called once."""
+        student = folded("sparse")
+        student(X)
+        return student
+
+
+def test_the_state_dict_of_a_finalized_model_is_the_masked_dense_one() -> None:
+    fast, _ = finalized()
+    expected = oracle_of(Reference.of(fast)).state_dict()
+    state = fast.state_dict()
+    assert list(state) == list(expected)
+    for name, tensor in state.items():
+        assert_same(tensor, expected[name])
+
+
+def test_copies_of_a_finalized_model_run() -> None:
+    fast, expected = finalized()
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(fast), torch.load(file, weights_only=False)):
+        assert_same(twin(X), expected)
+        assert twin.plain.weight.untyped_storage().nbytes() == 4
+    half = copy.deepcopy(fast).to(torch.bfloat16)
+    assert half(X.bfloat16()).dtype == torch.bfloat16
+    assert_same(half(X.bfloat16()).float(), expected, tolerance=0.05)
+
+
+def test_a_finalized_model_is_saved_packed_and_loaded(tmp_path: Path) -> None:
+    fast, expected = finalized()
+    sdm.save(fast, tmp_path / "packed")
+    sdm.save(folded("sparse"), tmp_path / "dense")
+    assert os.path.getsize(tmp_path / "packed") < os.path.getsize(tmp_path / "dense")
+    assert "plain.weight" not in load_file(tmp_path / "packed")
+    loaded = sdm.load(tmp_path / "packed", Net(), inner="eager")
+    assert_same(loaded(X), expected)
+    assert loaded.plain.weight.untyped_storage().nbytes() == 4
+    with pytest.raises(sdm.CheckpointError, match="does not fit"):
+        sdm.load(tmp_path / "packed", nn.Linear(4, 4))
+
+
+def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    fast, _ = finalized()
+    sdm.save(fast, tmp_path / "file")
+    with safe_open(tmp_path / "file", framework="pt") as file:
+        meta = file.metadata()
+    tensors = load_file(tmp_path / "file")
+    tensors["plain.weight.sparsedm_packed"][600:] = 255
+    save_file(tensors, tmp_path / "file", meta)
+    with pytest.raises(sdm.CheckpointError, match="points outside"):
+        sdm.load(tmp_path / "file", Net())
+
+
+def test_new_values_for_a_finalized_weight_are_refused_or_run() -> None:
+    fast, _ = finalized()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        fast.load_state_dict(Net().state_dict())
+    fast.plain.weight = nn.Parameter(torch.randn(16, 16), requires_grad=False)
+    plain = folded("sparse")
+    plain.plain.weight = nn.Parameter(fast.plain.weight.clone(), requires_grad=False)
+    assert_same(fast(X), plain(X))

@@ -1,0 +1,265 @@
+"""Each guard against a silent dense run, beyond the battery's situations."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsedm_compiler as sdm
+from tests.oracle import OPTIONS, assert_same, hand_masked, oracle_of
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return self.c(torch.relu(self.b(self.a(x)))) * scale
+
+
+def student_of(net: nn.Module | None = None, **options: Any) -> nn.Module:
+    return sdm.compile(net or Net(), "2:4", **{"inner": "eager", **options})
+
+
+def test_many_instances_and_shapes_of_one_class() -> None:
+    """Past Dynamo's own limit of 8 graphs per code object, all of them still run masked."""
+    for number in range(12):
+        torch.manual_seed(number)
+        student = student_of()
+        x = torch.randn(number + 1, 8)
+        assert_same(student(x), oracle_of(student)(x))
+    ranks = [(*[2] * rank, 8) for rank in range(1, 12)]  # a graph each: more than Dynamo's 8
+    for shape in [*ranks, *[(rows, 8) for rows in range(1, 11)]]:
+        x = torch.randn(shape)
+        assert_same(student(x), oracle_of(student)(x))
+
+
+def test_many_python_scalars_stay_masked() -> None:
+    student, x = student_of(), torch.randn(2, 8)
+    for step in range(12):
+        assert_same(student(x, scale=float(step)), hand_masked_out(student, x, float(step)))
+
+
+def hand_masked_out(student: nn.Module, x: Tensor, scale: float) -> Tensor:
+    out = oracle_of(student)(x, scale=scale)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def test_the_recompile_limit_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsedm_compiler.graph import capture
+
+    for key in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setitem(capture._SETTINGS, key, 2)
+    student = student_of()
+    for dims in (1, 2):
+        student(torch.randn(*[1] * dims, 8))
+    with pytest.raises(sdm.DenseRunError, match="more shapes and settings than it may"):
+        student(torch.randn(1, 1, 1, 8))
+
+
+def test_instances_do_not_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsedm_compiler.graph import capture
+
+    for key in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setitem(capture._SETTINGS, key, 2)
+    for _ in range(5):
+        student, x = student_of(), torch.randn(1, 8)
+        assert_same(student(x), oracle_of(student)(x))
+
+
+def test_disabled_by_the_environment_raises() -> None:
+    code = (
+        "import torch, sparsedm_compiler as sdm\n"
+        "net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])\n"
+        "try:\n"
+        "    sdm.compile(net, '2:4', inner='eager')(torch.randn(1, 8))\n"
+        "except sdm.DenseRunError as error:\n"
+        "    print('raised:', error)\n"
+    )
+    environment = {"TORCHDYNAMO_DISABLE": "1", "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("raised: Sequential ran without its masks")
+
+
+def test_suppressed_errors_do_not_hide_a_failed_compile() -> None:
+    def failing(gm: Any, inputs: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    student = student_of(inner=failing)
+    with torch._dynamo.config.patch(suppress_errors=True), pytest.raises(Exception, match="kernel"):
+        student(torch.randn(1, 8))
+
+
+def test_dispatch_modes_run_masked_or_raise() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    student, x = student_of(), torch.randn(1, 8)
+    expected = student(x)
+    try:
+        with FlopCounterMode(display=False):
+            out = student(x)
+    except sdm.DenseRunError:
+        return
+    assert_same(out, expected)
+
+
+def test_an_outer_fullgraph_compile_runs_the_masks() -> None:
+    x = torch.randn(1, 8)
+    for _ in range(12):  # more than Dynamo's limit of graphs per code object
+        student = student_of()
+        outer = torch.compile(student, backend="eager", fullgraph=True)
+        assert_same(outer(x), oracle_of(student)(x))
+
+
+def test_a_fullgraph_compile_of_a_caller_is_told_what_to_do() -> None:
+    student = student_of()
+    outer = torch.compile(lambda x: student(x) + 1, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="leave out fullgraph=True"):
+        outer(torch.randn(1, 8))
+
+
+def test_threads_share_a_student() -> None:
+    student, x = student_of(), torch.randn(2, 8)
+    student(x)
+    expected, outs = oracle_of(student)(x), []
+    threads = [threading.Thread(target=lambda: outs.append(student(x))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outs) == 4
+    for out in outs:
+        assert_same(out, expected)
+
+
+def test_a_gradient_through_folded_weights_raises() -> None:
+    folded = student_of(**OPTIONS["infer"])
+    x = torch.randn(2, 8)
+    assert not folded(x).requires_grad
+    folded.requires_grad_(True)
+    with pytest.raises(sdm.DenseRunError, match="asks for a gradient"):
+        folded(x)
+    with torch.no_grad():
+        assert_same(folded(x), oracle_of(folded)(x))
+
+
+def test_functional_call_swaps_the_weights() -> None:
+    student, x = student_of(), torch.randn(2, 8)
+    student(x)
+    torch.manual_seed(1)
+    other = Net()
+    swapped = torch.func.functional_call(student, dict(other.named_parameters()), (x,))
+    patterns = {name: p for name, (_, p) in sdm.masked_parameters(student).items()}
+    assert_same(swapped, hand_masked(other, patterns)(x))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_weights_without_magnitudes_are_named(value: float, mode: str) -> None:
+    net = Net()
+    with torch.no_grad():
+        net.b.weight[3, 5] = value
+    with pytest.raises(sdm.MaskError, match=r"'b\.weight' holds NaN or Inf"):
+        student_of(net, **OPTIONS[mode])(torch.randn(1, 8))
+
+
+def test_a_student_can_be_compiled_again() -> None:
+    student, x = student_of(), torch.randn(2, 8)
+    student(x)
+    sparser = sdm.compile(student, "1:4", inner="eager", **OPTIONS["infer"])
+    out = sparser(x)
+    assert {str(p) for _, p in sdm.masked_parameters(sparser).values()} == {"1:4"}
+    assert_same(out, oracle_of(sparser)(x))
+    assert {str(p) for _, p in sdm.masked_parameters(student).values()} == {"2:4"}
+    assert_same(student(x), oracle_of(student)(x))
+
+
+def test_inplace_changes_the_model_itself() -> None:
+    net = Net()
+    assert sdm.compile(net, "2:4", inplace=True, inner="eager") is net
+    net(torch.randn(1, 8))
+    assert sdm.explain(net).masked == ("b.weight",)
+
+
+def test_a_forward_of_the_instance_is_kept() -> None:
+    net = Net()
+    own = net.forward
+    net.forward = lambda x: own(x) + 1  # type: ignore[method-assign]
+    x = torch.randn(2, 8)
+    student = sdm.compile(net, "2:4", inplace=True, inner="eager")
+    out = student(x)
+    assert_same(out, oracle_of(student)(x) + 1)
+
+
+def test_the_signature_is_the_forwards() -> None:
+    assert inspect.signature(student_of().forward) == inspect.signature(Net().forward)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"pattern": "4:2"}, r"pattern '4:2' is not 'n:m' with 0 < n <= m"),
+        ({"pattern": "half"}, r"pattern 'half' is not 'n:m'"),
+        ({"mode": "fast"}, r"mode 'fast' is neither 'train' nor 'infer'"),
+        ({"policy": "none"}, r"policy 'none' is neither 'structural' nor 'uvit' nor 'all'"),
+        ({"inner": "inducter"}, r"inner 'inducter' is no torch.compile backend"),
+        ({"inner": "sparsedm"}, r"inner 'sparsedm' is no torch.compile backend"),
+        ({"keep_dense": [3]}, r"keep_dense \(3,\) is not made of names"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: str) -> None:
+    with pytest.raises(sdm.SparseDMError, match=error):
+        sdm.compile(Net(), **{"pattern": "2:4", **options})
+
+
+def test_what_cannot_be_compiled() -> None:
+    with pytest.raises(sdm.ConfigError, match="Module, not a function"):
+        sdm.compile(lambda x: x, "2:4")  # type: ignore[type-var]
+    with pytest.raises(sdm.ConfigError, match="OptimizedModule wraps the model"):
+        sdm.compile(torch.compile(Net()), "2:4")
+    with pytest.raises(sdm.ConfigError, match="was not compiled"):
+        sdm.explain(Net())
+
+
+def test_explain_before_and_after_the_first_call() -> None:
+    student = student_of()
+    assert "not captured yet" in str(sdm.explain(student))
+    shown = str(sdm.explain(student, torch.randn(1, 8)))
+    assert "dense: first op of the graph" in shown
+    assert "1 of 3 weights masked, mode 'train', compiled by 'eager'" in shown
+
+
+def test_the_default_inner_compiler_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsedm_compiler.compiler import lower as lowering
+
+    for found, expected in (("c++", "inductor"), (None, "eager")):
+        monkeypatch.setattr(lowering, "find_compiler", lambda found=found: found)
+        assert lowering.resolve("auto") == expected
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_inductor_agrees_with_the_oracle(mode: str) -> None:
+    student = student_of(inner="inductor", **OPTIONS[mode])
+    x = torch.randn(4, 8)
+    out = student(x)
+    oracle = oracle_of(student)
+    assert_same(out, oracle(x), tolerance=1e-6)  # sums of 8 products in another order
+    if mode == "train":
+        out.square().sum().backward()
+        oracle(x).square().sum().backward()
+        for (name, ours), theirs in zip(
+            student.named_parameters(), oracle.parameters(), strict=True
+        ):
+            assert ours.grad is not None, name
+            assert_same(ours.grad, theirs.grad, tolerance=1e-5)

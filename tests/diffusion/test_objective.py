@@ -1,0 +1,114 @@
+"""What is shown and what is asked, against the formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor, nn
+
+from sparsedm_compiler.diffusion.objective import objective_of
+from sparsedm_compiler.diffusion.sampling import sample
+from sparsedm_compiler.diffusion.schedulers import make_scheduler
+from sparsedm_compiler.errors import ConfigError
+from sparsedm_compiler.train import FinetuneConfig, finetune, held_out_loss
+
+ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[:, None, None, None]
+X0 = torch.linspace(-1, 1, 3 * 4).reshape(3, 1, 2, 2)
+NOISE = torch.linspace(2, -1, 3 * 4).reshape(3, 1, 2, 2)
+U = torch.tensor([0.0, 0.2504, 0.99999], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["eps", "v", "x0"])
+def test_variance_preserving_targets(name: str) -> None:
+    x, t, target = objective_of(name).ask(X0, NOISE, U)
+    assert t.tolist() == [0, 250, 999]
+    signal, rest = ABAR[t].sqrt(), (1 - ABAR[t]).sqrt()
+    torch.testing.assert_close(x, signal * X0 + rest * NOISE)
+    wanted = {"eps": NOISE, "x0": X0, "v": signal * NOISE - rest * X0}[name]
+    torch.testing.assert_close(target, wanted)
+
+
+def test_flow_matching_targets() -> None:
+    x, t, target = objective_of("flow").ask(X0, NOISE, U)
+    s = U.float()[:, None, None, None]
+    torch.testing.assert_close(x, (1 - s) * X0 + s * NOISE)
+    torch.testing.assert_close(t, 1000 * U.float())
+    torch.testing.assert_close(target, NOISE - X0)
+
+
+def test_logit_normal_levels() -> None:
+    u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    _, t, _ = objective_of("flow", levels="logit-normal").ask(
+        torch.zeros(20_000, 1), torch.zeros(20_000, 1), u
+    )
+    z = torch.logit(t.double() / 1000)
+    assert z.mean().item() == pytest.approx(0, abs=1e-3)
+    assert z.std().item() == pytest.approx(1, abs=1e-2)
+
+
+class Ideal(nn.Module):
+    """Knows that all images are zero, and says it in the words of an objective."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.name == "flow":
+            return x / (t / 1000).clamp_min(1e-3).reshape(-1, 1, 1, 1)
+        signal = ABAR[t.long().cpu()].sqrt()
+        eps = x / (1 - signal**2).sqrt()
+        return {"eps": eps, "v": signal * eps, "x0": torch.zeros_like(x)}[self.name]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # DPM-Solver
+@pytest.mark.parametrize("name", ["eps", "v", "x0", "flow"])
+def test_training_and_sampling_speak_of_the_same_thing(name: str) -> None:
+    """The ideal model has no loss and draws the image it knows."""
+    model = Ideal(name)
+    assert held_out_loss(model, torch.zeros(8, 1, 2, 2), objective=name) < 1e-6
+    for sampler in ("euler",) if name == "flow" else ("ddim", "dpm++"):
+        images = sample(
+            model, make_scheduler(sampler, name), shape=(2, 1, 2, 2), steps=20, progress=False
+        )
+        assert images.abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "words"),
+    [
+        ("flow", DDPMScheduler(), "its own noise levels"),
+        ("eps", DDIMScheduler(prediction_type="v_prediction"), "'v_prediction', not 'epsilon'"),
+    ],
+)
+def test_a_scheduler_of_another_objective_is_refused(name: str, scheduler: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        objective_of(name, scheduler)
+
+
+def test_levels_are_for_flow_alone() -> None:
+    with pytest.raises(ConfigError, match="for objective 'flow' alone"):
+        FinetuneConfig.of(levels="logit-normal")
+
+
+@pytest.mark.parametrize("name", ["v", "x0", "flow"])
+def test_each_objective_trains(name: str) -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.random.fork_rng([]):
+                torch.manual_seed(0)
+                self.mix = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.mix(x.flatten(1)).view_as(x)
+
+    model, images = Linear(), 0.3 * torch.ones(64, 1, 2, 2)
+    before = held_out_loss(model, images, objective=name)
+    options = {"images": 1600, "batch_size": 16, "lr": 3e-2, "objective": name}
+    finetune(model, None, images, method="dense", progress=False, **options)
+    assert held_out_loss(model, images, objective=name) < 0.8 * before

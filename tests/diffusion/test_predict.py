@@ -1,0 +1,148 @@
+"""Every kind of model called by ``predict`` as it is called by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from sparsedm_compiler.diffusion import predict
+from sparsedm_compiler.diffusion.predict import signature_of
+from sparsedm_compiler.errors import DataError
+from tests.zoo import FAMILIES, Family, sample_of
+
+LEVELS = {"flux": 1000.0}
+"""What the zoo's times must be multiplied by to be noise levels."""
+
+
+def called(family: Family) -> tuple[nn.Module, Tensor, Tensor, dict[str, Any], Tensor]:
+    """(model, x, noise levels, condition by name, the prediction made by hand)."""
+    model, args, kwargs = family.make(batch=2)
+    with torch.no_grad():
+        expected = sample_of(model(*args, **kwargs))
+    named = dict(kwargs)
+    x, t = args[0], named.pop("timestep") if "timestep" in named else args[1]
+    if len(args) > 2:
+        named["encoder_hidden_states"] = args[2]
+    return model, x, t * LEVELS.get(family.name, 1.0), named, expected
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_mapping_calls_every_family_as_by_hand(family: Family) -> None:
+    model, x, t, named, expected = called(family)
+    with torch.no_grad():
+        found = predict(model, x, t, named)
+    assert found.shape == x.shape
+    torch.testing.assert_close(found, expected[:, : x.shape[1]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in ("uvit", "dit")])
+def test_a_tensor_is_the_class_of_each_image(family: Family) -> None:
+    model, x, t, named, expected = called(family)
+    with torch.no_grad():
+        found = predict(model, x, t, *named.values())
+    torch.testing.assert_close(found, expected[:, : x.shape[1]], rtol=0, atol=0)
+
+
+class Passes(nn.Module):
+    """A wrapper that knows nothing of what it wraps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [AveragedModel, Passes, lambda m: Passes(AveragedModel(m))])
+def test_a_wrapper_is_called_like_what_it_wraps(wrap: Any) -> None:
+    family = next(family for family in FAMILIES if family.name == "sd3")
+    model, x, t, named, expected = called(family)
+    with torch.no_grad():
+        torch.testing.assert_close(predict(wrap(model), x, t, named), expected, rtol=0, atol=0)
+
+
+def test_a_forward_set_on_the_instance_keeps_the_signature_of_the_class() -> None:
+    family = next(family for family in FAMILIES if family.name == "sd3")
+    model, x, t, named, expected = called(family)
+    inner = copy.copy(model)
+    model.__dict__["forward"] = lambda *args, **kwargs: inner(*args, **kwargs)
+    with torch.no_grad():
+        torch.testing.assert_close(predict(model, x, t, named), expected, rtol=0, atol=0)
+
+
+class Answers(nn.Module):
+    """Returns whatever ``answer`` makes of its input."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Any:
+        return self.answer(x)
+
+
+X, T = torch.arange(12.0).reshape(2, 2, 3), torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda x: x,
+        lambda x: (x, None),
+        lambda x: [x],
+        lambda x: SimpleNamespace(sample=x),
+        lambda x: torch.cat([x, -x], dim=1),
+        lambda x: (torch.cat([x, -x], dim=1),),
+    ],
+)
+def test_what_a_model_may_return(answer: Any) -> None:
+    assert torch.equal(predict(Answers(answer), X, T), X)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda x: x[:, :1], r"predicted \[2, 1, 3\] for inputs \[2, 2, 3\]"),
+        (lambda x: torch.cat([x, x], dim=2), r"predicted \[2, 2, 6\]"),
+        (lambda x: torch.cat([x, x, x], dim=1), r"predicted \[2, 6, 3\]"),
+        (lambda x: x.transpose(1, 2), r"predicted \[2, 3, 2\]"),
+        (lambda x: None, "returned a NoneType"),
+        (lambda x: OrderedDict(a=x), "returned a OrderedDict"),
+        (lambda x: (), "returned a tuple"),
+    ],
+)
+def test_what_is_no_prediction_is_refused(answer: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        predict(Answers(answer), X, T)
+
+
+def test_a_mapping_may_only_name_what_the_forward_takes() -> None:
+    model = Answers(lambda x: x)
+    with pytest.raises(DataError, match=r"names context, text, not for Answers; .* takes y"):
+        predict(model, X, T, {"text": T, "y": T, "context": T})
+    with pytest.raises(DataError, match="names t, not"):
+        predict(model, X, T, {"t": T})
+    sd3 = next(family for family in FAMILIES if family.name == "sd3").build()
+    with pytest.raises(DataError, match="names timestep, not for SD3"):
+        predict(sd3, X, T, {"timestep": T})
+    assert signature_of(Passes(nn.Linear(1, 1))).names is None  # nothing is known, all may pass
+
+
+class Late(nn.Module):
+    """Takes its time third, after a condition."""
+
+    def forward(self, x: Tensor, c: Tensor | None, t: Tensor) -> Tensor:
+        return x + t[:, None, None] if c is None else x + c[:, None, None]
+
+
+def test_a_time_that_comes_late_goes_by_name_and_the_tensor_takes_its_place() -> None:
+    assert torch.equal(predict(Late(), X, T, torch.ones(2)), X + 1)
+    assert torch.equal(predict(Late(), X, T + 5, {"c": None}), X + 5)

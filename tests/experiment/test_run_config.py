@@ -1,0 +1,143 @@
+"""Configurations: what people write is what they get, and back; recipes are the published ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsedm_compiler import ConfigError, SparseDMError
+from sparsedm_compiler.experiment.recipes import RECIPES, recipe
+from sparsedm_compiler.experiment.run_config import RunConfig
+from sparsedm_compiler.experiment.yaml_values import merged, parse, put
+from sparsedm_compiler.models import PRESETS
+
+FULL = """
+model: {name: uvit-cifar10-small, weights: dense.pth, options: {depth: 2}}
+data: {train: digits, size: 16}
+prune: {pattern: 2:4x4, keep_dense: [mid_block], overrides: {"*.fc1": 1:8}}
+train: {method: transfer, lr: 2e-4, images: 6_400, betas: [0.9, 0.99], stages: [3:4, 2:4]}
+score: {network: inception, count: 1000}
+out: runs/one
+"""
+LEAST: dict[str, Any] = {"data": {"train": "digits"}, "train": {"method": "dense"}, "out": "a"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2:4", "2:4"),
+        ("[1:8, 31:32]", ["1:8", "31:32"]),
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        ("-.5", -0.5),
+        (".inf", float("inf")),
+        ("64_000", 64_000),
+        ("007", 7),
+        ("2026-01-02", "2026-01-02"),
+        ("true", True),
+        ("null", None),
+        ("1.2.3", "1.2.3"),
+        ('"5"', "5"),
+    ],
+)
+def test_values_are_read_as_people_mean_them(text: str, value: object) -> None:
+    found = parse(text, "a test")
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(FULL, encoding="utf-8")
+    config = RunConfig.read(tmp_path / "run.yaml")
+    assert config.prune.pattern == "2:4x4"
+    assert config.prune.overrides == {"*.fc1": "1:8"}
+    assert config.prune.keep_dense == ("mid_block",)
+    assert (config.train.lr, config.train.images) == (2e-4, 6400)
+    assert config.train.stages == ("3:4", "2:4")
+    assert config.train.teacher == "previous"
+    (tmp_path / "run.json").write_text(json.dumps(config.as_dict()), encoding="utf-8")
+    assert RunConfig.read(tmp_path / "run.json") == config
+    assert RunConfig.read(tmp_path / "run.json", ["train.lr=1"]) != config
+
+
+def test_sections_are_merged_value_by_value() -> None:
+    below = {"train": {"lr": 1, "seed": 2}, "out": "a"}
+    found = merged(below, {"train": {"lr": 3}, "data": {"train": "digits"}})
+    assert found == {"train": {"lr": 3, "seed": 2}, "out": "a", "data": {"train": "digits"}}
+    assert below == {"train": {"lr": 1, "seed": 2}, "out": "a"}
+    assert merged({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
+
+
+def test_assignments_make_the_sections_they_need() -> None:
+    values: dict[str, Any] = {}
+    put(values, "model.options.depth=4")
+    put(values, "out = runs/a=b")
+    assert values == {"model": {"options": {"depth": 4}}, "out": "runs/a=b"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"out": ""}, "no folder to write to"),
+        ({"out": 3}, "no folder to write to"),
+        ({"trian": {}}, "there is no section 'trian'; there are model, data"),
+        ({"train": 3}, "train is 3, not names and values"),
+        ({"data": {}}, "no training data"),
+        ({"data": {"train": "digits", "helt_out": "x"}}, "did you mean held_out"),
+        ({"prune": {"pattern": "4:2"}}, "'4:2'"),
+        ({"train": {"method": "sparsedm"}}, "has random weights"),
+        ({"train": {"method": "dense", "images": 0}}, "images 0"),
+        ({"recipe": "cifar10"}, "there is cifar10-uvit and cifar10-ddpm"),
+    ],
+)
+def test_bad_configurations_say_what_is_wrong(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(SparseDMError, match=says):
+        RunConfig.of({**LEAST, **change})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train: [", "run.yaml is not YAML"),
+        ("- a", "holds list, not sections"),
+        ("train: {lr: high}", "lr"),
+        ("!!python/object/apply:os.getcwd []", "is not YAML"),
+    ],
+)
+def test_bad_files_are_refused(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=says):
+        RunConfig.read(tmp_path / "run.yaml", ["data.train=digits", "out=a", "train.method=dense"])
+
+
+@pytest.mark.parametrize("assignment", ["lr", "=3", "train..lr=3", "out.x=3", "train.lr=[1"])
+def test_bad_assignments_are_refused(assignment: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not section|looks into out|is not YAML"):
+        put({"out": "a"}, assignment)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_makes_a_configuration(name: str) -> None:
+    values = {"recipe": name, "data": {"train": "x"}, "model": {"weights": "w"}, "out": "a"}
+    config = RunConfig.of(values)
+    assert config.model.name in PRESETS
+    assert config.train.method == "sparsedm"
+    paper = name != "short"
+    assert config.train.sr_ste_lambda == (2e-4 if paper else 0)
+    assert config.train.warmup_images < config.train.images
+    assert config.data.train == "x"
+    assert recipe(None) == {}
+    assert "recipe" in values
+
+
+def test_recipes_go_on_top_of_each_other() -> None:
+    below, above = RECIPES["cifar10-uvit"], RECIPES["short"]
+    found = recipe("cifar10-uvit+short")
+    assert found["train"] == {**below["train"], **above["train"]}
+    assert found["model"] == below["model"]
+    assert recipe("short+cifar10-uvit")["train"]["warmup_images"] == 320_000
+    with pytest.raises(ConfigError, match="there is no recipe 'shot'; there is short"):
+        recipe("cifar10-uvit+shot")

@@ -1,0 +1,264 @@
+"""``nm_mask`` against brute force: exactly n per group, the largest, ties to the lowest index."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparsedm_compiler.errors import MaskError, PatternError
+from sparsedm_compiler.masks import top_n as selection
+from sparsedm_compiler.masks.nm_mask import dropped, kept, nm_mask, unchecked_nm_mask
+from sparsedm_compiler.pattern import Pattern
+from tests.masks.mask_cases import (
+    DTYPES,
+    LAYOUTS,
+    brute,
+    channels_last,
+    coarse_cases,
+    free_cases,
+    tile_cases,
+)
+from tests.oracle import brute_mask
+
+properties = settings(deadline=None, max_examples=120)
+
+
+def groups_of(tensor: Tensor, m: int) -> Tensor:
+    """[..., m]: one row per group."""
+    return tensor.movedim(1, -1).reshape(-1, m)
+
+
+@properties
+@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
+def test_it_is_the_brute_force_mask(case: tuple[Tensor, Pattern]) -> None:
+    weight, pattern = case
+    mask = nm_mask(weight, pattern)
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, brute(weight, pattern))
+
+
+@properties
+@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
+def test_every_group_keeps_exactly_n(case: tuple[Tensor, Pattern]) -> None:
+    weight, pattern = case
+    counts = groups_of(nm_mask(weight, pattern), pattern.m).sum(1)
+    assert bool((counts == pattern.n).all())
+
+
+@properties
+@given(free_cases())
+def test_the_kept_are_the_largest_and_ties_go_to_the_lowest(case: tuple[Tensor, Pattern]) -> None:
+    weight, pattern = case
+    mask = groups_of(nm_mask(weight, pattern), pattern.m)
+    scores = groups_of(weight.abs().double(), pattern.m)
+    least = scores.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    assert bool((scores.masked_fill(mask, -1) <= least).all())
+    level = scores == least
+    first_dropped = torch.where(level & ~mask, torch.arange(pattern.m), pattern.m).amin(1)
+    last_kept = torch.where(level & mask, torch.arange(pattern.m), -1).amax(1)
+    assert bool((last_kept < first_dropped).all())
+
+
+@properties
+@given(st.one_of(free_cases(), tile_cases()))
+def test_masking_the_masked_changes_nothing(case: tuple[Tensor, Pattern]) -> None:
+    weight, pattern = case
+    once = kept(weight, nm_mask(weight, pattern))
+    assert torch.equal(kept(once, nm_mask(once, pattern)), once)
+
+
+@properties
+@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
+def test_dtype_and_layout_do_not_matter(case: tuple[Tensor, Pattern]) -> None:
+    weight, pattern = case
+    mask = nm_mask(weight.double().contiguous(), pattern)
+    for dtype in DTYPES:
+        for layout in LAYOUTS:
+            assert torch.equal(nm_mask(layout(weight.to(dtype)), pattern), mask)
+
+
+@properties
+@given(coarse_cases())
+def test_the_rows_of_a_block_share_columns(case: tuple[Tensor, Pattern]) -> None:
+    weight, pattern = case
+    mask = nm_mask(weight, pattern).unflatten(0, (-1, pattern.rows))
+    if pattern.vnm:
+        used = groups_of(mask.any(1), pattern.m).sum(1)
+        assert bool((used <= 4).all())
+    else:
+        assert bool((mask == mask[:, :1]).all())
+
+
+def test_column_energy_is_not_rounded_to_the_dtype_of_the_weight() -> None:
+    """257 against 256 is a tie in bfloat16, 400^2 against 300^2 one of infinities in float16."""
+    close = torch.tensor([[16.0, 16.0], [0.0, 1.0]], dtype=torch.bfloat16)
+    large = torch.tensor([[300.0, 400.0], [0.0, 0.0]], dtype=torch.float16)
+    for weight in (close, large):
+        assert nm_mask(weight, "1:2x2").tolist() == [[False, True], [False, True]]
+
+
+SIZES = ["31:32", "3:4", "2:4", "1:2", "2:8", "1:8", "1:16", "1:32", "16:32", "8:64", "3:5", "2:24"]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut even a small weight into many parts, the last one smaller."""
+    monkeypatch.setattr(selection, "_LANES", 8)
+    monkeypatch.setattr(selection, "_CACHE", 64)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("text", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_of_many_parts(text: str, dtype: torch.dtype) -> None:
+    pattern = Pattern.parse(text)
+    torch.manual_seed(0)
+    weight = torch.randn(37, 3 * pattern.m, 1, 2).to(dtype)
+    for view in (weight[..., 0], weight, channels_last(weight)):
+        assert torch.equal(nm_mask(view, pattern), brute_mask(view, pattern))
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("text", ["8:2:8", "3:4:6", "5:1:32"])
+def test_blocks_of_rows_in_many_parts(text: str) -> None:
+    pattern = Pattern.parse(text)
+    torch.manual_seed(0)
+    weight = torch.randint(-9, 10, (7 * pattern.rows, 3 * pattern.m)).float()
+    assert torch.equal(nm_mask(weight, pattern), brute(weight, pattern))
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:8", "16:32"])
+def test_a_weight_larger_than_the_cache(text: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(2100, 1024)
+    assert torch.equal(nm_mask(weight, text), brute_mask(weight, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2:4", "1:4", "3:4", "1:8", "7:8", "16:32", "31:32", "2:4x2", "2:2:8", "1:4t", "2:4t", "3:4t"],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_broken_weights_still_keep_exactly_n(text: str, dtype: torch.dtype) -> None:
+    pattern = Pattern.parse(text)
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64, dtype=dtype)
+    weight[torch.rand(64, 64) < 0.3] = torch.nan
+    weight[torch.rand(64, 64) < 0.3] = -torch.inf
+    mask = unchecked_nm_mask(weight, pattern)
+    assert bool((groups_of(mask, pattern.m).sum(1) == pattern.n).all())
+    assert torch.equal(unchecked_nm_mask(weight.clone(), pattern), mask)
+
+
+@pytest.mark.parametrize("text", ["2:4", "5:8", "1:32", "31:32", "16:32", "3:5", "3:2:8", "1:8x4"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_way_of_accelerators_gives_the_same(
+    text: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its formula runs on any device; which one is asked is decided by the weight's device."""
+    pattern = Pattern.parse(text)
+    torch.manual_seed(0)
+    weight = (torch.randn(12, 2 * pattern.m, 3) * 2).round().to(dtype)
+    expected = unchecked_nm_mask(weight, pattern)
+
+    def at_once(part: Tensor, mask: Tensor, columns: Tensor | None, *rest: object) -> None:
+        selection._fill_at_once(part, mask, columns, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(selection, "_fill", at_once)
+    monkeypatch.setattr(selection, "_channels_last", lambda tensor: False)
+    assert torch.equal(unchecked_nm_mask(weight, pattern), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("text", [*SIZES, "1:8x16", "64:2:8", "1:4t", "2:4t", "3:4t"])
+def test_a_gpu_gives_the_same(text: str) -> None:
+    pattern = Pattern.parse(text)
+    for dtype in DTYPES:
+        weight = (torch.randn(128, 4 * pattern.m, 3, 3) * 4).round().to(dtype)
+        assert torch.equal(nm_mask(weight.cuda(), pattern).cpu(), nm_mask(weight, pattern))
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:8x2", "2:2:8", "2:4t"])
+def test_meta_and_fake_tensors_give_the_shape(text: str) -> None:
+    on_meta = nm_mask(torch.empty(4, 8, 3, 3, device="meta"), text)
+    assert (on_meta.shape, on_meta.dtype, on_meta.is_meta) == ((4, 8, 3, 3), torch.bool, True)
+    with FakeTensorMode():
+        fake = nm_mask(torch.empty(4, 8), text)
+    assert (fake.shape, fake.dtype) == ((4, 8), torch.bool)
+
+
+def test_an_empty_weight_has_an_empty_mask() -> None:
+    for text in ("2:4", "2:4t"):
+        assert nm_mask(torch.empty(0, 8), text).shape == (0, 8)
+        assert nm_mask(torch.empty(8, 0), text).shape == (8, 0)
+
+
+def test_the_mask_of_a_parameter_is_no_part_of_its_graph() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 8))
+    before = weight.detach().clone()
+    assert not nm_mask(weight, "2:4").requires_grad
+    assert torch.equal(weight, before)
+
+
+@properties
+@given(free_cases())
+def test_kept_and_dropped_make_up_the_weight(case: tuple[Tensor, Pattern]) -> None:
+    weight, pattern = case
+    mask = nm_mask(weight, pattern)
+    zero = torch.zeros((), dtype=weight.dtype)
+    assert torch.equal(kept(weight, mask), torch.where(mask, weight, zero))
+    assert torch.equal(dropped(weight, mask), torch.where(mask, zero, weight))
+
+
+def test_what_is_masked_out_is_zero_even_if_it_was_infinite() -> None:
+    weight = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0]])
+    mask = torch.tensor([[False, False, True, True]])
+    assert kept(weight, mask).tolist() == [[0.0, 0.0, -torch.inf, 1.0]]
+    assert dropped(weight, ~mask).tolist() == [[0.0, 0.0, -torch.inf, 1.0]]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_broken_weight_is_named_and_located(value: float, dtype: torch.dtype) -> None:
+    weight = torch.ones(4, 8, 3, 3, dtype=dtype)
+    weight[2, 5, 0, 1] = value
+    with pytest.raises(MaskError, match=r"'mid\.conv\.weight' holds 1 NaN or Inf.*\[2, 5, 0, 1\]"):
+        nm_mask(weight, "2:4", name="mid.conv.weight")
+    with pytest.raises(MaskError, match="the weight holds"):
+        nm_mask(weight, "2:4")
+
+
+def test_large_but_finite_weights_are_fine() -> None:
+    huge = torch.full((64, 64), 60000.0, dtype=torch.float16)
+    assert int(nm_mask(huge, "2:4").sum()) == 64 * 32
+    assert int(nm_mask(torch.full((64, 64), 3e38), "2:4").sum()) == 64 * 32
+
+
+@pytest.mark.parametrize(
+    ("shape", "text", "why"),
+    [
+        ((8, 6), "2:4", "input width 6 is not a multiple of 4"),
+        ((8, 3, 4, 4), "2:4", "input width 3 is not a multiple of 4"),
+        ((24, 8), "1:8x16", "output width 24 is not a multiple of the 16"),
+        ((32, 8), "64:2:8", "output width 32 is not a multiple of the 64"),
+        ((6, 8), "2:4t", "output width 6 is not a multiple of 4"),
+        ((8, 6), "2:4t", "input width 6 is not a multiple of 4"),
+    ],
+)
+def test_a_pattern_that_does_not_fit_says_why(shape: tuple[int, ...], text: str, why: str) -> None:
+    with pytest.raises(PatternError, match=rf"'{text}' does not fit parameter 'fc'.*{why}"):
+        nm_mask(torch.randn(shape), text, name="fc")
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.ones(8), torch.ones(4, 8, dtype=torch.int32), torch.ones(4, 8, dtype=torch.complex64)],
+)
+def test_what_is_no_weight_is_refused(weight: Tensor) -> None:
+    with pytest.raises(MaskError, match=r"the weight is torch\.\w+ of shape"):
+        nm_mask(weight, "2:4")

@@ -1,0 +1,223 @@
+"""The fused kernel against ``kept(weight, unchecked_nm_mask(weight, pattern))``, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsedm_compiler.masks.mask_ste import _fused, mask_ste, mask_ste_op
+from sparsedm_compiler.masks.nm_mask import dropped, kept, unchecked_nm_mask
+from sparsedm_compiler.masks.top_n import KEYS
+from sparsedm_compiler.masks.triton_mask import _lanes, _launch, masked, refusal
+from sparsedm_compiler.pattern import Pattern
+from tests.backends.cuda.running import moved, on_cuda, on_device, run_interpreted
+from tests.masks.mask_cases import LAYOUTS, channels_last, coarse_cases, contiguous, free_cases
+
+# numpy, in the interpreter: an energy may be infinite.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FREE = (
+    *("1:2", "2:4", "1:4", "3:4", "2:8", "1:8", "7:8", "8:16", "1:16", "1:32", "16:32", "31:32"),
+    *("3:5", "7:13", "5:6", "8:64", "32:64", "60:64", "5:128", "64:128", "100:257", "4:4"),
+)
+COARSE = (
+    *("1:8x16", "2:4x3", "2:4x128", "3:5x7", "6:8x48", "5:64x2", "4:4x2"),
+    *("64:2:8", "3:4:6", "5:1:7", "2:3:16", "128:2:32", "4:4:8"),
+)
+
+
+def expected(weight: Tensor, pattern: Pattern) -> Tensor:
+    return kept(weight, unchecked_nm_mask(weight, pattern))
+
+
+def left_out(weight: Tensor, pattern: Pattern) -> Tensor:
+    return dropped(weight, unchecked_nm_mask(weight, pattern))
+
+
+def check(weight: Tensor, pattern: Pattern) -> None:
+    """The same bits and strides; the oracle runs on the CPU."""
+    for rest, oracle in enumerate((expected(weight, pattern), left_out(weight, pattern))):
+        found = masked(moved(weight), pattern, rest=bool(rest))
+        assert (found.dtype, found.shape) == (oracle.dtype, oracle.shape)
+        assert found.stride() == oracle.stride()
+        assert torch.equal(bits(found.cpu()), bits(oracle))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """As integers: NaN equals itself, and -0.0 not 0.0."""
+    return tensor.view(KEYS[tensor.dtype])
+
+
+def integers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Small integers: half of all groups tie, and energies are exact in any order."""
+    torch.manual_seed(sum(shape))
+    return torch.randint(-6, 7, shape).to(dtype)
+
+
+def test_in_the_interpreter() -> None:
+    assert run_interpreted(__file__) > 100
+
+
+@on_device
+@settings(deadline=None, max_examples=80)
+@given(st.one_of(free_cases(), coarse_cases()), st.sampled_from(DTYPES))
+def test_any_pattern_and_layout(case: tuple[Tensor, Pattern], dtype: torch.dtype) -> None:
+    weight, pattern = case
+    view = torch.empty_strided(weight.shape, weight.stride(), dtype=dtype).copy_(weight)
+    check(view, pattern)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", [*FREE, *COARSE])
+def test_shapes_and_strides(text: str, dtype: torch.dtype) -> None:
+    pattern = Pattern.parse(text)
+    blocks = 1 if pattern.m * pattern.rows > 100 else 3
+    weight = integers((blocks * pattern.rows, 2 * pattern.m, 2, 3), dtype)
+    for layout in LAYOUTS:
+        check(layout(weight), pattern)
+        check(layout(weight[..., 1, 2]), pattern)
+
+
+@on_device
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(12, 24), (12, 24, 5), (12, 24, 2, 1, 3)], ids=str)
+def test_any_number_of_dimensions(shape: tuple[int, ...], layout: object) -> None:
+    for text in ("2:8", "1:4x3", "6:2:8"):
+        check(layout(integers(shape, torch.float32)), Pattern.parse(text))  # type: ignore[operator]
+
+
+@on_device
+@pytest.mark.parametrize("text", ["2:4", "1:8", "3:5x2", "16:2:8"])
+def test_many_programs_the_last_one_cut(text: str) -> None:
+    pattern = Pattern.parse(text)
+    weight = integers((16 * 7, 5 * pattern.m * 7), torch.bfloat16)
+    check(weight, pattern)
+    check(weight[:, : 4 * pattern.m], pattern)
+
+
+@on_device
+@pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "7:8", "16:32", "2:4x2", "2:2:8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_broken_weights_keep_exactly_n_and_the_rest_is_zero(text: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(32, 64).to(dtype)
+    for value in (torch.nan, torch.inf, -torch.inf, -0.0):
+        weight[torch.rand(32, 64) < 0.2] = value
+    check(weight, Pattern.parse(text))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_last_bit_of_a_magnitude_counts(dtype: torch.dtype) -> None:
+    """Groups of neighbouring numbers, denormals among them, in a random order."""
+    torch.manual_seed(0)
+    first = torch.randint(0, 2**15 - 16, (40, 1)) << 8 * (dtype.itemsize - 2)
+    whole = first + torch.stack([torch.randperm(8) for _ in range(40)])
+    whole[::2] -= 1 << 8 * dtype.itemsize - 1  # the sign
+    weight = whole.to(KEYS[dtype]).view(dtype)
+    for text in ("1:8", "5:8", "2:4"):
+        check(weight, Pattern.parse(text))
+
+
+@on_device
+def test_energies_are_sums_in_float32() -> None:
+    """257 against 256 is a tie in bfloat16, 400^2 against 300^2 one of infinities in float16."""
+    close = torch.tensor([[16.0, 16.0], [0.0, 1.0]], dtype=torch.bfloat16)
+    large = torch.tensor([[300.0, 400.0], [0.0, 0.0]], dtype=torch.float16)
+    for weight in (close, large):
+        check(weight, Pattern.parse("1:2x2"))
+        assert masked(moved(weight), Pattern.parse("1:2x2"))[:, 0].count_nonzero() == 0
+
+
+@on_device
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (4, 8, 0, 3)], ids=str)
+def test_nothing_to_mask(shape: tuple[int, ...]) -> None:
+    check(torch.empty(shape), Pattern.parse("2:4"))
+
+
+@on_device
+@pytest.mark.parametrize("text", ["2:4", "1:4x3", "6:2:8"])
+def test_offsets_of_64_bits_give_the_same(text: str) -> None:
+    pattern = Pattern.parse(text)
+    for layout in LAYOUTS:
+        weight = moved(layout(integers((12, 24, 2, 3), torch.float16)))
+        out = torch.empty_like(weight)
+        _launch(weight, out, pattern, wide=True)
+        assert torch.equal(out, masked(weight, pattern))
+
+
+@on_device
+def test_the_weight_is_left_alone_and_no_part_of_a_graph() -> None:
+    weight = moved(integers((8, 16), torch.float32)).requires_grad_()
+    before = weight.detach().clone()
+    assert not masked(weight, Pattern.parse("2:4")).requires_grad
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("text", "layout", "sizes"),
+    [
+        ("2:4", contiguous, [192 * 16 * 9 // 4 // 9, 9]),
+        ("2:4", channels_last, [192 * 16 * 9 // 4]),
+        ("2:4x8", contiguous, [192 // 8, 4, 9]),
+        ("2:4x8", channels_last, [192 // 8, 4 * 9]),
+    ],
+)
+def test_lanes_follow_memory_in_as_few_dimensions_as_can_be(
+    text: str, layout: object, sizes: list[int]
+) -> None:
+    weight = layout(torch.empty(192, 16, 3, 3))  # type: ignore[operator]
+    dims = _lanes(weight, torch.empty_like(weight), Pattern.parse(text))
+    assert [dim.size for dim in dims] == sizes[::-1]
+    assert [dim.weight for dim in dims] == sorted(dim.weight for dim in dims)
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "why"),
+    [
+        ("2:4", torch.float64, "no fused mask for float64"),
+        ("1:32768", torch.float32, "1:32768 masks more than 16384 weights together"),
+        ("1:128x256", torch.float16, "1:128x256 masks more than 16384 weights together"),
+        ("1:128x128", torch.float16, None),
+        ("3:5", torch.bfloat16, None),
+    ],
+)
+def test_refusals(text: str, dtype: torch.dtype, why: str | None) -> None:
+    assert refusal(Pattern.parse(text), dtype) == why
+
+
+def test_the_op_asks_for_triton_on_cuda_alone() -> None:
+    pattern = Pattern.parse("2:4")
+
+    def never() -> str | None:
+        raise AssertionError("nobody should ask")
+
+    assert not _fused("cpu", torch.float32, pattern, never)
+    assert not _fused("cuda", torch.float64, pattern, never)
+    assert not _fused("cuda", torch.float32, pattern, lambda: "no Triton")
+    assert _fused("cuda", torch.float32, pattern, lambda: None)
+
+
+@on_cuda
+@pytest.mark.parametrize("text", ["2:4", "1:8", "4:4", "1:4x2", "2:2:8"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_op_on_cuda(text: str, layout: object) -> None:
+    for dtype in (*DTYPES, torch.float64):
+        weight = moved(layout(integers((8, 16, 2, 3), dtype))).requires_grad_()  # type: ignore[operator]
+        torch.library.opcheck(mask_ste_op, (weight, text))
+        oracle = expected(weight.detach().cpu(), Pattern.parse(text))
+        assert torch.equal(mask_ste(weight, text).cpu(), oracle)
+
+
+@on_cuda
+def test_more_than_2_to_the_31_elements() -> None:
+    pattern = Pattern.parse("2:4")
+    weight = torch.randn(2**16 + 8, 2**15, device="cuda", dtype=torch.float16)
+    found = masked(weight, pattern)
+    for rows in (slice(0, 8), slice(-8, None)):
+        assert torch.equal(found[rows], expected(weight[rows].clone(), pattern))

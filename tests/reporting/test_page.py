@@ -1,0 +1,389 @@
+"""Reports of hand-written runs: every cell right, every text escaped, alone in a browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparsedm_compiler.errors import DataError
+from sparsedm_compiler.reporting.page import report_page
+from sparsedm_compiler.reporting.run_record import read_run
+from tests.reporting.run_folders import FD, run, unfinished, write
+
+
+class Read(HTMLParser):
+    """What a page holds: its tables as rows of texts, the tags it uses, its attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.inside: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "srcset", "href")]
+        if tag in ("td", "th", "style", "script"):
+            self.inside = tag
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = None if tag == self.inside else self.inside
+
+    def handle_data(self, data: str) -> None:
+        if self.inside not in ("style", "script"):
+            self.words.append(data)
+        if self.inside in ("td", "th"):
+            self.tables[-1][-1][-1] = f"{self.tables[-1][-1][-1]} {data}".strip()
+
+    def row(self, *starts: str) -> dict[str, str]:
+        """The row of the first table that starts so, by the heads."""
+        heads, *rows = self.tables[0]
+        (found,) = [cells for cells in rows if tuple(cells[: len(starts)]) == starts]
+        return dict(zip(heads, found, strict=True))
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+def report(*runs: Path) -> Read:
+    out = runs[0].parent / "report.html"
+    report_page(runs, out)
+    return Read(out.read_text(encoding="utf-8"))
+
+
+def test_a_row_of_one_run(tmp_path: Path) -> None:
+    speed = {"ratio": 1.684, "baseline": "Inductor, frozen"}
+    page = report(
+        run(tmp_path / "a", speed=speed), run(tmp_path / "b", method="dense", pattern=None)
+    )
+    assert page.row("sparsedm") == {
+        "method": "sparsedm",
+        "pattern": "2:4",
+        "seed": "0",
+        "images": "64,000",
+        "held-out loss": "0.08",
+        "of the average": "0.07",
+        "FD-DigitsCNN [1]": "1.25",
+        "MACs": "10.7 → 5.38 M ÷ 1.99",
+        "speed": "1.68x",
+        "images/s": "100",
+    }
+    assert page.row("dense")["pattern"] == "dense"
+    assert page.row("dense")["speed"] == "not measured"
+    assert "2 training runs compared" in page.text
+    assert "dense, sparsedm 2:4; seed 0." in page.text
+    assert (
+        "[1] FD-DigitsCNN: 360 samples against 1,437 images, "
+        "DPMSolverMultistepScheduler 20 steps; lower is better." in page.text
+    )
+    assert "Speed: times faster than Inductor, frozen, side by side in one process." in page.text
+    assert "standard deviation" not in page.text
+
+
+def test_speeds_over_different_baselines_and_scores_of_nothing(tmp_path: Path) -> None:
+    page = report(
+        run(
+            tmp_path / "a", speed={"ratio": 2.0, "baseline": "eager"}, scores=[{**FD, "value": 0.0}]
+        ),
+        run(tmp_path / "b", pattern="1:4", speed={"ratio": 3.0, "baseline": "Inductor"}),
+    )
+    assert "Speed of sparsedm 2:4: times faster than eager." in page.text
+    assert "Speed of sparsedm 1:4: times faster than Inductor." in page.text
+    assert page.row("sparsedm", "2:4")["FD-DigitsCNN [1]"] == "0"
+
+
+def test_seeds_of_one_experiment_share_a_row(tmp_path: Path) -> None:
+    losses = (0.0781, 0.0792, 0.0811)
+    folders = [
+        run(
+            tmp_path / f"s{seed}",
+            seed=seed,
+            held_out=[{"images": 64_000, "student": loss, "ema": None}],
+            scores=[{**FD, "value": 10 * loss}] if seed else [],
+        )
+        for seed, loss in enumerate(losses)
+    ]
+    row = report(*folders).row("sparsedm")
+    assert row["seed"] == "0, 1, 2"
+    assert row["held-out loss"] == f"{np.mean(losses):.4g} ± {np.std(losses, ddof=1):.2g} n = 3"
+    assert row["of the average"] == "-"
+    two = 10 * np.array(losses[1:])
+    assert row["FD-DigitsCNN [1]"] == f"{np.mean(two):.4g} ± {np.std(two, ddof=1):.2g} n = 2"
+
+
+def test_only_seeds_are_averaged_over(tmp_path: Path) -> None:
+    folders = [
+        run(tmp_path / "first"),
+        run(tmp_path / "again"),
+        run(tmp_path / "lr", seed=1, train={"lr": 5e-3}),
+        run(tmp_path / "second", seed=2),
+        unfinished(tmp_path / "going", seed=3),
+    ]
+    other = run(tmp_path / "model", seed=4)
+    values = json.loads((other / "run.json").read_text())
+    write(other / "run.json", {**values, "model": {**values["model"], "name": "ddpm-cifar10"}})
+    heads, *rows = report(*folders, other).tables[0]
+    assert [row[heads.index("seed")] for row in rows] == ["0, 2", "0", "1", "3", "4"]
+
+
+def test_rows_go_from_dense_to_sparse(tmp_path: Path) -> None:
+    patterns = ("1:8", "2:4x4", None, "1:4", "2:4", "odd")
+    folders = [run(tmp_path / f"run{k}", pattern=pattern) for k, pattern in enumerate(patterns)]
+    column = [row[1] for row in report(*folders).tables[0][1:]]
+    assert column == ["dense", "2:4", "2:4x4", "1:4", "1:8", "odd"]
+
+
+def test_many_runs_have_charts_by_pattern(tmp_path: Path) -> None:
+    def of(name: str, seed: int = 0, pattern: str = "2:4") -> Path:
+        return run(tmp_path / name, pattern=pattern, seed=seed, train={"lr": int(name[1:])})
+
+    pairs = [of(f"{'ab'[seed]}{lr}", seed) for lr in range(4) for seed in (0, 1)]
+    few = report(*pairs)
+    assert (few.tags.count("source"), few.tags.count("img")) == (1, 1 + 8)
+    assert "Curves and samples" not in few.text
+    more = report(*pairs, of("c4", pattern="1:8"))
+    assert (more.tags.count("source"), more.tags.count("img")) == (1, 1 + 5)
+    assert "Curves and samples are those of the first." in more.text
+    assert len(more.tables[0]) == 1 + 5
+    many = report(*(of(f"d{lr}") for lr in range(9)), of("e9", pattern="1:8"))
+    assert many.tags.count("source") == 3  # eight lines in a chart at most, a pattern in each
+    assert many.tags.count("img") == 3 + 10
+
+
+def test_scores_that_cannot_be_compared_get_columns_of_their_own(tmp_path: Path) -> None:
+    other = {**FD, "count": 5000, "value": 3.5}
+    page = report(run(tmp_path / "a"), run(tmp_path / "b", method="ste", scores=[other]))
+    heads = page.tables[0][0]
+    assert [head for head in heads if head.startswith("FD")] == [
+        "FD-DigitsCNN [1]",
+        "FD-DigitsCNN [2]",
+    ]
+    assert page.row("ste")["FD-DigitsCNN [1]"] == "-"
+    assert page.row("ste")["FD-DigitsCNN [2]"] == "3.5"
+    assert "5,000 samples" in page.text
+
+
+def test_an_unfinished_run_shows_what_there_is(tmp_path: Path) -> None:
+    page = report(unfinished(tmp_path / "going", method="ste"), run(tmp_path / "done"))
+    row = page.row("ste unfinished")
+    assert (row["images"], row["speed"], row["MACs"]) == ("12,800 of 64,000", "not measured", "-")
+    assert float(row["held-out loss"]) == pytest.approx(0.1 + np.exp(-59 / 8) / 2, rel=1e-3)
+    assert "Not finished: going." in page.text
+    assert page.tags.count("img") == 2  # the curves and the samples of the other
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    write(begun / "config.json", {"method": "dense", "images": 640, "seed": 4})
+    row = report(begun).row("dense unfinished")
+    assert (row["pattern"], row["seed"], row["images"]) == ("dense", "4", "0 of 640")
+    write(begun / "run.json", {"prune": {"pattern": "1:8"}, "train": {"method": "ste", "seed": 5}})
+    row = report(begun).row("ste unfinished")
+    assert (row["pattern"], row["seed"], row["images"]) == ("1:8", "5", "0")
+
+
+def test_a_run_is_finished_when_it_has_been_scored(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", scores=[], complete=False)
+    assert report(folder).row("sparsedm unfinished")["images"] == "64,000 of 64,000"
+    (folder / "run.json").unlink()  # finetune alone scores nothing
+    assert report(folder).row("sparsedm")["images"] == "64,000"
+
+
+def test_a_run_that_kept_no_log(tmp_path: Path) -> None:
+    silent = run(tmp_path / "silent")
+    for name in ("log.jsonl", "config.json", "run.json"):
+        (silent / name).unlink()
+    found = read_run(silent)
+    assert [entry.images for entry in found.log] == [64, 128, 0, 64_000]
+    assert found.config["images"] == 64_000
+    assert report(silent).row("sparsedm")["images"] == "64,000"
+
+
+def test_only_options_that_differ_are_compared(tmp_path: Path) -> None:
+    first, second = run(tmp_path / "a"), run(tmp_path / "b", seed=1, train={"ema": None})
+    page = report(first, second)
+    assert page.tables[1] == [
+        ["option", "a", "b"],
+        ["train.seed", "0", "1"],
+        ["train.ema", "-", "none"],
+    ]
+    assert '"betas"' in page.text
+    assert len(report(first).tables) == 1
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    page = report(
+        run(tmp_path / "x" / "r"), run(tmp_path / "y" / "r", seed=1), run(tmp_path / "r2")
+    )
+    assert page.tables[1][0] == ["option", "x/r", "y/r", "r2"]
+
+
+EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)> &amp; "\''
+
+
+def test_every_text_is_escaped(tmp_path: Path) -> None:
+    scores = [{**FD, "metric": EVIL, "network": EVIL, "sampler": EVIL}]
+    speed = {"ratio": 2.0, "baseline": EVIL}
+    changes = {"scores": scores, "speed": speed, "name": EVIL, "machine": {EVIL: EVIL}}
+    page = report(
+        run(tmp_path / "a", method=EVIL, pattern=EVIL, train={EVIL: EVIL}, **changes),
+        run(tmp_path / "b"),
+    )
+    assert page.tags.count("script") == 1
+    assert page.tags.count("img") == 3
+    assert page.row(EVIL, EVIL)["images"] == "64,000"
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+
+
+def test_nothing_is_fetched_and_no_path_is_told(tmp_path: Path) -> None:
+    report_page([run(tmp_path / "a"), run(tmp_path / "b", seed=1)], tmp_path / "r" / "report.html")
+    text = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    for name in ("a", "b"):
+        grid = (tmp_path / name / "samples" / "000000064000.png").read_bytes()
+        assert base64.b64encode(grid).decode() in text
+    assert not re.search(r"https?://|url\(|@import|<link", text)
+    assert "default-src 'none'; img-src data:" in text
+    assert str(tmp_path) not in text
+
+
+def test_statistics_that_do_not_count_their_images_say_so(tmp_path: Path) -> None:
+    page = report(run(tmp_path / "a", scores=[{**FD, "reference_count": None, "spread": 0.1}]))
+    assert "360 samples against an unknown number of images" in page.text
+
+
+def test_the_newest_grid_is_shown_where_none_is_named(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", samples=None)
+    assert read_run(folder).samples == folder / "samples" / "000000064000.png"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda folder: shutil.rmtree(folder), "is no folder of a run"),
+        (lambda folder: [path.unlink() for path in folder.glob("*.json*")], "is no run: it has"),
+        (lambda folder: (folder / "results.json").write_text("{"), r"cannot read .*results\.json"),
+        (lambda folder: (folder / "results.json").write_text("[]"), "holds no JSON object"),
+        (lambda folder: change(folder, version=9), "format version 9, this package reads 1"),
+        (lambda folder: change(folder, macs={}), r"results\.json is damaged: KeyError\('dense'\)"),
+        (lambda folder: change(folder, scores=[{}]), "is damaged"),
+        (lambda folder: change(folder, held_out=3), "is damaged"),
+        (lambda folder: (folder / "log.jsonl").write_text("x\n\n"), r"log\.jsonl:1 is no line"),
+        (lambda folder: shutil.rmtree(folder / "samples"), "cannot read .*000000064000"),
+    ],
+    ids=["gone", "empty", "torn", "list", "version", "macs", "scores", "held", "log", "samples"],
+)
+def test_what_is_no_run_is_named(tmp_path: Path, spoil: Any, says: str) -> None:
+    folder = run(tmp_path / "a")
+    spoil(folder)
+    with pytest.raises(DataError, match=says):
+        report_page([folder], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def change(folder: Path, **values: Any) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    write(folder / "results.json", {**results, **values})
+
+
+def test_requests_that_make_no_page(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a")
+    with pytest.raises(DataError, match="no run to report on"):
+        report_page([], tmp_path / "report.html")
+    with pytest.raises(DataError, match="named twice"):
+        report_page([folder, tmp_path / "a" / ".." / "a"], tmp_path / "report.html")
+    with pytest.raises(DataError, match="cannot write"):
+        report_page([folder], folder / "config.json" / "report.html")
+
+
+# ------------------------------------------------------------------ in a browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--virtual-time-budget=5000",
+)
+WATCH = """<script>
+const seen = document.documentElement.dataset;
+seen.errors = "";
+addEventListener("error", event => seen.errors += event.message);
+addEventListener("securitypolicyviolation", event => seen.errors += event.violatedDirective);
+addEventListener("load", () => {
+  seen.widths = [...document.images].map(image => image.naturalWidth).join();
+  seen.clipped = [...document.querySelectorAll(".card")].filter(card =>
+    card.scrollWidth > card.clientWidth && getComputedStyle(card).overflowX != "auto").length;
+  seen.overflow = document.documentElement.scrollWidth - innerWidth;
+  const column = () => [...document.querySelectorAll("table.sort tbody tr")]
+    .map(row => row.children[7].dataset.value).join();
+  const button = document.querySelectorAll("table.sort thead button")[7];
+  button.click(); seen.up = column();
+  button.click(); seen.down = column();
+});
+</script>"""
+
+
+def browse(page: Path, folder: Path, *options: str, width: int) -> str:
+    assert CHROMIUM is not None
+    place = [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1400"]
+    command = [CHROMIUM, *FLAGS, *place, *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
+@pytest.mark.parametrize("width", [1280, 800, 400])
+def test_a_browser_shows_the_page(tmp_path: Path, width: int) -> None:
+    folders = [run(tmp_path / "a"), run(tmp_path / "b", pattern="1:4", seed=1)]
+    given = report(*folders, unfinished(tmp_path / "c"))
+    copy = tmp_path / "copy.html"
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    copy.write_text(text.replace("<title>", WATCH + "<title>", 1), encoding="utf-8")
+    dom = browse(copy, tmp_path, "--dump-dom", width=width)
+    seen = dict(re.findall(r'data-(\w+)="([^"]*)"', dom[: dom.index("<head>")]))
+    assert seen["errors"] == ""
+    assert (seen["overflow"], seen["clipped"]) == ("0", "0")
+    assert seen["widths"] == "1300,160,160"
+    assert seen["up"].split(",") == ["2713344", "5376768", ""]
+    assert seen["down"].split(",") == ["5376768", "2713344", ""]
+    shown = Read(dom)
+    assert sorted(shown.tables[0]) == sorted(given.tables[0])
+    assert shown.tables[1:] == given.tables[1:]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
+def test_a_screenshot_follows_the_width(tmp_path: Path) -> None:
+    report(run(tmp_path / "a"), run(tmp_path / "b", seed=1))
+    shots = []
+    for width in (1280, 400):
+        shot = tmp_path / f"{width}.png"
+        browse(tmp_path / "report.html", tmp_path, f"--screenshot={shot}", width=width)
+        with Image.open(shot) as image:
+            shots.append((image.width, len(np.unique(np.asarray(image.convert("RGB"))))))
+    assert [width for width, _ in shots] == [1280, 400]
+    assert min(colours for _, colours in shots) > 50

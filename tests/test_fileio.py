@@ -1,0 +1,50 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparsedm_compiler.fileio import replacing
+
+
+def listing(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_file_is_replaced_when_its_block_ends_well(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    for text in ("first", "second"):
+        with replacing(path) as part:
+            part.write_text(text)
+            assert listing(path.parent).get("a.txt") != text
+        assert listing(path.parent) == {"a.txt": text}
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_what_was_there(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+
+    def fails(text: str | None) -> None:
+        with replacing(path) as part:
+            if text is not None:
+                part.write_text(text)
+            raise error
+
+    for text in (None, "half"):
+        with pytest.raises(error):
+            fails(text)
+    assert listing(tmp_path) == {"a.txt": "before"}
+
+
+def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.txt") as left:
+        left.write_text("")
+    left.write_text("half, and longer than the whole")
+    with replacing(tmp_path / "a.txt") as part:
+        part.write_text("whole")
+    assert listing(tmp_path) == {"a.txt": "whole"}

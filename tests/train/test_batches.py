@@ -1,0 +1,132 @@
+"""Every image of a run is known by its position: order, shares, draws, dropped conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from sparsedm_compiler.errors import ConfigError, DataError
+from sparsedm_compiler.train import FinetuneConfig
+from sparsedm_compiler.train.batches import Share, Stream
+from sparsedm_compiler.train.randomness import draw, dropped, flipped
+
+IMAGES = torch.arange(10.0).reshape(10, 1, 1, 1)
+
+
+def numbers(stream: Stream, seen: int, count: int) -> list[list[tuple[int, list[int]]]]:
+    """Position and images of every piece of the next batches."""
+    return [
+        [(piece.first, piece.images.flatten().int().tolist()) for piece in pieces]
+        for pieces in islice(stream.begin(seen), count)
+    ]
+
+
+def flat(found: list[list[tuple[int, list[int]]]]) -> list[int]:
+    return [number for pieces in found for _, images in pieces for number in images]
+
+
+def test_an_epoch_shows_every_image_once_whatever_the_batch() -> None:
+    by_four = flat(numbers(Stream(IMAGES, 4, 0), 0, 5))
+    by_five = flat(numbers(Stream(IMAGES, 5, 0), 0, 4))
+    assert by_four == by_five
+    assert sorted(by_four[:10]) == sorted(by_four[10:]) == [*range(10)]
+    assert by_four[:10] != by_four[10:]
+    assert flat(numbers(Stream(IMAGES, 4, 1), 0, 5)) != by_four
+
+
+@pytest.mark.parametrize("seen", [4, 8, 12, 40])
+def test_a_stream_begins_anywhere(seen: int) -> None:
+    whole = numbers(Stream(IMAGES, 4, 0), 0, 12)
+    assert numbers(Stream(IMAGES, 4, 0), seen, 2) == whole[seen // 4 :][:2]
+
+
+@pytest.mark.parametrize("data", [IMAGES, "loader"])
+def test_shares_are_the_batch_in_order(data: Any) -> None:
+    if data == "loader":
+        data = DataLoader(TensorDataset(IMAGES), batch_size=8, drop_last=True)
+    whole = numbers(Stream(data, 8, 0), 0, 3)
+    shares = [numbers(Stream(data, 8, 0, Share(rank, 2, 2)), 0, 3) for rank in range(2)]
+    for step, [(first, images)] in enumerate(whole):
+        pieces = [*shares[0][step], *shares[1][step]]
+        assert [position for position, _ in pieces] == [first + 2 * k for k in range(4)]
+        assert [number for _, part in pieces for number in part] == images
+
+
+def test_an_iterable_begins_in_its_middle_by_reading_on() -> None:
+    loader = DataLoader(TensorDataset(IMAGES), batch_size=4)
+    whole = numbers(Stream(loader, 0, 0), 0, 6)
+    assert [len(pieces[0][1]) for pieces in whole] == [4, 4, 2, 4, 4, 2]
+    assert numbers(Stream(loader, 0, 0), 14, 2) == whole[4:]
+
+
+def test_workers_bring_the_same_batches() -> None:
+    class Fetching:
+        def __len__(self) -> int:
+            return 10
+
+        def fetch(self, wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return IMAGES[[*wanted]], torch.tensor([*wanted])
+
+    plain = Stream(Fetching(), 4, 0)
+    worked = Stream(Fetching(), 4, 0, workers=1)
+    assert numbers(worked, 8, 3) == numbers(plain, 8, 3)
+
+
+def test_batches_too_small_to_share_are_refused() -> None:
+    with pytest.raises(DataError, match="2 images cannot be shared by 4 processes"):
+        next(Stream(IMAGES, 2, 0, Share(0, 4)).begin())
+    with pytest.raises(DataError, match="no row for each of 10 images"):
+        next(Stream([(IMAGES, torch.zeros(9))], 10, 0).begin())
+
+
+def test_draws_depend_on_seed_and_position_alone() -> None:
+    config = FinetuneConfig(drop_condition=0.5)
+    whole = draw(config, 0, torch.Size((8, 1, 2, 2)))
+    part = draw(config, 3, torch.Size((2, 1, 2, 2)))
+    for name in ("noise", "u", "flip", "drop"):
+        assert torch.equal(vars_of(whole, name)[3:5], vars_of(part, name))
+    other = draw(FinetuneConfig(drop_condition=0.5, seed=1), 0, torch.Size((8, 1, 2, 2)))
+    assert not torch.equal(whole.noise, other.noise)
+
+
+def vars_of(draws: Any, name: str) -> Tensor:
+    found: Tensor = getattr(draws, name)
+    return found
+
+
+def test_draws_are_what_they_say() -> None:
+    found = draw(FinetuneConfig(drop_condition=0.25), 0, torch.Size((4000, 4)))
+    assert found.noise.mean().item() == pytest.approx(0, abs=0.03)
+    assert found.noise.std().item() == pytest.approx(1, abs=0.03)
+    assert found.u.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert 0 <= found.u.min() <= found.u.max() < 1
+    assert found.flip.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert found.drop.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    joint = torch.corrcoef(torch.stack([found.u, found.flip.double(), found.drop.double()]))
+    assert (joint - torch.eye(3)).abs().max() < 0.06
+
+
+def test_flips_mirror_the_last_axis() -> None:
+    images = torch.arange(4.0).reshape(2, 1, 1, 2)
+    assert flipped(images, torch.tensor([True, False])).flatten().tolist() == [1, 0, 2, 3]
+
+
+def test_dropped_conditions() -> None:
+    drop = torch.tensor([False, True])
+    labels = torch.tensor([4, 5])
+    assert dropped(labels, drop, 9, None).tolist() == [4, 9]  # type: ignore[union-attr]
+    assert dropped(labels, ~drop & drop, None, None) is labels
+    assert dropped(None, drop, 9, None) is None
+    text = {"context": torch.ones(2, 3)}
+    zeros: Any = dropped(text, drop, None, None)
+    assert zeros["context"].tolist() == [[1, 1, 1], [0, 0, 0]]
+    empty: Any = dropped(text, drop, None, {"context": torch.full((1, 3), 7.0)})
+    assert empty["context"].tolist() == [[1, 1, 1], [7, 7, 7]]
+    with pytest.raises(ConfigError, match="needs null_label"):
+        dropped(labels, drop, None, None)

@@ -1,0 +1,143 @@
+"""Two processes train what one does: gradients averaged (DDP), or everything sharded (FSDP2)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler import ConfigError
+from sparsedm_compiler.masks.nm_mask import nm_mask
+from sparsedm_compiler.train import finetune
+from sparsedm_compiler.train.checkpoint import list_checkpoints
+from sparsedm_compiler.train.fsdp import here, mask_here, put, rows_of, shard, whole
+from tests.group import run_group
+from tests.train.cases import SPARSE, short, student_of, teacher, weights
+
+Case = tuple[str, dict[str, Any]]
+
+DDP: tuple[Case, ...] = (
+    *((method, {}) for method in SPARSE if method not in ("ste", "sr-ste")),
+    ("dense", {}),
+    ("sparsedm", {"accumulation": 2}),
+)
+SHARDED: tuple[Case, ...] = (
+    ("sparsedm", {"shard": True}),
+    ("asp", {"shard": True}),
+    ("progressive", {"shard": True, "accumulation": 2}),
+    ("dense", {"shard": True}),
+)
+
+
+def train(rank: int, folder: Path, cases: tuple[Case, ...]) -> None:
+    """Every case in a folder of its own; the main process keeps its losses."""
+    for number, (method, options) in enumerate(cases):
+        result, _ = short(method, folder / str(number), **options)
+        if rank == 0:
+            torch.save((result.losses, result.held_out), folder / f"{number}.pt")
+
+
+def final(folder: Path, method: str) -> list[Tensor]:
+    """The averaged weights in the folder of a run."""
+    path = folder / "student.safetensors"
+    if method == "dense":
+        from safetensors.torch import load_file
+
+        model: nn.Module = teacher()
+        model.load_state_dict(load_file(path))
+        return weights(model)
+    return weights(sdm.load(path, teacher()))
+
+
+@pytest.mark.parametrize("cases", [DDP, SHARDED], ids=["ddp", "fsdp2"])
+def test_two_processes_train_what_one_does(cases: tuple[Case, ...], tmp_path: Path) -> None:
+    run_group(partial(train, cases=cases), tmp_path)
+    for number, (method, options) in enumerate(cases):
+        alone = {name: value for name, value in options.items() if name != "shard"}
+        result, _ = short(method, tmp_path / f"alone{number}", **alone)
+        losses, held_out = torch.load(tmp_path / f"{number}.pt", weights_only=False)
+        assert losses == pytest.approx(result.losses, rel=1e-5)
+        finals = [entry.final for entry in held_out]
+        assert finals == pytest.approx([entry.final for entry in result.held_out], rel=1e-5)
+        ours, theirs = (final(tmp_path / name, method) for name in (f"alone{number}", str(number)))
+        for one, two in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def interrupted(rank: int, folder: Path) -> None:
+    """A sharded run that is resumed from its middle, where the masks are shared by two rows."""
+    from sparsedm_compiler.train import loop
+
+    model = teacher()
+    options: dict[str, Any] = {"shard": True, "progress": False, "batch_size": 8, "lr": 1e-2}
+    options |= {"images": 48, "save_every": 24, "method": "sparsedm"}
+    data = (
+        torch.randn(40, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
+        torch.arange(40) % 3,
+    )
+    real = loop.step
+
+    def step(run: Any, pieces: Any, **given: Any) -> Any:
+        if run.progress.seen == 32:
+            raise KeyboardInterrupt
+        return real(run, pieces, **given)
+
+    for name, interrupt in (("whole", False), ("parts", True), ("parts", False)):
+        student = sdm.compile(model, pattern="2:4x4", inner="eager")
+        loop.step = step if interrupt else real
+        try:
+            result = finetune(student, model, data, out=folder / name, **options)
+        except KeyboardInterrupt:
+            assert list_checkpoints(folder / name) == [24]
+            continue
+        if rank == 0:
+            torch.save(result.losses, folder / f"{name}.pt")
+
+
+def test_a_sharded_run_resumes(tmp_path: Path) -> None:
+    run_group(interrupted, tmp_path)
+    whole_losses, parts = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "parts"))
+    assert whole_losses == parts
+    ours, theirs = (final(tmp_path / name, "sparsedm") for name in ("whole", "parts"))
+    assert all(map(torch.equal, ours, theirs))
+
+
+def masks(rank: int, folder: Path) -> None:
+    """Masks of the rows here are the rows of the masks, also where rows share them unevenly
+    or a tile lies on both processes."""
+    model = nn.Linear(8, 12, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)))
+    full = model.weight.detach().clone()
+    shard(model, 2)
+    weight = model.weight
+    assert here(weight).shape == (6, 8)
+    assert torch.equal(whole(weight), full)
+    for text in ("2:4", "1:8", "2:4x4", "4:2:8", "2:4t"):
+        pattern = sdm.Pattern.parse(text)
+        expected = rows_of(nm_mask(full, pattern), weight)
+        assert torch.equal(mask_here(weight, pattern), expected)
+    put(weight, full + 1)
+    assert torch.equal(whole(weight), full + 1)
+
+
+def test_masks_of_sharded_weights(tmp_path: Path) -> None:
+    run_group(masks, tmp_path)
+
+
+def test_sharding_refuses_what_it_cannot() -> None:
+    with pytest.raises(ConfigError, match="needs several processes"):
+        short("sparsedm", shard=True)
+    with pytest.raises(ConfigError, match="neither teacher 'previous' nor fp16"):
+        short("transfer", shard=True)
+    with pytest.raises(ConfigError, match="not a multiple of 1 processes times accumulation 3"):
+        short("sparsedm", accumulation=3)
+    model = student_of(teacher())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(ConfigError, match="no optimizer can know the new"):
+        finetune(model, None, torch.randn(8, 1, 4, 4), optimizer=optimizer, shard=True)
