@@ -31,8 +31,8 @@ from torch._inductor.utils import fresh_cache
 
 from sparsedm_compiler.autotune.timer import Samples, interleaved, machine, ratio, spread
 from sparsedm_compiler.masks.mask_ste import mask_ste
-from sparsedm_compiler.masks.nm_mask import kept, unchecked_nm_mask
-from sparsedm_compiler.masks.sorting_network import selection
+from sparsedm_compiler.masks.nm_mask import apply_mask, compute_mask
+from sparsedm_compiler.masks.sorting_network import build_selection_network
 from sparsedm_compiler.models.uvit import UViT, UViTConfig
 from sparsedm_compiler.pattern import Pattern
 
@@ -47,7 +47,7 @@ MaskAll = Callable[[list[Tensor]], list[Tensor]]
 def mask_ste_all(weights: list[Tensor], patterns: list[str]) -> list[Tensor]:
     """All weights masked by one op."""
     return [
-        kept(weight, unchecked_nm_mask(weight, Pattern.parse(text)))
+        apply_mask(weight, compute_mask(weight, Pattern.parse(text)))
         for weight, text in zip(weights, patterns, strict=True)
     ]
 
@@ -75,7 +75,7 @@ def plain_network(n: int, m: int) -> tuple[tuple[Any, ...], bool]:
     """The selection network as plain tuples, which Dynamo reads without a guard per field."""
     smallest = m - n < n
     rank = (m - n if smallest else n) - 1
-    network = selection((1,) * m, (rank,))
+    network = build_selection_network((1,) * m, (rank,))
     steps = tuple((step.a, step.b, step.high, step.low) for step in network.steps)
     return (steps, network.outputs[0]), smallest
 

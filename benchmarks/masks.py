@@ -18,7 +18,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from sparsedm_compiler.autotune.timer import interleaved, machine, ratio, spread
-from sparsedm_compiler.masks.nm_mask import unchecked_nm_mask
+from sparsedm_compiler.masks.nm_mask import compute_mask
 from sparsedm_compiler.pattern import Pattern
 
 COARSE = ["2:4t", "1:8x16", "64:2:8"]
@@ -49,7 +49,7 @@ def compare(weight: Tensor, pattern: Pattern, rounds: int) -> dict[str, Any]:
     """Milliseconds and ratios of one weight and pattern."""
     n, m = pattern.n, pattern.m
     calls: dict[str, Callable[[], object]] = {
-        "nm_mask": lambda: unchecked_nm_mask(weight, pattern),
+        "nm_mask": lambda: compute_mask(weight, pattern),
         "argsort": lambda: argsort_mask(weight, n, m),
         "topk": lambda: topk_mask(weight, n, m),
         "copy": weight.clone,

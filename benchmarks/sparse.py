@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import sparsedm_compiler as sdm
 from sparsedm_compiler.autotune.timer import Samples, interleaved, machine, ratio, spread
 from sparsedm_compiler.backends.cpu.family import CpuFamily
-from sparsedm_compiler.backends.kernel_family import Form, Kernel, Work
+from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from sparsedm_compiler.compiler.folded_weights import fold_weight
 from sparsedm_compiler.models import preset
 from sparsedm_compiler.pattern import Pattern
@@ -67,11 +67,11 @@ def dense_op(x: Tensor, weight: Tensor) -> Call:
     return lambda: run(last, packed, None, ones, ones, ones, 1, "none", [], "")
 
 
-def sparse_op(x: Tensor, weight: Tensor, pattern: Pattern, kernel: Kernel) -> Call:
-    form = Form(pattern, None, kernel.untiled)
+def sparse_op(x: Tensor, weight: Tensor, pattern: Pattern, kernel: KernelConfig) -> Call:
+    form = WeightFormat(pattern, None, kernel.untiled)
     packed, rows = fold_weight(weight, form, "weight"), weight.shape[0]
     ones = () if weight.dim() == 2 else (1, 1)
-    work = Work(tuple(x.shape), x.dtype, False, tuple(weight.shape[2:]), ones, ones, ones)
+    work = MatmulProblem(tuple(x.shape), x.dtype, False, tuple(weight.shape[2:]), ones, ones, ones)
     op, how = CPU.call(work, form, kernel.tile)
     return lambda: op(x, packed, None, rows, *how)
 

@@ -63,7 +63,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     shares = {}
     for pattern in args.patterns:
         for kind in ("mask", "sr-ste"):
-            student = sdm.compile(model, pattern=pattern, mode="train", inner="inductor")
+            student = sdm.compile(model, pattern=pattern, mode="train", backend="inductor")
             steps[f"{pattern} {kind}"] = stepper(student, calls, sr_ste=kind == "sr-ste")
         student(*calls[0], **calls[1])
         masked = sum(w.numel() for w, _ in sdm.masked_parameters(student).values())

@@ -118,7 +118,7 @@ def pruned_rows(
     """Two rows: ``teacher`` pruned to ``pattern``, before and after its fine-tune."""
     example = torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     macs = sdm.count_macs(teacher, *example, pattern=pattern).sparse
-    student = sdm.compile(teacher, pattern=pattern, mode="train", inner=options.inner)
+    student = sdm.compile(teacher, pattern=pattern, mode="train", backend=options.backend)
     print(f"\n{pattern}: prune the teacher, then fine-tune")
     yield judge.row(f"{pattern} untrained", student, macs)
     print(sdm.explain(student))
@@ -187,7 +187,7 @@ def report(
         "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads",
         "seed": options.seed,
         "training images": f"teacher {TEACHER_IMAGES}, students {judge.budget.images} more",
-        "sparse graph run by": options.inner,
+        "sparse graph run by": options.backend,
         "sampler": judge.sampler,
         "samples": judge.budget.samples,
         "held-out digits": len(x),
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="seconds, not minutes; no quality")
     parser.add_argument("--train-teacher", action="store_true", help="train the teacher anew")
-    parser.add_argument("--inner", default="eager", help="what runs the sparse graph")
+    parser.add_argument("--backend", default="eager", help="what runs the sparse graph")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--seed", type=int, default=0)
     return run(parser.parse_args(arguments))

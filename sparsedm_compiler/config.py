@@ -1,4 +1,4 @@
-"""``Config``: every option of ``compile``, checked and frozen."""
+"""``CompileConfig``: every option of ``compile``, checked and frozen."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ KERNELS = ("auto", "dense", "sparse", *SPARSE_KERNELS)
 GRAPHS = "inductor-graphs"
 """The inner compiler that is Inductor with CUDA graphs, torch.compile's mode "reduce-overhead"."""
 
-Inner = str | Callable[..., Any]
+Backend = str | Callable[..., Any]
 """What compiles the rewritten graph: "auto", GRAPHS, a torch.compile backend's name, or a backend.
 """
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class CompileConfig:
     """What to prune to which pattern, and what compiles the result.
 
     ``keep_dense``: globs over module and parameter names, or (until ``resolved``) a predicate over
     parameter names. ``pattern``: None to prune nothing but what ``overrides`` name, which then are
-    the weights whose values satisfy a pattern already. ``forbid``, ``search_seconds`` and
-    ``finalize`` are for mode "infer".
+    the weights whose values satisfy a pattern already. ``exclude_kernels``,
+    ``autotune_seconds`` and ``finalize`` are for mode "infer".
     """
 
     pattern: Pattern | None
@@ -43,26 +43,26 @@ class Config:
     keep_dense: tuple[str, ...] | Callable[[str], bool] = ()
     overrides: tuple[tuple[str, Pattern], ...] = ()
     policy: str = "structural"
-    inner: Inner = "auto"
+    backend: Backend = "auto"
     kernels: tuple[tuple[str, str], ...] = ()
-    forbid: tuple[str, ...] = ()
-    search_seconds: float = 60.0
+    exclude_kernels: tuple[str, ...] = ()
+    autotune_seconds: float = 60.0
     finalize: bool = False
 
     @staticmethod
-    def of(
+    def create(
         pattern: str | Pattern | None,
         *,
         mode: str = "train",
         keep_dense: str | Iterable[str] | Callable[[str], bool] = (),
         overrides: Mapping[str, str | Pattern] | None = None,
         policy: str = "structural",
-        inner: Inner = "auto",
+        backend: Backend = "auto",
         kernels: Mapping[str, str] | None = None,
-        forbid: str | Iterable[str] = (),
-        search_seconds: float = 60.0,
+        exclude_kernels: str | Iterable[str] = (),
+        autotune_seconds: float = 60.0,
         finalize: bool = False,
-    ) -> Config:
+    ) -> CompileConfig:
         """The checked Config of these options. Raises PatternError, ConfigError."""
         for value, name, allowed in ((mode, "mode", MODES), (policy, "policy", POLICIES)):
             if value not in allowed:
@@ -74,8 +74,10 @@ class Config:
             raise ConfigError(f"keep_dense {dense!r} is not made of names and globs")
         chosen = tuple((glob, Pattern.parse(text)) for glob, text in (overrides or {}).items())
         pinned = tuple((kernels or {}).items())
-        forbid = (forbid,) if isinstance(forbid, str) else tuple(forbid)
-        for kernel in (*(kernel for _, kernel in pinned), *forbid):
+        exclude_kernels = (
+            (exclude_kernels,) if isinstance(exclude_kernels, str) else tuple(exclude_kernels)
+        )
+        for kernel in (*(kernel for _, kernel in pinned), *exclude_kernels):
             if kernel not in KERNELS:
                 raise ConfigError(f"kernel {kernel!r} is none of {', '.join(KERNELS)}")
         if pattern is None and (mode != "infer" or overrides):
@@ -86,16 +88,16 @@ class Config:
         parsed = None if pattern is None else Pattern.parse(pattern)
         if finalize and mode != "infer":
             raise ConfigError("finalize=True drops the dense weights: it needs mode='infer'")
-        return Config(
+        return CompileConfig(
             parsed,
             mode,
             dense,
             chosen,
             policy,
-            inner,
+            backend,
             pinned,
-            forbid,
-            float(search_seconds),
+            exclude_kernels,
+            float(autotune_seconds),
             finalize,
         )
 
@@ -109,7 +111,7 @@ class Config:
         assert isinstance(self.keep_dense, tuple)
         return self.keep_dense
 
-    def resolved(self, parameters: Iterable[tuple[str, ...]]) -> Config:
+    def resolved(self, parameters: Iterable[tuple[str, ...]]) -> CompileConfig:
         """This Config for a model with these parameter names: the predicate asked, globs checked.
 
         Raises ConfigError for a glob that names nothing.
@@ -128,7 +130,7 @@ class Config:
                 )
         return config
 
-    def asked(self, parameters: Iterable[tuple[str, ...]]) -> Config:
+    def asked(self, parameters: Iterable[tuple[str, ...]]) -> CompileConfig:
         """This Config with the predicate of ``keep_dense`` replaced by the names it chooses."""
         if isinstance(self.keep_dense, tuple):
             return self

@@ -54,7 +54,7 @@ class StoppedError(SparseDMError, RuntimeError):
     """A run that was asked to stop (SIGTERM, Ctrl-C) and has saved itself; it can be resumed."""
 
 
-def meant(name: str, known: Iterable[str], otherwise: str) -> str:
+def suggest(name: str, known: Iterable[str], otherwise: str) -> str:
     """The end of a message about an unknown ``name``: those it is close to, else all there are.
 
     >>> meant("lrr", ["lr", "beta"], "it has"), meant("size", ["lr", "beta"], "it has")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replace_atomically(path: Path) -> Iterator[Path]:
     """Where the block is to write: a file that takes the place of ``path`` if the block ends well.
 
     Makes the folder. What a kill leaves is written over by whoever writes ``path`` next, so two
@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def folder(name: str) -> Path:
+def cache_folder(name: str) -> Path:
     """A folder of that name, made if need be, that this process can write to.
 
     Under $SPARSEDM_CACHE, else $XDG_CACHE_HOME/sparsedm_compiler, else ~/.cache/sparsedm_compiler;
@@ -46,7 +46,7 @@ def folder(name: str) -> Path:
     return Path(tempfile.mkdtemp(prefix="sparsedm_compiler-"))
 
 
-def write(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, whatever other processes do."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_bytes(content)

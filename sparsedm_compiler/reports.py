@@ -164,13 +164,13 @@ class Explanation:
 
     ``rows``: one Decision per weight. ``masked``: names of the parameters that run masked.
     ``choices``: in mode "infer" the kernel of each folded weight, for each shape it has met.
-    ``mode``, ``inner``: as compiled. ``broken``: why the model runs as several graphs, or None.
+    ``mode``, ``backend``: as compiled. ``broken``: why the model runs as several graphs, or None.
     """
 
     rows: tuple[Decision, ...]
     masked: tuple[str, ...]
     mode: str
-    inner: str
+    backend: str
     choices: tuple[Choice, ...] = ()
     broken: str | None = field(default=None, repr=False)
 
@@ -180,7 +180,7 @@ class Explanation:
         body = [(row.weight, row.op, "x".join(map(str, row.shape)), note(row)) for row in self.rows]
         table = tabulate(body, ("weight", "op", "shape", "pattern"), disable_numparse=True)
         how = f"{len(self.masked)} of {len(self.rows)} weights masked, mode {self.mode!r}"
-        parts = [table, f"{how}, compiled by {self.inner!r}"]
+        parts = [table, f"{how}, compiled by {self.backend!r}"]
         if self.choices:
             parts += ["", _kernels(self.choices)]
         if self.broken is not None:

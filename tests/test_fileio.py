@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsedm_compiler.fileio import replacing
+from sparsedm_compiler.fileio import replace_atomically
 
 
 def listing(folder: Path) -> dict[str, str]:
@@ -16,7 +16,7 @@ def listing(folder: Path) -> dict[str, str]:
 def test_a_file_is_replaced_when_its_block_ends_well(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
     for text in ("first", "second"):
-        with replacing(path) as part:
+        with replace_atomically(path) as part:
             part.write_text(text)
             assert listing(path.parent).get("a.txt") != text
         assert listing(path.parent) == {"a.txt": text}
@@ -30,7 +30,7 @@ def test_a_block_that_fails_leaves_what_was_there(
     path.write_text("before")
 
     def fails(text: str | None) -> None:
-        with replacing(path) as part:
+        with replace_atomically(path) as part:
             if text is not None:
                 part.write_text(text)
             raise error
@@ -42,9 +42,9 @@ def test_a_block_that_fails_leaves_what_was_there(
 
 
 def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
-    with replacing(tmp_path / "a.txt") as left:
+    with replace_atomically(tmp_path / "a.txt") as left:
         left.write_text("")
     left.write_text("half, and longer than the whole")
-    with replacing(tmp_path / "a.txt") as part:
+    with replace_atomically(tmp_path / "a.txt") as part:
         part.write_text("whole")
     assert listing(tmp_path) == {"a.txt": "whole"}

@@ -30,7 +30,7 @@ def test_the_readme_runs(
     assert "dense: first op of the graph" in capsys.readouterr().out
     with torch.no_grad():
         fast = names["fast"](data[:1], torch.tensor([5]))
-    expected = sdm.compile(model, "2:4", mode="infer", inner="eager")(data[:1], torch.tensor([5]))
+    expected = sdm.compile(model, "2:4", mode="infer", backend="eager")(data[:1], torch.tensor([5]))
     torch.testing.assert_close(fast, expected, rtol=1e-4, atol=1e-5)
     names["optimizer"] = torch.optim.AdamW(names["student"].parameters())
     exec(blocks[1], names)

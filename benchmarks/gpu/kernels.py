@@ -59,7 +59,7 @@ def built(plan: Plan, text: str, act: str, tell: Tell) -> Iterator[Row]:
     with suppress(PatternError):
         pattern = Pattern.parse(text)
         given = operands(Layer("any", "any", 256, 256, act), 512, plan.device)
-        for family in families.families_of("cuda"):
+        for family in families.find_families("cuda"):
             if not (family.unavailable() or family.refusal(pattern, 256, 256, DTYPE)):
                 for _, run in calls(given, pattern, family):
                     with suppress(KernelError):

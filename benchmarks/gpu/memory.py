@@ -50,7 +50,7 @@ def compare(
                 text,
                 mode="infer",
                 policy=entry.policy,
-                inner="eager",
+                backend="eager",
                 kernels={"*": "sparse"},
                 finalize=True,
                 inplace=True,

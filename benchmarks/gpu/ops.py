@@ -22,7 +22,12 @@ from sparsedm_compiler import KernelError, PatternError
 from sparsedm_compiler.autotune.select_kernel import MARGIN
 from sparsedm_compiler.backends import registry as families
 from sparsedm_compiler.backends.custom_op import activate
-from sparsedm_compiler.backends.kernel_family import Family, Form, Kernel, Work
+from sparsedm_compiler.backends.kernel_family import (
+    KernelConfig,
+    KernelFamily,
+    MatmulProblem,
+    WeightFormat,
+)
 from sparsedm_compiler.compiler.folded_weights import fold_weight
 from sparsedm_compiler.pattern import Pattern
 
@@ -48,8 +53,8 @@ class Given:
     bias: Tensor
 
     @property
-    def work(self) -> Work:
-        return Work(tuple(self.x.shape), DTYPE, act=self.layer.act)
+    def work(self) -> MatmulProblem:
+        return MatmulProblem(tuple(self.x.shape), DTYPE, act=self.layer.act)
 
 
 def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
@@ -122,12 +127,12 @@ class Trial:
             self.found["refused"]["pattern"] = str(why)
             return None
         exact = expected(self.given, pattern)
-        for family in families.families_of("cuda"):
+        for family in families.find_families("cuda"):
             if not family.inexact or self.text == INEXACT_AT:
                 self.try_family(family, pattern, exact)
         return self.screened(baseline, plan) if self.ready else None
 
-    def try_family(self, family: Family, pattern: Pattern, exact: Tensor) -> None:
+    def try_family(self, family: KernelFamily, pattern: Pattern, exact: Tensor) -> None:
         """All kernels of a family."""
         size, name = (self.given.layer.rows, self.given.layer.cols), "/".join(family.names)
         why_not = family.unavailable() or family.refusal(pattern, *size, DTYPE)
@@ -184,11 +189,13 @@ class Trial:
         return self.ready[best]
 
 
-def calls(given: Given, pattern: Pattern, family: Family) -> Iterator[tuple[Kernel, Run]]:
+def calls(
+    given: Given, pattern: Pattern, family: KernelFamily
+) -> Iterator[tuple[KernelConfig, Run]]:
     """Every kernel of a family with its call; weights are packed once for all that share them."""
-    packed: dict[Kernel, Tensor] = {}
+    packed: dict[KernelConfig, Tensor] = {}
     for kernel in family.candidates(pattern, DTYPE):
-        form = Form(pattern, DTYPE, kernel.untiled)
+        form = WeightFormat(pattern, DTYPE, kernel.untiled)
         if kernel.untiled not in packed:
             packed[kernel.untiled] = fold_weight(given.weight, form, "weight")
         op, how = family.call(given.work, form, kernel.tile)
@@ -204,7 +211,7 @@ def poison(like: Tensor) -> None:
 
 def expected(given: Given, pattern: Pattern) -> Tensor:
     """The masked layer in float32."""
-    weight = fold_weight(given.weight, Form(pattern), "weight")
+    weight = fold_weight(given.weight, WeightFormat(pattern), "weight")
     out = F.linear(given.x.float(), weight.float(), given.bias.float())
     return activate(out, given.layer.act)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.config import GRAPHS
-from sparsedm_compiler.masks.nm_mask import kept, nm_mask
+from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 
 from .comparing import error, output
 from .models import Call, cast
@@ -24,9 +24,9 @@ def student_of(
     model: nn.Module, pattern: str, plan: Plan, *, policy: str, kernels: str = "auto"
 ) -> nn.Module:
     """The model for inference, each layer run by what is fastest here, or as pinned."""
-    inner = GRAPHS if plan.compiled else "eager"
+    backend = GRAPHS if plan.compiled else "eager"
     pinned = {} if kernels == "auto" else {"*": kernels}
-    return sdm.compile(model, pattern, mode="infer", policy=policy, inner=inner, kernels=pinned)
+    return sdm.compile(model, pattern, mode="infer", policy=policy, backend=backend, kernels=pinned)
 
 
 def checked(model: nn.Module, student: nn.Module, call: Call) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def masked(model: nn.Module, student: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, (_, pattern) in sdm.masked_parameters(student).items():
             weight = plain.get_parameter(name)
-            weight.copy_(kept(weight, nm_mask(weight, pattern)))
+            weight.copy_(apply_mask(weight, nm_mask(weight, pattern)))
     return plain
 
 

@@ -39,7 +39,7 @@ def compare(
     entry = ENTRIES[name]
     row: Row = {"model": entry.title, "batch": batch, "dtype": "bfloat16 autocast", "patterns": {}}
     model, call = opened(name, batch, plan.device, torch.float32)
-    dense = stepper(torch.compile(model, backend=inner(plan)), call, sr_ste=False)
+    dense = stepper(torch.compile(model, backend=backend(plan)), call, sr_ste=False)
     for text in plan.train_patterns:
         crumb = f"{name} batch {batch} at {text}"
         if crumb in avoid or not known(text):
@@ -47,12 +47,12 @@ def compare(
             row["patterns"][text] = {"refused": why}
             continue
         tell(crumb)
-        student = sdm.compile(model, text, inner=inner(plan), policy=entry.policy)
+        student = sdm.compile(model, text, backend=backend(plan), policy=entry.policy)
         kinds = {"mask": False, "sr-ste": True}
         steps = {kind: stepper(student, call, sr_ste=decay) for kind, decay in kinds.items()}
         if text in SPARSE:
             pinned = sdm.compile(
-                model, text, inner=inner(plan), policy=entry.policy, kernels={"*": "sparse"}
+                model, text, backend=backend(plan), policy=entry.policy, kernels={"*": "sparse"}
             )
             steps["sparse"] = stepper(pinned, call, sr_ste=False)
         times = of_models({"dense": dense, **steps}, plan.seconds)
@@ -75,12 +75,12 @@ def step_of(plan: Plan, which: tuple[str, int], text: str | None) -> Callable[[]
     name, batch = which
     model, call = opened(name, batch, plan.device, torch.float32)
     if text is None:
-        return stepper(torch.compile(model, backend=inner(plan)), call, sr_ste=False)
-    student = sdm.compile(model, text, inner=inner(plan), policy=ENTRIES[name].policy)
+        return stepper(torch.compile(model, backend=backend(plan)), call, sr_ste=False)
+    student = sdm.compile(model, text, backend=backend(plan), policy=ENTRIES[name].policy)
     return stepper(student, call, sr_ste=False)
 
 
-def inner(plan: Plan) -> str:
+def backend(plan: Plan) -> str:
     """What compiles both."""
     return "inductor" if plan.compiled else "eager"
 

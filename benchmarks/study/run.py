@@ -105,7 +105,7 @@ def train_student(study: Study, setting: Setting) -> None:
     pattern = setting.pattern
     student = teacher
     if pattern is not None:
-        student = sdm.compile(teacher, pattern=pattern, inner="eager")
+        student = sdm.compile(teacher, pattern=pattern, backend="eager")
     result = finetune(
         student,
         None if student is teacher else teacher,

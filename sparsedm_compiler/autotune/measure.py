@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..backends.cuda import timer as cuda
 from ..backends.custom_op import activate
-from ..backends.kernel_family import Form, Kernel, Work
-from ..backends.registry import families_of, family_of
+from ..backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
+from ..backends.registry import find_families, find_family
 from ..compiler.folded_weights import fold_weight
 from ..errors import KernelError
-from ..fileio import folder, write
+from ..fileio import cache_folder, write_atomically
 from ..pattern import Pattern
 
 _ROUNDS = 5
@@ -32,14 +32,14 @@ _LEAST_SECONDS, _MOST_SECONDS = 0.03, 1.0
 
 
 @dataclass(slots=True)
-class Search:
+class AutotuneBudget:
     """The seconds that one model may still spend on measuring."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class KernelTrial:
     """What is measured: a weight, by its name, pruned to a pattern, and all that it has to do.
 
     ``graphs``: whether the model will run under CUDA graphs, which hide what launches cost.
@@ -48,18 +48,18 @@ class Subject:
     weight: Tensor
     name: str
     pattern: Pattern
-    works: tuple[Work, ...]
+    works: tuple[MatmulProblem, ...]
     graphs: bool = False
 
 
-def times_of(
-    subject: Subject, kernels: Sequence[Kernel], search: Search
+def measure_kernels(
+    subject: KernelTrial, kernels: Sequence[KernelConfig], search: AutotuneBudget
 ) -> dict[str, float] | None:
     """Milliseconds of "dense" and of every kernel, from disk if they were measured before.
 
-    None where ``search`` has no time left; infinite for a kernel that is not to be ``trusted``.
+    None where ``search`` has no time left; infinite for a kernel that is not to be believed.
     """
-    path = folder("choices") / f"{_digest(subject)}.json"
+    path = cache_folder("choices") / f"{_digest(subject)}.json"
     found = _read(path)
     if found is not None and all(str(kernel) in found for kernel in kernels):
         return found
@@ -69,17 +69,17 @@ def times_of(
     with torch.no_grad():
         measured = _measure(subject, kernels)
     search.seconds -= time.perf_counter() - start
-    write(path, json.dumps(measured).encode())
+    write_atomically(path, json.dumps(measured).encode())
     return measured
 
 
-def trusted(subject: Subject, kernel: Kernel) -> bool:
+def reproduces_dense(subject: KernelTrial, kernel: KernelConfig) -> bool:
     """Whether a kernel runs the subject and gives dense's numbers, but for rounding."""
     with torch.no_grad():
         return str(kernel) in _calls(subject, [kernel])
 
 
-def _measure(subject: Subject, kernels: Sequence[Kernel]) -> dict[str, float]:
+def _measure(subject: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, float]:
     calls, device = _calls(subject, kernels), subject.weight.device
     if device.type == "cuda":
         times = cuda.interleaved(calls, device, graphs=subject.graphs)
@@ -88,7 +88,7 @@ def _measure(subject: Subject, kernels: Sequence[Kernel]) -> dict[str, float]:
     return {**{str(kernel): math.inf for kernel in kernels}, **times}
 
 
-def _calls(subject: Subject, kernels: Sequence[Kernel]) -> dict[str, Callable[[], Any]]:
+def _calls(subject: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, Callable[[], Any]]:
     """What "dense" does, and every kernel that takes the size and gives the same but for rounding.
 
     Not every kernel takes every size, which asking it tells, and none is believed before it has
@@ -96,11 +96,11 @@ def _calls(subject: Subject, kernels: Sequence[Kernel]) -> dict[str, Callable[[]
     """
     weight, works = subject.weight.detach(), subject.works
     dtype = works[0].dtype
-    inputs = [example(work, weight.device) for work in works]
+    inputs = [make_input(work, weight.device) for work in works]
 
     @cache
-    def folded(kernel: Kernel | None) -> Tensor:
-        return fold_weight(weight, Form(subject.pattern, dtype, kernel), subject.name)
+    def folded(kernel: KernelConfig | None) -> Tensor:
+        return fold_weight(weight, WeightFormat(subject.pattern, dtype, kernel), subject.name)
 
     def dense() -> list[Tensor]:
         return [run_dense(work, x, folded(None)) for work, x in zip(works, inputs, strict=True)]
@@ -123,11 +123,11 @@ def _agree(out: Tensor, dense: Tensor) -> bool:
 
 
 def _sparse_calls(
-    subject: Subject, inputs: list[Tensor], packed: Tensor, kernel: Kernel
+    subject: KernelTrial, inputs: list[Tensor], packed: Tensor, kernel: KernelConfig
 ) -> Callable[[], Any]:
     rows = subject.weight.shape[0]
-    form = Form(subject.pattern, subject.works[0].dtype, kernel.untiled)
-    family = family_of(kernel.name)
+    form = WeightFormat(subject.pattern, subject.works[0].dtype, kernel.untiled)
+    family = find_family(kernel.name)
     calls = [family.call(work, form, kernel.tile) for work in subject.works]
     return lambda: [
         op(x, packed, None, rows, *how) for (op, how), x in zip(calls, inputs, strict=True)
@@ -150,7 +150,7 @@ def interleaved(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
             return {name: 1e3 * median(each) for name, each in times.items()}
 
 
-def run_dense(work: Work, x: Tensor, weight: Tensor) -> Tensor:
+def run_dense(work: MatmulProblem, x: Tensor, weight: Tensor) -> Tensor:
     """What the model does without a kernel."""
     if work.kernel:
         out = F.conv2d(x, weight, None, work.stride, work.padding, work.dilation)
@@ -159,16 +159,16 @@ def run_dense(work: Work, x: Tensor, weight: Tensor) -> Tensor:
     return activate(out, work.act)
 
 
-def example(work: Work, device: torch.device) -> Tensor:
+def make_input(work: MatmulProblem, device: torch.device) -> Tensor:
     """A random input for it."""
     x = torch.randn(work.inputs, dtype=torch.float32, device=device).to(work.dtype)
     return x.contiguous(memory_format=torch.channels_last) if work.channels_last else x
 
 
-def _digest(subject: Subject) -> str:
+def _digest(subject: KernelTrial) -> str:
     """Of all that a time depends on."""
     weight = subject.weight
-    machine = [family.machine() for family in families_of(weight.device.type)]
+    machine = [family.machine() for family in find_families(weight.device.type)]
     shape = tuple(weight.shape)
     about = (machine, shape, str(subject.pattern), subject.works, subject.graphs)
     return hashlib.sha256(repr(about).encode()).hexdigest()[:24]

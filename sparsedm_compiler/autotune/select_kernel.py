@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends.kernel_family import Form, Kernel
-from ..backends.registry import families_of, family_of
-from ..config import GRAPHS, Config
-from ..passes.analysis.find_uses import Use
+from ..backends.kernel_family import KernelConfig, WeightFormat
+from ..backends.registry import find_families, find_family
+from ..config import GRAPHS, CompileConfig
+from ..passes.analysis.find_uses import WeightUse
 from ..pattern import Pattern
 from ..reports import Choice
-from .measure import Search, Subject, times_of, trusted
+from .measure import AutotuneBudget, KernelTrial, measure_kernels, reproduces_dense
 
 MARGIN = 0.96
 """A sparse kernel must take less than this part of dense's time: a tie goes to dense."""
@@ -28,34 +28,38 @@ class Chosen:
     """A Choice with what carries it out: the form of the weight, and the kernel (None: dense)."""
 
     choice: Choice
-    form: Form
-    kernel: Kernel | None = None
+    form: WeightFormat
+    kernel: KernelConfig | None = None
 
 
-def choose(
+def select_kernel(
     weight: Tensor,
     name: str,
     pattern: Pattern,
-    uses: tuple[Use, ...] | str,
-    config: Config,
-    search: Search,
+    uses: tuple[WeightUse, ...] | str,
+    config: CompileConfig,
+    search: AutotuneBudget,
 ) -> Chosen:
     """The kernel for a weight, with the reason: pinned, the only one, or the fastest measured."""
     asked = config.kernel_of(name)
     why_not, able = _able(weight, pattern, uses, config, asked)
-    dense = Form(pattern)
+    dense = WeightFormat(pattern)
     if isinstance(uses, str) or not able:
         return Chosen(_choice(name, weight, uses, "dense", why_not), dense)
     works = tuple(use.work for use in uses)
-    subject = Subject(weight, name, pattern, works, config.inner == GRAPHS)
+    subject = KernelTrial(weight, name, pattern, works, config.backend == GRAPHS)
     if asked != "auto":
-        if weight.is_cuda and not family_of(able[0].name).inexact and not trusted(subject, able[0]):
+        if (
+            weight.is_cuda
+            and not find_family(able[0].name).inexact
+            and not reproduces_dense(subject, able[0])
+        ):
             why = _distrust(able[:1])
             return Chosen(_choice(name, weight, uses, "dense", why), dense)
         return _sparse(name, weight, pattern, uses, able[0], "pinned by kernels=")
-    times = times_of(subject, able, search)
+    times = measure_kernels(subject, able, search)
     if times is None:
-        why = f"not measured: search_seconds={config.search_seconds:g} were spent"
+        why = f"not measured: autotune_seconds={config.autotune_seconds:g} were spent"
         return Chosen(_choice(name, weight, uses, "dense", why), dense)
     best = min(able, key=lambda each: times[str(each)])
     if times[str(best)] == math.inf:
@@ -67,20 +71,24 @@ def choose(
     return _sparse(name, weight, pattern, uses, best, "fastest measured", **measured)
 
 
-def _distrust(able: tuple[Kernel, ...]) -> str:
+def _distrust(able: tuple[KernelConfig, ...]) -> str:
     names = " and ".join(dict.fromkeys(each.name for each in able))
     return f"{names} refused its size, or gave other numbers than dense"
 
 
 def _able(
-    weight: Tensor, pattern: Pattern, uses: tuple[Use, ...] | str, config: Config, asked: str
-) -> tuple[str, tuple[Kernel, ...]]:
+    weight: Tensor,
+    pattern: Pattern,
+    uses: tuple[WeightUse, ...] | str,
+    config: CompileConfig,
+    asked: str,
+) -> tuple[str, tuple[KernelConfig, ...]]:
     """Why dense, and the kernels that could run the weight; none if there is a reason."""
     if isinstance(uses, str):
         return uses, ()
     if asked == "dense":
         return "pinned by kernels=", ()
-    families = families_of(weight.device.type)
+    families = find_families(weight.device.type)
     named = tuple(each for each in families if asked in each.names)
     families = named or tuple(each for each in families if not each.inexact)
     if isinstance(weight, FakeTensor) or not families:
@@ -99,9 +107,9 @@ def _able(
         if not why_not[family]
         for each in family.candidates(pattern, dtype)
     ]
-    found = tuple(each for each in able if each.name not in config.forbid)
+    found = tuple(each for each in able if each.name not in config.exclude_kernels)
     if asked in ("auto", "sparse"):
-        return "every kernel for it is in forbid=", found
+        return "every kernel for it is in exclude_kernels=", found
     found = tuple(each for each in found if each.name == asked)
     where = f"pattern {pattern} on {weight.device.type}"
     return f"{asked!r}, asked by kernels=, does not run {where}", found
@@ -111,22 +119,22 @@ def _sparse(
     name: str,
     weight: Tensor,
     pattern: Pattern,
-    uses: tuple[Use, ...],
-    kernel: Kernel,
+    uses: tuple[WeightUse, ...],
+    kernel: KernelConfig,
     why: str,
     **measured: float,
 ) -> Chosen:
-    if inexact := family_of(kernel.name).inexact:
+    if inexact := find_family(kernel.name).inexact:
         why = f"{why}; it {inexact}"
     choice = _choice(name, weight, uses, kernel.name, why, **measured)
     dtype = None if uses[0].work.dtype == weight.dtype else uses[0].work.dtype
-    return Chosen(choice, Form(pattern, dtype, kernel.untiled), kernel)
+    return Chosen(choice, WeightFormat(pattern, dtype, kernel.untiled), kernel)
 
 
 def _choice(
     name: str,
     weight: Tensor,
-    uses: tuple[Use, ...] | str,
+    uses: tuple[WeightUse, ...] | str,
     kernel: str,
     why: str,
     dense_ms: float | None = None,
@@ -136,8 +144,12 @@ def _choice(
     return Choice(name, inputs, kernel, why, dense_ms, sparse_ms)
 
 
-def choose_training(
-    weight: Tensor, name: str, pattern: Pattern, uses: tuple[Use, ...] | str, config: Config
+def select_training_kernel(
+    weight: Tensor,
+    name: str,
+    pattern: Pattern,
+    uses: tuple[WeightUse, ...] | str,
+    config: CompileConfig,
 ) -> Choice | None:
     """Whether a masked weight is multiplied sparse in training; None where nobody asked for it."""
     asked = config.kernel_of(name)
@@ -153,13 +165,13 @@ def choose_training(
 
 
 def _no_training(
-    weight: Tensor, pattern: Pattern, uses: tuple[Use, ...] | str, asked: str
+    weight: Tensor, pattern: Pattern, uses: tuple[WeightUse, ...] | str, asked: str
 ) -> str | None:
     if asked not in ("sparse", TRAINING):
         return f"{asked!r} does not run in training, {TRAINING!r} does"
     if isinstance(uses, str):
         return uses
-    families = [each for each in families_of(weight.device.type) if TRAINING in each.names]
+    families = [each for each in find_families(weight.device.type) if TRAINING in each.names]
     if not families:
         return f"no sparse product for training on {weight.device.type} tensors"
     if any(use.work.kernel for use in uses):

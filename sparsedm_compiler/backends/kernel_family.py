@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..pattern import Pattern
 
-Call = tuple[Callable[..., Tensor], tuple[Any, ...]]
+OpCall = tuple[Callable[..., Tensor], tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
+class KernelConfig:
     """A sparse kernel in one setting.
 
     ``name``: as ``explain`` shows it. ``layout``: the numbers of the setting that packing depends
@@ -28,7 +28,7 @@ class Kernel:
     tile: tuple[int, ...] = ()
 
     @property
-    def untiled(self) -> Kernel:
+    def untiled(self) -> KernelConfig:
         """What of it decides how a weight is packed."""
         return replace(self, tile=())
 
@@ -37,7 +37,7 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class MatmulProblem:
     """What a kernel has to do for one use of a weight.
 
     ``inputs``: shape of x (hints where symbolic). ``dtype``: of x as the kernel gets it, and of the
@@ -56,7 +56,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class WeightFormat:
     """What a graph reads in the place of a weight.
 
     ``dtype``: None for the weight's own. ``kernel``: the kernel it is packed for, without tile;
@@ -65,10 +65,10 @@ class Form:
 
     pattern: Pattern
     dtype: torch.dtype | None = None
-    kernel: Kernel | None = None
+    kernel: KernelConfig | None = None
 
 
-class Family(ABC):
+class KernelFamily(ABC):
     """The kernels of one device that read one packed format.
 
     ``inexact``: what its kernels do to numbers beyond the model's dtype, as a phrase; "" for
@@ -91,30 +91,30 @@ class Family(ABC):
         """Why a weight of that size cannot be packed, as a sentence; None if it can."""
 
     @abstractmethod
-    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[Kernel, ...]:
+    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         """The kernels for a pattern, in the settings worth measuring."""
 
     @abstractmethod
-    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: Kernel) -> Tensor:
+    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
         """weight * mask packed, on the weight's device; [rows, cols] or [rows, cols, kh, kw]."""
 
     @abstractmethod
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
         """The masked dense weight of that shape, to the bit."""
 
     @abstractmethod
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> torch.dtype:
+    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
         """The dtype of a packed weight from a file, as ``portable`` gives it, on the CPU.
 
         Raises PackError unless it is one of that shape that may be run or unpacked.
         """
 
-    def portable(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
+    def portable(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
         """The packed weight as files hold it, on the CPU: ``check`` takes it, and ``unpack``."""
         return packed.cpu()
 
     @abstractmethod
-    def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
+    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
         """What does the work, and its arguments behind (x, packed weight, bias, rows)."""
 
     @abstractmethod

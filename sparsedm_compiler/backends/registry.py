@@ -7,10 +7,10 @@ from .cpu.family import CpuFamily
 from .cusparselt.family import SemiFamily
 from .cusparselt.quantized import QuantizedFamily
 from .gather.family import GatherFamily
-from .kernel_family import Family
+from .kernel_family import KernelFamily
 from .vnm.family import VnmFamily
 
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: tuple[KernelFamily, ...] = (
     CpuFamily(),
     VnmFamily(),
     GatherFamily(),
@@ -21,12 +21,12 @@ FAMILIES: tuple[Family, ...] = (
 """In the order to try them: those for fewer patterns, which gain more, first."""
 
 
-def families_of(device: str) -> tuple[Family, ...]:
+def find_families(device: str) -> tuple[KernelFamily, ...]:
     """The families for tensors of a device type ("cpu", "cuda")."""
     return tuple(family for family in FAMILIES if family.device == device)
 
 
-def family_of(kernel: str) -> Family:
+def find_family(kernel: str) -> KernelFamily:
     """The family of a kernel, by its name. Raises KernelError for a name that is none's."""
     for family in FAMILIES:
         if kernel in family.names:

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from ..pattern import Pattern
 from .job import Job
-from .options import add_device, add_inner, add_model_options, device_of, model_options
+from .options import add_backend, add_device, add_model_options, device_of, model_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,7 @@ run pruned it; the ratio is then noted in its results.json, for sparsedm report.
 EXAMPLE = """\
   sparsedm bench uvit-cifar10-small --pattern 2:4 1:8 --batch 8
   sparsedm bench runs/first --threads 1
-  sparsedm bench path/to/unet --pattern 2:4 --inner eager --json"""
+  sparsedm bench path/to/unet --pattern 2:4 --backend eager --json"""
 ROUNDS = 11
 
 
@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=ROUNDS, help=f"rounds to measure ({ROUNDS})")
     add("--threads", type=int, help="threads torch may use (as many as it likes)")
     add("--json", action="store_true", help="print JSON and nothing else")
-    add_inner(parser)
+    add_backend(parser)
     add_device(parser)
     add_model_options(parser)
 
@@ -67,7 +67,7 @@ class Subject:
 
 def subject_of(options: argparse.Namespace) -> Subject:
     """The model and the patterns that were asked for. Raises ConfigError and PatternError."""
-    from ..config import Config
+    from ..config import CompileConfig
     from ..errors import ConfigError
     from .open_student import read_run_config
 
@@ -87,13 +87,13 @@ def subject_of(options: argparse.Namespace) -> Subject:
         results = folder / "results.json" if as_run else None
         given = {**run.model.options, **own}
         found = Subject(run.model.name, given, patterns, {**pruning(run), **prune}, results)
-    Config.of(found.patterns[0], **found.prune)
+    CompileConfig.create(found.patterns[0], **found.prune)
     return found
 
 
 def prepare(options: argparse.Namespace) -> Job:
     """Check the request; with --dry-run make the model too. Raises SparseDMError."""
-    from ..compiler.lower import resolve
+    from ..compiler.lower import resolve_backend
     from ..errors import ConfigError
     from ..models.loading import open_called
 
@@ -101,7 +101,7 @@ def prepare(options: argparse.Namespace) -> Job:
     for name, value in (("rounds", options.rounds), ("threads", options.threads)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value} is not >= 1")
-    inner, device = resolve(options.inner), device_of(options)
+    backend, device = resolve_backend(options.backend), device_of(options)
     given = {"options": subject.options, "batch": options.batch, "inputs": options.inputs}
     if options.dry_run:
         open_called(subject.name, **given)
@@ -112,18 +112,18 @@ def prepare(options: argparse.Namespace) -> Job:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         model, args, kwargs = open_called(subject.name, device=device, **given)
-        calls = candidates(model.eval(), subject, inner)
+        calls = candidates(model.eval(), subject, backend)
         with torch.no_grad():
             found = measured(calls, lambda call: call(*args, **kwargs), options.rounds)
-        show(found, subject, options, inner)
+        show(found, subject, options, backend)
         if subject.results is not None and subject.results.exists():
             note(subject.results, ratios_of(found, subject.patterns), options.batch or 1)
 
-    compared = f"dense with {', '.join(subject.patterns)} on {device}, compiled by {inner}"
+    compared = f"dense with {', '.join(subject.patterns)} on {device}, compiled by {backend}"
     return Job((f"would compare {options.model}, {compared}, {options.rounds} rounds",), run)
 
 
-def candidates(model: nn.Module, subject: Subject, inner: str) -> dict[str, Callable[..., Any]]:
+def candidates(model: nn.Module, subject: Subject, backend: str) -> dict[str, Callable[..., Any]]:
     """The dense model and the pruned ones under one compiler; Inductor also at its best, frozen."""
     import copy
 
@@ -131,15 +131,15 @@ def candidates(model: nn.Module, subject: Subject, inner: str) -> dict[str, Call
 
     from ..compiler.api import compile
 
-    if inner == "eager":
+    if backend == "eager":
         found: dict[str, Callable[..., Any]] = {"dense, eager": model}
     else:
-        found = {f"dense, {inner}": torch.compile(copy.deepcopy(model), backend=inner)}
-    if inner == "inductor" and next(model.parameters()).device.type == "cpu":
+        found = {f"dense, {backend}": torch.compile(copy.deepcopy(model), backend=backend)}
+    if backend == "inductor" and next(model.parameters()).device.type == "cpu":
         frozen = torch.compile(copy.deepcopy(model), options={"freezing": True})
         found["dense, inductor frozen"] = frozen
     for pattern in subject.patterns:
-        found[pattern] = compile(model, pattern, mode="infer", inner=inner, **subject.prune)
+        found[pattern] = compile(model, pattern, mode="infer", backend=backend, **subject.prune)
     return found
 
 
@@ -182,7 +182,7 @@ def note(results: Path, ratios: Mapping[str, Mapping[str, Any]], batch: int) -> 
 
 
 def show(
-    found: Mapping[str, Samples], subject: Subject, options: argparse.Namespace, inner: str
+    found: Mapping[str, Samples], subject: Subject, options: argparse.Namespace, backend: str
 ) -> None:
     """Print the ratios as a table, or as JSON."""
     from ..autotune.timer import machine, spread
@@ -193,7 +193,7 @@ def show(
     about = {"processor": cpu_name(), **machine()}
     if options.json:
         asked = {"model": options.model, "batch": options.batch or 1, "prune": subject.prune}
-        facts = {**asked, "inner": inner, "rounds": options.rounds, "machine": about}
+        facts = {**asked, "backend": backend, "rounds": options.rounds, "machine": about}
         print(json.dumps({**facts, "times_faster": ratios}, indent=2))
         return
     body = [[text, *(spread(ratios[text][name]) for name in dense)] for text in subject.patterns]

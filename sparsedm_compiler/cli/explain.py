@@ -13,7 +13,7 @@ from .open_student import add_source, source_of
 if TYPE_CHECKING:
     import torch
 
-    from ..config import Config
+    from ..config import CompileConfig
     from ..models.loading import Called
     from ..reports import MacsReport
 
@@ -74,7 +74,7 @@ def real(call: Any, device: torch.device) -> Any:
     return tree_map_only(torch.Tensor, place, call)
 
 
-def counted(example: Called, config: Config) -> MacsReport:
+def counted(example: Called, config: CompileConfig) -> MacsReport:
     """The MACs of the model as it was pruned."""
     from ..compiler.api import count_macs
 

@@ -66,11 +66,11 @@ def prepare(options: argparse.Namespace) -> Job:
     """Make the models, on the meta device where possible. Raises SparseDMError."""
     if options.list:
         return Job(("would print the presets",), print_presets)
-    from ..config import Config
+    from ..config import CompileConfig
     from ..models.loading import open_called
 
     patterns = [Pattern.parse(text) for text in options.pattern or ["2:4"]]
-    Config.of(patterns[0], policy=options.policy)
+    CompileConfig.create(patterns[0], policy=options.policy)
     names = [*dict.fromkeys(options.model)]
     given = {"options": model_options(options), "batch": options.batch, "inputs": options.inputs}
     if options.dry_run:

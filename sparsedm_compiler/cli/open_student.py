@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
-from .options import MODES, add_device, add_inner, add_model, device_of, model_options
+from .options import MODES, add_backend, add_device, add_model, device_of, model_options
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ class Source:
     """A checked model: ``name`` and ``options`` as ``open_model`` takes them.
 
     ``pruned``: the metadata of ``weights`` where ``sparsedm_compiler.save`` wrote them, else None.
-    ``mode``, ``inner``: how it then runs. ``run``: the configuration of the run that was named.
+    ``mode``, ``backend``: how it then runs. ``run``: the configuration of the run that was named.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Source:
     weights: Path | None
     pruned: Mapping[str, Any] | None
     mode: str
-    inner: str
+    backend: str
     device: torch.device
     run: RunConfig | None = None
 
@@ -46,7 +46,7 @@ class Source:
                 self.name, options=self.options, weights=self.weights, device=self.device
             )
         dense = open_model(self.name, options=self.options, device=self.device)
-        return in_mode(load(self.weights, dense, inner=self.inner), self.mode)
+        return in_mode(load(self.weights, dense, backend=self.backend), self.mode)
 
     def example(self, inputs: str | None = None) -> tuple[nn.Module, tuple[Any, ...], Any]:
         """(model, args, kwargs) to count or to copy: on the meta device where possible."""
@@ -84,13 +84,13 @@ def add_source(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
         help="how pruned weights run: infer folds the masks once and takes the fastest kernels, "
         "train masks in every call (infer)",
     )
-    add_inner(parser)
+    add_backend(parser)
     add_device(parser)
 
 
 def source_of(options: argparse.Namespace) -> Source:
     """The model that was asked for, checked on the meta device. Raises SparseDMError."""
-    from ..compiler.lower import resolve
+    from ..compiler.lower import resolve_backend
     from ..models import load_weights, open_model
     from ..models.loading import may_be_trained
 
@@ -105,10 +105,10 @@ def source_of(options: argparse.Namespace) -> Source:
     pruned = None if weights is None else metadata_of(Path(weights))
     if weights is not None and not (pruned and pruned["packed"]):
         load_weights(model, weights)
-    resolve(options.inner)
+    resolve_backend(options.backend)
     path = None if weights is None else Path(weights)
-    mode, inner, device = options.mode, options.inner, device_of(options)
-    return Source(name, chosen, path, pruned, mode, inner, device, run)
+    mode, backend, device = options.mode, options.backend, device_of(options)
+    return Source(name, chosen, path, pruned, mode, backend, device, run)
 
 
 def read_run_config(path: Path) -> RunConfig:

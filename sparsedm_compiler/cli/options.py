@@ -30,10 +30,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
 
 
-def add_inner(parser: argparse.ArgumentParser) -> None:
+def add_backend(parser: argparse.ArgumentParser) -> None:
     """What compiles."""
     parser.add_argument(
-        "--inner",
+        "--backend",
         default="auto",
         help="what runs the graph: inductor, eager or another torch.compile backend (auto: "
         "inductor where there is a C++ compiler)",

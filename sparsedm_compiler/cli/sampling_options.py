@@ -142,12 +142,12 @@ def own_condition(options: argparse.Namespace) -> Asked | None:
     import torch
 
     if options.condition is not None:
-        from ..diffusion.condition import mapped, read_condition
+        from ..diffusion.condition import map_condition, read_condition
 
         rows = read_condition(options.condition)
         if not all(part.ndim and len(part) for part in rows.values()):
             raise DataError(f"{options.condition} holds no tensors with a row per image")
-        return lambda numbers: mapped(
+        return lambda numbers: map_condition(
             lambda part: part[[number % len(part) for number in numbers]], rows
         )
     labels: list[int] = []
@@ -200,7 +200,7 @@ def check_call(source: Source, plan: SamplePlan) -> None:
     import torch
 
     from ..diffusion import predict
-    from ..diffusion.condition import placed
+    from ..diffusion.condition import move_condition
     from ..models import open_model
     from ..models.loading import is_function
 
@@ -208,7 +208,7 @@ def check_call(source: Source, plan: SamplePlan) -> None:
     asked = plan.condition_of(range(1))
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     x = torch.zeros(1, *plan.shape[1:], device="meta", dtype=dtype)
-    y = None if asked is None else placed(asked, x)
+    y = None if asked is None else move_condition(asked, x)
     try:
         with torch.no_grad():
             predict(model, x, torch.zeros(1, device="meta"), y)

@@ -35,18 +35,18 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..config import Config, Inner
+from ..config import Backend, CompileConfig
 from ..errors import ConfigError
-from ..graph.capture import capture, own_forward, parameter_names, watch_eager
-from ..masks.detect import recognise_all
+from ..graph.capture import capture, find_own_forward, map_parameter_names, record_eager_products
+from ..masks.detect import detect_patterns
 from ..passes import count_macs as count
-from ..passes import eager_sites, find_sites, mark_eager, mark_prunable
-from ..passes import topology as wire
+from ..passes import find_eager_sites, find_sites, mark_eager, mark_prunable
+from ..passes import trace_topology as wire
 from ..pattern import Pattern
 from ..reports import Decision, Explanation, MacsReport, Topology
-from .folded_weights import Packed
+from .folded_weights import PackedWeight
 from .guarded_forward import SparseForward, masked_parameters, require_compiled
-from .lower import resolve
+from .lower import resolve_backend
 
 Model = TypeVar("Model", bound=nn.Module)
 KeepDense = str | Iterable[str] | Callable[[str], bool]
@@ -62,10 +62,10 @@ def compile(
     overrides: Overrides | None = None,
     policy: str = "structural",
     inplace: bool = False,
-    inner: Inner = "auto",
+    backend: Backend = "auto",
     kernels: Mapping[str, str] | None = None,
-    forbid: str | Iterable[str] = (),
-    search_seconds: float = 60.0,
+    exclude_kernels: str | Iterable[str] = (),
+    autotune_seconds: float = 60.0,
     finalize: bool = False,
 ) -> Model:
     """A copy of ``model`` that runs its Conv and Linear weights masked to an N:M pattern.
@@ -77,16 +77,16 @@ def compile(
     weights that already satisfy an N:M pattern run by it and all others dense. ``keep_dense``:
     names or globs of layers, or a predicate over parameter names. ``overrides``: {glob: pattern},
     the first match wins. ``policy``: "structural" keeps the first and last op dense, "all" does
-    not, "uvit" prunes what the paper prunes. ``inplace``: change ``model`` itself. ``inner``: what
-    compiles the rewritten graph, any torch.compile backend ("auto": Inductor where there is a C++
-    compiler, else "eager").
+    not, "uvit" prunes what the paper prunes. ``inplace``: change ``model`` itself. ``backend``:
+    what compiles the rewritten graph, any torch.compile backend ("auto": Inductor where there is
+    a C++ compiler, else "eager").
 
     In mode "infer" every folded weight is run by the fastest of dense and the sparse kernels, as
-    measured here at the first call (kept on disk; at most ``search_seconds`` per model, what is not
-    measured stays dense). ``kernels``: {glob: "dense", "sparse" or a kernel's name} pins them,
-    ``forbid`` rules kernels out. ``explain`` shows each choice with its times. ``finalize`` frees
-    the dense weights that a sparse kernel runs, at the first call: only the packed ones are left,
-    and state_dict() gives the masked dense weights they stand for. In mode "train" ``kernels`` may
+    measured here at the first call (kept on disk; at most ``autotune_seconds`` per model, what is
+    not measured stays dense). ``kernels``: {glob: "dense", "sparse" or a kernel's name} pins them,
+    ``exclude_kernels`` rules kernels out. ``explain`` shows each choice with its times.
+    ``finalize`` frees the dense weights that a sparse kernel runs, at the first call: only the
+    packed ones are left, and state_dict() gives the masked dense weights they stand for. In mode "train" ``kernels`` may
     name "cuda_semi": 2:4 products on a GPU's sparse tensor cores, compressed anew in every step.
 
     The graph is captured at the first call. A model returned from here runs its masks or raises
@@ -94,35 +94,35 @@ def compile(
 
     >>> import torch, sparsedm_compiler as sdm
     >>> net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
-    >>> student = sdm.compile(net, pattern="2:4", inner="eager")
+    >>> student = sdm.compile(net, pattern="2:4", backend="eager")
     >>> _ = student(torch.randn(1, 8))
     >>> sdm.explain(student).masked
     ('1.weight',)
     """
     check_model(model)
-    config = Config.of(
+    config = CompileConfig.create(
         pattern,
         mode=mode,
         keep_dense=keep_dense,
         overrides=overrides,
         policy=policy,
-        inner=inner,
+        backend=backend,
         kernels=kernels,
-        forbid=forbid,
-        search_seconds=search_seconds,
+        exclude_kernels=exclude_kernels,
+        autotune_seconds=autotune_seconds,
         finalize=finalize,
     )
-    if isinstance(inner, str):
-        resolve(inner)
+    if isinstance(backend, str):
+        resolve_backend(backend)
     student = model if inplace else copy.deepcopy(model)
     if config.pattern is None:
-        config = replace(config, overrides=recognise_all(student.named_parameters()))
+        config = replace(config, overrides=detect_patterns(student.named_parameters()))
         if not config.overrides:
             raise ConfigError(
                 f"no weight of {type(model).__name__} satisfies an N:M pattern; give the one to "
                 "prune to, e.g. pattern='2:4'"
             )
-    config = config.resolved(list(parameter_names(student).values()))
+    config = config.resolved(list(map_parameter_names(student).values()))
     return install(student, config)
 
 
@@ -139,17 +139,17 @@ def check_model(model: nn.Module) -> None:
 
 def install(
     student: Model,
-    config: Config,
+    config: CompileConfig,
     decisions: Mapping[str, Decision] | None = None,
     known: frozenset[str] | None = None,
-    packed: Mapping[str, Packed] | None = None,
+    packed: Mapping[str, PackedWeight] | None = None,
 ) -> Model:
     """Put the guarded forward into ``student``; ``known``: the parameters that may be pruned."""
     if config.mode == "infer":
         student.requires_grad_(False)
     if known is None:
-        known = frozenset(chain.from_iterable(parameter_names(student).values()))
-    override = own_forward(student)
+        known = frozenset(chain.from_iterable(map_parameter_names(student).values()))
+    override = find_own_forward(student)
     SparseForward(student, config, known, decisions or {}, override, packed).install()
     return student
 
@@ -190,13 +190,13 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
             model(*args, **kwargs)
     rows = [d.prefixed(prefix) for prefix, forward in found for d in forward.decisions.values()]
     first = found[0][1]
-    inner = first.config.inner
+    backend = first.config.backend
     return Explanation(
         rows=tuple(rows),
         choices=tuple(c.prefixed(prefix) for prefix, f in found for c in f.choices.values()),
         masked=tuple(masked_parameters(model)),
         mode=first.config.mode,
-        inner=resolve(inner) if isinstance(inner, str) else inner.__name__,
+        backend=resolve_backend(backend) if isinstance(backend, str) else backend.__name__,
         broken=next((forward.broken for _, forward in found if forward.broken), None),
     )
 
@@ -222,14 +222,16 @@ def count_macs(
     >>> report.dense, report.sparse
     (192, 160)
     """
-    config = Config.of(pattern, keep_dense=keep_dense, overrides=overrides, policy=policy)
-    config = config.resolved(list(parameter_names(model).values()))
+    config = CompileConfig.create(
+        pattern, keep_dense=keep_dense, overrides=overrides, policy=policy
+    )
+    config = config.resolved(list(map_parameter_names(model).values()))
     with torch.no_grad():
         graph = capture(model, *args, **kwargs)
         if graph is not None:
             sites = find_sites(graph)
             return count(sites.sites, mark_prunable(sites, config))
-        seen = eager_sites(watch_eager(model, *args, **kwargs))
+        seen = find_eager_sites(record_eager_products(model, *args, **kwargs))
     return count(seen, mark_eager(seen, config))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from ..config import Config
+from ..config import CompileConfig
 from ..errors import ConfigError
 from .building import compile_graph
 
@@ -30,11 +30,13 @@ def sparsedm(
     if mode is not None:
         raise ConfigError(
             f"torch.compile's mode={mode!r} is not for this backend; choose the inner compiler in "
-            "options={'pattern': '2:4', 'inner': 'inductor'}"
+            "options={'pattern': '2:4', 'backend': 'inductor'}"
         )
     chosen: dict[str, Any] = {"mode": "infer", **(options or {})}
-    known = [field.name for field in fields(Config) if field.name != "finalize"]
+    known = [field.name for field in fields(CompileConfig) if field.name != "finalize"]
     for option in chosen:
         if option not in known:
             raise ConfigError(f"option {option!r} is none of {', '.join(known)}")
-    return compile_graph(gm, example_inputs, Config.of(chosen.pop("pattern", None), **chosen))
+    return compile_graph(
+        gm, example_inputs, CompileConfig.create(chosen.pop("pattern", None), **chosen)
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sampled:
+class WeightSample:
     """Some values of a tensor: ``now``, a view of them in it, and a copy of what they were."""
 
     now: Tensor
@@ -18,19 +18,19 @@ class Sampled:
 
 
 @dataclass(slots=True)
-class _Look:
+class _PendingAnswer:
     """What a device is asked: whether these samples differ; ``ready``: whether it has answered."""
 
     changed: Tensor
     ready: Callable[[], bool]
 
 
-class Lookout:
+class EditWatcher:
     """Compares samples on their devices, and learns the answers when they are there."""
 
     def __init__(self) -> None:
-        self._asked: dict[torch.device, _Look] = {}
-        self._known: tuple[Sampled, ...] = ()
+        self._asked: dict[torch.device, _PendingAnswer] = {}
+        self._known: tuple[WeightSample, ...] = ()
         self._before: dict[torch.device, Tensor] = {}
 
     def found(self) -> bool:
@@ -40,7 +40,7 @@ class Lookout:
             del self._asked[device]
         return any(bool(look.changed) for look in ready.values())
 
-    def look(self, samples: Sequence[Sampled]) -> None:
+    def look(self, samples: Sequence[WeightSample]) -> None:
         """Ask every device whether its samples are what they were, but for those still asked."""
         if self._known != tuple(samples):
             self._known, self._asked = tuple(samples), {}
@@ -54,8 +54,8 @@ class Lookout:
                 self._asked[device] = _ask(changed)
 
 
-def _by_device(samples: Sequence[Sampled]) -> dict[torch.device, list[Sampled]]:
-    found: dict[torch.device, list[Sampled]] = {}
+def _by_device(samples: Sequence[WeightSample]) -> dict[torch.device, list[WeightSample]]:
+    found: dict[torch.device, list[WeightSample]] = {}
     for each in samples:
         found.setdefault(each.now.device, []).append(each)
     return found
@@ -65,14 +65,14 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _ask(changed: Tensor) -> _Look:
+def _ask(changed: Tensor) -> _PendingAnswer:
     if changed.device.type != "cuda":
-        return _Look(changed, lambda: True)
+        return _PendingAnswer(changed, lambda: True)
     answer = torch.empty((), dtype=torch.bool, pin_memory=True)
     answer.copy_(changed, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(changed.device))
-    return _Look(answer, event.query)
+    return _PendingAnswer(answer, event.query)
 
 
 def _capturing(device: torch.device) -> bool:

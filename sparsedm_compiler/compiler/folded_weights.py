@@ -13,35 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.kernel_family import Family, Form, Kernel
-from ..backends.registry import families_of, family_of
+from ..backends.kernel_family import KernelConfig, KernelFamily, WeightFormat
+from ..backends.registry import find_families, find_family
 from ..errors import DenseRunError
-from ..masks.nm_mask import kept, nm_mask
-from .edit_watch import Lookout, Sampled
+from ..masks.nm_mask import apply_mask, nm_mask
+from .edit_watch import EditWatcher, WeightSample
 
 _SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedWeight:
     """A weight of which only the packed form is left. ``kernel``: what runs it."""
 
-    form: Form
-    kernel: Kernel
+    form: WeightFormat
+    kernel: KernelConfig
     shape: tuple[int, ...]
     dtype: torch.dtype
     data: Tensor
 
     @property
-    def family(self) -> Family:
+    def family(self) -> KernelFamily:
         """The family of its kernel."""
-        return family_of(self.kernel.name)
+        return find_family(self.kernel.name)
 
     def dense(self) -> Tensor:
         """The masked weight, to the bit."""
         return self.family.unpack(self.data, self.shape, self.form)
 
-    def portable(self) -> Packed:
+    def portable(self) -> PackedWeight:
         """The same as files hold it: on the CPU, in a form that any machine can read."""
         return replace(self, data=self.family.portable(self.data, self.shape, self.form))
 
@@ -49,12 +49,12 @@ class Packed:
         """Whether it can still run in the place of its parameter, after what has become of that."""
         if weight.device != self.data.device:
             return False
-        if self.family not in families_of(weight.device.type):
+        if self.family not in find_families(weight.device.type):
             return False
         size = self.shape[0], math.prod(self.shape[1:])
         return self.family.refusal(self.form.pattern, *size, weight.dtype) is None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         return replace(self, data=self.data.clone())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -65,21 +65,25 @@ class Packed:
 
 
 def _unpickled(
-    form: Form, kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, held: bytes
-) -> Packed:
+    form: WeightFormat,
+    kernel: KernelConfig,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    held: bytes,
+) -> PackedWeight:
     data = torch.load(io.BytesIO(held), map_location="cpu", weights_only=True)
-    return Packed(form, kernel, shape, dtype, data)
+    return PackedWeight(form, kernel, shape, dtype, data)
 
 
 @dataclass(slots=True)
-class _Fold:
+class _FoldedWeight:
     weight: weakref.ref[Tensor]
     state: tuple[int, int]
-    samples: Sampled
+    samples: WeightSample
     folded: Tensor
 
 
-class Folds:
+class FoldedWeights:
     """The folded weights of one model; all its graphs share them.
 
     A change of the weight is seen by its version counter, its storage, and, for edits through
@@ -90,11 +94,11 @@ class Folds:
     through strides of zero, so that whatever reads it by another way is loud.
     """
 
-    def __init__(self, packed: Mapping[str, Packed] | None = None) -> None:
+    def __init__(self, packed: Mapping[str, PackedWeight] | None = None) -> None:
         self.packed = dict(packed or {})
         self._arrived = set(self.packed)  # from another place, maybe one of other kernels
-        self._folds: dict[tuple[int, Form], _Fold] = {}
-        self._lookout = Lookout()
+        self._folds: dict[tuple[int, WeightFormat], _FoldedWeight] = {}
+        self._lookout = EditWatcher()
 
     def catch_up(self) -> None:
         """Forget all folds if a look at the weights, after some earlier call, found an edit."""
@@ -113,7 +117,7 @@ class Folds:
         if late:
             self._lookout.look(late)
 
-    def get(self, weight: Tensor, form: Form, name: str) -> Tensor:
+    def get(self, weight: Tensor, form: WeightFormat, name: str) -> Tensor:
         """The weight in that form. Raises DenseRunError where a gradient is asked for."""
         if weight.requires_grad and torch.is_grad_enabled():
             raise DenseRunError(
@@ -132,11 +136,11 @@ class Folds:
             source = weight.detach() if packed is None else packed.dense()
             folded = fold_weight(source, form, name)
             now = _samples(weight, packed)
-            samples = Sampled(now, now.clone())
-        self._folds[id(weight), form] = _Fold(weakref.ref(weight), state, samples, folded)
+            samples = WeightSample(now, now.clone())
+        self._folds[id(weight), form] = _FoldedWeight(weakref.ref(weight), state, samples, folded)
         return folded
 
-    def finalized(self, weight: Tensor, name: str) -> Packed | None:
+    def finalized(self, weight: Tensor, name: str) -> PackedWeight | None:
         """What is left of a hollow weight; None for one that holds its values."""
         packed = self.packed.get(name)
         if packed is None or not _is_hollow(weight):
@@ -163,11 +167,13 @@ class Folds:
                 weight.data = packed.dense().to(weight)
                 del self.packed[name]
                 continue
-            hollow(weight)
+            hollow_out(weight)
             if weight.dtype != packed.dtype:
                 self.packed[name] = _cast(packed, weight.dtype, name)
 
-    def finalize(self, weight: Tensor, form: Form, name: str, kernel: Kernel | None) -> None:
+    def finalize(
+        self, weight: Tensor, form: WeightFormat, name: str, kernel: KernelConfig | None
+    ) -> None:
         """Keep only that form of the weight; a dense form is written into the weight itself."""
         folded = self.get(weight, form, name)
         for key in [key for key in self._folds if key[0] == id(weight)]:
@@ -176,11 +182,11 @@ class Folds:
             with torch.no_grad():
                 weight.copy_(folded)
             return
-        self.packed[name] = Packed(form, kernel, tuple(weight.shape), weight.dtype, folded)
-        hollow(weight)
+        self.packed[name] = PackedWeight(form, kernel, tuple(weight.shape), weight.dtype, folded)
+        hollow_out(weight)
 
 
-def hollow(weight: Tensor) -> None:
+def hollow_out(weight: Tensor) -> None:
     """Free the memory of a weight: it becomes one NaN, seen through strides of zero."""
     nan = torch.full((1,), torch.nan, dtype=weight.dtype, device=weight.device)
     weight.data = nan.expand(weight.shape)
@@ -192,24 +198,24 @@ def _is_hollow(weight: Tensor) -> bool:
     return bool(weight.detach()[(0,) * weight.dim()].isnan())
 
 
-def _cast(packed: Packed, dtype: torch.dtype, name: str) -> Packed:
+def _cast(packed: PackedWeight, dtype: torch.dtype, name: str) -> PackedWeight:
     """The same weight after ``model.to(dtype)``."""
     data = fold_weight(packed.dense().to(dtype), packed.form, name)
     return replace(packed, dtype=dtype, data=data)
 
 
-def fold_weight(weight: Tensor, form: Form, name: str) -> Tensor:
+def fold_weight(weight: Tensor, form: WeightFormat, name: str) -> Tensor:
     """The masked weight, dense or packed. Raises MaskError for NaN and Inf."""
     mask = nm_mask(weight, form.pattern, name=name)
-    masked = kept(weight, mask)
+    masked = apply_mask(weight, mask)
     if form.dtype is not None:
         masked = masked.to(form.dtype)
     if form.kernel is None:
         return masked
-    return family_of(form.kernel.name).pack(masked, mask, form.pattern, form.kernel)
+    return find_family(form.kernel.name).pack(masked, mask, form.pattern, form.kernel)
 
 
-def _samples(weight: Tensor, packed: Packed | None) -> Tensor:
+def _samples(weight: Tensor, packed: PackedWeight | None) -> Tensor:
     """About 64 values of a weight: a view of them in it."""
     if packed is not None:
         return packed.data[:0]
@@ -222,7 +228,7 @@ def _samples(weight: Tensor, packed: Packed | None) -> Tensor:
     return flat[:: max(1, flat.numel() // _SAMPLES)]
 
 
-def _as_before(samples: Sampled) -> bool:
+def _as_before(samples: WeightSample) -> bool:
     return torch.equal(samples.now, samples.before)
 
 
@@ -237,11 +243,15 @@ def _gapless(weight: Tensor) -> bool:
     )
 
 
-class Folded:
+class FoldedGraph:
     """Runs a graph with the weights at ``places`` in their folded form."""
 
     def __init__(
-        self, run: Any, folds: Folds, forms: Mapping[int, Form], names: Mapping[int, str]
+        self,
+        run: Any,
+        folds: FoldedWeights,
+        forms: Mapping[int, WeightFormat],
+        names: Mapping[int, str],
     ) -> None:
         self.run = run
         self.folds = folds

@@ -18,27 +18,27 @@ from torch import fx, nn
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from ..config import Config
+from ..config import CompileConfig
 from ..errors import ConfigError, DenseRunError
 from ..graph.capture import (
     BROKEN,
     EagerProduct,
+    EagerWatch,
     OwnForward,
-    Watch,
-    captured,
+    bind_parameters,
+    copy_forward,
     dynamo_settings,
-    our_errors,
-    private_forward,
-    watch_eager,
+    record_eager_products,
+    unwrap_errors,
 )
-from ..graph.diagnostics import break_line, user_line
-from ..graph.names import base_name
-from ..passes.analysis.find_sites import eager_sites, find_sites
+from ..graph.diagnostics import describe_graph_break, find_user_line
+from ..graph.names import strip_adapter_prefix
+from ..passes.analysis.find_sites import find_eager_sites, find_sites
 from ..passes.analysis.mark_prunable import decide, mark_eager, mark_prunable
 from ..pattern import Pattern
 from ..reports import Choice, Decision
 from .building import build, check_finite, patterns_of
-from .folded_weights import Packed
+from .folded_weights import PackedWeight
 from .lower import FINALIZED, Folding
 from .state import KEY, fill_packed, named
 
@@ -59,11 +59,11 @@ class SparseForward(OwnForward):
     def __init__(
         self,
         module: nn.Module,
-        config: Config,
+        config: CompileConfig,
         known: frozenset[str],
         decisions: Mapping[str, Decision],
         override: Callable[..., Any] | None,
-        packed: Mapping[str, Packed] | None = None,
+        packed: Mapping[str, PackedWeight] | None = None,
     ) -> None:
         self.module = module
         self.config = config
@@ -96,7 +96,7 @@ class SparseForward(OwnForward):
         before = self._runs
         if self.folding.folds.packed:
             self.folding.folds.settle(named(self.module))
-        with dynamo_settings(), our_errors():
+        with dynamo_settings(), unwrap_errors():
             try:
                 out = self._call(*args, **kwargs)
             except FailOnRecompileLimitHit as limit:
@@ -123,35 +123,35 @@ class SparseForward(OwnForward):
             try:
                 return self._compiled(self.module, *args, **kwargs)
             except BROKEN as unsupported:
-                self._go_partial(break_line(unsupported), *args, **kwargs)
-        with Watch(self.module, self._refuse_eager):
+                self._go_partial(describe_graph_break(unsupported), *args, **kwargs)
+        with EagerWatch(self.module, self._refuse_eager):
             return self._compiled(self.module, *args, **kwargs)
 
     def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
-        forward = private_forward(self.module)
+        forward = copy_forward(self.module)
         run: Callable[..., Any] = torch.compile(forward, backend=self._backend, fullgraph=fullgraph)
         return run
 
     def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
         """Run as several graphs from now on: decide by an eager run, since none holds it all."""
-        seen = eager_sites(watch_eager(self.module, *args, **kwargs))
+        seen = find_eager_sites(record_eager_products(self.module, *args, **kwargs))
         self._adopt(mark_eager(seen, self.config, self.known))
         self.broken = reason
         self._compiled = self._compile(fullgraph=False)
 
     def _refuse_eager(self, seen: EagerProduct) -> None:
         """An accepted weight that Python between the graphs multiplies would be dense there."""
-        for site in eager_sites((seen,)):
+        for site in find_eager_sites((seen,)):
             if not site.names:
                 continue
-            weight = base_name(site.label)
+            weight = strip_adapter_prefix(site.label)
             decision = self.decisions.get(weight)
             if decision is None:
                 decision = decide(site, site.refusal, self.config, self.known)
             if decision.accepted:
                 raise DenseRunError(
                     f"{weight!r} would run dense: its {site.op_name} lies in Python that cannot "
-                    f"be captured, at {user_line()}. Keep it dense with "
+                    f"be captured, at {find_user_line()}. Keep it dense with "
                     f"keep_dense=[{weight!r}], or make that code capturable: {self.broken}"
                 )
 
@@ -160,7 +160,7 @@ class SparseForward(OwnForward):
             self.decisions.setdefault(decision.weight, decision)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graph = captured(gm, example_inputs, self.module)
+        graph = bind_parameters(gm, example_inputs, self.module)
         whole = self.broken is None
         self._adopt(mark_prunable(find_sites(graph), self.config, self.known, whole=whole))
         patterns = patterns_of(graph, self.decisions)
@@ -200,7 +200,7 @@ class SparseForward(OwnForward):
 skip_code(SparseForward.__call__.__code__)
 
 
-def nothing_to_prune(name: str, config: Config, decisions: Mapping[str, Decision]) -> str:
+def nothing_to_prune(name: str, config: CompileConfig, decisions: Mapping[str, Decision]) -> str:
     """The sentence for a model of which every weight stays dense."""
     reasons = "; ".join(f"{d.weight}: {d.refusal}" for d in list(decisions.values())[:3])
     return (
@@ -237,7 +237,7 @@ def masked_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, Pattern
     found = {}
     for prefix, forward in require_compiled(model):
         for name, parameter in forward.module.named_parameters():
-            decision = forward.decisions.get(base_name(name))
+            decision = forward.decisions.get(strip_adapter_prefix(name))
             if decision is not None and decision.pattern is not None:
                 found[prefix + name] = (parameter, decision.pattern)
     return found

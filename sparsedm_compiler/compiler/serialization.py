@@ -15,15 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..backends.kernel_family import Form, Kernel
-from ..backends.registry import family_of
-from ..config import Config, Inner
+from ..backends.kernel_family import KernelConfig, WeightFormat
+from ..backends.registry import find_family
+from ..config import Backend, CompileConfig
 from ..errors import CheckpointError, ConfigError, KernelError, PackError, PatternError
-from ..graph.names import base_name
+from ..graph.names import strip_adapter_prefix
 from ..pattern import Pattern
 from ..reports import Decision
 from .api import check_model, install
-from .folded_weights import Packed, hollow
+from .folded_weights import PackedWeight, hollow_out
 from .guarded_forward import require_compiled
 from .state import without_finalized
 
@@ -59,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "keep_dense": list(config.dense_globs),
         "overrides": {glob: str(pattern) for glob, pattern in config.overrides},
         "kernels": dict(config.kernels),
-        "forbid": list(config.forbid),
+        "exclude_kernels": list(config.exclude_kernels),
         "finalize": config.finalize,
         "packed": {name: _plain_packed(each) for name, each in packed.items()},
         "known": sorted(forward.known),
@@ -76,7 +76,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"cannot write {target}: {error}") from error
 
 
-def load(path: str | os.PathLike[str], model: Model, *, inner: Inner = "auto") -> Model:
+def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto") -> Model:
     """A compiled copy of ``model`` with the weights, pattern and decisions saved at ``path``.
 
     ``model``: the plain dense model of the class that was saved. Raises CheckpointError if the
@@ -85,14 +85,14 @@ def load(path: str | os.PathLike[str], model: Model, *, inner: Inner = "auto") -
     check_model(model)
     tensors, meta = _read(Path(path))
     try:
-        config = Config.of(
+        config = CompileConfig.create(
             meta["pattern"],
             mode=meta["mode"],
             policy=meta["policy"],
             keep_dense=meta["keep_dense"],
-            inner=inner,
+            backend=backend,
             kernels=meta["kernels"],
-            forbid=meta["forbid"],
+            exclude_kernels=meta["exclude_kernels"],
             finalize=meta["finalize"],
         )
         found = {glob: Pattern.parse(text) for glob, text in meta["overrides"].items()}
@@ -108,7 +108,7 @@ def load(path: str | os.PathLike[str], model: Model, *, inner: Inner = "auto") -
     try:
         _hollow_out(student, packed)
         missing, unknown = student.load_state_dict(tensors, strict=False)
-        absent = {name for name in missing if base_name(name) not in packed}
+        absent = {name for name in missing if strip_adapter_prefix(name) not in packed}
         if absent or unknown:
             raise RuntimeError(f"missing {sorted(absent)}, unknown {sorted(unknown)}")
     except (RuntimeError, AttributeError) as error:
@@ -118,14 +118,14 @@ def load(path: str | os.PathLike[str], model: Model, *, inner: Inner = "auto") -
     return install(student, config, decisions, frozenset(meta["known"]), packed)
 
 
-def _hollow_out(student: nn.Module, packed: Mapping[str, Packed]) -> None:
+def _hollow_out(student: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
     """Free the weights that the file holds packed. Raises RuntimeError where the shapes differ."""
     for name, each in packed.items():
         weight = student.get_parameter(name)
         if tuple(weight.shape) != each.shape:
             raise RuntimeError(f"{name} is {list(weight.shape)}, packed {list(each.shape)}")
         weight.data = weight.data.to(each.dtype)
-        hollow(weight)
+        hollow_out(weight)
 
 
 def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -166,7 +166,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, plain
 
 
-def _plain_packed(packed: Packed) -> dict[str, Any]:
+def _plain_packed(packed: PackedWeight) -> dict[str, Any]:
     return {
         "pattern": str(packed.form.pattern),
         "kernel": packed.kernel.name,
@@ -176,14 +176,14 @@ def _plain_packed(packed: Packed) -> dict[str, Any]:
     }
 
 
-def _packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
+def _packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> PackedWeight:
     """A packed weight from a file, which may be trusted only after its family's ``check``."""
     # A copy: aligned, and unlike the mapped file nobody else's to change after the check.
     data, shape = tensors.pop(name + _PACKED).clone(), tuple(plain["shape"])
-    kernel = Kernel(plain["kernel"], tuple(plain["layout"]), tuple(plain["tile"]))
-    form = Form(Pattern.parse(plain["pattern"]), None, kernel.untiled)
-    dtype = family_of(kernel.name).check(data, shape, form)
-    return Packed(form, kernel, shape, dtype, data)
+    kernel = KernelConfig(plain["kernel"], tuple(plain["layout"]), tuple(plain["tile"]))
+    form = WeightFormat(Pattern.parse(plain["pattern"]), None, kernel.untiled)
+    dtype = find_family(kernel.name).check(data, shape, form)
+    return PackedWeight(form, kernel, shape, dtype, data)
 
 
 def _plain(decision: Decision) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..graph.names import base_name
-from .folded_weights import Folds, Packed
+from ..graph.names import strip_adapter_prefix
+from .folded_weights import FoldedWeights, PackedWeight
 
 KEY = "_sparsedm"
 """Where a compiled module keeps its SparseForward, beside ``forward``, in its ``__dict__``."""
@@ -18,13 +18,13 @@ KEY = "_sparsedm"
 def named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters, each under every name, as decisions name them."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        yield base_name(name), parameter
+        yield strip_adapter_prefix(name), parameter
 
 
-def finalized(module: nn.Module, folds: Folds) -> Iterator[tuple[str, Packed]]:
+def finalized(module: nn.Module, folds: FoldedWeights) -> Iterator[tuple[str, PackedWeight]]:
     """(name in the module, packed weight) of what was finalized; every name of a tied one."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        packed = folds.finalized(parameter, base_name(name))
+        packed = folds.finalized(parameter, strip_adapter_prefix(name))
         if packed is not None:
             yield name, packed
 
@@ -36,7 +36,7 @@ def fill_packed(module: nn.Module, state: dict[str, Any], prefix: str, local_met
             state[prefix + name] = packed.dense()
 
 
-def without_finalized(module: nn.Module, folds: Folds) -> dict[str, Tensor]:
+def without_finalized(module: nn.Module, folds: FoldedWeights) -> dict[str, Tensor]:
     """The state_dict of a module without its finalized weights."""
     left_out = {name for name, _ in finalized(module, folds)}
     hooks, module._state_dict_hooks = module._state_dict_hooks, OrderedDict()

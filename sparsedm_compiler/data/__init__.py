@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..diffusion.condition import Condition
-from ..diffusion.condition import rows as condition_rows
+from ..diffusion.condition import take_rows as condition_rows
 from .encode_latents import decode_latents, encode_latents, open_autoencoder
 from .hub import HubData
 from .image_data import Batch, ImageData, Wanted

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..diffusion.condition import Condition, rows
+from ..diffusion.condition import Condition, take_rows
 from ..diffusion.modes import evaluating
 from ..errors import ConfigError, DataError
 from ..optional_deps import import_diffusers
@@ -146,7 +146,7 @@ def condition_tensors(
             "the data have a condition of their own and conditions are given: open the data with "
             "labels=False; if the model takes both, add them to conditions"
         )
-    chosen = own if given is None else rows(given, numbers)
+    chosen = own if given is None else take_rows(given, numbers)
     if chosen is None:
         return {}
     if isinstance(chosen, Tensor):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..diffusion.condition import Condition, check_count, rows
+from ..diffusion.condition import Condition, check_count, take_rows
 from ..errors import ConfigError, DataError
 
 Batch = tuple[Tensor, Condition | None]
@@ -45,7 +45,7 @@ class ImageData(Dataset[tuple[Any, ...]], ABC):
     def __getitem__(self, number: int) -> tuple[Any, ...]:
         """``(image,)`` or ``(image, condition)``: what a DataLoader makes batches of."""
         images, condition = self.fetch([range(len(self))[number]])
-        return (images[0],) if condition is None else (images[0], rows(condition, 0))
+        return (images[0],) if condition is None else (images[0], take_rows(condition, 0))
 
     def index(self, numbers: Sequence[int]) -> Tensor:
         """``numbers`` as int64 [B]. Raises IndexError where one is not in 0 .. len - 1."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.condition import Condition, rows
+from ..diffusion.condition import Condition, take_rows
 from ..errors import DataError
 from .image_data import Batch, ImageData, Wanted, checked_condition, checked_labels, count_classes
 from .pixels import pixels_of, resized, scaled
@@ -56,7 +56,7 @@ class TensorData(ImageData):
     def fetch(self, numbers: Sequence[int]) -> Batch:
         index = self.index(numbers)
         images = scaled(self.images[index])
-        return images, None if self.condition is None else rows(self.condition, index)
+        return images, None if self.condition is None else take_rows(self.condition, index)
 
 
 def from_arrays(

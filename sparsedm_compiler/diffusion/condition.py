@@ -31,7 +31,7 @@ def read_condition(path: str | Path) -> dict[str, Tensor]:
     return found
 
 
-def mapped(change: Callable[[Tensor], Tensor], given: Condition) -> Condition:
+def map_condition(change: Callable[[Tensor], Tensor], given: Condition) -> Condition:
     """``given`` with every tensor changed. Raises DataError for anything that is no tensor.
 
     >>> mapped(lambda x: x + 1, {"y": torch.tensor([1, 2])})
@@ -44,14 +44,14 @@ def mapped(change: Callable[[Tensor], Tensor], given: Condition) -> Condition:
             f"a condition of type {type(given).__name__} is neither a tensor [B, ...] nor a "
             "mapping from names of the model's forward to tensors"
         )
-    return {name: mapped(change, part) for name, part in given.items()}
+    return {name: map_condition(change, part) for name, part in given.items()}
 
 
 def tensors(given: Condition, place: str = "the condition") -> dict[str, Tensor]:
     """Every tensor of ``given`` under the words that say where it is."""
     if isinstance(given, Tensor):
         return {place: given}
-    mapped(lambda part: part, given)
+    map_condition(lambda part: part, given)
     found: dict[str, Tensor] = {}
     for name, part in given.items():
         found |= tensors(part, f"{place} {name!r}")
@@ -65,7 +65,7 @@ def check_count(given: Condition, count: int) -> None:
             raise DataError(f"{place} {list(part.shape)} has no row for each of {count} images")
 
 
-def stacked(first: Condition, second: Condition) -> Condition:
+def stack_conditions(first: Condition, second: Condition) -> Condition:
     """The rows of ``first``, then those of ``second``. Raises DataError where they do not fit."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         if first.shape[1:] != second.shape[1:]:
@@ -76,20 +76,20 @@ def stacked(first: Condition, second: Condition) -> Condition:
         return torch.cat([first, second.to(first)])
     if isinstance(first, Tensor) or isinstance(second, Tensor) or {*first} != {*second}:
         raise DataError(
-            f"conditions {described(first)} and {described(second)} make no one batch: give "
-            "both the same names"
+            f"conditions {describe_condition(first)} and {describe_condition(second)} make no one "
+            "batch: give both the same names"
         )
-    return {name: stacked(part, second[name]) for name, part in first.items()}
+    return {name: stack_conditions(part, second[name]) for name, part in first.items()}
 
 
-def described(given: Condition) -> str:
+def describe_condition(given: Condition) -> str:
     """``given`` in the words of an error, e.g. "a tensor [4]" or "{context}"."""
     if isinstance(given, Tensor):
         return f"a tensor {list(given.shape)}"
     return "{" + ", ".join(given) + "}"
 
 
-def rows(given: Condition, at: Tensor | range | slice | int) -> Condition:
+def take_rows(given: Condition, at: Tensor | range | slice | int) -> Condition:
     """The rows ``at`` these places of every tensor of ``given``.
 
     >>> rows(torch.tensor([7, 8, 9]), range(1, 3))
@@ -98,12 +98,12 @@ def rows(given: Condition, at: Tensor | range | slice | int) -> Condition:
     {'context': tensor([0., 1.])}
     """
     index = slice(at.start, at.stop) if isinstance(at, range) else at
-    return mapped(lambda part: part[index], given)
+    return map_condition(lambda part: part[index], given)
 
 
-def placed(given: Condition, like: Tensor) -> Condition:
+def move_condition(given: Condition, like: Tensor) -> Condition:
     """``given`` on the device of ``like``, its floating-point numbers in the dtype of ``like``."""
-    return mapped(
+    return map_condition(
         lambda part: part.to(like.device, like.dtype if part.is_floating_point() else part.dtype),
         given,
     )

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
-from .condition import Condition, described, mapped, placed, stacked
+from .condition import (
+    Condition,
+    describe_condition,
+    map_condition,
+    move_condition,
+    stack_conditions,
+)
 from .predict import predict
 
 
@@ -32,16 +38,16 @@ class Guidance:
     def nulls(self, like: Condition, count: int) -> Condition:
         """``null`` for ``count`` images, in the form of the condition ``like``."""
         if not isinstance(self.null, int):
-            return mapped(lambda part: part.expand(count, *part.shape), self.null)
+            return map_condition(lambda part: part.expand(count, *part.shape), self.null)
         if not isinstance(like, Tensor):
             raise DataError(
-                f"the null label {self.null} fits no condition {described(like)}: give "
+                f"the null label {self.null} fits no condition {describe_condition(like)}: give "
                 "Guidance(null=...) the tensors of one image under the same names"
             )
         return torch.full_like(like, self.null)
 
 
-def guided(
+def apply_guidance(
     model: nn.Module, x: Tensor, t: Tensor, y: Condition | None, guidance: Guidance | None
 ) -> Tensor:
     """What ``model`` predicts, float32, with ``guidance`` in one batch of twice the images."""
@@ -51,7 +57,7 @@ def guided(
         raise DataError(
             f"guidance {guidance.scale} without a condition: give labels or a condition"
         )
-    nulls = placed(guidance.nulls(y, len(x)), x)
-    both = predict(model, torch.cat([x, x]), torch.cat([t, t]), stacked(y, nulls)).float()
+    nulls = move_condition(guidance.nulls(y, len(x)), x)
+    both = predict(model, torch.cat([x, x]), torch.cat([t, t]), stack_conditions(y, nulls)).float()
     cond, null = both.chunk(2)
     return null + guidance.scale * (cond - null)

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError
-from .condition import Condition, check_count, placed, rows
-from .guidance import Guidance, guided
+from .condition import Condition, check_count, move_condition, take_rows
+from .guidance import Guidance, apply_guidance
 from .image_batches import CHUNK, Batches, Share, chunks
 from .modes import evaluating
 from .predict import generator_at
@@ -65,7 +65,7 @@ class SamplePlan:
         if self.condition is None:
             return None
         if not callable(self.condition):
-            return rows(self.condition, numbers)
+            return take_rows(self.condition, numbers)
         found = self.condition(numbers)
         if found is not None:
             check_count(found, len(numbers))
@@ -146,10 +146,10 @@ def denoise(
     x = x.to(place.device)
     x = x * solver.init_noise_sigma if isinstance(solver, Scaling) else x
     y = plan.condition_of(numbers)
-    y = None if y is None else placed(y, place)
+    y = None if y is None else move_condition(y, place)
     for t in solver.timesteps:
         given = solver.scale_model_input(x, t) if isinstance(solver, Scaling) else x
-        guess = guided(model, given.to(place.dtype), t.expand(len(x)), y, plan.guidance)
+        guess = apply_guidance(model, given.to(place.dtype), t.expand(len(x)), y, plan.guidance)
         x = solver.step(guess, t, x, **extra, return_dict=False)[0]
         bar.update()
     return decoded(x.float(), plan.decode)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ConfigError
 from ..data import ImageData, decode_latents, open_autoencoder, open_data
-from ..diffusion.condition import Condition, mapped, read_condition, rows
+from ..diffusion.condition import Condition, map_condition, read_condition, take_rows
 from ..diffusion.guidance import Guidance
 from ..diffusion.sampling import SamplePlan
 from ..train.sample_grids import Pictures
@@ -48,7 +48,7 @@ def open_all(config: RunConfig, device: torch.device) -> Opened:
             )
     null = None
     if spec.null is not None:
-        null = mapped(lambda part: part[None], read_condition(spec.null))
+        null = map_condition(lambda part: part[None], read_condition(spec.null))
     return Opened(data, held_out, null, None if spec.vae is None else decoder(spec.vae, device))
 
 
@@ -64,13 +64,13 @@ def guidance_of(config: RunConfig, opened: Opened) -> Guidance | None:
     if scale is None:
         return None
     if opened.null is not None:
-        return Guidance(scale, rows(opened.null, 0))
+        return Guidance(scale, take_rows(opened.null, 0))
     if label is not None:
         return Guidance(scale, label)
     given = opened.condition(range(1))
     if given is None or isinstance(given, Tensor):
         raise ConfigError(f"sample.guidance {scale} needs train.null_label and labelled data")
-    return Guidance(scale, mapped(lambda part: torch.zeros_like(part[0]), given))
+    return Guidance(scale, map_condition(lambda part: torch.zeros_like(part[0]), given))
 
 
 def pictures_of(config: RunConfig, opened: Opened) -> Pictures:

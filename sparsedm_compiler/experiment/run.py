@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import CheckpointError, ConfigError, compile, count_macs, load
 from ..data import ImageData, open_data
-from ..diffusion.condition import placed
+from ..diffusion.condition import move_condition
 from ..diffusion.modes import evaluating
 from ..diffusion.predict import arguments
 from ..diffusion.sampling import sample_batches, sampler_name
@@ -89,13 +89,13 @@ def trained(
         return student if result.ema is None else result.ema
     saved = Path(config.out) / "student.safetensors"
     if config.train.sparse:
-        return load(saved, teacher, inner=config.prune.inner)
+        return load(saved, teacher, backend=config.prune.backend)
     return load_weights(copy.deepcopy(teacher), saved)
 
 
 def options_of(config: RunConfig) -> dict[str, Any]:
     """Options of ``compile`` in every mode."""
-    return {**pruning(config), "inner": config.prune.inner}
+    return {**pruning(config), "backend": config.prune.backend}
 
 
 def pruning(config: RunConfig) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def counted(teacher: nn.Module, config: RunConfig, opened: Opened) -> dict[str, 
     """Exact MACs of one image, dense and as this run prunes. Raises DataError, CaptureError."""
     place = next(teacher.parameters())
     given = opened.condition(range(1))
-    y = None if given is None else placed(given, place)
+    y = None if given is None else move_condition(given, place)
     x, t = torch.zeros(1, *opened.data.shape).to(place), torch.zeros(1, device=place.device)
     args, kwargs = arguments(teacher, x, t, y)
     with evaluating(teacher):

@@ -59,7 +59,7 @@ class PruneSpec:
     policy: str = "structural"
     keep_dense: tuple[str, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)
-    inner: str = "auto"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         Pattern.parse(self.pattern)
@@ -123,11 +123,11 @@ class RunConfig:
             )
 
     @staticmethod
-    def of(values: Mapping[str, Any]) -> RunConfig:
+    def create(values: Mapping[str, Any]) -> RunConfig:
         """The configuration of plain values, on top of its ``recipe``. Raises ConfigError.
 
         >>> values = {"data": {"train": "digits"}, "train": {"method": "dense"}, "out": "runs/a"}
-        >>> RunConfig.of(values).prune.pattern
+        >>> RunConfig.create(values).prune.pattern
         '2:4'
         """
         plain = copy.deepcopy(dict(values))
@@ -143,7 +143,7 @@ class RunConfig:
                 known = ", ".join([*SECTIONS, "train", "out", "recipe"])
                 raise ConfigError(f"there is no section {name!r}; there are {known}")
         sections = {name: build(cls, plain.get(name, {}), name) for name, cls in SECTIONS.items()}
-        return RunConfig(**sections, train=FinetuneConfig().having(train), out=out)
+        return RunConfig(**sections, train=FinetuneConfig().with_options(train), out=out)
 
     @staticmethod
     def read(
@@ -156,7 +156,7 @@ class RunConfig:
         values = merged(sections, {} if path is None else read_mapping(Path(path)))
         for assignment in assignments:
             put(values, assignment)
-        return RunConfig.of(values)
+        return RunConfig.create(values)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON and YAML; ``of`` reads them back."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ..errors import ConfigError, meant
+from ..errors import ConfigError, suggest
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise ConfigError(f"{where} has no {name!r}; {meant(str(name), known, 'it has')}")
+            raise ConfigError(f"{where} has no {name!r}; {suggest(str(name), known, 'it has')}")
     lists = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     try:
         return cls(**lists)

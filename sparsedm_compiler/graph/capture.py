@@ -27,8 +27,8 @@ from torch._dynamo.exc import (
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError, SparseDMError
-from .flat_graph import Op, reading_step
-from .op_table import TABLE, Entry
+from .flat_graph import Op, classify_step
+from .op_table import OP_TABLE, OpEntry
 
 RECOMPILE_LIMIT = 4096
 """Graphs one model may have: shapes, dtypes, train/eval, autocast. Beyond it a call raises."""
@@ -56,7 +56,7 @@ def dynamo_settings() -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Captured:
+class CapturedGraph:
     """One graph of a model.
 
     ``names``: parameter names of the placeholders that are parameters. ``buffers``: the
@@ -81,15 +81,15 @@ class OwnForward:
     override: Callable[..., Any] | None = None
 
 
-def own_forward(module: nn.Module) -> Callable[..., Any] | None:
+def find_own_forward(module: nn.Module) -> Callable[..., Any] | None:
     """The forward the instance has of its own, ours aside; None for the class's."""
     forward = module.__dict__.get("forward")
     return forward.override if isinstance(forward, OwnForward) else forward
 
 
-def private_forward(module: nn.Module) -> Callable[..., Any]:
+def copy_forward(module: nn.Module) -> Callable[..., Any]:
     """The module's own forward as a function of (self, ...) with a code object of its own."""
-    override = own_forward(module)
+    override = find_own_forward(module)
     if override is None:
         forward = type(module).forward
     elif isinstance(override, types.MethodType) and override.__self__ is module:
@@ -119,7 +119,7 @@ def _unbound(bound: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def parameter_names(module: nn.Module) -> dict[int, Names]:
+def map_parameter_names(module: nn.Module) -> dict[int, Names]:
     """id of each parameter to all its names, in the order of ``named_parameters``."""
     names: dict[int, Names] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -127,18 +127,20 @@ def parameter_names(module: nn.Module) -> dict[int, Names]:
     return names
 
 
-def captured(gm: fx.GraphModule, example_inputs: Sequence[Any], module: nn.Module) -> Captured:
+def bind_parameters(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], module: nn.Module
+) -> CapturedGraph:
     """``gm`` with its placeholders named after the parameters of ``module`` they stand for."""
-    names, buffers = parameter_names(module), {id(buffer) for buffer in module.buffers()}
+    names, buffers = map_parameter_names(module), {id(buffer) for buffer in module.buffers()}
     found = list(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-    return Captured(
+    return CapturedGraph(
         gm,
         {node: names[id(x)] for node, x in found if id(x) in names},
         frozenset(node for node, x in found if id(x) in buffers),
     )
 
 
-def captured_by_source(gm: fx.GraphModule) -> Captured:
+def bind_parameters_by_source(gm: fx.GraphModule) -> CapturedGraph:
     """``gm`` with its placeholders named by where Dynamo read them: the module is unknown."""
     names: dict[fx.Node, Names] = {}
     buffers = set()
@@ -150,11 +152,11 @@ def captured_by_source(gm: fx.GraphModule) -> Captured:
             names[node] = (path,)
         elif "_buffers" in place:
             buffers.add(node)
-    return Captured(gm, names, frozenset(buffers))
+    return CapturedGraph(gm, names, frozenset(buffers))
 
 
 @contextmanager
-def our_errors() -> Iterator[None]:
+def unwrap_errors() -> Iterator[None]:
     """Let a SparseDMError raised inside a backend out as itself."""
     try:
         yield
@@ -168,20 +170,20 @@ class _Stop(Exception):  # noqa: N818
     """Raised in the place of the first run: the graph was all we wanted."""
 
 
-def capture(module: nn.Module, *args: Any, **kwargs: Any) -> Captured | None:
+def capture(module: nn.Module, *args: Any, **kwargs: Any) -> CapturedGraph | None:
     """The graph of one call, which is not run; None if it takes more than one graph.
 
     Works on meta tensors. Raises CaptureError if the forward cannot be called that way.
     """
-    found: list[Captured] = []
+    found: list[CapturedGraph] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        found.append(captured(gm, example_inputs, module))
+        found.append(bind_parameters(gm, example_inputs, module))
         return _stop
 
-    run = torch.compile(private_forward(module), backend=backend, fullgraph=True, dynamic=False)
+    run = torch.compile(copy_forward(module), backend=backend, fullgraph=True, dynamic=False)
     try:
-        with dynamo_settings(), our_errors():
+        with dynamo_settings(), unwrap_errors():
             run(module, *args, **kwargs)
     except _Stop:
         return found[0]
@@ -201,13 +203,13 @@ def _stop(*_: Any) -> NoReturn:
 class EagerProduct:
     """One op of the table seen in an eager run, with the parameters among its arguments."""
 
-    entry: Entry
+    entry: OpEntry
     values: Mapping[str, Any]
     out: Any
     names: Mapping[str, Names]
 
 
-class Watch(TorchFunctionMode):
+class EagerWatch(TorchFunctionMode):
     """Shows ``see`` every op of the table that runs eagerly while the mode is on.
 
     Compiled graphs run unseen: only Python that Dynamo left outside of them comes by here.
@@ -215,7 +217,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, see: Callable[[EagerProduct], None]) -> None:
         super().__init__()
-        self.names = parameter_names(module)
+        self.names = map_parameter_names(module)
         self.see = see
         self.kept: list[Tensor] = []  # casts and views of parameters: ids stay theirs while held
 
@@ -223,7 +225,7 @@ class Watch(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        entry = TABLE.get(func)
+        entry = OP_TABLE.get(func)
         if entry is None:
             self._follow(func, args, out)
         else:
@@ -236,25 +238,25 @@ class Watch(TorchFunctionMode):
     def _follow(self, func: Any, args: Any, out: Any) -> None:
         """A cast or view of a parameter is still that parameter."""
         names = self.names.get(id(args[0])) if args else None
-        if names and reading_step(func):
+        if names and classify_step(func):
             for part in out if isinstance(out, (tuple, list)) else (out,):
                 self.names[id(part)] = names
                 self.kept.append(part)
 
 
 # Dynamo may inline the mode into a graph it captures, but must not make a graph of the mode itself.
-skip_code(Watch.__torch_function__.__code__)
+skip_code(EagerWatch.__torch_function__.__code__)
 
 
-def watch_eager(module: nn.Module, *args: Any, **kwargs: Any) -> list[EagerProduct]:
+def record_eager_products(module: nn.Module, *args: Any, **kwargs: Any) -> list[EagerProduct]:
     """The table's ops of one eager run of the module's own forward, in order.
 
     The run leaves no trace: no gradients, random state and buffers as they were.
     """
     seen: list[EagerProduct] = []
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    forward = private_forward(module)
-    with torch.no_grad(), torch.random.fork_rng(), Watch(module, seen.append):
+    forward = copy_forward(module)
+    with torch.no_grad(), torch.random.fork_rng(), EagerWatch(module, seen.append):
         torch._dynamo.disable(forward)(module, *args, **kwargs)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, buffer in module.named_buffers():

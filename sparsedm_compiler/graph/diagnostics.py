@@ -11,7 +11,7 @@ import torch
 _OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
-def user_line() -> str:
+def find_user_line() -> str:
     """The innermost line on the stack that is neither torch's nor ours, as "file:line: code"."""
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith((*_OURS, "<")):
@@ -19,7 +19,7 @@ def user_line() -> str:
     return "an unknown line"
 
 
-def break_line(error: Exception) -> str:
+def describe_graph_break(error: Exception) -> str:
     """Dynamo's reason for a graph break in one line, with the user's line that caused it."""
     text = str(error)
     frames = re.findall(r'File "(.+?)", line (\d+), in .*\n\s+(.+)', text)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .op_table import TABLE, Product
+from .op_table import OP_TABLE, Product
 
 _CASTS = {"to", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach"}
 _VIEWS = {
@@ -41,7 +41,7 @@ class Op:
     @property
     def value(self) -> Any:
         """The example value; None where the node has none."""
-        return value_of(self.node)
+        return get_example_value(self.node)
 
     @property
     def inputs(self) -> tuple[Op, ...]:
@@ -50,7 +50,7 @@ class Op:
 
     def products(self) -> tuple[tuple[Product, tuple[Op, ...]], ...]:
         """What this op multiplies, each with the Ops that may hold the weight."""
-        entry = TABLE.get(self.node.target)
+        entry = OP_TABLE.get(self.node.target)
         if entry is None or self.node.op not in ("call_function", "call_method"):
             return ()
         bound = entry.bind(self.args, self.kwargs)
@@ -62,7 +62,7 @@ class Op:
         return tuple(found)
 
 
-def value_of(node: fx.Node) -> Any:
+def get_example_value(node: fx.Node) -> Any:
     """The example value in the metadata of a Dynamo or exported node, or None."""
     meta = node.meta
     return meta["example_value"] if "example_value" in meta else meta.get("val")
@@ -117,7 +117,7 @@ def _enter(
     gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], prefix: str
 ) -> tuple[_Inner, tuple[Any, ...]]:
     """Inline the sub-graphs a higher-order node calls; several (branches) merge in the node."""
-    graphs = [] if node.op != "call_function" else list(subgraphs(gm, node.args))
+    graphs = [] if node.op != "call_function" else list(find_subgraphs(gm, node.args))
     if node.target is torch.ops.higher_order.autograd_function_apply:
         graphs = graphs[:1]  # the second one is the backward
     inner, results = _Inner(), []
@@ -135,7 +135,7 @@ def _enter(
     return inner, (*args, *results)
 
 
-def subgraphs(gm: fx.GraphModule, args: Any) -> Iterator[tuple[str, fx.GraphModule]]:
+def find_subgraphs(gm: fx.GraphModule, args: Any) -> Iterator[tuple[str, fx.GraphModule]]:
     """(name, GraphModule) of every sub-graph among a node's arguments."""
     for arg in _leaves(args):
         if isinstance(arg, fx.Node) and arg.op == "get_attr":
@@ -170,7 +170,7 @@ def _map_ops(tree: Any, change: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ParameterRead:
     """How an operand comes from a parameter.
 
     ``layout``: "same" (casts, row slices and trailing ones: dimension 1 is still the input
@@ -181,7 +181,7 @@ class Reading:
     layout: str
 
 
-def trace(operand: Op, parameters: Collection[Op]) -> Reading | None:
+def trace_parameter(operand: Op, parameters: Collection[Op]) -> ParameterRead | None:
     """The parameter ``operand`` is a cast or view of; None for an activation."""
     turned = False
     op = operand
@@ -191,17 +191,17 @@ def trace(operand: Op, parameters: Collection[Op]) -> Reading | None:
             return None
         turned |= step in _TURNS
         op = op.inputs[0]
-    return Reading(op, _layout(operand.value, op.value, turned))
+    return ParameterRead(op, _layout(operand.value, op.value, turned))
 
 
 def _step(op: Op) -> str | None:
     """The name of a cast, view or turn of a single tensor; None for any other op."""
     if op.node.op not in ("call_function", "call_method") or not op.inputs:
         return None
-    return reading_step(str(op.args[1]) if op.node.target is getattr else op.node.target)
+    return classify_step(str(op.args[1]) if op.node.target is getattr else op.node.target)
 
 
-def reading_step(target: Any) -> str | None:
+def classify_step(target: Any) -> str | None:
     """The name of a call target that casts, views or turns one tensor; None for any other."""
     if isinstance(target, torch._ops.OpOverload):
         target = target._opname
@@ -226,7 +226,7 @@ def _inner_shape(weight: Tensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def readers(parameter: Op) -> Iterator[tuple[Op, Op]]:
+def find_readers(parameter: Op) -> Iterator[tuple[Op, Op]]:
     """(reader, operand) for every op that consumes the parameter or a cast or view of it."""
     pending = [parameter]
     while pending:

@@ -37,7 +37,7 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class OpEntry:
     """A known op: its name in reports, its argument names in order, and its products."""
 
     name: str
@@ -185,11 +185,11 @@ _QKV = ("query", "key", "value")
 _aten = torch.ops.aten
 
 
-def _entries() -> dict[Any, Entry]:
-    table: dict[Any, Entry] = {}
+def _entries() -> dict[Any, OpEntry]:
+    table: dict[Any, OpEntry] = {}
 
     def add(name: str, arguments: tuple[str, ...], products: Any, *targets: Any) -> None:
-        table.update(dict.fromkeys(targets, Entry(name, arguments, products)))
+        table.update(dict.fromkeys(targets, OpEntry(name, arguments, products)))
 
     add("linear", ("input", "weight", "bias"), _linear, F.linear, _aten.linear.default)
     for d in (1, 2, 3):
@@ -214,5 +214,5 @@ def _entries() -> dict[Any, Entry]:
     return table
 
 
-TABLE: Mapping[Any, Entry] = _entries()
+OP_TABLE: Mapping[Any, OpEntry] = _entries()
 """Call target (function, overload or method name) to Entry."""

@@ -14,7 +14,7 @@ _GROUPS = (2, 4, 8, 16, 32, 64)
 _SHARED = (128, 64, 32, 16, 8, 4, 2)
 
 
-def recognise(weight: Tensor) -> Pattern | None:
+def detect_pattern(weight: Tensor) -> Pattern | None:
     """The sparsest pattern that keeps every non-zero of ``weight``, or None.
 
     weight: [out, in, ...]; groups run along in. Of equally sparse patterns the one with the
@@ -44,7 +44,7 @@ def recognise(weight: Tensor) -> Pattern | None:
     return best
 
 
-def recognise_all(weights: Iterable[tuple[str, Tensor]]) -> tuple[tuple[str, Pattern], ...]:
+def detect_patterns(weights: Iterable[tuple[str, Tensor]]) -> tuple[tuple[str, Pattern], ...]:
     """(name, pattern) of the weights that satisfy one."""
-    found = ((name, recognise(weight)) for name, weight in weights)
+    found = ((name, detect_pattern(weight)) for name, weight in weights)
     return tuple((name, pattern) for name, pattern in found if pattern is not None)

@@ -20,15 +20,15 @@ from torch import Tensor
 from ..errors import PatternError
 from ..pattern import Pattern
 from . import triton_mask as masking
-from .nm_mask import dropped, kept, unchecked_nm_mask
+from .nm_mask import apply_inverse_mask, apply_mask, compute_mask
 
 
 @torch.library.custom_op("sparsedm::mask_ste", mutates_args=())
 def _mask_ste(weight: Tensor, pattern: str) -> Tensor:
     fitting = _fitting(weight, pattern)
     if _fused(weight.device.type, weight.dtype, fitting, masking.unavailable):
-        return masking.masked(weight, fitting)
-    return kept(weight, unchecked_nm_mask(weight, fitting))
+        return masking.mask_by_triton(weight, fitting)
+    return apply_mask(weight, compute_mask(weight, fitting))
 
 
 @_mask_ste.register_fake
@@ -62,11 +62,11 @@ def mask_ste(weight: Tensor, pattern: str | Pattern) -> Tensor:
     return masked
 
 
-def pruned(weight: Tensor, pattern: Pattern) -> Tensor:
+def zero_kept(weight: Tensor, pattern: Pattern) -> Tensor:
     """``(1 - mask) * weight`` of a weight known to fit; zero where the mask keeps it."""
     if _fused(weight.device.type, weight.dtype, pattern, masking.unavailable):
-        return masking.masked(weight, pattern, rest=True)
-    return dropped(weight, unchecked_nm_mask(weight, pattern))
+        return masking.mask_by_triton(weight, pattern, rest=True)
+    return apply_inverse_mask(weight, compute_mask(weight, pattern))
 
 
 def _fitting(weight: Tensor, text: str) -> Pattern:

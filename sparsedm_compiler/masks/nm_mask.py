@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import MaskError, PatternError
 from ..pattern import VNM_COLUMNS, Pattern
-from .top_n import KEYS, select
+from .top_n import KEYS, select_top_n
 from .transposable import select_tiles
 
 
@@ -44,32 +44,32 @@ def nm_mask(weight: Tensor, pattern: str | Pattern, *, name: str | None = None) 
     if weight.is_meta or isinstance(weight, FakeTensor):
         return torch.empty_like(weight, dtype=torch.bool)
     _require_finite(weight.detach(), what)
-    return unchecked_nm_mask(weight, pattern)
+    return compute_mask(weight, pattern)
 
 
-def unchecked_nm_mask(weight: Tensor, pattern: Pattern) -> Tensor:
+def compute_mask(weight: Tensor, pattern: Pattern) -> Tensor:
     """``nm_mask`` of a weight known to fit; NaN and Inf count as the largest magnitudes."""
     weight = weight.detach()
     if pattern.transposable:
         return select_tiles(weight, pattern.n)
     if pattern.rows == 1 and not pattern.vnm:
-        return select(weight, pattern)
+        return select_top_n(weight, pattern)
     energy = _column_energy(weight, pattern.rows)
     if pattern.vnm:
-        columns = select(energy, Pattern(VNM_COLUMNS, pattern.m))
-        return select(weight, pattern, columns)
+        columns = select_top_n(energy, Pattern(VNM_COLUMNS, pattern.m))
+        return select_top_n(weight, pattern, columns)
     mask = torch.empty_like(weight, dtype=torch.bool)
     blocks = torch.unflatten(mask, 0, (-1, pattern.rows))
-    blocks.copy_(select(energy, pattern).unsqueeze(1))
+    blocks.copy_(select_top_n(energy, pattern).unsqueeze(1))
     return mask
 
 
-def kept(weight: Tensor, mask: Tensor) -> Tensor:
+def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """``mask * weight``: exactly zero where the mask is False, even for NaN and Inf."""
     return _times(weight, mask.view(torch.int8))
 
 
-def dropped(weight: Tensor, mask: Tensor) -> Tensor:
+def apply_inverse_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """``(1 - mask) * weight``: exactly zero where the mask is True."""
     return _times(weight, mask.logical_not().view(torch.int8))
 

@@ -22,7 +22,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Network:
+class SortingNetwork:
     """Steps from the input wires 0..k-1 to the wires ``outputs``.
 
     Every wire is written once and read at most once, so a step uses up its ``a`` and ``b``.
@@ -38,7 +38,7 @@ class Network:
 
 
 @cache
-def selection(sizes: tuple[int, ...], ranks: tuple[int, ...]) -> Network:
+def build_selection_network(sizes: tuple[int, ...], ranks: tuple[int, ...]) -> SortingNetwork:
     """The network from sorted lists of these sizes to these ranks of them all, 0 the largest.
 
     The lists, largest first, lie one behind the other on the input wires; an unsorted wire is a
@@ -53,7 +53,7 @@ def selection(sizes: tuple[int, ...], ranks: tuple[int, ...]) -> Network:
     lists = [[next(wires) for _ in range(size)] for size in sizes]
     best = _merged(lists, max(ranks) + 1, swaps, wires)
     outputs = tuple(best[rank] for rank in ranks)
-    return Network(_pruned(swaps, outputs), outputs)
+    return SortingNetwork(_pruned(swaps, outputs), outputs)
 
 
 def _merged(lists: list[Wires], top: int, swaps: list[Swap], wires: Iterator[int]) -> Wires:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..pattern import Pattern
-from .sorting_network import Network, selection
+from .sorting_network import SortingNetwork, build_selection_network
 
 KEYS = {
     torch.float64: torch.int64,
@@ -42,7 +42,7 @@ _SORT_FROM = 64
 """Maxima and minima from which an accelerator sorts instead: each is a kernel launch."""
 
 
-def select(weight: Tensor, pattern: Pattern, columns: Tensor | None = None) -> Tensor:
+def select_top_n(weight: Tensor, pattern: Pattern, columns: Tensor | None = None) -> Tensor:
     """The n:m mask of rows that choose freely, or among ``columns`` [out / V, in, *kernel]."""
     mask = torch.empty_like(weight, dtype=torch.bool)
     if pattern.is_dense or weight.numel() == 0:
@@ -140,19 +140,19 @@ def _edges(keys: Tensor, n: int, m: int, scratch: _Scratch) -> tuple[Tensor, Ten
     wires = list(keys)
     if blocks > 1:
         best = tuple(range(min(rank + 1, slots)))
-        tops = _run(selection((1,) * slots, best), wires, smallest, scratch)
+        tops = _run(build_selection_network((1,) * slots, best), wires, smallest, scratch)
         split = [_deinterleave(top, blocks) for top in tops]
         wires = [top[block] for block in range(blocks) for top in split]
         scratch.give(*tops)
-        network = selection((len(best),) * blocks, (rank - 1, rank))
+        network = build_selection_network((len(best),) * blocks, (rank - 1, rank))
     else:
-        network = selection((1,) * slots, (rank - 1, rank))
+        network = build_selection_network((1,) * slots, (rank - 1, rank))
     near, far = _run(network, wires, smallest, scratch)
     return (far, near) if smallest else (near, far)
 
 
 def _run(
-    network: Network, inputs: Sequence[Tensor], smallest: bool, scratch: _Scratch
+    network: SortingNetwork, inputs: Sequence[Tensor], smallest: bool, scratch: _Scratch
 ) -> list[Tensor]:
     """The outputs of the network, turned upside down for ``smallest``; the inputs stay."""
     high_of, low_of = torch.maximum, torch.minimum
@@ -213,7 +213,7 @@ def _fill_at_once(
     """Write the whole mask without waiting for the device (an accelerator's way)."""
     n, m = pattern.n, pattern.m
     keys = _keys(_grouped(weight, m), columns, scratch)
-    if selection((1,) * m, (min(n, m - n) - 1, min(n, m - n))).cost < _SORT_FROM:
+    if build_selection_network((1,) * m, (min(n, m - n) - 1, min(n, m - n))).cost < _SORT_FROM:
         kth, _ = _edges(keys, n, m, scratch)
     else:
         kth = keys.sort(dim=0, descending=True).values[n - 1]

@@ -53,7 +53,7 @@ def refusal(pattern: Pattern, dtype: torch.dtype) -> str | None:
     return None
 
 
-def masked(weight: Tensor, pattern: Pattern, *, rest: bool = False) -> Tensor:
+def mask_by_triton(weight: Tensor, pattern: Pattern, *, rest: bool = False) -> Tensor:
     """``kept(weight, unchecked_nm_mask(weight, pattern))``, to the bit, with the same strides.
 
     ``rest``: ``dropped`` of the same instead, what the mask leaves out.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError, meant
+from ..errors import ConfigError, suggest
 from ..optional_deps import import_diffusers
 from .example_inputs import Call, example_inputs
 from .uvit import UViT
@@ -151,7 +151,7 @@ def preset(
 def find(name: str) -> Preset:
     """The preset of that name. Raises ConfigError that suggests close ones."""
     if name not in PRESETS:
-        raise ConfigError(f"no preset is called {name!r}; {meant(name, PRESETS, 'known:')}")
+        raise ConfigError(f"no preset is called {name!r}; {suggest(name, PRESETS, 'known:')}")
     return PRESETS[name]
 
 

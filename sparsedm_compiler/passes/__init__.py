@@ -1,10 +1,10 @@
 """The passes. ``REWRITES`` is the only statement of their order."""
 
 from .analysis.count_macs import count_macs
-from .analysis.find_sites import eager_sites, find_sites
+from .analysis.find_sites import find_eager_sites, find_sites
 from .analysis.find_uses import find_uses
 from .analysis.mark_prunable import mark_eager, mark_prunable
-from .analysis.topology import topology
+from .analysis.topology import trace_topology
 from .rewrite.carry_features import carry_features
 from .rewrite.insert_mask_ste import insert_mask_ste
 from .rewrite.lower_sparse import lower_sparse
@@ -17,7 +17,7 @@ __all__ = [
     "REWRITES",
     "carry_features",
     "count_macs",
-    "eager_sites",
+    "find_eager_sites",
     "find_sites",
     "find_uses",
     "insert_mask_ste",
@@ -25,6 +25,6 @@ __all__ = [
     "mark_eager",
     "mark_prunable",
     "pad_tokens",
-    "topology",
+    "trace_topology",
     "train_sparse",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..fileio import replacing
+from ..fileio import replace_atomically
 from .run_log_format import Entry, Held, Trained, read_log
 
 __all__ = ["DARK", "LIGHT", "Entry", "Held", "Trained", "draw_curves", "read_log", "save_curves"]
@@ -55,7 +55,7 @@ Line = tuple[Sequence[int], Sequence[float], Mapping[str, Any]]
 
 def save_curves(path: str | Path, runs: Mapping[str, Log]) -> None:
     """Write the PNG of ``draw_curves`` at ``path``, whole or not at all, making its folder."""
-    with replacing(Path(path)) as part:
+    with replace_atomically(Path(path)) as part:
         part.write_bytes(draw_curves(runs))
 
 

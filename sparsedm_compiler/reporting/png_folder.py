@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..diffusion.image_batches import checked, pixels
 from ..errors import CheckpointError, DataError
-from ..fileio import replacing
+from ..fileio import replace_atomically
 
 
 def image_path(folder: str | Path, number: int) -> Path:
@@ -50,7 +50,7 @@ def write(path: Path, image: Tensor) -> None:
     """Write ``image`` [1 or 3, h, w] at ``path``, through a file beside it."""
     rows = pixels(image).permute(1, 2, 0).squeeze(2).contiguous().numpy()
     try:
-        with replacing(path) as part:
+        with replace_atomically(path) as part:
             Image.fromarray(rows).save(part, format="PNG")
     except OSError as error:
         raise CheckpointError(

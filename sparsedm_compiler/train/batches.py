@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ..diffusion import generator_at
-from ..diffusion.condition import Condition, check_count, rows
+from ..diffusion.condition import Condition, check_count, take_rows
 from ..errors import DataError
 
 Batch: TypeAlias = "tuple[Tensor, Condition | None]"
@@ -117,7 +117,7 @@ class Stream:
                     yield [
                         Piece(
                             images[part.start : part.stop],
-                            None if condition is None else rows(condition, part),
+                            None if condition is None else take_rows(condition, part),
                             first + part.start,
                             len(images),
                         )

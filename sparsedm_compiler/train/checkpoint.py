@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import CheckpointError, ConfigError, masked_parameters, save
-from ..fileio import replacing
+from ..fileio import replace_atomically
 from .fsdp import here, put, whole
 
 VERSION = 1
@@ -100,7 +100,7 @@ def write_text(path: Path, text: str) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Replace the file at ``path`` by ``text``, whole or not at all. Raises CheckpointError."""
     try:
-        with replacing(path) as part:
+        with replace_atomically(path) as part:
             write_text(part, text)
     except OSError as error:
         raise CheckpointError(unwritable(path, error)) from error

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..errors import ConfigError, meant
+from ..errors import ConfigError, suggest
 from .methods import TEACHERS, method_of
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -28,9 +28,9 @@ FREE = ("keep", "workers", "save_every", "sample_every")
 class FinetuneConfig:
     """How to train a student; optimizer, lambda and EMA default to the paper's CIFAR10 recipe.
 
-    What and how long. ``method``: one of METHODS; ``FinetuneConfig.of`` starts from its options.
-    ``images``: how many to train on, epochs and all, rounded up to whole batches. ``batch_size``:
-    images per optimizer step, over all processes and ``accumulation`` parts; unused where the data
+    What and how long. ``method``: one of METHODS; ``FinetuneConfig.create`` starts from its
+    options. ``images``: how many to train on, epochs and all, rounded up to whole batches.
+    ``batch_size``: images per optimizer step, over all processes and ``accumulation`` parts; unused where the data
     come in batches of their own.
 
     Loss. ``objective``: what the models predict: "eps" the noise, "v" the velocity, "x0" the image,
@@ -126,26 +126,26 @@ class FinetuneConfig:
             raise ConfigError(f"{name} {value} of a fine-tune is not >= 0")
 
     @staticmethod
-    def of(method: str = "sparsedm", **options: Any) -> FinetuneConfig:
+    def create(method: str = "sparsedm", **options: Any) -> FinetuneConfig:
         """The config of a method, with ``options`` in place of its own. Raises ConfigError.
 
-        >>> FinetuneConfig.of("ste", lr=1e-3).beta
+        >>> FinetuneConfig.create("ste", lr=1e-3).beta
         0.0
         """
-        return FinetuneConfig().having({"method": method, **options})
+        return FinetuneConfig().with_options({"method": method, **options})
 
-    def having(self, options: Mapping[str, Any]) -> FinetuneConfig:
+    def with_options(self, options: Mapping[str, Any]) -> FinetuneConfig:
         """This config with ``options`` in place of its fields; a method brings its own options.
 
         Raises ConfigError.
 
-        >>> FinetuneConfig().having({"lr": 1e-3}).lr
+        >>> FinetuneConfig().with_options({"lr": 1e-3}).lr
         0.001
         """
         known = [field.name for field in fields(self)]
         for name in options:
             if name not in known:
-                hint = meant(name, known, "it has")
+                hint = suggest(name, known, "it has")
                 raise ConfigError(f"finetune has no option {name!r}; {hint}")
         theirs = method_of(options["method"]).options if "method" in options else {}
         lists = {name: tuple(v) for name, v in options.items() if isinstance(v, list)}

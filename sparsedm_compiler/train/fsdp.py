@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import ConfigError, Pattern
-from ..masks.mask_ste import pruned
-from ..masks.nm_mask import dropped, unchecked_nm_mask
+from ..masks.mask_ste import zero_kept
+from ..masks.nm_mask import apply_inverse_mask, compute_mask
 
 
 def shard(student: nn.Module, processes: int) -> None:
@@ -91,15 +91,15 @@ def mask_here(weight: Tensor, pattern: Pattern) -> Tensor:
     Where masks are decided for several rows together, all processes must ask at the same time.
     """
     if isinstance(weight, DTensor) and pattern.height > 1:
-        return rows_of(unchecked_nm_mask(whole(weight.detach()), pattern), weight)
-    return unchecked_nm_mask(here(weight.detach()), pattern)
+        return rows_of(compute_mask(whole(weight.detach()), pattern), weight)
+    return compute_mask(here(weight.detach()), pattern)
 
 
 def pruned_here(weight: Tensor, pattern: Pattern) -> Tensor:
     """``(1 - mask) * weight`` of the rows on this process; else as ``mask_here``."""
     if isinstance(weight, DTensor) and pattern.height > 1:
-        return dropped(here(weight), mask_here(weight, pattern))
-    return pruned(here(weight), pattern)
+        return apply_inverse_mask(here(weight), mask_here(weight, pattern))
+    return zero_kept(here(weight), pattern)
 
 
 def whole_state(model: nn.Module) -> Mapping[str, Tensor]:

@@ -68,7 +68,7 @@ def finetune(
     share of each batch; put the models on the process's device before. Order of the data and all
     noise depend on (seed, position) alone. Raises SparseDMError.
     """
-    config = (config or FinetuneConfig()).having(options)
+    config = (config or FinetuneConfig()).with_options(options)
     folder = None if out is None else Path(out)
     if config.shard and optimizer is not None:
         raise ConfigError("shard=True replaces the parameters, and no optimizer can know the new")

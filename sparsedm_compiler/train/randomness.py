@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import generator_at
-from ..diffusion.condition import Condition, mapped, stacked
+from ..diffusion.condition import Condition, map_condition, stack_conditions
 from ..errors import ConfigError
 from .finetune_config import FinetuneConfig
 
@@ -65,8 +65,8 @@ def dropped(
             )
         return torch.where(drop.to(condition.device), null_label, condition)
     if null is None:
-        null = mapped(lambda part: torch.zeros_like(part[:1]), condition)
+        null = map_condition(lambda part: torch.zeros_like(part[:1]), condition)
     count = len(drop)
-    both = stacked(condition, null)
+    both = stack_conditions(condition, null)
     rows = torch.where(drop, count, torch.arange(count))
-    return mapped(lambda part: part[rows.to(part.device)], both)
+    return map_condition(lambda part: part[rows.to(part.device)], both)

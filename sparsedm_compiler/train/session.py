@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import ConfigError
 from ..diffusion import in_mode, predict
-from ..diffusion.condition import placed
+from ..diffusion.condition import move_condition
 from .batches import one_pass
 from .finetune_config import FinetuneConfig
 from .randomness import draw
@@ -40,7 +40,7 @@ def look_once(run: Run) -> None:
         random = draw(run.config, 0, images.shape)
         x, t, _ = run.objective.ask(images, random.noise, random.u)
         place = run.engine.place
-        y = None if condition is None else placed(condition, place)
+        y = None if condition is None else move_condition(condition, place)
         with torch.no_grad():
             predict(run.student, x.to(place), t.to(place.device), y)
         return

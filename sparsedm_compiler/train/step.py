@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion import predict, seed_at
-from ..diffusion.condition import placed
+from ..diffusion.condition import move_condition
 from .batches import Piece
 from .randomness import draw, dropped, flipped
 from .state import Run
@@ -51,7 +51,7 @@ def loss_terms(run: Run, piece: Piece) -> Tensor:
     if config.flip:
         x0 = flipped(x0, random.flip)
     condition = dropped(piece.condition, random.drop, config.null_label, run.null)
-    y = None if condition is None else placed(condition, place)
+    y = None if condition is None else move_condition(condition, place)
     x, t, target = run.objective.ask(x0, random.noise.to(place.device), random.u.to(place.device))
     x = x.to(place.dtype)
     torch.manual_seed(seed_at(config.seed, "dropout", piece.first))

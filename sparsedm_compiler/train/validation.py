@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion import evaluating, generator_at, predict
-from ..diffusion.condition import placed
+from ..diffusion.condition import move_condition
 from ..diffusion.objective import Objective, objective_of
 from ..errors import DataError
 from .batches import Data, one_pass
@@ -44,7 +44,7 @@ def held_out_loss(
                 noise = torch.randn(x0.shape, generator=source).to(place.device)
                 u = spread(len(x0), source).to(place.device)
                 x, t, target = objective.ask(x0, noise, u)
-                y = None if condition is None else placed(condition, place)
+                y = None if condition is None else move_condition(condition, place)
                 guess = predict(model, x.to(place.dtype), t, y)
                 total += (guess.double() - target.double()).square().sum().item()
                 values += noise.numel()

@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fast_of(**options: Any) -> nn.Module:
-    return sdm.compile(Net(), "2:4", mode="infer", **{"inner": "eager", **options})
+    return sdm.compile(Net(), "2:4", mode="infer", **{"backend": "eager", **options})
 
 
 def choices(model: nn.Module) -> dict[str, sdm.Choice]:
@@ -131,11 +131,11 @@ def test_a_kernel_that_cannot_be_trusted_is_not_chosen(
 
 @pytest.mark.usefixtures("cache")
 def test_no_time_to_search_means_dense_with_the_reason() -> None:
-    fast = fast_of(search_seconds=0)
+    fast = fast_of(autotune_seconds=0)
     assert_same(fast(X), oracle_of(fast)(X))
     found = choices(fast)["plain.weight"]
     assert (found.kernel, found.dense_ms) == ("dense", None)
-    assert found.reason == "not measured: search_seconds=0 were spent"
+    assert found.reason == "not measured: autotune_seconds=0 were spent"
 
 
 @pytest.mark.usefixtures("cache")
@@ -147,14 +147,14 @@ def test_kernels_are_pinned_and_forbidden() -> None:
     assert found["conv.weight"].kernel == "dense"
     assert found["plain.weight"].reason == found["conv.weight"].reason == "pinned by kernels="
     assert "'cpu_shared', asked by kernels=, does not run" in found["active.weight"].reason
-    fast = fast_of(forbid="cpu_free")
+    fast = fast_of(exclude_kernels="cpu_free")
     fast(X)
-    assert choices(fast)["plain.weight"].reason == "every kernel for it is in forbid="
+    assert choices(fast)["plain.weight"].reason == "every kernel for it is in exclude_kernels="
     assert {choice.kernel for choice in choices(fast).values()} == {"dense"}
 
 
 def test_shared_masks_have_their_own_kernel() -> None:
-    fast = sdm.compile(Net(), "2:4x4", mode="infer", inner="eager", kernels={"*": "sparse"})
+    fast = sdm.compile(Net(), "2:4x4", mode="infer", backend="eager", kernels={"*": "sparse"})
     fast(X)
     assert choices(fast)["plain.weight"].kernel == "cpu_shared"
 
@@ -164,7 +164,7 @@ def test_shared_masks_have_their_own_kernel() -> None:
     [
         ({"kernels": {"plain": "fast"}}, "kernel 'fast' is none of auto, dense, sparse"),
         ({"kernels": {"plane": "dense"}}, "kernels 'plane' names no parameter"),
-        ({"forbid": ["amx"]}, "kernel 'amx' is none of"),
+        ({"exclude_kernels": ["amx"]}, "kernel 'amx' is none of"),
         ({"mode": "train", "finalize": True}, "finalize=True drops the dense weights"),
     ],
 )
@@ -176,11 +176,11 @@ def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
 def test_activations_are_fused_into_the_kernel() -> None:
     graphs: list[str] = []
 
-    def inner(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         graphs.append(gm.code)
         return gm
 
-    fast = fast_of(inner=inner, kernels={"*": "sparse"})
+    fast = fast_of(backend=backend, kernels={"*": "sparse"})
     assert_same(fast(X), oracle_of(fast)(X), tolerance=1e-5)
     assert "'gelu_tanh'" in graphs[0]
     assert "'silu'" in graphs[0]
@@ -200,7 +200,7 @@ def test_a_bias_that_is_not_one_value_per_row_stays_dense() -> None:
             x = self.net[0](x)
             return self.net[2](F.linear(x, self.net[1].weight, self.shift))
 
-    fast = sdm.compile(Odd(), "2:4", mode="infer", inner="eager", kernels={"*": "sparse"})
+    fast = sdm.compile(Odd(), "2:4", mode="infer", backend="eager", kernels={"*": "sparse"})
     assert_same(fast(X), oracle_of(fast)(X))
     assert "a bias that is not one value per row" in choices(fast)["net.1.weight"].reason
 
@@ -215,9 +215,9 @@ def test_another_default_device_changes_nothing() -> None:
     assert choices(measured_too)["plain.weight"].dense_ms is not None
 
 
-@pytest.mark.parametrize("inner", ["inductor", "inductor-graphs"])
-def test_inductor_runs_what_is_left(inner: str) -> None:
-    fast = fast_of(inner=inner, kernels={"*": "sparse"})
+@pytest.mark.parametrize("backend", ["inductor", "inductor-graphs"])
+def test_inductor_runs_what_is_left(backend: str) -> None:
+    fast = fast_of(backend=backend, kernels={"*": "sparse"})
     with torch.no_grad():
         for batch in (2, 3, 5):  # static shapes, then symbolic ones
             x = torch.randn(batch, 8, 16)

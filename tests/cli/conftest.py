@@ -98,7 +98,7 @@ def student(spec: str = "own:net", pattern: str = "2:4", **options: object) -> U
     """A compiled student of a model in the working directory, called once."""
     torch._dynamo.reset()
     model, args, kwargs = open_called(spec, options=options, device="cpu")
-    made = sdm.compile(model, pattern, inner="eager")
+    made = sdm.compile(model, pattern, backend="eager")
     with torch.no_grad():
         made(*args, **kwargs)
     return made

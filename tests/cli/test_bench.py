@@ -16,7 +16,7 @@ from sparsedm_compiler.cli.bench import Subject, candidates, named
 from sparsedm_compiler.models import UViT
 from tests.cli.conftest import Shell
 
-BENCH = ("bench", "own:net", "--inner", "eager", "--rounds", "2")
+BENCH = ("bench", "own:net", "--backend", "eager", "--rounds", "2")
 
 
 def test_a_table_of_ratios(shell: Shell) -> None:
@@ -56,7 +56,7 @@ def test_what_is_compared() -> None:
         assert torch.equal(found["dense, eager"](*call), model(*call))
         found["2:4"](*call)
     explained = sdm.explain(found["2:4"])
-    assert (explained.mode, explained.inner) == ("infer", "eager")
+    assert (explained.mode, explained.backend) == ("infer", "eager")
     assert "decoder_pred.weight" in explained.masked  # dense but for policy "all"
 
 
@@ -84,7 +84,7 @@ def test_a_run_is_told_its_speed(shell: Shell, monkeypatch: pytest.MonkeyPatch) 
         return real(*args, **options)
 
     monkeypatch.setattr("sparsedm_compiler.compiler.api.compile", compile)
-    asked = ("bench", folder, "--inner", "eager", "--rounds", "2")
+    asked = ("bench", folder, "--backend", "eager", "--rounds", "2")
     before = (folder / "results.json").read_text()
     assert f"{folder}, batch 1: times" in shell(*asked, "--pattern", "2:4").out
     assert (folder / "results.json").read_text() == before  # not what the run did
@@ -104,7 +104,7 @@ def test_a_dense_run_has_nothing_to_compare(shell: Shell) -> None:
 
 
 def test_a_dry_run_measures_nothing(shell: Shell) -> None:
-    said = shell.dry("bench", "uvit-cifar10-small", "--inner", "eager", "--batch", "8")
+    said = shell.dry("bench", "uvit-cifar10-small", "--backend", "eager", "--batch", "8")
     compared = "dense with 2:4 on cpu, compiled by eager, 11 rounds"
     assert said.out.splitlines()[0] == f"would compare uvit-cifar10-small, {compared}"
 
@@ -117,7 +117,7 @@ def test_a_dry_run_measures_nothing(shell: Shell) -> None:
         (["own:net", "--policy", "mine"], "policy 'mine'"),
         (["own:net", "--rounds", "0"], "--rounds 0 is not >= 1"),
         (["own:net", "--threads", "0"], "--threads 0 is not >= 1"),
-        (["own:net", "--inner", "no"], "inner 'no' is no torch.compile backend"),
+        (["own:net", "--backend", "no"], "backend 'no' is no torch.compile backend"),
         (["own:net", "--device", "no"], "cannot run on --device no"),
         (["own:net", "--batch", "2"], "--batch is not for factories"),
     ],

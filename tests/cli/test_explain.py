@@ -12,7 +12,7 @@ import torch
 import sparsedm_compiler as sdm
 from tests.cli.conftest import Shell, student
 
-EXPLAIN = ("explain", "student.safetensors", "--model", "own:net", "--inner", "eager")
+EXPLAIN = ("explain", "student.safetensors", "--model", "own:net", "--backend", "eager")
 
 
 def test_the_saved_decisions_are_shown(shell: Shell, weights: Sequence[str]) -> None:
@@ -35,7 +35,7 @@ def test_macs_count_what_was_pruned(shell: Shell) -> None:
         "1:8",
         keep_dense=["mid_block"],
         overrides={"*.fc1": "2:4"},
-        inner="eager",
+        backend="eager",
     )
     args = torch.zeros(1, 1, 8, 8), torch.zeros(1)
     made(*args)
@@ -52,7 +52,7 @@ def test_the_folder_of_a_run_brings_its_model(shell: Shell, weights: Sequence[st
     (shell.folder / "runs/a/run.json").write_text(json.dumps(values), encoding="utf-8")
     assert "runs/a has no student.safetensors" in shell("explain", "runs/a").reason
     shutil.copy("student.safetensors", "runs/a")
-    asked = ("--mode", "train", "--inner", "eager")
+    asked = ("--mode", "train", "--backend", "eager")
     assert shell("explain", "runs/a", *asked).out == shell(*EXPLAIN, "--mode", "train").out
     for ask in (shell, shell.dry):
         said = ask("explain", "student.safetensors")
@@ -86,9 +86,9 @@ def test_a_model_whose_inputs_are_unknown_needs_them(shell: Shell) -> None:
     from sparsedm_compiler.models import open_called
 
     model, args, _ = open_called("own:halves", inputs="3x4,1", device="cpu")
-    made = sdm.compile(model, "2:4", policy="all", inner="eager")
+    made = sdm.compile(model, "2:4", policy="all", backend="eager")
     made(*args)
     sdm.save(made, shell.folder / "halves.safetensors")
-    asked = ("explain", "halves.safetensors", "--model", "own:halves", "--inner", "eager")
+    asked = ("explain", "halves.safetensors", "--model", "own:halves", "--backend", "eager")
     assert "returns no inputs: give --inputs" in shell.dry(*asked).reason
     assert "inner.weight" in shell(*asked, "--inputs", "3x4,1").out

@@ -85,7 +85,7 @@ def test_stored_limits_what_the_other_metrics_see(shell: Shell, images: torch.Te
 
 
 def test_images_are_drawn_on_the_fly(shell: Shell, weights: Sequence[str]) -> None:
-    model = ("--model", "own:net", "--weights", "student.safetensors", "--inner", "eager")
+    model = ("--model", "own:net", "--weights", "student.safetensors", "--backend", "eager")
     how = ("--count", "70", "--steps", "2", "--sampler", "ddim", "--mode", "train")
     reference = ("--reference", "digits:test", *PIXELS, "--json")
     (drawn,) = json.loads(shell("fid", *model, *how, *reference).out)

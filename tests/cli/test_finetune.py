@@ -19,7 +19,7 @@ from tests.cli.conftest import Shell
 YAML = """
 model: {name: "own:net", options: {num_classes: 10}}
 data: {train: digits, held_out: "digits:test", held_out_limit: 20}
-prune: {pattern: 2:4, inner: eager}
+prune: {pattern: 2:4, backend: eager}
 train: {images: 128, batch_size: 64, lr: 1e-3, log_every: 64}
 sample: {sampler: ddim, steps: 2, grid: 4}
 score: {network: "own:pixels", count: 70}
@@ -75,7 +75,7 @@ def test_a_run_from_the_model_to_the_score(shell: Shell, config: str) -> None:
     assert score == f"FD-pixels {results['scores'][0]['value']:.4g}"
     assert wrote == "wrote runs/a; compare runs with: sparsedm report runs/a"
     dense = open_model("own:net", options={"num_classes": 10})
-    student = sdm.load("runs/a/student.safetensors", dense, inner="eager")
+    student = sdm.load("runs/a/student.safetensors", dense, backend="eager")
     assert not torch.equal(student.mid_block.mlp.fc1.weight, dense.mid_block.mlp.fc1.weight)
     assert shell("report", "runs/a").status == 0
     before = shell.listing()

@@ -26,7 +26,7 @@ from tests.cli.conftest import Shell, student
 from tests.group import run_group
 from tests.oracle import oracle_of
 
-HOW = ("--steps", "3", "--sampler", "ddim", "--inner", "eager")
+HOW = ("--steps", "3", "--sampler", "ddim", "--backend", "eager")
 MASKED = ("--model", "own:net", "--weights", "student.safetensors", "--mode", "train", *HOW)
 
 
@@ -214,7 +214,7 @@ def run_folder(shell: Shell, *, weights: bool = True, **train: Any) -> Path:
     from sparsedm_compiler.experiment.run_config import RunConfig
 
     folder = shell.folder / "run"
-    config = RunConfig.of(
+    config = RunConfig.create(
         {
             "model": {"name": "own:net", "options": {"num_classes": 10}},
             "data": {"train": "digits"},
@@ -238,7 +238,7 @@ def test_a_run_brings_its_settings(shell: Shell) -> None:
         folder,
         "--mode",
         "train",
-        "--inner",
+        "--backend",
         "eager",
         "--out",
         "a",

@@ -33,7 +33,7 @@ modes = pytest.mark.parametrize("mode", ["train", "infer", "sparse"])
 
 
 def compiled(family: Family, mode: str = "train", pattern: str = "2:4") -> nn.Module:
-    return sdm.compile(family.build(), pattern, inner="eager", **OPTIONS[mode])
+    return sdm.compile(family.build(), pattern, backend="eager", **OPTIONS[mode])
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def check(
 def test_plain_call_and_what_the_model_stays(family: Family, mode: str) -> None:
     dense, call = family.build(), family.inputs(family.build())
     before = copy.deepcopy(dense.state_dict())
-    student = sdm.compile(dense, "2:4", inner="eager", **OPTIONS[mode])
+    student = sdm.compile(dense, "2:4", backend="eager", **OPTIONS[mode])
     check(student, call, mode=mode)
     assert type(student) is type(dense)
     assert list(student.state_dict()) == list(before)
@@ -253,7 +253,7 @@ def test_save_pretrained_round_trip(family: Family, mode: str, tmp_path: Any) ->
     call = family.inputs(student)
     check(student, call, mode=mode)
     sdm.save(student, tmp_path / "student.safetensors")
-    loaded = sdm.load(tmp_path / "student.safetensors", family.build(seed=5), inner="eager")
+    loaded = sdm.load(tmp_path / "student.safetensors", family.build(seed=5), backend="eager")
     assert_same(run(loaded, call), run(student, call))
     assert masked_patterns(loaded) == masked_patterns(student)
     assert sdm.explain(loaded).rows == sdm.explain(student).rows
@@ -262,7 +262,7 @@ def test_save_pretrained_round_trip(family: Family, mode: str, tmp_path: Any) ->
         plain = type(student).from_pretrained(tmp_path / "diffusers").eval()
         for name, tensor in plain.state_dict().items():
             assert_same(tensor, student.state_dict()[name])
-        again = sdm.compile(plain, "2:4", inner="eager", **OPTIONS[mode])
+        again = sdm.compile(plain, "2:4", backend="eager", **OPTIONS[mode])
         # Weights mapped from a file lie otherwise in memory, and matrix products round otherwise.
         assert_same(run(again, call), run(student, call), tolerance=1e-5)
 

@@ -44,7 +44,7 @@ EXPECTED |= {f"cross.{name}_proj_weight" for name in "qkv"} | {"cross.out_proj.w
 def test_all_weights_of_a_composite_node_run_masked(mode: str, training: bool) -> None:
     """Without gradients and in eval, torch swaps in the fused layer: it must be masked too."""
     torch.manual_seed(0)
-    student = sdm.compile(Blocks(), "2:4", policy="all", **OPTIONS[mode], inner="eager").train(
+    student = sdm.compile(Blocks(), "2:4", policy="all", **OPTIONS[mode], backend="eager").train(
         training
     )
     args, _ = call()
@@ -60,14 +60,14 @@ def test_all_weights_of_a_composite_node_run_masked(mode: str, training: bool) -
 
 def test_gradients_reach_every_weight_of_a_composite_node() -> None:
     torch.manual_seed(0)
-    student = sdm.compile(Blocks(), "2:4", policy="all", inner="eager")
+    student = sdm.compile(Blocks(), "2:4", policy="all", backend="eager")
     student(*call()[0])
     assert_gradients(student, oracle_of(student), call())
 
 
 def test_the_in_projection_can_be_kept_dense() -> None:
     student = sdm.compile(
-        Blocks(), "2:4", policy="all", keep_dense=["*.in_proj_weight"], inner="eager"
+        Blocks(), "2:4", policy="all", keep_dense=["*.in_proj_weight"], backend="eager"
     )
     student(*call()[0])
     assert {*sdm.explain(student).masked} == {n for n in EXPECTED if "in_proj" not in n}

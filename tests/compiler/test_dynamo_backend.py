@@ -19,7 +19,7 @@ families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family
 
 def chosen(model: nn.Module, call: Any) -> dict[str, str]:
     """The weights ``compile`` would prune, which the entry point must prune too."""
-    student = sdm.compile(model, "2:4", inner="eager")
+    student = sdm.compile(model, "2:4", backend="eager")
     with torch.no_grad():
         student(*call[0], **call[1])
     return {name: str(pattern) for name, (_, pattern) in sdm.masked_parameters(student).items()}
@@ -31,7 +31,7 @@ def test_the_entry_point_prunes_what_compile_prunes(family: Family) -> None:
     model = family.build()
     call = family.inputs(model, 2)
     oracle = hand_masked(model, chosen(model, call))
-    options = {"pattern": "2:4", "inner": "eager"}
+    options = {"pattern": "2:4", "backend": "eager"}
     pinned = {**options, "kernels": {"*": "dense"}}
     fast = torch.compile(model, backend="sparsedm", options=pinned)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_no_import_of_ours_is_needed() -> None:
     code = (
         "import torch\n"
         "net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])\n"
-        "options = {'pattern': '1:8', 'inner': 'eager'}\n"
+        "options = {'pattern': '1:8', 'backend': 'eager'}\n"
         "fast = torch.compile(net, backend='sparsedm', options=options)\n"
         "x = torch.randn(2, 8)\n"
         "with torch.no_grad(): print(torch.equal(fast(x), net(x)))\n"
@@ -59,7 +59,7 @@ def test_no_import_of_ours_is_needed() -> None:
 def test_weights_changed_after_folding_are_folded_again() -> None:
     torch._dynamo.reset()
     net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
-    fast = torch.compile(net, backend="sparsedm", options={"pattern": "2:4", "inner": "eager"})
+    fast = torch.compile(net, backend="sparsedm", options={"pattern": "2:4", "backend": "eager"})
     x = torch.randn(2, 8)
     with torch.no_grad():
         for _ in range(2):
@@ -95,6 +95,6 @@ def test_a_dense_model_without_a_pattern_is_not_run_in_silence() -> None:
 def test_training_through_folded_weights_raises() -> None:
     torch._dynamo.reset()
     net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
-    fast = torch.compile(net, backend="sparsedm", options={"pattern": "2:4", "inner": "eager"})
+    fast = torch.compile(net, backend="sparsedm", options={"pattern": "2:4", "backend": "eager"})
     with pytest.raises(sdm.DenseRunError, match="asks for a gradient"):
         fast(torch.randn(1, 8))

@@ -21,7 +21,7 @@ both = pytest.mark.parametrize("way", ["infer", "sparse"])
 
 
 def folded(way: str, **options: Any) -> nn.Module:
-    return sdm.compile(Net(), "2:4", inner="eager", **OPTIONS[way], **options)
+    return sdm.compile(Net(), "2:4", backend="eager", **OPTIONS[way], **options)
 
 
 @both
@@ -147,7 +147,7 @@ def test_a_finalized_model_is_saved_packed_and_loaded(tmp_path: Path) -> None:
     sdm.save(folded("sparse"), tmp_path / "dense")
     assert os.path.getsize(tmp_path / "packed") < os.path.getsize(tmp_path / "dense")
     assert "plain.weight" not in load_file(tmp_path / "packed")
-    loaded = sdm.load(tmp_path / "packed", Net(), inner="eager")
+    loaded = sdm.load(tmp_path / "packed", Net(), backend="eager")
     assert_same(loaded(X), expected)
     assert loaded.plain.weight.untyped_storage().nbytes() == 4
     with pytest.raises(sdm.CheckpointError, match="does not fit"):

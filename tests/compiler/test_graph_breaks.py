@@ -59,13 +59,13 @@ def call(net: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-def test_partial_graphs_run_masked_where_all_is_covered(mode: str, inner: str) -> None:
-    student = sdm.compile(Ragged(), "2:4", **OPTIONS[mode], inner=inner)
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_partial_graphs_run_masked_where_all_is_covered(mode: str, backend: str) -> None:
+    student = sdm.compile(Ragged(), "2:4", **OPTIONS[mode], backend=backend)
     out = call(student)
     assert sdm.explain(student).masked == ("b.weight", "c.weight")
     # Inductor may reorder the sums of a matrix product.
-    tolerance = 0.0 if inner == "eager" else 1e-6
+    tolerance = 0.0 if backend == "eager" else 1e-6
     assert_same(out, call(oracle_of(student)), tolerance=tolerance)
     assert not torch.equal(out, call(hand_masked(student, {})))
     assert_same(call(student), out)
@@ -76,7 +76,7 @@ def test_partial_graphs_run_masked_where_all_is_covered(mode: str, inner: str) -
 def test_the_recompile_limit_raises_for_partial_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("recompile_limit", "accumulated_recompile_limit"):
         monkeypatch.setitem(capture._SETTINGS, key, 2)
-    student = sdm.compile(Ragged(), "2:4", inner="eager")
+    student = sdm.compile(Ragged(), "2:4", backend="eager")
     for rank in (1, 2):
         student(torch.randn(*[1] * rank, 16), LENGTHS)
     with pytest.raises(sdm.DenseRunError, match="more shapes and settings than it may"):
@@ -84,13 +84,13 @@ def test_the_recompile_limit_raises_for_partial_graphs(monkeypatch: pytest.Monke
 
 
 def test_gradients_flow_through_partial_graphs() -> None:
-    student = sdm.compile(Ragged(), "2:4", inner="eager")
+    student = sdm.compile(Ragged(), "2:4", backend="eager")
     call(student)
     assert_gradients(student, oracle_of(student), ((torch.randn(3, 16), LENGTHS), {}))
 
 
 def test_the_deciding_run_leaves_no_trace() -> None:
-    student = sdm.compile(Ragged(), "2:4", inner="eager")
+    student = sdm.compile(Ragged(), "2:4", backend="eager")
     torch.manual_seed(0)
     call(student)
     drawn = torch.rand(())
@@ -103,13 +103,15 @@ def test_the_deciding_run_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize("kind", [Uncovered, UncoveredCast])
 def test_an_uncovered_weight_is_an_error_that_shows_the_line(kind: Any) -> None:
-    student = sdm.compile(kind(), "2:4", inner="eager")
+    student = sdm.compile(kind(), "2:4", backend="eager")
     line = "return self.b(x)" if kind is Uncovered else "nn.functional.linear(x.double(), weight)"
-    shown = rf"'b.weight' would run dense.*test_partial.py:\d+: .*{re.escape(line)}.*keep_dense"
+    shown = (
+        rf"'b.weight' would run dense.*test_graph_breaks.py:\d+: .*{re.escape(line)}.*keep_dense"
+    )
     for _ in range(2):
         with pytest.raises(sdm.DenseRunError, match=shown):
             call(student)
-    kept = sdm.compile(kind(), "2:4", keep_dense=["b"], inner="eager")
+    kept = sdm.compile(kind(), "2:4", keep_dense=["b"], backend="eager")
     out = call(kept)
     assert sdm.explain(kept).masked == ("c.weight",)
     assert_same(out, call(oracle_of(kept)))

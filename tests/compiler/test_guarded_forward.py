@@ -26,7 +26,7 @@ class Net(nn.Module):
 
 
 def student_of(net: nn.Module | None = None, **options: Any) -> nn.Module:
-    return sdm.compile(net or Net(), "2:4", **{"inner": "eager", **options})
+    return sdm.compile(net or Net(), "2:4", **{"backend": "eager", **options})
 
 
 def test_many_instances_and_shapes_of_one_class() -> None:
@@ -81,7 +81,7 @@ def test_disabled_by_the_environment_raises() -> None:
         "import torch, sparsedm_compiler as sdm\n"
         "net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])\n"
         "try:\n"
-        "    sdm.compile(net, '2:4', inner='eager')(torch.randn(1, 8))\n"
+        "    sdm.compile(net, '2:4', backend='eager')(torch.randn(1, 8))\n"
         "except sdm.DenseRunError as error:\n"
         "    print('raised:', error)\n"
     )
@@ -96,7 +96,7 @@ def test_suppressed_errors_do_not_hide_a_failed_compile() -> None:
     def failing(gm: Any, inputs: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    student = student_of(inner=failing)
+    student = student_of(backend=failing)
     with torch._dynamo.config.patch(suppress_errors=True), pytest.raises(Exception, match="kernel"):
         student(torch.randn(1, 8))
 
@@ -177,7 +177,7 @@ def test_weights_without_magnitudes_are_named(value: float, mode: str) -> None:
 def test_a_student_can_be_compiled_again() -> None:
     student, x = student_of(), torch.randn(2, 8)
     student(x)
-    sparser = sdm.compile(student, "1:4", inner="eager", **OPTIONS["infer"])
+    sparser = sdm.compile(student, "1:4", backend="eager", **OPTIONS["infer"])
     out = sparser(x)
     assert {str(p) for _, p in sdm.masked_parameters(sparser).values()} == {"1:4"}
     assert_same(out, oracle_of(sparser)(x))
@@ -187,7 +187,7 @@ def test_a_student_can_be_compiled_again() -> None:
 
 def test_inplace_changes_the_model_itself() -> None:
     net = Net()
-    assert sdm.compile(net, "2:4", inplace=True, inner="eager") is net
+    assert sdm.compile(net, "2:4", inplace=True, backend="eager") is net
     net(torch.randn(1, 8))
     assert sdm.explain(net).masked == ("b.weight",)
 
@@ -197,7 +197,7 @@ def test_a_forward_of_the_instance_is_kept() -> None:
     own = net.forward
     net.forward = lambda x: own(x) + 1  # type: ignore[method-assign]
     x = torch.randn(2, 8)
-    student = sdm.compile(net, "2:4", inplace=True, inner="eager")
+    student = sdm.compile(net, "2:4", inplace=True, backend="eager")
     out = student(x)
     assert_same(out, oracle_of(student)(x) + 1)
 
@@ -213,8 +213,8 @@ def test_the_signature_is_the_forwards() -> None:
         ({"pattern": "half"}, r"pattern 'half' is not 'n:m'"),
         ({"mode": "fast"}, r"mode 'fast' is neither 'train' nor 'infer'"),
         ({"policy": "none"}, r"policy 'none' is neither 'structural' nor 'uvit' nor 'all'"),
-        ({"inner": "inducter"}, r"inner 'inducter' is no torch.compile backend"),
-        ({"inner": "sparsedm"}, r"inner 'sparsedm' is no torch.compile backend"),
+        ({"backend": "inducter"}, r"backend 'inducter' is no torch.compile backend"),
+        ({"backend": "sparsedm"}, r"backend 'sparsedm' is no torch.compile backend"),
         ({"keep_dense": [3]}, r"keep_dense \(3,\) is not made of names"),
     ],
 )
@@ -245,12 +245,12 @@ def test_the_default_inner_compiler_follows_the_machine(monkeypatch: pytest.Monk
 
     for found, expected in (("c++", "inductor"), (None, "eager")):
         monkeypatch.setattr(lowering, "find_compiler", lambda found=found: found)
-        assert lowering.resolve("auto") == expected
+        assert lowering.resolve_backend("auto") == expected
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_inductor_agrees_with_the_oracle(mode: str) -> None:
-    student = student_of(inner="inductor", **OPTIONS[mode])
+    student = student_of(backend="inductor", **OPTIONS[mode])
     x = torch.randn(4, 8)
     out = student(x)
     oracle = oracle_of(student)

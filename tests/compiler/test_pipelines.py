@@ -18,7 +18,7 @@ ZOO = {family.name: family for family in FAMILIES}
 
 
 def student_of(name: str, mode: str) -> nn.Module:
-    return sdm.compile(ZOO[name].build(), "2:4", **OPTIONS[mode], inner="eager")
+    return sdm.compile(ZOO[name].build(), "2:4", **OPTIONS[mode], backend="eager")
 
 
 def ddpm_image(unet: nn.Module) -> torch.Tensor:
@@ -79,6 +79,6 @@ def test_a_pipeline_saves_its_student_as_the_plain_model(tmp_path: Path) -> None
     pipeline.save_pretrained(tmp_path)
     loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path).unet
     assert type(loaded) is type(student)
-    again = sdm.compile(loaded, "2:4", inner="eager")
+    again = sdm.compile(loaded, "2:4", backend="eager")
     assert_same(ddpm_image(again), image)
     assert masked_patterns(again) == masked_patterns(student)

@@ -30,7 +30,7 @@ class Tied(nn.Module):
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[nn.Module, Path]:
     student = sdm.compile(
-        Tied(), "1:4", keep_dense=lambda name: name.startswith("a"), policy="all", inner="eager"
+        Tied(), "1:4", keep_dense=lambda name: name.startswith("a"), policy="all", backend="eager"
     )
     student(torch.randn(1, 8))
     sdm.save(student, tmp_path / "s.safetensors")
@@ -54,7 +54,7 @@ def test_a_loaded_student_is_the_saved_one(saved: tuple[nn.Module, Path]) -> Non
     student, path = saved
     dense = Tied()
     before = dense.b.weight.clone()
-    loaded = sdm.load(path, dense, inner="eager")
+    loaded = sdm.load(path, dense, backend="eager")
     x = torch.randn(2, 8)
     assert {str(p) for _, p in sdm.masked_parameters(loaded).values()} == {"1:4"}
     assert_same(loaded(x), student(x))
@@ -64,9 +64,9 @@ def test_a_loaded_student_is_the_saved_one(saved: tuple[nn.Module, Path]) -> Non
 
 
 def test_saving_before_the_first_call_keeps_the_options(tmp_path: Path) -> None:
-    student = sdm.compile(Tied(), "1:2", overrides={"b": "1:8"}, inner="eager")
+    student = sdm.compile(Tied(), "1:2", overrides={"b": "1:8"}, backend="eager")
     sdm.save(student, tmp_path / "s")
-    loaded = sdm.load(tmp_path / "s", Tied(), inner="eager")
+    loaded = sdm.load(tmp_path / "s", Tied(), backend="eager")
     x = torch.randn(2, 8)
     assert_same(loaded(x), student(x))
     assert {str(p) for _, p in sdm.masked_parameters(loaded).values()} == {"1:8"}
@@ -111,7 +111,7 @@ def test_damaged_metadata(
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(sdm.ConfigError, match="was not compiled"):
         sdm.save(Tied(), tmp_path / "s")
-    student = sdm.compile(Tied(), "2:4", inner="eager")
+    student = sdm.compile(Tied(), "2:4", backend="eager")
     with pytest.raises(sdm.CheckpointError, match="cannot write"):
         sdm.save(student, tmp_path / "no" / "such" / "folder")
 

@@ -7,8 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsedm_compiler.diffusion import Guidance, predict
-from sparsedm_compiler.diffusion.condition import check_count, mapped, placed, rows, stacked
-from sparsedm_compiler.diffusion.guidance import guided
+from sparsedm_compiler.diffusion.condition import (
+    check_count,
+    map_condition,
+    move_condition,
+    stack_conditions,
+    take_rows,
+)
+from sparsedm_compiler.diffusion.guidance import apply_guidance
 from sparsedm_compiler.errors import ConfigError, DataError
 from tests.zoo import FAMILIES
 
@@ -35,7 +41,7 @@ X, T = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 4.0]]), torch.tensor([1.0, 2
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
 def test_guidance_goes_from_the_null_label_past_the_condition_in_one_batch(scale: float) -> None:
     model, y = Counting(), torch.tensor([1, 2, 3])
-    found = guided(model, X, T, y, Guidance(scale, null=7))
+    found = apply_guidance(model, X, T, y, Guidance(scale, null=7))
     null = X * 7 + T[:, None]
     cond = X * y[:, None] + T[:, None]
     torch.testing.assert_close(found, null + scale * (cond - null))
@@ -46,7 +52,7 @@ def test_guidance_of_named_tensors() -> None:
     model = Counting()
     text = torch.arange(12.0).reshape(3, 2, 2)
     guidance = Guidance(3.0, null={"text": torch.full((2, 2), -1.0)})
-    found = guided(model, X, T, {"text": text}, guidance)
+    found = apply_guidance(model, X, T, {"text": text}, guidance)
     cond, null = (X * v[:, None] + T[:, None] for v in (text.mean((1, 2)), -torch.ones(3)))
     torch.testing.assert_close(found, null + 3 * (cond - null))
     assert model.seen == [6]
@@ -60,15 +66,15 @@ def test_guidance_of_a_real_unet_equals_two_calls() -> None:
         cond = predict(model, x, t, {"encoder_hidden_states": text})
         free = predict(model, x, t, {"encoder_hidden_states": 0 * text})
         guidance = Guidance(4.0, null={"encoder_hidden_states": null})
-        found = guided(model, x, t, {"encoder_hidden_states": text}, guidance)
+        found = apply_guidance(model, x, t, {"encoder_hidden_states": text}, guidance)
     torch.testing.assert_close(found, free + 4 * (cond - free), rtol=1e-4, atol=1e-5)
 
 
 def test_the_prediction_is_float32_whatever_the_model_computes_in() -> None:
     y = torch.tensor([1, 2, 3])
     half = X.bfloat16(), T.bfloat16(), y
-    assert guided(Counting(), *half, None).dtype == torch.float32
-    assert guided(Counting(), *half, Guidance(2.0, null=0)).dtype == torch.float32
+    assert apply_guidance(Counting(), *half, None).dtype == torch.float32
+    assert apply_guidance(Counting(), *half, Guidance(2.0, null=0)).dtype == torch.float32
 
 
 def test_guidance_that_cannot_be_is_refused() -> None:
@@ -76,27 +82,27 @@ def test_guidance_that_cannot_be_is_refused() -> None:
         with pytest.raises(ConfigError, match=f"guidance scale {scale}"):
             Guidance(scale, null=0)
     with pytest.raises(DataError, match=r"guidance 2.0 without a condition"):
-        guided(Counting(), X, T, None, Guidance(2.0, null=0))
+        apply_guidance(Counting(), X, T, None, Guidance(2.0, null=0))
     with pytest.raises(DataError, match=r"null label 7 fits no condition \{text\}"):
-        guided(Counting(), X, T, {"text": torch.ones(3, 2, 2)}, Guidance(2.0, null=7))
+        apply_guidance(Counting(), X, T, {"text": torch.ones(3, 2, 2)}, Guidance(2.0, null=7))
     null = {"words": torch.ones(2, 2)}
     with pytest.raises(DataError, match=r"\{text\} and \{words\} make no one batch"):
-        guided(Counting(), X, T, {"text": torch.ones(3, 2, 2)}, Guidance(2.0, null=null))
+        apply_guidance(Counting(), X, T, {"text": torch.ones(3, 2, 2)}, Guidance(2.0, null=null))
     null = {"text": torch.ones(5, 2)}
     with pytest.raises(DataError, match=r"\[3, 2, 2\] and \[3, 5, 2\] make no one batch"):
-        guided(Counting(), X, T, {"text": torch.ones(3, 2, 2)}, Guidance(2.0, null=null))
+        apply_guidance(Counting(), X, T, {"text": torch.ones(3, 2, 2)}, Guidance(2.0, null=null))
 
 
 NESTED = {"a": torch.arange(4), "more": {"b": torch.arange(8.0).reshape(4, 2)}}
 
 
 def test_rows_places_and_stacks_reach_into_nested_mappings() -> None:
-    part = rows(NESTED, range(1, 3))
+    part = take_rows(NESTED, range(1, 3))
     assert torch.equal(part["a"], torch.tensor([1, 2]))
     assert torch.equal(part["more"]["b"], torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
-    moved = placed(NESTED, torch.zeros(1, dtype=torch.bfloat16))
+    moved = move_condition(NESTED, torch.zeros(1, dtype=torch.bfloat16))
     assert (moved["a"].dtype, moved["more"]["b"].dtype) == (torch.int64, torch.bfloat16)
-    both = stacked(part, rows(NESTED, range(0, 1)))
+    both = stack_conditions(part, take_rows(NESTED, range(0, 1)))
     assert both["a"].tolist() == [1, 2, 0]
     assert both["more"]["b"].shape == (3, 2)
 
@@ -110,6 +116,6 @@ def test_conditions_that_are_none_are_refused() -> None:
     with pytest.raises(DataError, match="of type str is neither"):
         check_count({"text": "a cat"}, 1)
     with pytest.raises(DataError, match="of type list is neither"):
-        mapped(lambda part: part, [1, 2])
+        map_condition(lambda part: part, [1, 2])
     with pytest.raises(DataError, match=r"a tensor \[2\] and \{a\}"):
-        stacked(torch.ones(2), {"a": torch.ones(2)})
+        stack_conditions(torch.ones(2), {"a": torch.ones(2)})

@@ -92,7 +92,7 @@ def test_a_scheduler_of_another_objective_is_refused(name: str, scheduler: Any, 
 
 def test_levels_are_for_flow_alone() -> None:
     with pytest.raises(ConfigError, match="for objective 'flow' alone"):
-        FinetuneConfig.of(levels="logit-normal")
+        FinetuneConfig.create(levels="logit-normal")
 
 
 @pytest.mark.parametrize("name", ["v", "x0", "flow"])

@@ -33,7 +33,7 @@ VALUES: dict[str, Any] = {
         "weights": "dense.safetensors",
     },
     "data": {"train": "digits", "held_out": "digits:test", "held_out_limit": 16},
-    "prune": {"pattern": "1:4", "inner": "eager"},
+    "prune": {"pattern": "1:4", "backend": "eager"},
     "train": {"images": 64, "batch_size": 16, "lr": 1e-3, "save_every": 32, "null_label": 10},
     "sample": {"sampler": "ddim", "steps": 2, "grid": 12, "guidance": 1.5},
     "score": {"network": "judge:pixels", "count": 80, "kid": True},
@@ -52,11 +52,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
         open_model("UViT", options=VALUES["model"]["options"]).state_dict(), "dense.safetensors"
     )
     torch._dynamo.reset()
-    return RunConfig.of(VALUES)
+    return RunConfig.create(VALUES)
 
 
 def changed(config: RunConfig, **sections: Any) -> RunConfig:
-    return RunConfig.of(merged(config.as_dict(), sections))
+    return RunConfig.create(merged(config.as_dict(), sections))
 
 
 def test_a_run_leaves_everything_that_is_needed(config: RunConfig) -> None:
@@ -75,7 +75,7 @@ def test_a_run_leaves_everything_that_is_needed(config: RunConfig) -> None:
         "sparse": counted.sparse,
         "attention": counted.attention,
     }
-    saved = sdm.load("run/student.safetensors", dense, inner="eager")
+    saved = sdm.load("run/student.safetensors", dense, backend="eager")
     opened = open_all(config, torch.device("cpu"))
     pictures = pictures_of(config, opened)
     pictures.save(Path("again.png"), pictures.draw(saved, "eps"))
@@ -214,7 +214,7 @@ def test_text_and_latents(config: RunConfig, tmp_path: Path, null: bool) -> None
         save_file({"encoder_hidden_states": torch.ones(5, 8)}, "null.safetensors")
         sections["data"]["null"] = "null.safetensors"
     plain = {**config.as_dict(), "model": sections.pop("model")}
-    config = RunConfig.of(merged(plain, sections))
+    config = RunConfig.create(merged(plain, sections))
     guidance = guidance_of(config, open_all(config, torch.device("cpu")))
     assert guidance is not None
     expected = torch.ones(5, 8) if null else torch.zeros(5, 8)

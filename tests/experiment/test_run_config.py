@@ -95,7 +95,7 @@ def test_assignments_make_the_sections_they_need() -> None:
 )
 def test_bad_configurations_say_what_is_wrong(change: dict[str, Any], says: str) -> None:
     with pytest.raises(SparseDMError, match=says):
-        RunConfig.of({**LEAST, **change})
+        RunConfig.create({**LEAST, **change})
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_bad_assignments_are_refused(assignment: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_makes_a_configuration(name: str) -> None:
     values = {"recipe": name, "data": {"train": "x"}, "model": {"weights": "w"}, "out": "a"}
-    config = RunConfig.of(values)
+    config = RunConfig.create(values)
     assert config.model.name in PRESETS
     assert config.train.method == "sparsedm"
     paper = name != "short"

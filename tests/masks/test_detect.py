@@ -10,7 +10,7 @@ from torch import nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
-from sparsedm_compiler.masks.detect import recognise
+from sparsedm_compiler.masks.detect import detect_pattern
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from tests.oracle import assert_same
 
@@ -23,7 +23,7 @@ def test_a_masked_weight_is_recognised(text: str, kernel: tuple[int, ...], seed:
     torch.manual_seed(seed)
     pattern = Pattern.parse(text)
     weight = torch.randn(32, 128, *kernel)
-    found = recognise(weight * nm_mask(weight, pattern))
+    found = detect_pattern(weight * nm_mask(weight, pattern))
     assert found is not None
     assert found.density == pattern.density
     assert found.rows == pattern.rows
@@ -37,7 +37,7 @@ def test_a_transposable_mask_is_one_of_the_plain_pattern(text: str, plain: str) 
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
     masked = weight * nm_mask(weight, text)
     for each in (masked, masked.T):
-        assert str(recognise(each)) == plain
+        assert str(detect_pattern(each)) == plain
         assert_same(each * nm_mask(each, plain), each)
 
 
@@ -45,7 +45,7 @@ def test_one_value_too_many_is_not_overlooked() -> None:
     weight = torch.randn(32, 128)
     weight *= nm_mask(weight, Pattern.parse("2:4"))
     weight[7, 40:44] = 1.0
-    found = recognise(weight)
+    found = detect_pattern(weight)
     assert found is not None
     assert found.m > 4
     assert_same(weight * nm_mask(weight, found), weight)
@@ -55,7 +55,7 @@ def test_one_value_too_many_is_not_overlooked() -> None:
     "weight", [torch.randn(8, 8), torch.zeros(8, 8), torch.randn(8), torch.empty(0, 8)]
 )
 def test_what_satisfies_nothing(weight: torch.Tensor) -> None:
-    assert recognise(weight) is None
+    assert detect_pattern(weight) is None
 
 
 def net() -> nn.Module:
@@ -69,13 +69,13 @@ def net() -> nn.Module:
 
 def test_a_plain_model_is_compiled_without_naming_its_pattern() -> None:
     model, x = net(), torch.randn(3, 32)
-    fast = sdm.compile(model, mode="infer", inner="eager", kernels={"*": "sparse"})
+    fast = sdm.compile(model, mode="infer", backend="eager", kernels={"*": "sparse"})
     assert_same(fast(x), model(x).detach(), tolerance=1e-5)
     found = sdm.explain(fast)
     assert [str(row.pattern) for row in found.rows] == ["2:4", "1:8", "1:4x4", "None"]
     assert found.rows[3].refusal == "its values satisfy no N:M pattern"
     assert {choice.kernel for choice in found.choices} == {"cpu_free", "cpu_shared"}
-    options = {"inner": "eager", "kernels": {"*": "sparse"}}
+    options = {"backend": "eager", "kernels": {"*": "sparse"}}
     with torch.no_grad():
         plain = torch.compile(model, backend="sparsedm", options=options)
         assert_same(plain(x), fast(x))

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsedm_compiler.errors import MaskError, PatternError
 from sparsedm_compiler.masks import top_n as selection
-from sparsedm_compiler.masks.nm_mask import dropped, kept, nm_mask, unchecked_nm_mask
+from sparsedm_compiler.masks.nm_mask import apply_inverse_mask, apply_mask, compute_mask, nm_mask
 from sparsedm_compiler.pattern import Pattern
 from tests.masks.mask_cases import (
     DTYPES,
@@ -67,8 +67,8 @@ def test_the_kept_are_the_largest_and_ties_go_to_the_lowest(case: tuple[Tensor, 
 @given(st.one_of(free_cases(), tile_cases()))
 def test_masking_the_masked_changes_nothing(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
-    once = kept(weight, nm_mask(weight, pattern))
-    assert torch.equal(kept(once, nm_mask(once, pattern)), once)
+    once = apply_mask(weight, nm_mask(weight, pattern))
+    assert torch.equal(apply_mask(once, nm_mask(once, pattern)), once)
 
 
 @properties
@@ -149,9 +149,9 @@ def test_broken_weights_still_keep_exactly_n(text: str, dtype: torch.dtype) -> N
     weight = torch.randn(64, 64, dtype=dtype)
     weight[torch.rand(64, 64) < 0.3] = torch.nan
     weight[torch.rand(64, 64) < 0.3] = -torch.inf
-    mask = unchecked_nm_mask(weight, pattern)
+    mask = compute_mask(weight, pattern)
     assert bool((groups_of(mask, pattern.m).sum(1) == pattern.n).all())
-    assert torch.equal(unchecked_nm_mask(weight.clone(), pattern), mask)
+    assert torch.equal(compute_mask(weight.clone(), pattern), mask)
 
 
 @pytest.mark.parametrize("text", ["2:4", "5:8", "1:32", "31:32", "16:32", "3:5", "3:2:8", "1:8x4"])
@@ -163,14 +163,14 @@ def test_the_way_of_accelerators_gives_the_same(
     pattern = Pattern.parse(text)
     torch.manual_seed(0)
     weight = (torch.randn(12, 2 * pattern.m, 3) * 2).round().to(dtype)
-    expected = unchecked_nm_mask(weight, pattern)
+    expected = compute_mask(weight, pattern)
 
     def at_once(part: Tensor, mask: Tensor, columns: Tensor | None, *rest: object) -> None:
         selection._fill_at_once(part, mask, columns, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(selection, "_fill", at_once)
     monkeypatch.setattr(selection, "_channels_last", lambda tensor: False)
-    assert torch.equal(unchecked_nm_mask(weight, pattern), expected)
+    assert torch.equal(compute_mask(weight, pattern), expected)
 
 
 @pytest.mark.gpu
@@ -211,15 +211,15 @@ def test_kept_and_dropped_make_up_the_weight(case: tuple[Tensor, Pattern]) -> No
     weight, pattern = case
     mask = nm_mask(weight, pattern)
     zero = torch.zeros((), dtype=weight.dtype)
-    assert torch.equal(kept(weight, mask), torch.where(mask, weight, zero))
-    assert torch.equal(dropped(weight, mask), torch.where(mask, zero, weight))
+    assert torch.equal(apply_mask(weight, mask), torch.where(mask, weight, zero))
+    assert torch.equal(apply_inverse_mask(weight, mask), torch.where(mask, zero, weight))
 
 
 def test_what_is_masked_out_is_zero_even_if_it_was_infinite() -> None:
     weight = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0]])
     mask = torch.tensor([[False, False, True, True]])
-    assert kept(weight, mask).tolist() == [[0.0, 0.0, -torch.inf, 1.0]]
-    assert dropped(weight, ~mask).tolist() == [[0.0, 0.0, -torch.inf, 1.0]]
+    assert apply_mask(weight, mask).tolist() == [[0.0, 0.0, -torch.inf, 1.0]]
+    assert apply_inverse_mask(weight, ~mask).tolist() == [[0.0, 0.0, -torch.inf, 1.0]]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -6,10 +6,10 @@ from itertools import product
 
 import pytest
 
-from sparsedm_compiler.masks.sorting_network import Network, selection
+from sparsedm_compiler.masks.sorting_network import SortingNetwork, build_selection_network
 
 
-def run(network: Network, values: list[int]) -> list[int]:
+def run(network: SortingNetwork, values: list[int]) -> list[int]:
     """The outputs, computed on plain integers."""
     wires = dict(enumerate(values))
     for step in network.steps:
@@ -25,7 +25,7 @@ def run(network: Network, values: list[int]) -> list[int]:
 def test_it_selects_every_pair_of_neighbouring_ranks(m: int) -> None:
     """By the 0-1 principle, right on all inputs of zeros and ones is right on all inputs."""
     for rank in range(1, m):
-        network = selection((1,) * m, (rank - 1, rank))
+        network = build_selection_network((1,) * m, (rank - 1, rank))
         for values in product((0, 1), repeat=m):
             ranked = sorted(values, reverse=True)
             assert run(network, list(values)) == ranked[rank - 1 : rank + 1]
@@ -34,7 +34,7 @@ def test_it_selects_every_pair_of_neighbouring_ranks(m: int) -> None:
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 3, 3), (2, 2, 2, 2), (4, 1), (1, 2, 3)])
 def test_it_merges_sorted_lists(sizes: tuple[int, ...]) -> None:
     ranks = tuple(range(sum(sizes)))
-    network = selection(sizes, ranks)
+    network = build_selection_network(sizes, ranks)
     for ones in product(*(range(size + 1) for size in sizes)):
         lists = [[1] * one + [0] * (size - one) for one, size in zip(ones, sizes, strict=True)]
         values = [value for part in lists for value in part]
@@ -56,4 +56,4 @@ COSTS = {
 @pytest.mark.parametrize("m_and_ranks", COSTS)
 def test_nothing_is_computed_that_nobody_reads(m_and_ranks: tuple[int, ...]) -> None:
     m, *ranks = m_and_ranks
-    assert selection((1,) * m, tuple(ranks)).cost == COSTS[m_and_ranks]
+    assert build_selection_network((1,) * m, tuple(ranks)).cost == COSTS[m_and_ranks]

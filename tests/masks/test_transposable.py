@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsedm_compiler.masks import transposable as tiles
-from sparsedm_compiler.masks.nm_mask import kept, nm_mask, unchecked_nm_mask
+from sparsedm_compiler.masks.nm_mask import apply_mask, compute_mask, nm_mask
 from sparsedm_compiler.pattern import Pattern
 from tests.masks.mask_cases import DTYPES, KERNELS, brute, channels_last, legal_tiles
 
@@ -117,9 +117,9 @@ def test_a_masked_weight_keeps_all_it_has(n: int, seed: int, dtype: torch.dtype)
     generator = torch.Generator().manual_seed(seed)
     scale = 10.0 ** torch.randint(-36, 37, (32, 32), generator=generator)
     values = torch.randn(32, 32, generator=generator)
-    masked = kept(values, nm_mask(torch.randn(32, 32, generator=generator), f"{n}:4t"))
+    masked = apply_mask(values, nm_mask(torch.randn(32, 32, generator=generator), f"{n}:4t"))
     masked = (masked * scale).to(dtype)
-    assert torch.equal(kept(masked, nm_mask(masked, f"{n}:4t")), masked)
+    assert torch.equal(apply_mask(masked, nm_mask(masked, f"{n}:4t")), masked)
 
 
 @every_n
@@ -158,7 +158,7 @@ def test_what_is_no_number_is_kept_first(n: int, dtype: torch.dtype, broken: flo
     weight = torch.full((8, 8), torch.finfo(dtype).max, dtype=dtype)
     weight[:4, :4] = torch.arange(16).view(4, 4)
     weight[1, 3] = weight[5, 6] = weight[6, 5] = broken
-    mask = unchecked_nm_mask(weight, pattern)
+    mask = compute_mask(weight, pattern)
     assert bool(mask[1, 3] & mask[5, 6] & mask[6, 5])
     assert bool((cut(mask).sum(1) == n).all())
     assert bool((cut(mask).sum(2) == n).all())

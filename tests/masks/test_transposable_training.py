@@ -24,7 +24,7 @@ WEIGHTS = {"plain.weight", "active.weight", "twice.weight", "conv.weight", "line
 
 
 def compiled(mode: str = "train", pattern: str = "2:4t", **options: Any) -> Net:
-    return sdm.compile(Net(), pattern, inner="eager", **OPTIONS[mode], **options)
+    return sdm.compile(Net(), pattern, backend="eager", **OPTIONS[mode], **options)
 
 
 def is_transposable(mask: Tensor, n: int) -> bool:
@@ -56,7 +56,7 @@ def test_a_saved_student_comes_back(tmp_path: Path) -> None:
     student = compiled()
     out = student(X)
     sdm.save(student, tmp_path / "student")
-    loaded = sdm.load(tmp_path / "student", Net(), inner="eager")
+    loaded = sdm.load(tmp_path / "student", Net(), backend="eager")
     assert_same(loaded(X), out)
     assert {pattern for _, pattern in sdm.masked_parameters(loaded).values()} == {PATTERN}
 
@@ -68,7 +68,7 @@ def test_finalized_weights_come_back(tmp_path: Path) -> None:
         out = fast(X)
         assert is_transposable(fast.state_dict()["conv.weight"] != 0, 2)
         sdm.save(fast, tmp_path / "fast")
-        assert_same(sdm.load(tmp_path / "fast", Net(), inner="eager")(X), out)
+        assert_same(sdm.load(tmp_path / "fast", Net(), backend="eager")(X), out)
 
 
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
@@ -96,7 +96,7 @@ def test_convolutions_have_a_mask_per_position() -> None:
 
 def test_what_does_not_fit_stays_dense_with_its_sentence() -> None:
     net = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in ((8, 8), (8, 6), (6, 8), (8, 8))))
-    student = sdm.compile(net, "2:4t", policy="all", inner="eager")
+    student = sdm.compile(net, "2:4t", policy="all", backend="eager")
     student(torch.randn(2, 8))
     refusals = {row.weight: row.refusal for row in sdm.explain(student).rows}
     assert refusals == {
@@ -126,7 +126,7 @@ def test_repattern_goes_to_it_and_back() -> None:
 
 
 def test_the_torch_compile_entry_point() -> None:
-    options = {"pattern": "2:4t", "inner": "eager"}
+    options = {"pattern": "2:4t", "backend": "eager"}
     fast = torch.compile(Net(), backend="sparsedm", options=options)
     with torch.no_grad():
         assert_same(fast(X), compiled("infer")(X), tolerance=1e-5)

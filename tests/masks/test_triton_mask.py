@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsedm_compiler.masks.mask_ste import _fused, mask_ste, mask_ste_op
-from sparsedm_compiler.masks.nm_mask import dropped, kept, unchecked_nm_mask
+from sparsedm_compiler.masks.nm_mask import apply_inverse_mask, apply_mask, compute_mask
 from sparsedm_compiler.masks.top_n import KEYS
-from sparsedm_compiler.masks.triton_mask import _lanes, _launch, masked, refusal
+from sparsedm_compiler.masks.triton_mask import _lanes, _launch, mask_by_triton, refusal
 from sparsedm_compiler.pattern import Pattern
 from tests.backends.cuda.running import moved, on_cuda, on_device, run_interpreted
 from tests.masks.mask_cases import LAYOUTS, channels_last, coarse_cases, contiguous, free_cases
@@ -31,17 +31,17 @@ COARSE = (
 
 
 def expected(weight: Tensor, pattern: Pattern) -> Tensor:
-    return kept(weight, unchecked_nm_mask(weight, pattern))
+    return apply_mask(weight, compute_mask(weight, pattern))
 
 
 def left_out(weight: Tensor, pattern: Pattern) -> Tensor:
-    return dropped(weight, unchecked_nm_mask(weight, pattern))
+    return apply_inverse_mask(weight, compute_mask(weight, pattern))
 
 
 def check(weight: Tensor, pattern: Pattern) -> None:
     """The same bits and strides; the oracle runs on the CPU."""
     for rest, oracle in enumerate((expected(weight, pattern), left_out(weight, pattern))):
-        found = masked(moved(weight), pattern, rest=bool(rest))
+        found = mask_by_triton(moved(weight), pattern, rest=bool(rest))
         assert (found.dtype, found.shape) == (oracle.dtype, oracle.shape)
         assert found.stride() == oracle.stride()
         assert torch.equal(bits(found.cpu()), bits(oracle))
@@ -131,7 +131,7 @@ def test_energies_are_sums_in_float32() -> None:
     large = torch.tensor([[300.0, 400.0], [0.0, 0.0]], dtype=torch.float16)
     for weight in (close, large):
         check(weight, Pattern.parse("1:2x2"))
-        assert masked(moved(weight), Pattern.parse("1:2x2"))[:, 0].count_nonzero() == 0
+        assert mask_by_triton(moved(weight), Pattern.parse("1:2x2"))[:, 0].count_nonzero() == 0
 
 
 @on_device
@@ -148,14 +148,14 @@ def test_offsets_of_64_bits_give_the_same(text: str) -> None:
         weight = moved(layout(integers((12, 24, 2, 3), torch.float16)))
         out = torch.empty_like(weight)
         _launch(weight, out, pattern, wide=True)
-        assert torch.equal(out, masked(weight, pattern))
+        assert torch.equal(out, mask_by_triton(weight, pattern))
 
 
 @on_device
 def test_the_weight_is_left_alone_and_no_part_of_a_graph() -> None:
     weight = moved(integers((8, 16), torch.float32)).requires_grad_()
     before = weight.detach().clone()
-    assert not masked(weight, Pattern.parse("2:4")).requires_grad
+    assert not mask_by_triton(weight, Pattern.parse("2:4")).requires_grad
     assert torch.equal(weight, before)
 
 
@@ -218,6 +218,6 @@ def test_the_op_on_cuda(text: str, layout: object) -> None:
 def test_more_than_2_to_the_31_elements() -> None:
     pattern = Pattern.parse("2:4")
     weight = torch.randn(2**16 + 8, 2**15, device="cuda", dtype=torch.float16)
-    found = masked(weight, pattern)
+    found = mask_by_triton(weight, pattern)
     for rows in (slice(0, 8), slice(-8, None)):
         assert torch.equal(found[rows], expected(weight[rows].clone(), pattern))

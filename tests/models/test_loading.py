@@ -121,7 +121,7 @@ def test_weights_of_every_kind_of_file(tmp_path: Path) -> None:
 
 
 def test_the_latent_weights_of_a_saved_student(tmp_path: Path) -> None:
-    student = sdm.compile(UViT(**TINY), "2:4", inner="eager")
+    student = sdm.compile(UViT(**TINY), "2:4", backend="eager")
     sdm.save(student, tmp_path / "s.safetensors")
     found = tensors(open_model("UViT", options=TINY, weights=tmp_path / "s.safetensors"))
     expected = tensors(student)

@@ -37,7 +37,7 @@ def data(count: int = 40) -> tuple[Tensor, Tensor]:
 def student_of(model: nn.Module, method: str = "sparsedm", pattern: str = "1:4") -> nn.Module:
     """What a method trains."""
     if METHODS[method].sparse:
-        return sdm.compile(model, pattern=pattern, inner="eager")
+        return sdm.compile(model, pattern=pattern, backend="eager")
     return copy.deepcopy(model)
 
 

@@ -56,7 +56,7 @@ def batch(seed: int = 100, size: int = 2) -> Tensor:
 
 
 def student_of(model: Net) -> Net:
-    student = sdm.compile(model, PATTERN, inner="eager")
+    student = sdm.compile(model, PATTERN, backend="eager")
     student(batch())  # the capture finds the masked weights
     assert list(sdm.masked_parameters(student)) == ["middle.weight"]
     return student

@@ -88,7 +88,7 @@ def interrupted(rank: int, folder: Path) -> None:
         return real(run, pieces, **given)
 
     for name, interrupt in (("whole", False), ("parts", True), ("parts", False)):
-        student = sdm.compile(model, pattern="2:4x4", inner="eager")
+        student = sdm.compile(model, pattern="2:4x4", backend="eager")
         loop.step = step if interrupt else real
         try:
             result = finetune(student, model, data, out=folder / name, **options)

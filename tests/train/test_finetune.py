@@ -214,7 +214,7 @@ def test_sr_ste_is_asked_for_and_taken_off_again(monkeypatch: pytest.MonkeyPatch
         return Handle()
 
     monkeypatch.setattr("sparsedm_compiler.train.session.sr_ste", attach)
-    student = sdm.compile(Denoiser(), pattern="2:4", policy="all", inner="eager")
+    student = sdm.compile(Denoiser(), pattern="2:4", policy="all", backend="eager")
     tuned(student)
     assert calls == []
     tuned(student, sr_ste_lambda=1e-3, sr_ste_form="decoupled")
@@ -227,7 +227,7 @@ def test_a_compiled_student_trains_and_averages_masked() -> None:
     data = torch.randn(16, 1, 4, 4), labels(16)
     weights_by_lambda = []
     for lam in (0.0, 10.0):
-        student = sdm.compile(teacher, pattern="1:4", inner="eager")
+        student = sdm.compile(teacher, pattern="1:4", backend="eager")
         result = tuned(student, data, teacher=teacher, sr_ste_lambda=lam)
         weights_by_lambda.append(weights(student))
         assert result.ema is not None

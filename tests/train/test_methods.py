@@ -31,10 +31,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch, look: Any) -> list[Any]:
 
 
 def test_a_method_brings_its_options_and_explicit_ones_win() -> None:
-    asp = FinetuneConfig.of("asp")
+    asp = FinetuneConfig.create("asp")
     assert (asp.static_mask, asp.beta, asp.sr_ste_lambda, asp.teacher) == (True, 0.0, 0.0, "none")
-    assert FinetuneConfig.of("asp", beta=0.5).beta == 0.5
-    paper = FinetuneConfig.of("sparsedm")
+    assert FinetuneConfig.create("asp", beta=0.5).beta == 0.5
+    paper = FinetuneConfig.create("sparsedm")
     assert (paper.alpha, paper.beta, paper.sr_ste_lambda) == (1.0, 0.1, 2e-4)
     assert paper == FinetuneConfig()
 

@@ -118,7 +118,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     short(out=tmp_path)
     wide = UViT(img_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=4)
     with pytest.raises(CheckpointError, match="does not fit this UViT"):
-        short(out=tmp_path, student=sdm.compile(wide, pattern="1:4", inner="eager"))
+        short(out=tmp_path, student=sdm.compile(wide, pattern="1:4", backend="eager"))
 
 
 def test_what_a_kill_leaves_is_not_taken_for_a_checkpoint(
@@ -187,7 +187,7 @@ def test_nan_stops_the_run_and_the_last_checkpoint_is_good(tmp_path: Path) -> No
             return images[number] * (math.nan if Poisoned.count == 50 else 1), labels[number]
 
     model = teacher()
-    student = sdm.compile(model, pattern="1:4", inner="eager")
+    student = sdm.compile(model, pattern="1:4", backend="eager")
     with pytest.raises(SparseDMError, match=r"loss is nan after 48 images.*is from before"):
         sdm.finetune(
             student, model, Poisoned(), config=whole.config, out=tmp_path / "bad", progress=False

@@ -67,7 +67,7 @@ def test_curves_are_a_picture(tmp_path: Path) -> None:
 
 def test_flips_are_counted() -> None:
     model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 4))
-    student = sdm.compile(model, pattern="2:4", policy="all", inner="eager")
+    student = sdm.compile(model, pattern="2:4", policy="all", backend="eager")
     student(torch.randn(1, 8))
     watch = MaskWatch(student)
     first = watch.look()

@@ -186,7 +186,7 @@ def test_lambda_zero_is_plain_ste() -> None:
 
 def test_lambda_zero_asks_for_nothing() -> None:
     """Not even for masks, which this student does not have yet."""
-    student = sdm.compile(net(), PATTERN, inner="eager")
+    student = sdm.compile(net(), PATTERN, backend="eager")
     optimizer = sgd(student)
     sr_ste(optimizer, student, lam=0)
     optimizer.step()
@@ -246,7 +246,7 @@ def test_a_model_that_was_not_compiled_is_refused() -> None:
 
 
 def test_a_step_before_the_first_forward_raises() -> None:
-    student = sdm.compile(net(), PATTERN, inner="eager")
+    student = sdm.compile(net(), PATTERN, backend="eager")
     optimizer = sgd(student)
     sr_ste(optimizer, student, lam=LAM)
     with pytest.raises(sdm.SparseDMError, match="call the model before the first step"):

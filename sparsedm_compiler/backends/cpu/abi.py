@@ -7,7 +7,7 @@ from ctypes import c_int32, c_int64, c_void_p
 
 
 # Mirrored by kernel.cpp: change them together.
-class Call(ctypes.Structure):
+class KernelArguments(ctypes.Structure):
     """Arguments of sdm_run."""
 
     _fields_ = (

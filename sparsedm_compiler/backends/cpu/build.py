@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from ...errors import KernelError
-from ...fileio import folder
-from .abi import Call
+from ...fileio import cache_folder
+from .abi import KernelArguments
 
 _SOURCES = ("kernel.cpp", "pack.cpp")
 _HEADERS = ("act.h", "format.h", "vec.h", "wide.h")
@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(_built()))
     except OSError as error:
         raise KernelError(f"the CPU kernels do not load: {error}") from error
-    loaded.sdm_run.argtypes = [ctypes.POINTER(Call)]
+    loaded.sdm_run.argtypes = [ctypes.POINTER(KernelArguments)]
     loaded.sdm_run.restype = ctypes.c_int32
     loaded.sdm_pack.argtypes = [ctypes.c_void_p] * 3
     loaded.sdm_pack.restype = ctypes.c_int32
@@ -79,7 +79,7 @@ def _built() -> Path:
     asked = os.environ.get("SPARSEDM_CXXFLAGS", "").split()
     flags = (*_FLAGS, *_ISA_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()), *asked)
     key = hashlib.sha256(repr((version(), compiler, flags, torch.__version__)).encode())
-    target = folder("kernels") / f"nm-{key.hexdigest()[:16]}.so"
+    target = cache_folder("kernels") / f"nm-{key.hexdigest()[:16]}.so"
     if not target.exists():
         _build(compiler, flags, target)
     return target

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import PackError
 from ...pattern import Pattern
-from ..kernel_family import Call, Family, Form, Kernel, Work
+from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, WeightFormat
 from .build import unavailable, version
 from .format import check, layout_of, refusal
 from .isa import engine
@@ -21,7 +21,7 @@ from .ops import dense_weight, nm_conv2d_op, nm_linear_op
 from .pack import pack
 
 
-class CpuFamily(Family):
+class CpuFamily(KernelFamily):
     """Kernels for free masks, shared masks, and widely shared masks in bfloat16.
 
     Layout of a Kernel: (columns of a block, whether it is the layout of wide.h). Tile: (vectors of
@@ -37,33 +37,33 @@ class CpuFamily(Family):
     def refusal(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         return refusal(pattern, rows, cols, dtype)
 
-    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[Kernel, ...]:
+    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         """In the settings that won somewhere (benchmarks/sparse.py)."""
         if pattern.rows > 1 and not pattern.vnm:
             wide = dtype == torch.bfloat16 and pattern.rows % 16 == 0 and engine() != "plain"
             return (
-                *(Kernel("cpu_wide", (2048, 1), (tile,)) for tile in (3, 6) if wide),
+                *(KernelConfig("cpu_wide", (2048, 1), (tile,)) for tile in (3, 6) if wide),
                 *_settings("cpu_shared", (512, 4), (512, 5), (2048, 2)),
             )
         settings = (((64, 6), (96, 5)), ((96, 5), (128, 5)), ((128, 5), (192, 4)))
         place = sum(pattern.density < bound for bound in (0.4, 0.2, 0.1))
         return _settings("cpu_free", *(*settings, ((192, 5), (256, 4)))[place])
 
-    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: Kernel) -> Tensor:
+    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
         width, wide = kernel.layout
         return pack(weight, mask, pattern, width=width, wide=bool(wide))
 
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
         return dense_weight(packed, shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> torch.dtype:
+    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
         check(packed)
         layout = layout_of(packed)
         if (layout.rows, layout.rows * layout.cols) != (shape[0], math.prod(shape)):
             raise PackError(f"it is packed as {layout.rows} x {layout.cols}, not {shape}")
         return layout.dtype
 
-    def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
+    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
         if not work.kernel:
             return nm_linear_op, (work.act, *tile)
         geometry = (work.kernel, work.stride, work.padding, work.dilation)
@@ -75,8 +75,8 @@ class CpuFamily(Family):
         return cpu_name(), torch.__version__, version(), engine(), threads, capability
 
 
-def _settings(name: str, *settings: tuple[int, int]) -> tuple[Kernel, ...]:
-    return tuple(Kernel(name, (width, 0), (tile,)) for width, tile in settings)
+def _settings(name: str, *settings: tuple[int, int]) -> tuple[KernelConfig, ...]:
+    return tuple(KernelConfig(name, (width, 0), (tile,)) for width, tile in settings)
 
 
 @cache

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from ...pattern import Pattern
-from .abi import Call
+from .abi import KernelArguments
 from .build import library, unavailable
 from .pack import pack
 
@@ -38,7 +38,7 @@ def multiplies(name: str) -> bool:
     x = (torch.arange(tokens * cols, device="cpu").view(tokens, cols) * 29 % 5 - 2).bfloat16()
     packed = pack(weight, mask, Pattern(2, 4, rows), width=96, wide=True)
     out = torch.empty(tokens, rows, dtype=torch.bfloat16, device="cpu")
-    call = Call(
+    call = KernelArguments(
         weight=packed.data_ptr(),
         x=x.data_ptr(),
         out=out.data_ptr(),

@@ -25,7 +25,7 @@ from ..custom_op import (
     register,
 )
 from ..weight_matrix import from_matrix
-from .abi import Call
+from .abi import KernelArguments
 from .build import library, unavailable
 from .format import HEADER_BYTES, TYPES, unpack
 from .isa import ENGINES, engine
@@ -129,11 +129,13 @@ def _plain_bias(bias: Tensor | None, rows: int) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-def _call(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, act: str, tile: int) -> Call:
+def _call(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, act: str, tile: int
+) -> KernelArguments:
     if x.dtype not in TYPES or (bias is not None and bias.dtype not in TYPES):
         given = x.dtype if bias is None else f"{x.dtype} with a bias of {bias.dtype}"
         raise KernelError(f"the CPU kernels take float32 and bfloat16, not {given}")
-    return Call(
+    return KernelArguments(
         weight=packed.data_ptr(),
         x=x.data_ptr(),
         out=out.data_ptr(),
@@ -159,7 +161,7 @@ def _check(packed: Tensor, rows: int, cols: int) -> None:
         )
 
 
-def _run(call: Call) -> None:
+def _run(call: KernelArguments) -> None:
     failed = library().sdm_run(ctypes.byref(call))
     if failed:
         raise KernelError(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..custom_op import fake_conv2d, is_channels_last, register
-from ..kernel_family import Call, Work
+from ..kernel_family import MatmulProblem, OpCall
 
 Linear = Callable[..., Tensor]
 
@@ -47,7 +47,7 @@ def conv_as_linear(name: str, linear: Linear, arguments: str) -> Linear:
     return register(name, schema, runs, fake=fake_conv2d, reference=conv2d)
 
 
-def linear_or_conv(linear: Linear, conv: Linear, work: Work, *how: Any) -> Call:
+def linear_or_conv(linear: Linear, conv: Linear, work: MatmulProblem, *how: Any) -> OpCall:
     """What does the work, a linear layer or the same as a convolution, and its arguments."""
     if not work.kernel:
         return linear, how

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ...errors import KernelError
-from ...fileio import folder, write
+from ...fileio import cache_folder, write_atomically
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PLAIN_SHARED = 48 * 1024
@@ -83,13 +83,13 @@ def compiled(source: str, capability: tuple[int, int], macros: Sequence[tuple[st
         *(f"-D{name}={value}" for name, value in defined),
     )
     key = hashlib.sha256(repr((source, options)).encode()).hexdigest()[:24]
-    path = folder("cuda") / f"{key}.cubin"
+    path = cache_folder("cuda") / f"{key}.cubin"
     try:
         return path.read_bytes()
     except OSError:
         pass
     code = _compile(source, options)
-    write(path, code)
+    write_atomically(path, code)
     return code
 
 

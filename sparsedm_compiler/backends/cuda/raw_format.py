@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import PackError
 from ...pattern import Pattern
-from ..kernel_family import Family, Form, Kernel
+from ..kernel_family import KernelConfig, KernelFamily, WeightFormat
 from ..weight_matrix import from_matrix, matrix
 
 
@@ -43,7 +43,7 @@ class Format(Protocol):
         """Raise PackError unless a kernel can run these bytes within their bounds."""
 
 
-class BareFamily(Family):
+class BareFamily(KernelFamily):
     """The kernels that read one such format. Layout of a Kernel: (place of the dtype in TYPES)."""
 
     @property
@@ -54,14 +54,14 @@ class BareFamily(Family):
     def refusal(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         return self.format.refusal(pattern, rows, cols, dtype)
 
-    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: Kernel) -> Tensor:
+    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
         return self.format.pack(matrix(weight.detach()), matrix(mask), pattern)
 
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
         dense = self.format.unpack(packed, *_size(shape), form.pattern, self._dtype(form))
         return from_matrix(dense, shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> torch.dtype:
+    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
         dtype = self._dtype(form)
         why = self.refusal(form.pattern, *_size(shape), dtype)
         if why is not None:
@@ -69,7 +69,7 @@ class BareFamily(Family):
         self.format.check(packed, *_size(shape), form.pattern, dtype)
         return dtype
 
-    def _dtype(self, form: Form) -> torch.dtype:
+    def _dtype(self, form: WeightFormat) -> torch.dtype:
         assert form.kernel is not None
         (place,) = form.kernel.layout
         return self.format.TYPES[place]

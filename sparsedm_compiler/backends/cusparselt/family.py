@@ -13,7 +13,7 @@ from ...errors import PackError
 from ...pattern import Pattern
 from ..cuda.device import card, machine, no_cusparselt, no_tensor_cores
 from ..cuda.im2col import linear_or_conv
-from ..kernel_family import Call, Family, Form, Kernel, Work
+from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, WeightFormat
 from ..weight_matrix import from_matrix, matrix
 from .format import GROUP, KEPT, excess, pack24, stated24
 from .ops import DEFAULT, dense24, semi_conv2d, semi_linear
@@ -22,7 +22,7 @@ TYPES = (torch.float16, torch.bfloat16)
 _MULTIPLE = 16
 
 
-class SemiFamily(Family):
+class SemiFamily(KernelFamily):
     """Kernels for masks of at most 2 in every aligned 4 columns, in float16 and bfloat16.
 
     Layout of a Kernel: (). Tile: as DEFAULT, an algorithm of the library with its split of K. A
@@ -45,31 +45,31 @@ class SemiFamily(Family):
             return f"no 2:4 kernel for {plain}: sparse tensor cores take float16 and bfloat16"
         return misfit(pattern, rows, cols, _MULTIPLE)
 
-    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[Kernel, ...]:
+    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         """Every algorithm of the library; which ids run which sizes, only running them tells."""
         _, *split = DEFAULT
-        return tuple(Kernel(self.names[0], (), (i, *split)) for i in range(algorithms(dtype)))
+        return tuple(KernelConfig(self.names[0], (), (i, *split)) for i in range(algorithms(dtype)))
 
-    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: Kernel) -> Tensor:
+    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
         values, mask = rows_by_cols(weight, mask, pattern, self)
         return torch._cslt_compress(values) if values.is_cuda else pack24(values, mask)
 
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
         return from_matrix(dense24(packed, shape[0], math.prod(shape[1:])), shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> torch.dtype:
+    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
         dtype, rows, cols = stated24(packed)
         if (rows, rows * cols) != (shape[0], math.prod(shape)):
             raise PackError(f"it is packed as {rows} x {cols}, not {shape}")
         return dtype
 
-    def portable(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
+    def portable(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
         if not packed.is_cuda:
             return packed
         dense = matrix(self.unpack(packed, shape, form))
         return pack24(dense, dense != 0)
 
-    def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
+    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
         return linear_or_conv(semi_linear, semi_conv2d, work, work.act, list(tile))
 
     def machine(self) -> tuple[Any, ...]:
@@ -77,7 +77,7 @@ class SemiFamily(Family):
 
 
 def rows_by_cols(
-    weight: Tensor, mask: Tensor, pattern: Pattern, family: Family
+    weight: Tensor, mask: Tensor, pattern: Pattern, family: KernelFamily
 ) -> tuple[Tensor, Tensor]:
     """(weight, mask) as matrices. Raises PackError where they are not what the family packs."""
     values, mask = matrix(weight.detach()), matrix(mask)

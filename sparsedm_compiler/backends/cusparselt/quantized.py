@@ -20,7 +20,7 @@ from ..cuda.device import card, machine, no_cusparselt, no_fp8_cores, no_tensor_
 from ..cuda.im2col import conv_as_linear, linear_or_conv
 from ..cuda.token_padding import by_rows
 from ..custom_op import activate, fake_linear, register
-from ..kernel_family import Call, Family, Form, Kernel, Work
+from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, WeightFormat
 from ..weight_matrix import from_matrix, matrix
 from .family import misfit, rows_by_cols
 from .format import pack24, unpack24
@@ -36,7 +36,7 @@ _MULTIPLE = 32
 _SUMS = {"int8": torch.int32, "fp8": torch.float32}
 
 
-class QuantizedFamily(Family):
+class QuantizedFamily(KernelFamily):
     """One kernel for masks of at most 2 in every aligned 4 columns, for any floating dtype.
 
     A packed weight is one tensor of bytes: the float32 scales of the rows, then what
@@ -60,24 +60,24 @@ class QuantizedFamily(Family):
             return f"no 8-bit 2:4 kernel for {str(dtype).removeprefix('torch.')}"
         return misfit(pattern, rows, cols, _MULTIPLE)
 
-    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[Kernel, ...]:
-        return (Kernel(self.names[0], (), DEFAULT),)
+    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
+        return (KernelConfig(self.names[0], (), DEFAULT),)
 
-    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: Kernel) -> Tensor:
+    def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
         values, mask = rows_by_cols(weight, mask, pattern, self)
         rounded, scales = quantize(values, self.kind, each_row=True)
         packed = torch._cslt_compress(rounded) if values.is_cuda else pack24(rounded, mask)
         return torch.cat((scales.flatten().view(torch.uint8), packed.view(torch.uint8).flatten()))
 
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> Tensor:
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
         """The rounded weight, in float32: the one before is not to be had again."""
         cols = matrix(torch.empty(shape, device="meta")).shape[1]
         return from_matrix(_dense(packed, shape[0], cols, self.kind), shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: Form) -> torch.dtype:
+    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
         raise PackError(f"no file holds weights packed for {self.names[0]}: it {self.inexact}")
 
-    def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
+    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
         ops = semi_quantized_linear, semi_quantized_conv2d
         return linear_or_conv(*ops, work, work.act, self.kind, list(tile))
 

@@ -11,7 +11,7 @@ from ...triton_support import unavailable
 from ..cuda.device import card, machine, no_tensor_cores
 from ..cuda.im2col import conv_as_linear, linear_or_conv
 from ..cuda.raw_format import BareFamily
-from ..kernel_family import Call, Form, Kernel, Work
+from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
 from . import ops as gather
 
 gather_conv2d_op = conv_as_linear("gather_conv2d", gather.gather_linear_op, "str act, int[] how")
@@ -30,11 +30,11 @@ class GatherFamily(BareFamily):
     def unavailable(self) -> str | None:
         return no_tensor_cores(card()) or unavailable()
 
-    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[Kernel, ...]:
+    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         layout, settings = (gather.TYPES.index(dtype),), gather.settings(pattern, dtype)
-        return tuple(Kernel("cuda_gather", layout, how[3:]) for how in settings)
+        return tuple(KernelConfig("cuda_gather", layout, how[3:]) for how in settings)
 
-    def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
+    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
         pattern = form.pattern
         how = [pattern.n, pattern.m, pattern.rows, *tile]
         return linear_or_conv(gather.gather_linear_op, gather_conv2d_op, work, work.act, how)

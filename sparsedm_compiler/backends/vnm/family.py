@@ -11,7 +11,7 @@ from ..cuda.device import card, machine, no_nvrtc, no_tensor_cores
 from ..cuda.im2col import conv_as_linear, linear_or_conv
 from ..cuda.nvrtc import unavailable
 from ..cuda.raw_format import BareFamily
-from ..kernel_family import Call, Form, Kernel, Work
+from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
 from . import format as vnm_format
 from .launch import Tile, version
 from .ops import How, vnm_linear_op, warp_rows
@@ -46,17 +46,17 @@ class VnmFamily(BareFamily):
         here = card()
         return no_tensor_cores(here) or no_nvrtc(here) or unavailable()
 
-    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[Kernel, ...]:
+    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         here, layout = card(), (vnm_format.TYPES.index(dtype),)
         room = _PLENTY if here is None else here.shared_bytes
         found = []
         for tile in TILES:
             stages = deepest(pattern, tile, room)
             if stages:
-                found.append(Kernel("cuda_vnm", layout, (*tile, stages)))
+                found.append(KernelConfig("cuda_vnm", layout, (*tile, stages)))
         return tuple(found)
 
-    def call(self, work: Work, form: Form, tile: tuple[int, ...]) -> Call:
+    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
         pattern = form.pattern
         how = [*How(pattern.n, pattern.m, pattern.rows, *tile)]
         return linear_or_conv(vnm_linear_op, vnm_conv2d_op, work, work.act, how)

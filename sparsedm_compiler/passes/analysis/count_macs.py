@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ...graph.names import base_name
+from ...graph.names import strip_adapter_prefix
 from ...reports import Decision, MacRow, MacsReport
 from .find_sites import Site
-from .mark_prunable import by_weight
+from .mark_prunable import index_by_weight
 
 
 def count_macs(sites: Iterable[Site], decisions: tuple[Decision, ...]) -> MacsReport:
     """MACs of one run of the graph; a pruned weight counts its kept share, exactly."""
-    chosen = by_weight(decisions)
-    return total(row(site, chosen.get(base_name(site.label))) for site in sites)
+    chosen = index_by_weight(decisions)
+    return total(row(site, chosen.get(strip_adapter_prefix(site.label))) for site in sites)
 
 
 def row(site: Site, decision: Decision | None) -> MacRow:
@@ -22,7 +22,7 @@ def row(site: Site, decision: Decision | None) -> MacRow:
     pattern = None if decision is None else decision.pattern
     sparse = dense if pattern is None else int(dense * pattern.density)
     refusal = None if decision is None else decision.refusal
-    label = base_name(site.label).removesuffix(".weight")
+    label = strip_adapter_prefix(site.label).removesuffix(".weight")
     return MacRow(label, site.kind, site.op_name, site.shape, dense, sparse, pattern, refusal)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...graph.capture import Captured, EagerProduct, Names
-from ...graph.flat_graph import Op, Reading, flatten, trace
-from ...graph.op_table import TABLE, Product
+from ...graph.capture import CapturedGraph, EagerProduct, Names
+from ...graph.flat_graph import Op, ParameterRead, flatten, trace_parameter
+from ...graph.op_table import OP_TABLE, Product
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +46,7 @@ class Sites:
     sites: tuple[Site, ...]
 
 
-def find_sites(captured: Captured) -> Sites:
+def find_sites(captured: CapturedGraph) -> Sites:
     """Every product in the graph and its sub-graphs, in execution order."""
     ops = flatten(captured.gm)
     parameters = captured.parameters(ops)
@@ -59,9 +59,9 @@ def find_sites(captured: Captured) -> Sites:
 
 
 def _site(op: Op, product: Product, factors: tuple[Op, ...], parameters: dict[Op, Names]) -> Site:
-    found = Site(op.name, TABLE[op.node.target].name, product, product.kind, op=op)
+    found = Site(op.name, OP_TABLE[op.node.target].name, product, product.kind, op=op)
     for place, factor in enumerate(factors):
-        reading = trace(factor, parameters)
+        reading = trace_parameter(factor, parameters)
         if reading is not None:
             return replace(
                 found,
@@ -80,7 +80,7 @@ def _site(op: Op, product: Product, factors: tuple[Op, ...], parameters: dict[Op
 COMPUTED = "its weight is computed in the forward, not a parameter"
 
 
-def _misread(product: Product, reading: Reading, place: int) -> str | None:
+def _misread(product: Product, reading: ParameterRead, place: int) -> str | None:
     """Why the groups of the parameter would not run along the summed dimension, or None."""
     wanted = "same" if product.fixed else "transposed"
     if reading.layout == wanted and place == 0:
@@ -90,7 +90,7 @@ def _misread(product: Product, reading: Reading, place: int) -> str | None:
     return "it is a factor of a matrix product other than x @ weight.T"
 
 
-def eager_sites(seen: Sequence[EagerProduct]) -> tuple[Site, ...]:
+def find_eager_sites(seen: Sequence[EagerProduct]) -> tuple[Site, ...]:
     """The products of an eager run, in order, for models that no single graph holds."""
     return tuple(
         _eager_site(number, product, call)

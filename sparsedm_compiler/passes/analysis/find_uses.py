@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...backends.custom_op import is_channels_last
-from ...backends.kernel_family import Work
-from ...graph.flat_graph import value_of
-from ...graph.op_table import TABLE
+from ...backends.kernel_family import MatmulProblem
+from ...graph.flat_graph import get_example_value
+from ...graph.op_table import OP_TABLE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Use:
+class WeightUse:
     """One linear or conv2d by a weight that no other node reads in any other way.
 
     ``last``: the node whose value a kernel gives, the activation behind the product if there is
@@ -25,10 +25,10 @@ class Use:
 
     node: fx.Node
     last: fx.Node
-    work: Work
+    work: MatmulProblem
 
 
-def find_uses(weight: fx.Node) -> tuple[Use, ...] | str:
+def find_uses(weight: fx.Node) -> tuple[WeightUse, ...] | str:
     """The uses of a weight's placeholder, or the sentence that says why no kernel can run them."""
     found = []
     for node in weight.users:
@@ -39,35 +39,35 @@ def find_uses(weight: fx.Node) -> tuple[Use, ...] | str:
     return tuple(found) or "nothing reads it in this graph"
 
 
-def operands(node: fx.Node) -> dict[str, Any]:
+def bind_operands(node: fx.Node) -> dict[str, Any]:
     """The arguments of a use's node by name: input, weight, bias, ..."""
-    return TABLE[node.target].bind(node.args, node.kwargs)
+    return OP_TABLE[node.target].bind(node.args, node.kwargs)
 
 
-def _use(node: fx.Node, weight: fx.Node) -> Use | str:
-    entry = TABLE.get(node.target) if node.op == "call_function" else None
+def _use(node: fx.Node, weight: fx.Node) -> WeightUse | str:
+    entry = OP_TABLE.get(node.target) if node.op == "call_function" else None
     if entry is None or entry.name not in ("linear", "conv2d"):
         return f"read by {_name(node)}, for which there is no sparse kernel"
-    args = operands(node)
+    args = bind_operands(node)
     x, bias = args["input"], args.get("bias")
     if args["weight"] is not weight or weight in (x, bias):
         return f"read by {_name(node)} in another place than the weight's"
-    seen, out = value_of(x), value_of(node)
+    seen, out = get_example_value(x), get_example_value(node)
     if not isinstance(seen, Tensor) or not isinstance(out, Tensor):
         return f"the shapes of {_name(node)} are not known"
-    if bias is not None and value_of(bias).shape != value_of(weight).shape[:1]:
+    if bias is not None and get_example_value(bias).shape != get_example_value(weight).shape[:1]:
         return f"read by {_name(node)} with a bias that is not one value per row"
     shape = tuple(_hint(size) for size in seen.shape)
     conv: dict[str, tuple[int, ...]] = {}
     if entry.name == "conv2d":
         if len(shape) != 4 or args.get("groups", 1) != 1:
             return "no sparse kernel for a convolution without a batch dimension"
-        conv = _geometry(args, tuple(value_of(weight).shape[2:]))
+        conv = _geometry(args, tuple(get_example_value(weight).shape[2:]))
         if not conv:
             return "no sparse kernel for padding given as a word"
     act, last = _activation(node)
     channels_last = seen.dim() == 4 and is_channels_last(seen)
-    return Use(node, last, Work(shape, out.dtype, channels_last, act=act, **conv))
+    return WeightUse(node, last, MatmulProblem(shape, out.dtype, channels_last, act=act, **conv))
 
 
 def _geometry(args: Mapping[str, Any], kernel: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

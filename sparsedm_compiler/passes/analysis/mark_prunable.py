@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from ...config import Config, matches
+from ...config import CompileConfig, matches
 from ...graph.capture import Names
-from ...graph.flat_graph import Op, readers
-from ...graph.names import base_name
+from ...graph.flat_graph import Op, find_readers
+from ...graph.names import strip_adapter_prefix
 from ...reports import Decision
 from .find_sites import Site, Sites
-from .topology import ends
+from .topology import find_ends
 
 UVIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 """The layers that the authors of SparseDM prune in a U-ViT."""
 
 
 def mark_prunable(
-    sites: Sites, config: Config, known: Collection[str] | None = None, *, whole: bool = True
+    sites: Sites, config: CompileConfig, known: Collection[str] | None = None, *, whole: bool = True
 ) -> tuple[Decision, ...]:
     """One decision per weight (a tied weight has one), in execution order.
 
@@ -25,7 +25,7 @@ def mark_prunable(
     added since (adapters) stay dense. None: all are known. ``whole``: the graph is the whole
     model, so that its first and last ops are the model's.
     """
-    first, last = ends(sites) if whole else (frozenset[Op](), frozenset[Op]())
+    first, last = find_ends(sites) if whole else (frozenset[Op](), frozenset[Op]())
     at_end = {**dict.fromkeys(last, "last"), **dict.fromkeys(first, "first")}
     return _mark(
         sites.sites, config, known, {s: at_end[s.op] for s in sites.sites if s.op in at_end}
@@ -33,7 +33,7 @@ def mark_prunable(
 
 
 def mark_eager(
-    sites: Sequence[Site], config: Config, known: Collection[str] | None = None
+    sites: Sequence[Site], config: CompileConfig, known: Collection[str] | None = None
 ) -> tuple[Decision, ...]:
     """The decisions for an eager run: first and last are what ran first and last."""
     weighted = [site for site in sites if site.kind != "attention"]
@@ -43,7 +43,7 @@ def mark_eager(
 
 def _mark(
     sites: Sequence[Site],
-    config: Config,
+    config: CompileConfig,
     known: Collection[str] | None,
     at_end: Mapping[Site, str],
 ) -> tuple[Decision, ...]:
@@ -58,10 +58,10 @@ def _mark(
 
 
 def decide(
-    site: Site, refusal: str | None, config: Config, known: Collection[str] | None = None
+    site: Site, refusal: str | None, config: CompileConfig, known: Collection[str] | None = None
 ) -> Decision:
     """The decision for one weight: what the user asked, then ``refusal``, then its size."""
-    names = tuple(base_name(name) for name in site.names) or (site.node,)
+    names = tuple(strip_adapter_prefix(name) for name in site.names) or (site.node,)
     pattern = next((p for glob, p in config.overrides if matches(glob, names)), config.pattern)
     refusal = _user_refusal(names, config, known if site.names else None) or refusal
     if pattern is None:
@@ -72,7 +72,7 @@ def decide(
     return Decision(names[0], site.op_name, site.shape, chosen, refusal)
 
 
-def _user_refusal(names: Names, config: Config, known: Collection[str] | None) -> str | None:
+def _user_refusal(names: Names, config: CompileConfig, known: Collection[str] | None) -> str | None:
     if known is not None and not any(name in known for name in names):
         return "it was added to the model after compile()"
     for glob in config.dense_globs:
@@ -85,7 +85,7 @@ def _user_refusal(names: Names, config: Config, known: Collection[str] | None) -
     return None
 
 
-def _use_refusal(uses: list[Site], at_end: Mapping[Site, str], config: Config) -> str | None:
+def _use_refusal(uses: list[Site], at_end: Mapping[Site, str], config: CompileConfig) -> str | None:
     """Why the weight's place in the graph keeps it dense: one bad use is enough."""
     for site in uses:
         if site.refusal:
@@ -100,12 +100,12 @@ def _use_refusal(uses: list[Site], at_end: Mapping[Site, str], config: Config) -
 def _other_reader(uses: list[Site]) -> str | None:
     parameter = uses[0].parameter
     multiplied = {site.op for site in uses}
-    for reader, _ in readers(parameter) if parameter is not None else ():
+    for reader, _ in find_readers(parameter) if parameter is not None else ():
         if reader not in multiplied:
             return f"it is also read by {reader.name}, which is neither a linear nor a convolution"
     return None
 
 
-def by_weight(decisions: tuple[Decision, ...]) -> Mapping[str, Decision]:
+def index_by_weight(decisions: tuple[Decision, ...]) -> Mapping[str, Decision]:
     """The decisions by weight name."""
     return {decision.weight: decision for decision in decisions}

@@ -15,7 +15,7 @@ from .find_sites import Sites
 _MERGES = {"add", "iadd", "cat", "concat", "concatenate", "stack", "add_", "sub"}
 
 
-def weighted_ops(sites: Sites) -> dict[Op, str]:
+def name_weighted_ops(sites: Sites) -> dict[Op, str]:
     """The ops that multiply by a weight, with a name each: the layer's, "#2" for its second use."""
     names: dict[Op, str] = {}
     uses: dict[str, int] = {}
@@ -43,13 +43,13 @@ def contract(sites: Sites, kept: Iterable[Op]) -> nx.DiGraph[Op]:
     return graph
 
 
-def ends(sites: Sites) -> tuple[frozenset[Op], frozenset[Op]]:
+def find_ends(sites: Sites) -> tuple[frozenset[Op], frozenset[Op]]:
     """(first, last): sole readers of a graph input, and ops nothing prunable comes after.
 
     An input that many ops read (a text embedding under every cross-attention) makes none of them
     a first layer.
     """
-    ops = weighted_ops(sites)
+    ops = name_weighted_ops(sites)
     graph = contract(sites, ops)
     first = set()
     for source in sites.inputs:
@@ -60,10 +60,10 @@ def ends(sites: Sites) -> tuple[frozenset[Op], frozenset[Op]]:
     return frozenset(first), frozenset(last)
 
 
-def topology(sites: Sites) -> Topology:
+def trace_topology(sites: Sites) -> Topology:
     """How the graph's prunable ops are wired: ends, skip connections, critical path."""
-    names = weighted_ops(sites)
-    first, last = ends(sites)
+    names = name_weighted_ops(sites)
+    first, last = find_ends(sites)
     macs = dict.fromkeys(names, 0)
     for site in sites.sites:
         if site.op is not None and site.op in macs:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx
 
-from ...graph.flat_graph import value_of
+from ...graph.flat_graph import get_example_value
 from ...masks.mask_ste import mask_ste_op
 from ...pattern import Pattern
 
@@ -27,7 +27,7 @@ def _mask(graph: fx.Graph, weight: fx.Node, pattern: Pattern) -> int:
     with graph.inserting_before(min(readers)):
         masked = graph.call_function(mask_ste_op, (weight, str(pattern)))
     masked.meta = {key: weight.meta[key] for key in ("stack_trace",) if key in weight.meta}
-    value = value_of(weight)
+    value = get_example_value(weight)
     if isinstance(value, Tensor):
         masked.meta["example_value"] = mask_ste_op(value, str(pattern))
     for reader in readers:

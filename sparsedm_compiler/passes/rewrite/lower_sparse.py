@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ...backends.kernel_family import Form, Kernel
-from ...backends.registry import family_of
-from ...graph.flat_graph import value_of
-from ..analysis.find_uses import Use, operands
+from ...backends.kernel_family import KernelConfig, WeightFormat
+from ...backends.registry import find_family
+from ...graph.flat_graph import get_example_value
+from ..analysis.find_uses import WeightUse, bind_operands
 
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
     """One use of a weight's placeholder that a kernel takes over; ``rows``: of the weight."""
 
-    use: Use
+    use: WeightUse
     weight: fx.Node
     rows: int
-    form: Form
-    kernel: Kernel
+    form: WeightFormat
+    kernel: KernelConfig
 
 
 def lower_sparse(gm: fx.GraphModule, chosen: Sequence[Rewrite]) -> int:
@@ -36,13 +36,13 @@ def _lower(graph: fx.Graph, rewrite: Rewrite) -> int:
     use, weight, work = rewrite.use, rewrite.weight, rewrite.use.work
     if weight not in use.node.all_input_nodes or not use.last.users:
         return 0
-    given = operands(use.node)
+    given = bind_operands(use.node)
     x, bias = given["input"], given.get("bias")
     with graph.inserting_before(use.last):
-        if value_of(x).dtype != work.dtype:  # autocast would have cast it inside the op
+        if get_example_value(x).dtype != work.dtype:  # autocast would have cast it inside the op
             x = graph.call_method("to", (x, work.dtype))
-            x.meta["example_value"] = value_of(given["input"]).to(work.dtype)
-        op, how = family_of(rewrite.kernel.name).call(work, rewrite.form, rewrite.kernel.tile)
+            x.meta["example_value"] = get_example_value(given["input"]).to(work.dtype)
+        op, how = find_family(rewrite.kernel.name).call(work, rewrite.form, rewrite.kernel.tile)
         new = graph.call_function(op, (x, weight, bias, rewrite.rows, *how))
     new.meta = dict(use.last.meta)
     use.last.replace_all_uses_with(new)

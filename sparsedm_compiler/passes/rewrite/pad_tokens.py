@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...backends.cusparselt.ops import TOKENS, semi_linear
-from ...graph.flat_graph import value_of
+from ...graph.flat_graph import get_example_value
 
 MULTIPLES = {semi_linear: TOKENS}
 """Calls (x, ...) on the rows of x, and of what number they want a multiple of them."""
@@ -80,15 +80,15 @@ def _rows_of(node: fx.Node) -> list[fx.Node] | None:
 
     All else that it reads is numbers, or one vector for all rows.
     """
-    if not _tokens(node) or not value_of(node).is_contiguous() or not _by_row(node):
+    if not _tokens(node) or not get_example_value(node).is_contiguous() or not _by_row(node):
         return None
     rows = []
     for operand in node.all_input_nodes:
-        value = value_of(operand)
+        value = get_example_value(operand)
         if not isinstance(value, Tensor):
             return None
         if value.dim() > 1:
-            if value.shape[:-1] != value_of(node).shape[:-1]:
+            if value.shape[:-1] != get_example_value(node).shape[:-1]:
                 return None
             rows.append(operand)
     return rows
@@ -117,14 +117,14 @@ def _carry(node: fx.Node, rows: list[Any], padded: dict[fx.Node, fx.Node]) -> No
         padded.update(doubles)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: doubles.get(each, each))
         double = node.graph.create_node(node.op, node.target, args, kwargs)
-    shape = value_of(doubles[rows[0]]).shape[0], value_of(node).shape[-1]
-    _means(double, value_of(node).new_empty(shape))
+    shape = get_example_value(doubles[rows[0]]).shape[0], get_example_value(node).shape[-1]
+    _means(double, get_example_value(node).new_empty(shape))
     padded[node] = double
 
 
 def _pad(node: fx.Node) -> fx.Node:
     """[tokens, C], with rows of zeros behind, in front of the insertion point."""
-    graph, value = node.graph, value_of(node)
+    graph, value = node.graph, get_example_value(node)
     tokens, width = _tokens(node), value.shape[-1]
     flat = node
     if value.dim() != 2:
@@ -139,10 +139,10 @@ def _pad(node: fx.Node) -> fx.Node:
 def _cut(node: fx.Node, double: fx.Node) -> None:
     """Let whoever still reads the node read the first rows of its double."""
     if node.users:
-        graph, value = node.graph, value_of(node)
+        graph, value = node.graph, get_example_value(node)
         with graph.inserting_before(node):
             first = graph.call_function(operator.getitem, (double, slice(0, _tokens(node))))
-            _means(first, value_of(double)[: _tokens(node)])
+            _means(first, get_example_value(double)[: _tokens(node)])
             shaped = graph.call_method("reshape", (first, tuple(value.shape)))
         shaped.meta = dict(node.meta)
         node.replace_all_uses_with(shaped)
@@ -155,7 +155,7 @@ def _means(node: fx.Node, value: Tensor) -> None:
 
 def _tokens(node: fx.Node) -> int:
     """Rows of a node's value [..., C]; 0 where they are not known now, or there are none."""
-    value = value_of(node)
+    value = get_example_value(node)
     if not isinstance(value, Tensor) or value.dim() < 2:
         return 0
     known = all(isinstance(size, int) for size in value.shape)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from torch import fx
 
 from ...backends.cusparselt.training import semi_train_op
-from ...graph.flat_graph import value_of
-from ..analysis.find_uses import Use, operands
+from ...graph.flat_graph import get_example_value
+from ..analysis.find_uses import WeightUse, bind_operands
 
 
-def train_sparse(gm: fx.GraphModule, chosen: Sequence[tuple[Use, bool]]) -> int:
+def train_sparse(gm: fx.GraphModule, chosen: Sequence[tuple[WeightUse, bool]]) -> int:
     """Rewrite each (use of a masked weight, whether its mask is transposable); how many."""
     for use, transposable in chosen:
-        given = operands(use.node)
+        given = bind_operands(use.node)
         with gm.graph.inserting_before(use.node):
             cast = [_cast(gm.graph, given.get(name), use) for name in ("input", "weight", "bias")]
             new = gm.graph.call_function(semi_train_op, (*cast, transposable))
@@ -24,10 +24,10 @@ def train_sparse(gm: fx.GraphModule, chosen: Sequence[tuple[Use, bool]]) -> int:
     return len(chosen)
 
 
-def _cast(graph: fx.Graph, node: fx.Node | None, use: Use) -> fx.Node | None:
+def _cast(graph: fx.Graph, node: fx.Node | None, use: WeightUse) -> fx.Node | None:
     """In the dtype of the product, as autocast would have cast it inside the op."""
-    if node is None or value_of(node).dtype == use.work.dtype:
+    if node is None or get_example_value(node).dtype == use.work.dtype:
         return node
     cast = graph.call_method("to", (node, use.work.dtype))
-    cast.meta["example_value"] = value_of(node).to(use.work.dtype)
+    cast.meta["example_value"] = get_example_value(node).to(use.work.dtype)
     return cast

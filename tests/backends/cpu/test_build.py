@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsedm_compiler.fileio import folder
+from sparsedm_compiler.fileio import cache_folder
 from tests.backends.cpu.cases import case
 
 CHECK = """
@@ -45,7 +45,7 @@ from sparsedm_compiler.backends.cpu import library, ops, packed
 import sparsedm_compiler as sdm
 print(library.unavailable())
 net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
-fast = sdm.compile(net, "2:4", mode="infer", inner="eager", kernels={{"*": "sparse"}})
+fast = sdm.compile(net, "2:4", mode="infer", backend="eager", kernels={{"*": "sparse"}})
 fast(torch.randn(2, 8))
 print(sdm.explain(fast))
 """
@@ -149,6 +149,6 @@ for _ in range(3):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
 def test_a_kernel_that_ran_out_of_memory_says_so_and_runs_again() -> None:
-    done = run(OUT_OF_MEMORY, folder(""))
+    done = run(OUT_OF_MEMORY, cache_folder(""))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["a CPU kernel ran out of memory"] * 3

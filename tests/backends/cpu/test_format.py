@@ -272,11 +272,11 @@ def test_a_file_with_odd_sizes_loads_aligned(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     net.register_buffer("a", torch.zeros(3, dtype=torch.uint8))
     fast = sdm.compile(
-        net, "2:4", mode="infer", inner="eager", kernels={"*": "sparse"}, finalize=True
+        net, "2:4", mode="infer", backend="eager", kernels={"*": "sparse"}, finalize=True
     )
     x = torch.randn(2, 64)
     with torch.no_grad():
         expected = fast(x)
         sdm.save(fast, tmp_path / "net.safetensors")
-        again = sdm.load(tmp_path / "net.safetensors", net, inner="eager")
+        again = sdm.load(tmp_path / "net.safetensors", net, backend="eager")
         assert_same(again(x), expected)

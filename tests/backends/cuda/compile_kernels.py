@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from sparsedm_compiler.backends.gather.ops import pack, run_linear, settings
 from sparsedm_compiler.masks.nm_mask import nm_mask
-from sparsedm_compiler.masks.triton_mask import masked
+from sparsedm_compiler.masks.triton_mask import mask_by_triton
 from sparsedm_compiler.pattern import Pattern
 
 _SPILL, _SHARED_MEMORY = 64, 227 << 10  # bytes: per thread, per block
@@ -84,9 +84,9 @@ def check_masks(compiled: list[Any]) -> None:
         for dtype in TYPES:
             weight = torch.empty(4 * pattern.rows, 16 * pattern.m, 3, 3, dtype=dtype)
             for view in (weight[..., 0, 0].contiguous(), weight):
-                masked(view, pattern)
+                mask_by_triton(view, pattern)
                 check(compiled[-1], (text, dtype))
-            masked(weight.to(memory_format=torch.channels_last), pattern)
+            mask_by_triton(weight.to(memory_format=torch.channels_last), pattern)
             check(compiled[-1], (text, dtype))
             if pattern.m in (4, 8, 16, 32, 64):  # a group is 8 bytes or more, side by side
                 code = compiled[-1].asm["ptx"]

@@ -13,16 +13,16 @@ from sparsedm_compiler.autotune import measure as measuring
 from sparsedm_compiler.autotune import select_kernel as choose
 from sparsedm_compiler.backends.cusparselt.family import SemiFamily
 from sparsedm_compiler.backends.cusparselt.quantized import QuantizedFamily
-from sparsedm_compiler.backends.kernel_family import Family
+from sparsedm_compiler.backends.kernel_family import KernelFamily
 from sparsedm_compiler.backends.registry import FAMILIES
 from sparsedm_compiler.compiler import folded_weights as folding
-from sparsedm_compiler.masks.nm_mask import kept, nm_mask
+from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Absolute and relative: a few layers, each rounded once to 8 or 11 bits."""
 
 
-def on_cpu(patch: pytest.MonkeyPatch, kinds: Any = Family, **attributes: Any) -> None:
+def on_cpu(patch: pytest.MonkeyPatch, kinds: Any = KernelFamily, **attributes: Any) -> None:
     """Let the CUDA families of some kinds, and no other, run the weights of CPU models."""
     families = tuple(each for each in FAMILIES if each.device == "cuda" and isinstance(each, kinds))
     for module in (choose, measuring, folding):
@@ -42,7 +42,7 @@ def pruned(shape: tuple[int, ...], pattern: str, dtype: torch.dtype) -> tuple[Te
     torch.manual_seed(sum(shape))
     weight = (torch.randn(shape) / 8).to(dtype)
     mask = nm_mask(weight, pattern)
-    return kept(weight, mask), mask
+    return apply_mask(weight, mask), mask
 
 
 def kernels_of(model: nn.Module) -> dict[str, str]:

@@ -28,7 +28,7 @@ CLOSE = 0.05
 
 patterns = pytest.mark.parametrize("pattern", KERNELS)
 ways = pytest.mark.parametrize(
-    ("pattern", "inner"),
+    ("pattern", "backend"),
     [
         *((pattern, "eager") for pattern in KERNELS),
         ("64:2:8", "inductor"),
@@ -61,9 +61,9 @@ def call(device: str, batch: int = 2, dtype: torch.dtype = BF16) -> tuple[Tensor
     return x.to(device, dtype), t.to(device, dtype), torch.arange(batch, device=device) % 5
 
 
-def fast_of(model: nn.Module, pattern: str, inner: str = "eager", **options: Any) -> nn.Module:
+def fast_of(model: nn.Module, pattern: str, backend: str = "eager", **options: Any) -> nn.Module:
     options = {"kernels": {"*": "sparse"}, **options}
-    return sdm.compile(model, pattern, mode="infer", inner=inner, **options)
+    return sdm.compile(model, pattern, mode="infer", backend=backend, **options)
 
 
 @torch.no_grad()
@@ -77,8 +77,8 @@ def check(fast: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 @ways
-def test_every_batch(device: str, pattern: str, inner: str) -> None:
-    fast = fast_of(uvit(device), pattern, inner)
+def test_every_batch(device: str, pattern: str, backend: str) -> None:
+    fast = fast_of(uvit(device), pattern, backend)
     for batch in (1, 2, 3):
         for _ in range(3):  # CUDA graphs: warm, record, replay
             check(fast, *call(device, batch))
@@ -88,9 +88,9 @@ def test_every_batch(device: str, pattern: str, inner: str) -> None:
 
 
 @ways
-def test_images_of_every_size_and_layout(device: str, pattern: str, inner: str) -> None:
+def test_images_of_every_size_and_layout(device: str, pattern: str, backend: str) -> None:
     torch.manual_seed(0)
-    fast = fast_of(Convs().to(device, BF16), pattern, inner)
+    fast = fast_of(Convs().to(device, BF16), pattern, backend)
     for size in (8, 11):
         for form in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, 4, size, size).to(device, BF16).contiguous(memory_format=form)
@@ -150,7 +150,7 @@ def test_finalized_saved_and_loaded(device: str, pattern: str, tmp_path: Path) -
     for key, tensor in oracle_of(plain).state_dict().items():
         assert_same(fast.state_dict()[key], tensor)
     sdm.save(fast, tmp_path / "file")
-    loaded = sdm.load(tmp_path / "file", uvit(device), inner="eager")
+    loaded = sdm.load(tmp_path / "file", uvit(device), backend="eager")
     for _ in range(2):
         assert_same(loaded(*inputs), expected)
     assert loaded.get_parameter(name).untyped_storage().nbytes() == 2
@@ -158,7 +158,7 @@ def test_finalized_saved_and_loaded(device: str, pattern: str, tmp_path: Path) -
 
 @patterns
 def test_training_reaches_every_weight(device: str, pattern: str) -> None:
-    student = sdm.compile(uvit(device, torch.float32), pattern, inner="eager")
+    student = sdm.compile(uvit(device, torch.float32), pattern, backend="eager")
     inputs = call(device, dtype=torch.float32)
     student(*inputs)
     assert_gradients(student, oracle_of(student), (inputs, {}), tolerance=1e-4)

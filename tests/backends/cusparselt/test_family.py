@@ -10,13 +10,13 @@ from torch.library import opcheck
 from sparsedm_compiler import KernelError, PackError, Pattern
 from sparsedm_compiler.backends.cusparselt.family import SemiFamily, most_kept
 from sparsedm_compiler.backends.cusparselt.ops import DEFAULT, semi_linear, semi_linear_op
-from sparsedm_compiler.backends.kernel_family import Form, Kernel, Work
+from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from sparsedm_compiler.backends.registry import FAMILIES
 from sparsedm_compiler.config import SPARSE_KERNELS
 from tests.backends.cuda.here import ROUNDING, pruned
 from tests.oracle import assert_same
 
-FAMILY, KERNEL = SemiFamily(), Kernel("cuda_semi")
+FAMILY, KERNEL = SemiFamily(), KernelConfig("cuda_semi")
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -76,13 +76,13 @@ def test_weights_come_back_to_the_bit(pattern: str, shape: tuple[int, ...]) -> N
     weight.view(-1)[mask.reshape(-1).nonzero()[::7].flatten()] = -0.0  # kept, and zero
     parsed = Pattern.parse(pattern)
     packed = FAMILY.pack(weight, mask, parsed, KERNEL)
-    assert FAMILY.check(packed, shape, Form(parsed)) is torch.float16
-    assert FAMILY.portable(packed, shape, Form(parsed)) is packed
-    again = FAMILY.unpack(packed, shape, Form(parsed))
+    assert FAMILY.check(packed, shape, WeightFormat(parsed)) is torch.float16
+    assert FAMILY.portable(packed, shape, WeightFormat(parsed)) is packed
+    again = FAMILY.unpack(packed, shape, WeightFormat(parsed))
     assert again.stride() == weight.stride()
     assert_same(again.view(torch.int16), weight.view(torch.int16))
     with pytest.raises(PackError, match="it is packed as"):
-        FAMILY.check(packed, (shape[0] * 2, *shape[1:]), Form(parsed))
+        FAMILY.check(packed, (shape[0] * 2, *shape[1:]), WeightFormat(parsed))
 
 
 def test_a_mask_of_three_is_refused_whatever_the_values() -> None:
@@ -99,7 +99,9 @@ def test_it_is_the_linear_layer(dtype: torch.dtype, act: str, leading: tuple[int
     packed, weight = packed_of((48, 32), dtype=dtype)
     torch.manual_seed(1)
     x, bias = torch.randn(*leading, 32).to(dtype), torch.randn(48)
-    op, how = FAMILY.call(Work(tuple(x.shape), dtype, act=act), Form(Pattern(2, 4)), DEFAULT)
+    op, how = FAMILY.call(
+        MatmulProblem(tuple(x.shape), dtype, act=act), WeightFormat(Pattern(2, 4)), DEFAULT
+    )
     for b in (None, bias, bias.to(dtype)):
         exact = F.linear(x.double(), weight.double(), None if b is None else b.to(dtype).double())
         if act != "none":
@@ -171,8 +173,8 @@ def test_a_convolution_is_the_linear_layer_over_its_patches(
         x = x.contiguous(memory_format=torch.channels_last)
     bias = torch.randn(32).half()
     geometry = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-    work = Work(tuple(x.shape), x.dtype, channels_last, act="silu", **geometry)
-    op, how = FAMILY.call(work, Form(Pattern(2, 4)), DEFAULT)
+    work = MatmulProblem(tuple(x.shape), x.dtype, channels_last, act="silu", **geometry)
+    op, how = FAMILY.call(work, WeightFormat(Pattern(2, 4)), DEFAULT)
     out = op(x, packed, bias, 32, *how)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation)
     torch.testing.assert_close(out.double(), F.silu(exact), atol=3e-3, rtol=3e-3)
@@ -189,5 +191,5 @@ def test_a_pointwise_convolution_over_channels_last_copies_nothing() -> None:
 
 def test_candidates_are_the_algorithms_of_the_library() -> None:
     found = FAMILY.candidates(Pattern(2, 4), torch.bfloat16)
-    assert found[0] == Kernel("cuda_semi", (), DEFAULT)
+    assert found[0] == KernelConfig("cuda_semi", (), DEFAULT)
     assert len({kernel.untiled for kernel in found}) == 1  # packed once for all of them

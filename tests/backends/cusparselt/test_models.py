@@ -21,7 +21,7 @@ from tests.autotune.test_select_kernel import Net
 from tests.backends.cuda.here import ROUNDING, kernels_of, semi_on_cpu
 from tests.oracle import assert_same, oracle_of
 
-both = pytest.mark.parametrize("inner", ["eager", "inductor"])
+both = pytest.mark.parametrize("backend", ["eager", "inductor"])
 BF16 = torch.bfloat16
 
 
@@ -31,10 +31,10 @@ def _semi(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fast_of(
-    dtype: torch.dtype = BF16, pattern: str = "2:4", inner: str = "eager", **options: Any
+    dtype: torch.dtype = BF16, pattern: str = "2:4", backend: str = "eager", **options: Any
 ) -> nn.Module:
     options = {"kernels": {"*": "sparse"}, **options}
-    return sdm.compile(Net().to(dtype), pattern, mode="infer", inner=inner, **options)
+    return sdm.compile(Net().to(dtype), pattern, mode="infer", backend=backend, **options)
 
 
 def x_of(batch: int = 2, dtype: torch.dtype = BF16) -> Tensor:
@@ -49,8 +49,8 @@ def assert_near(ours: Tensor, theirs: Tensor) -> None:
 @both
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 @pytest.mark.parametrize("pattern", ["2:4", "1:8"])
-def test_parity_for_every_batch(inner: str, dtype: torch.dtype, pattern: str) -> None:
-    fast = fast_of(dtype, pattern, inner)
+def test_parity_for_every_batch(backend: str, dtype: torch.dtype, pattern: str) -> None:
+    fast = fast_of(dtype, pattern, backend)
     with torch.no_grad():
         for batch in (2, 3, 5):  # static shapes, then symbolic ones
             x = x_of(batch, dtype)
@@ -62,7 +62,7 @@ def test_parity_for_every_batch(inner: str, dtype: torch.dtype, pattern: str) ->
 
 
 @both
-def test_images_that_lie_channels_last(inner: str) -> None:
+def test_images_that_lie_channels_last(backend: str) -> None:
     class Convs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -75,7 +75,9 @@ def test_images_that_lie_channels_last(inner: str) -> None:
             x = self.wide(self.first(x))
             return self.last(torch.relu(self.point(x)))
 
-    fast = sdm.compile(Convs().to(BF16), "2:4", mode="infer", inner=inner, kernels={"*": "sparse"})
+    fast = sdm.compile(
+        Convs().to(BF16), "2:4", mode="infer", backend=backend, kernels={"*": "sparse"}
+    )
     with torch.no_grad():
         for size in (9, 10, 12):
             for form in (torch.contiguous_format, torch.channels_last):
@@ -87,11 +89,11 @@ def test_images_that_lie_channels_last(inner: str) -> None:
 
 
 @both
-def test_a_small_uvit(inner: str) -> None:
+def test_a_small_uvit(backend: str) -> None:
     torch.manual_seed(0)
     net = UViT(img_size=8, patch_size=2, embed_dim=32, depth=3, num_heads=2, num_classes=5)
     fast = sdm.compile(
-        net.to(BF16).eval(), "2:4", mode="infer", inner=inner, kernels={"*": "sparse"}
+        net.to(BF16).eval(), "2:4", mode="infer", backend=backend, kernels={"*": "sparse"}
     )
     x, t, y = (
         torch.randn(3, 3, 8, 8).to(BF16),
@@ -157,7 +159,7 @@ def test_a_file_holds_the_portable_form_and_loads_dense(tmp_path: Path) -> None:
     sdm.save(fast, tmp_path / "file")
     held = load_file(tmp_path / "file")
     assert stated24(held["plain.weight.sparsedm_packed"]) == (BF16, 16, 16)
-    loaded = sdm.load(tmp_path / "file", Net().to(BF16), inner="eager")
+    loaded = sdm.load(tmp_path / "file", Net().to(BF16), backend="eager")
     oracle = oracle_of(fast_called())
     assert_same(loaded.plain.weight, oracle.plain.weight)
     assert_same(loaded(x_of()), expected)

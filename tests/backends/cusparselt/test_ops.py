@@ -25,13 +25,13 @@ from sparsedm_compiler.backends.cusparselt.quantized import (
     QuantizedFamily,
     semi_quantized_linear_op,
 )
-from sparsedm_compiler.backends.kernel_family import Form, Kernel, Work
+from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from sparsedm_compiler.models.uvit import UViT
 from tests.autotune.test_select_kernel import Net
 from tests.backends.cuda.here import ROUNDING, kernels_of, pruned
 from tests.oracle import assert_same, oracle_of
 
-FAMILY, KERNEL, FORM = SemiFamily(), Kernel("cuda_semi"), Form(Pattern(2, 4))
+FAMILY, KERNEL, FORM = SemiFamily(), KernelConfig("cuda_semi"), WeightFormat(Pattern(2, 4))
 WHY_NOT = FAMILY.unavailable()
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
 ]
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-both = pytest.mark.parametrize("inner", ["eager", "inductor"])
+both = pytest.mark.parametrize("backend", ["eager", "inductor"])
 BF16 = torch.bfloat16
 
 
@@ -212,7 +212,9 @@ def test_a_convolution(dtype: torch.dtype, channels_last: bool, kernel: int) -> 
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     pairs = {"stride": (2, 1), "padding": (kernel // 2, 0), "dilation": (1, 1)}
-    work = Work(tuple(x.shape), dtype, channels_last, kernel=(kernel, kernel), act="silu", **pairs)
+    work = MatmulProblem(
+        tuple(x.shape), dtype, channels_last, kernel=(kernel, kernel), act="silu", **pairs
+    )
     op, how = FAMILY.call(work, FORM, DEFAULT)
     exact = F.conv2d(x.double(), weight.double(), None, *pairs.values())
     out = op(x, packed, None, 64, *how)
@@ -228,7 +230,7 @@ def test_eight_bits_give_what_the_cpu_gives(kind: str, tokens: int) -> None:
     if (why := family.unavailable()) is not None:
         pytest.skip(why)
     weight, mask = pruned((96, 128), "2:4", BF16)
-    kernel = Kernel(family.names[0])
+    kernel = KernelConfig(family.names[0])
     here = family.pack(weight, mask, Pattern(2, 4), kernel)
     there = family.pack(weight.cuda(), mask.cuda(), Pattern(2, 4), kernel)
     x, bias = torch.randn(tokens, 128).to(BF16), torch.randn(96)
@@ -247,7 +249,7 @@ def test_eight_bits_give_what_the_cpu_gives(kind: str, tokens: int) -> None:
 
 
 def compiled(net: nn.Module, **options: Any) -> nn.Module:
-    options = {"inner": "eager", "kernels": {"*": "cuda_semi"}, **options}
+    options = {"backend": "eager", "kernels": {"*": "cuda_semi"}, **options}
     return sdm.compile(net.cuda().eval(), "2:4", mode="infer", **options)
 
 
@@ -258,8 +260,8 @@ def x_of(batch: int = 2, dtype: torch.dtype = BF16) -> Tensor:
 
 @both
 @halves
-def test_a_model_of_every_kind_of_use(inner: str, dtype: torch.dtype) -> None:
-    fast = compiled(Net().to(dtype), inner=inner)
+def test_a_model_of_every_kind_of_use(backend: str, dtype: torch.dtype) -> None:
+    fast = compiled(Net().to(dtype), backend=backend)
     with torch.no_grad():
         for batch in (2, 3, 5):
             x = x_of(batch, dtype)
@@ -268,10 +270,10 @@ def test_a_model_of_every_kind_of_use(inner: str, dtype: torch.dtype) -> None:
 
 
 @both
-def test_a_uvit_whose_tokens_are_no_multiple_of_eight(inner: str) -> None:
+def test_a_uvit_whose_tokens_are_no_multiple_of_eight(backend: str) -> None:
     torch.manual_seed(0)
     net = UViT(img_size=8, patch_size=2, embed_dim=64, depth=3, num_heads=2, num_classes=5)
-    fast = compiled(net.to(BF16), inner=inner)
+    fast = compiled(net.to(BF16), backend=backend)
     x, t = torch.randn(3, 3, 8, 8, device="cuda").to(BF16), torch.tensor([0.1, 0.5, 0.9]).cuda()
     y = torch.tensor([0, 1, 4]).cuda()
     with torch.no_grad():
@@ -313,7 +315,7 @@ def test_a_finalized_model_travels(tmp_path: Path) -> None:
     file = io.BytesIO()
     torch.save(fast, file)
     file.seek(0)
-    loaded = sdm.load(tmp_path / "file", copy.deepcopy(net).cuda(), inner="eager")
+    loaded = sdm.load(tmp_path / "file", copy.deepcopy(net).cuda(), backend="eager")
     pickled = torch.load(file, weights_only=False, map_location="cuda")
     with torch.no_grad():
         for twin in (loaded, pickled, copy.deepcopy(fast)):

@@ -22,7 +22,7 @@ from sparsedm_compiler.backends.cusparselt.quantized import (
     quantize,
     semi_quantized_linear_op,
 )
-from sparsedm_compiler.backends.kernel_family import Form, Kernel, Work
+from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from tests.backends.cuda.here import kernels_of, pruned, semi_on_cpu
 from tests.oracle import assert_same, oracle_of
 
@@ -37,7 +37,7 @@ def packed_of(
 ) -> tuple[Tensor, Tensor]:
     weight, mask = pruned(shape, "2:4", dtype)
     family = QuantizedFamily(kind)
-    return family.pack(weight, mask, PATTERN, Kernel(family.names[0])), weight
+    return family.pack(weight, mask, PATTERN, KernelConfig(family.names[0])), weight
 
 
 @kinds
@@ -82,7 +82,7 @@ def test_sums_of_integers_are_exact() -> None:
     weight = torch.zeros(32, 4096)
     weight[:, ::2] = 127.0
     family = QuantizedFamily("int8")
-    packed = family.pack(weight, weight != 0, PATTERN, Kernel("cuda_semi_int8"))
+    packed = family.pack(weight, weight != 0, PATTERN, KernelConfig("cuda_semi_int8"))
     x = torch.full((16, 4096), 127.0)
     x[:, 0] = 126.0
     out = semi_quantized_linear_op(x, packed, None, 32, "int8", DEFAULT)
@@ -106,10 +106,12 @@ def test_a_convolution(kind: str) -> None:
     x = torch.randn(1, 32, 5, 6).bfloat16()
     geometry = {"kernel": (3, 3), "stride": (1, 2), "padding": (1, 0), "dilation": (1, 1)}
     family = QuantizedFamily(kind)
-    op, how = family.call(Work(tuple(x.shape), x.dtype, **geometry), Form(PATTERN), DEFAULT)
+    op, how = family.call(
+        MatmulProblem(tuple(x.shape), x.dtype, **geometry), WeightFormat(PATTERN), DEFAULT
+    )
     dense = F.conv2d(x, weight, None, (1, 2), (1, 0))
     assert (op(x, packed, None, 32, *how) - dense).abs().max() < RELATIVE[kind] * dense.abs().max()
-    again = family.unpack(packed, (32, 32, 3, 3), Form(PATTERN))
+    again = family.unpack(packed, (32, 32, 3, 3), WeightFormat(PATTERN))
     assert (again - weight).abs().max() < RELATIVE[kind] * weight.abs().max()
 
 
@@ -121,7 +123,7 @@ def test_what_is_refused() -> None:
     assert "keeps up to 3 of 4" in str(family.refusal(Pattern(3, 4), 32, 32, torch.bfloat16))
     assert "float64" in str(family.refusal(PATTERN, 32, 32, torch.float64))
     with pytest.raises(PackError, match="no file holds weights packed for cuda_semi_int8"):
-        family.check(torch.zeros(9, dtype=torch.uint8), (32, 32), Form(PATTERN))
+        family.check(torch.zeros(9, dtype=torch.uint8), (32, 32), WeightFormat(PATTERN))
 
 
 class Wide(nn.Module):
@@ -138,16 +140,16 @@ X = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 
 @kinds
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_it_runs_where_it_is_asked_for_by_name(
-    kind: str, inner: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     semi_on_cpu(monkeypatch)
     fast = sdm.compile(
         Wide().bfloat16(),
         "2:4",
         mode="infer",
-        inner=inner,
+        backend=backend,
         kernels={"b": f"cuda_semi_{kind}", "c": "sparse"},
         finalize=True,
     )
@@ -162,12 +164,12 @@ def test_it_runs_where_it_is_asked_for_by_name(
     dense = oracle_of(sdm_student())(X)
     assert 0 < (out - dense).abs().max() < RELATIVE[kind] * dense.abs().max()
     sdm.save(fast, tmp_path / "file")
-    again = sdm.load(tmp_path / "file", Wide().bfloat16(), inner="eager")
+    again = sdm.load(tmp_path / "file", Wide().bfloat16(), backend="eager")
     assert_same(again(X), out, tolerance=8e-3)
 
 
 def sdm_student() -> nn.Module:
-    student = sdm.compile(Wide().bfloat16(), "2:4", mode="infer", inner="eager")
+    student = sdm.compile(Wide().bfloat16(), "2:4", mode="infer", backend="eager")
     student(X)
     return student
 
@@ -181,7 +183,7 @@ def test_why_it_cannot_run_is_said_to_who_asks(monkeypatch: pytest.MonkeyPatch) 
         Wide().bfloat16(),
         "2:4",
         mode="infer",
-        inner="eager",
+        backend="eager",
         kernels={"b": "cuda_semi_fp8", "c": "cuda_semi_int8"},
     )
     fast(X)
@@ -197,7 +199,7 @@ def test_nobody_gets_it_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(measuring, "folder", lambda name: tmp_path)
     for how, expected in (("sparse", {"cuda_semi"}), ("auto", {"cuda_semi", "dense"})):
         fast = sdm.compile(
-            Wide().bfloat16(), "2:4", mode="infer", inner="eager", kernels={"*": how}
+            Wide().bfloat16(), "2:4", mode="infer", backend="eager", kernels={"*": how}
         )
         fast(X)
         assert set(kernels_of(fast).values()) <= expected
@@ -205,11 +207,11 @@ def test_nobody_gets_it_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         Wide().bfloat16(),
         "2:4",
         mode="infer",
-        inner="eager",
+        backend="eager",
         kernels={"*": "sparse"},
-        forbid="cuda_semi",
+        exclude_kernels="cuda_semi",
     )
     without(X)
     assert {choice.reason for choice in sdm.explain(without).choices} == {
-        "every kernel for it is in forbid="
+        "every kernel for it is in exclude_kernels="
     }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.backends.cusparselt.training import semi_train_grad_op, semi_train_op
-from sparsedm_compiler.masks.nm_mask import kept, nm_mask
+from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 from tests.backends.cuda.devices import device as device
 from tests.oracle import assert_gradients, assert_same, oracle_of
 
@@ -33,28 +33,28 @@ class Net(nn.Module):
         return self.last(x)
 
 
-def student_of(device: str, pattern: str, inner: str = "eager", **kernels: str) -> nn.Module:
+def student_of(device: str, pattern: str, backend: str = "eager", **kernels: str) -> nn.Module:
     net = Net().to(device)
-    return sdm.compile(net, pattern, inner=inner, kernels=kernels or {"*": "sparse"})
+    return sdm.compile(net, pattern, backend=backend, kernels=kernels or {"*": "sparse"})
 
 
 def targets(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The ops of the graphs that are compiled from now on."""
     seen: list[Any] = []
 
-    def inner(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         seen.extend(node.target for node in gm.graph.nodes)
         return gm
 
-    monkeypatch.setattr("sparsedm_compiler.compiler.lower.resolve", lambda name: inner)
+    monkeypatch.setattr("sparsedm_compiler.compiler.lower.resolve_backend", lambda name: backend)
     monkeypatch.setattr("sparsedm_compiler.compiler.lower.lookup_backend", lambda backend: backend)
     return seen
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "2:4t", "1:4t"])
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-def test_gradients_are_those_of_the_masked_model(device: str, pattern: str, inner: str) -> None:
-    student = student_of(device, pattern, inner)
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_gradients_are_those_of_the_masked_model(device: str, pattern: str, backend: str) -> None:
+    student = student_of(device, pattern, backend)
     x = torch.randn(3, 5, 16, device=device)
     with torch.autocast(device, BF16):
         student(x)
@@ -92,7 +92,7 @@ def test_refusals(device: str) -> None:
 
 
 def test_nobody_asked_nobody_told(device: str) -> None:
-    student = sdm.compile(Net().to(device), "2:4", inner="eager")
+    student = sdm.compile(Net().to(device), "2:4", backend="eager")
     student(torch.randn(3, 16, device=device))
     assert sdm.explain(student).choices == ()
 
@@ -107,7 +107,7 @@ def test_without_a_gpu_it_stays_dense_with_the_reason() -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 13])
 def test_the_op_keeps_its_word(device: str, tokens: int) -> None:
     weight = torch.randn(32, 48, device=device).to(BF16)
-    weight = kept(weight, nm_mask(weight, "2:4t")).requires_grad_()
+    weight = apply_mask(weight, nm_mask(weight, "2:4t")).requires_grad_()
     x = torch.randn(2, tokens, 48, device=device).to(BF16).requires_grad_()
     bias = torch.randn(32, device=device).to(BF16).requires_grad_()
     torch.library.opcheck(semi_train_op, (x, weight, bias, True))

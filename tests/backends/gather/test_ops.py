@@ -21,7 +21,7 @@ from sparsedm_compiler.backends.gather.ops import (
     unpack,
     views,
 )
-from sparsedm_compiler.masks.nm_mask import kept, nm_mask
+from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 from sparsedm_compiler.triton_support import interpreted
 from tests.backends.cpu.cases import ACTS, assert_rounded
 from tests.backends.cuda.running import moved, on_cuda, on_device, run_interpreted
@@ -42,7 +42,7 @@ class Case:
         self.rows, self.cols = shares * self.pattern.rows, groups * self.pattern.m
         weight = torch.randn(self.rows, self.cols).to(dtype)
         mask = nm_mask(weight, self.pattern)
-        self.masked = kept(weight, mask)
+        self.masked = apply_mask(weight, mask)
         self.packed = pack(weight, mask, self.pattern)
 
     def how(self, *cut: int) -> tuple[int, ...]:

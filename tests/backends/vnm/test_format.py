@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparsedm_compiler import PackError, Pattern
 from sparsedm_compiler.backends.vnm.format import Layout, check, pack, refusal, unpack
-from sparsedm_compiler.masks.nm_mask import kept, nm_mask
+from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 from tests.backends.vnm.vnm_cases import HALVES, PATTERNS
 
 
@@ -35,7 +35,7 @@ def test_unpack_inverts_pack(
     assert packed.shape == (Layout(*shape, pattern).size,)
     check(packed, *shape, pattern, dtype)
     found = unpack(packed, *shape, pattern, dtype)
-    assert torch.equal(found.view(torch.int16), kept(weight, mask).view(torch.int16))
+    assert torch.equal(found.view(torch.int16), apply_mask(weight, mask).view(torch.int16))
 
 
 def test_it_takes_little_memory() -> None:

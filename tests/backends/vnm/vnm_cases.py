@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsedm_compiler import Pattern
 from sparsedm_compiler.backends.vnm.format import pack
 from sparsedm_compiler.backends.vnm.ops import How
-from sparsedm_compiler.masks.nm_mask import kept, nm_mask
+from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 
 PATTERNS = ("64:2:8", "128:2:16", "16:1:8", "32:2:4", "48:2:16", "32:1:32", "16:2:10")
 HALVES = (torch.bfloat16, torch.float16)
@@ -36,4 +36,4 @@ def held(text: str, rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> 
     torch.manual_seed(seed)
     weight = torch.randn(rows, cols).to(dtype)
     mask = nm_mask(weight, pattern)
-    return Held(kept(weight, mask), pack(kept(weight, mask), mask, pattern), pattern)
+    return Held(apply_mask(weight, mask), pack(apply_mask(weight, mask), mask, pattern), pattern)

@@ -39,7 +39,7 @@ INPUTS = (torch.randn(2, 8, 4, 4), torch.tensor([1, 2]))
 
 
 def refusals(pattern: str = "2:4", **options: Any) -> dict[str, str | None]:
-    student = sdm.compile(Net(), pattern, inner="eager", **options)
+    student = sdm.compile(Net(), pattern, backend="eager", **options)
     student(*INPUTS)
     return {row.weight: row.refusal for row in sdm.explain(student).rows}
 
@@ -84,7 +84,7 @@ def test_keep_dense(keep: Any) -> None:
 
 
 def test_overrides_mix_patterns() -> None:
-    student = sdm.compile(Net(), "2:4", overrides={"odd": "1:8", "p*": "1:2"}, inner="eager")
+    student = sdm.compile(Net(), "2:4", overrides={"odd": "1:8", "p*": "1:2"}, backend="eager")
     student(*INPUTS)
     patterns = {name: str(p) for name, (_, p) in sdm.masked_parameters(student).items()}
     assert patterns == {"odd.weight": "1:8", "plain.weight": "1:2"}
@@ -98,7 +98,7 @@ def test_a_glob_that_names_nothing_is_an_error(option: str) -> None:
 
 
 def test_nothing_to_prune_is_an_error() -> None:
-    student = sdm.compile(nn.Sequential(nn.Linear(6, 6)), "2:4", inner="eager")
+    student = sdm.compile(nn.Sequential(nn.Linear(6, 6)), "2:4", backend="eager")
     with pytest.raises(sdm.ConfigError, match="no weight of Sequential is pruned to 2:4"):
         student(torch.randn(1, 6))
 
@@ -125,7 +125,7 @@ def test_one_decision_for_a_tied_weight_and_every_use_counts() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.c(self.b(self.b(self.a(x))))
 
-    student = sdm.compile(Tied(), "2:4", policy="all", inner="eager")
+    student = sdm.compile(Tied(), "2:4", policy="all", backend="eager")
     student(torch.randn(1, 8))
     assert [row.weight for row in sdm.explain(student).rows] == ["a.weight", "b.weight"]
     with_ends = sdm.count_macs(Tied(), torch.randn(1, 8))

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsedm_compiler import Pattern
 from sparsedm_compiler.errors import GraphError
-from sparsedm_compiler.graph.capture import Captured, capture
+from sparsedm_compiler.graph.capture import CapturedGraph, capture
 from sparsedm_compiler.graph.flat_graph import flatten
 from sparsedm_compiler.passes import REWRITES, insert_mask_ste
 from sparsedm_compiler.passes.pipeline import run_rewrites
@@ -32,13 +32,13 @@ class Three(nn.Module):
         return self.tied(x)
 
 
-def captured() -> Captured:
+def captured() -> CapturedGraph:
     graph = capture(Three(), torch.randn(2, 8))
     assert graph is not None
     return graph
 
 
-def weights(graph: Captured, *names: str) -> dict[fx.Node, Pattern]:
+def weights(graph: CapturedGraph, *names: str) -> dict[fx.Node, Pattern]:
     found = {n: Pattern.parse("2:4") for n, known in graph.names.items() if known[0] in names}
     assert len(found) == len(names)
     return found

@@ -89,7 +89,7 @@ def run(wired: Forward, x: Tensor, **options: Any) -> tuple[Tensor, fx.GraphModu
     """The output, and the graph that ran."""
     graphs: list[fx.GraphModule] = []
 
-    def inner(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         graphs.append(gm)
         return gm
 
@@ -99,7 +99,7 @@ def run(wired: Forward, x: Tensor, **options: Any) -> tuple[Tensor, fx.GraphModu
         "2:4",
         mode="infer",
         policy="all",
-        inner=inner,
+        backend=backend,
         kernels={"*": "sparse"},
     )
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_dropout_that_drops_is_not_carried_over() -> None:
 def test_symbolic_numbers_of_tokens_are_left_to_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[fx.GraphModule] = []
 
-    def inner(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         graphs.append(gm)
         return gm
 
@@ -218,7 +218,7 @@ def test_symbolic_numbers_of_tokens_are_left_to_the_op(monkeypatch: pytest.Monke
         "2:4",
         mode="infer",
         policy="all",
-        inner=inner,
+        backend=backend,
         kernels={"*": "sparse"},
     )
     with torch.no_grad():
