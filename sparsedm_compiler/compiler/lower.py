@@ -37,13 +37,11 @@ FINALIZED = "finalized"
 def lower(gm: fx.GraphModule, example_inputs: Sequence[Any], backend: Backend) -> Run:
     """The graph as the inner compiler runs it."""
     compile_graph: Any = backend
-    if callable(backend):
-        pass
-    elif resolve_backend(backend) == GRAPHS:
+    if isinstance(backend, str) and resolve_backend(backend) == GRAPHS:
         from torch._inductor.compile_fx import compile_fx
 
         compile_graph = partial(compile_fx, config_patches={"triton.cudagraphs": True})
-    else:
+    elif isinstance(backend, str):
         compile_graph = lookup_backend(resolve_backend(backend))
     run: Run = compile_graph(gm, list(example_inputs))
     return run

@@ -30,8 +30,8 @@ from .state import without_finalized
 Model = TypeVar("Model", bound=nn.Module)
 
 _KEY = "sparsedm"
-_VERSION = 3
-_READS = (2, 3)
+_VERSION = 4
+_READS = (4,)
 _PACKED = ".sparsedm_packed"
 
 
