@@ -57,7 +57,7 @@ class StoppedError(SparseDMError, RuntimeError):
 def suggest(name: str, known: Iterable[str], otherwise: str) -> str:
     """The end of a message about an unknown ``name``: those it is close to, else all there are.
 
-    >>> meant("lrr", ["lr", "beta"], "it has"), meant("size", ["lr", "beta"], "it has")
+    >>> suggest("lrr", ["lr", "beta"], "it has"), suggest("size", ["lr", "beta"], "it has")
     ('did you mean lr?', 'it has lr, beta')
     """
     names = [*known]

@@ -87,7 +87,8 @@ def compile(
     ``exclude_kernels`` rules kernels out. ``explain`` shows each choice with its times.
     ``finalize`` frees the dense weights that a sparse kernel runs, at the first call: only the
     packed ones are left, and state_dict() gives the masked dense weights they stand for. In mode
-    "train" ``kernels`` may name "cuda_semi": 2:4 products on a GPU's sparse tensor cores, compressed anew in every step.
+    "train" ``kernels`` may name "cuda_semi": 2:4 products on a GPU's sparse tensor cores,
+    compressed anew in every step.
 
     The graph is captured at the first call. A model returned from here runs its masks or raises
     DenseRunError. Raises PatternError or ConfigError for options that fit nothing.

@@ -30,8 +30,8 @@ class FinetuneConfig:
 
     What and how long. ``method``: one of METHODS; ``FinetuneConfig.create`` starts from its
     options. ``images``: how many to train on, epochs and all, rounded up to whole batches.
-    ``batch_size``: images per optimizer step, over all processes and ``accumulation`` parts; unused where
-    the data come in batches of their own.
+    ``batch_size``: images per optimizer step, over all processes and ``accumulation`` parts; unused
+    where the data come in batches of their own.
 
     Loss. ``objective``: what the models predict: "eps" the noise, "v" the velocity, "x0" the image,
     "flow" noise minus image (flow matching). ``levels``: how noise levels are drawn, "logit-normal"
