@@ -34,7 +34,7 @@ def read_condition(path: str | Path) -> dict[str, Tensor]:
 def map_condition(change: Callable[[Tensor], Tensor], given: Condition) -> Condition:
     """``given`` with every tensor changed. Raises DataError for anything that is no tensor.
 
-    >>> mapped(lambda x: x + 1, {"y": torch.tensor([1, 2])})
+    >>> map_condition(lambda x: x + 1, {"y": torch.tensor([1, 2])})
     {'y': tensor([2, 3])}
     """
     if isinstance(given, Tensor):
@@ -92,9 +92,9 @@ def describe_condition(given: Condition) -> str:
 def take_rows(given: Condition, at: Tensor | range | slice | int) -> Condition:
     """The rows ``at`` these places of every tensor of ``given``.
 
-    >>> rows(torch.tensor([7, 8, 9]), range(1, 3))
+    >>> take_rows(torch.tensor([7, 8, 9]), range(1, 3))
     tensor([8, 9])
-    >>> rows({"context": torch.eye(2)}, 1)
+    >>> take_rows({"context": torch.eye(2)}, 1)
     {'context': tensor([0., 1.])}
     """
     index = slice(at.start, at.stop) if isinstance(at, range) else at

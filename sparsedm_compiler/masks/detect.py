@@ -20,7 +20,7 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
     weight: [out, in, ...]; groups run along in. Of equally sparse patterns the one with the
     smallest groups, shared by as many rows as have their zeros in the same places.
 
-    >>> str(recognise(torch.tensor([[0.0, 1.0, 2.0, 0.0], [0.0, 0.0, 3.0, 4.0]])))
+    >>> str(detect_pattern(torch.tensor([[0.0, 1.0, 2.0, 0.0], [0.0, 0.0, 3.0, 4.0]])))
     '2:4'
     """
     if weight.dim() < 2 or weight.is_meta or isinstance(weight, FakeTensor):

@@ -45,7 +45,7 @@ def build_selection_network(sizes: tuple[int, ...], ranks: tuple[int, ...]) -> S
     list of one. Lists are merged in pairs (odd-even merge, Batcher 1968) and cut to the ranks that
     can still matter; then every result that leads to no output is dropped.
 
-    >>> selection((1, 1, 1, 1), (1, 2)).cost
+    >>> build_selection_network((1, 1, 1, 1), (1, 2)).cost
     8
     """
     swaps: list[Swap] = []
