@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsedm_compiler.autotune.timer import interleaved, machine, ratio, spread
 from sparsedm_compiler.masks.nm_mask import compute_mask
-from sparsedm_compiler.pattern import Pattern
+from sparsedm_compiler.patterns import Pattern
 
 COARSE = ["2:4t", "1:8x16", "64:2:8"]
 PATTERNS = ["31:32", "3:4", "2:4", "1:4", "2:8", "1:8", "1:16", "1:32", "16:32", *COARSE]

@@ -31,7 +31,7 @@ from sparsedm_compiler.backends.cpu.family import CpuFamily
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from sparsedm_compiler.compiler.folded_weights import fold_weight
 from sparsedm_compiler.models import preset
-from sparsedm_compiler.pattern import Pattern
+from sparsedm_compiler.patterns import Pattern
 
 Call = Callable[[], object]
 FREE = ("31:32", "3:4", "2:4", "1:4", "1:8", "1:16", "1:32")

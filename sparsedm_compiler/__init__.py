@@ -27,7 +27,7 @@ from .errors import (
     SparseDMError,
     StoppedError,
 )
-from .pattern import Pattern
+from .patterns import Pattern
 from .reports import Choice, Decision, Explanation, MacRow, MacsReport, Topology
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import ConfigError
-from .pattern import Pattern
+from .patterns import Pattern
 
 MODES = ("train", "infer")
 POLICIES = ("structural", "uvit", "all")

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .pattern import Pattern
+from .patterns import Pattern
 
 
 @dataclass(frozen=True, slots=True)

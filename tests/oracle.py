@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
+from sparsedm_compiler.patterns import VNM, TransposableNM
 from tests.masks.mask_cases import brute_tiles
 from tests.zoo import sample_of
 
@@ -31,15 +32,15 @@ def brute_mask(weight: Tensor, pattern: str | Pattern) -> Tensor:
     Of a transposable pattern: by trying all masks of every tile.
     """
     parsed = Pattern.parse(pattern)
-    if parsed.transposable:
+    if isinstance(parsed, TransposableNM):
         return brute_tiles(weight, parsed.n)
     scores = weight.detach().abs()
-    if parsed.rows == 1:
+    if parsed.height == 1:
         return _largest(scores, parsed.n, parsed.m)
-    energy = scores.float().square().unflatten(0, (-1, parsed.rows)).sum(1)
-    chosen = _largest(energy, 4 if parsed.vnm else parsed.n, parsed.m)
-    shared = chosen.repeat_interleave(parsed.rows, 0)
-    if not parsed.vnm:
+    energy = scores.float().square().unflatten(0, (-1, parsed.height)).sum(1)
+    chosen = _largest(energy, 4 if isinstance(parsed, VNM) else parsed.n, parsed.m)
+    shared = chosen.repeat_interleave(parsed.height, 0)
+    if not isinstance(parsed, VNM):
         return shared
     return _largest(scores.masked_fill(~shared, -1), parsed.n, parsed.m)
 

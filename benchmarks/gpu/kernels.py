@@ -13,7 +13,7 @@ import torch
 
 from sparsedm_compiler import KernelError, PatternError
 from sparsedm_compiler.backends import registry as families
-from sparsedm_compiler.pattern import Pattern
+from sparsedm_compiler.patterns import Pattern
 
 from .case import Case, Row, Tell
 from .comparing import bound, dense

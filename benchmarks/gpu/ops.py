@@ -29,7 +29,7 @@ from sparsedm_compiler.backends.kernel_family import (
     WeightFormat,
 )
 from sparsedm_compiler.compiler.folded_weights import fold_weight
-from sparsedm_compiler.pattern import Pattern
+from sparsedm_compiler.patterns import Pattern
 
 from .case import Case, Row, Tell, plainly
 from .comparing import each_alone, error, faster, lost, of_ops, typical

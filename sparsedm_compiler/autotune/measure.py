@@ -25,7 +25,7 @@ from ..backends.registry import find_families, find_family
 from ..compiler.folded_weights import fold_weight
 from ..errors import KernelError
 from ..fileio import cache_folder, write_atomically
-from ..pattern import Pattern
+from ..patterns import Pattern
 
 _ROUNDS = 5
 _LEAST_SECONDS, _MOST_SECONDS = 0.03, 1.0

@@ -12,7 +12,7 @@ from ..backends.kernel_family import KernelConfig, WeightFormat
 from ..backends.registry import find_families, find_family
 from ..config import GRAPHS, CompileConfig
 from ..passes.analysis.find_uses import WeightUse
-from ..pattern import Pattern
+from ..patterns import Pattern, TransposableNM
 from ..reports import Choice
 from .measure import AutotuneBudget, KernelTrial, measure_kernels, reproduces_dense
 
@@ -159,7 +159,9 @@ def select_training_kernel(
     if why_not is not None:
         return _choice(name, weight, uses, "dense", why_not)
     backward = (
-        "" if pattern.transposable else "; the gradient of x is dense, '2:4t' makes it sparse"
+        ""
+        if isinstance(pattern, TransposableNM)
+        else "; the gradient of x is dense, '2:4t' makes it sparse"
     )
     return _choice(name, weight, uses, TRAINING, f"pinned by kernels={backward}")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pattern import Pattern
+from ..patterns import Pattern
 
 OpCall = tuple[Callable[..., Tensor], tuple[Any, ...]]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from ..pattern import Pattern
+from ..patterns import Pattern
 from .job import Job
 from .options import add_backend, add_device, add_model_options, device_of, model_options
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from ..pattern import Pattern
+from ..patterns import Pattern
 from ..reports import CONVENTION, MacsReport
 from .job import Job
 from .options import add_model_options, model_options

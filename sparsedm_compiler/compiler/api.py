@@ -42,7 +42,7 @@ from ..masks.detect import detect_patterns
 from ..passes import count_macs as count
 from ..passes import find_eager_sites, find_sites, mark_eager, mark_prunable
 from ..passes import trace_topology as wire
-from ..pattern import Pattern
+from ..patterns import Pattern
 from ..reports import Decision, Explanation, MacsReport, Topology
 from .folded_weights import PackedWeight
 from .guarded_forward import SparseForward, masked_parameters, require_compiled

@@ -18,7 +18,7 @@ from ..masks.detect import detect_patterns
 from ..passes.analysis.find_sites import find_sites
 from ..passes.analysis.mark_prunable import mark_prunable
 from ..passes.pipeline import run_rewrites
-from ..pattern import Pattern
+from ..patterns import Pattern
 from ..reports import Choice, Decision
 from .lower import Folding, fold, lower, multiply_sparse
 

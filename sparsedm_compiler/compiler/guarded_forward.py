@@ -35,7 +35,7 @@ from ..graph.diagnostics import describe_graph_break, find_user_line
 from ..graph.names import strip_adapter_prefix
 from ..passes.analysis.find_sites import find_eager_sites, find_sites
 from ..passes.analysis.mark_prunable import decide, mark_eager, mark_prunable
-from ..pattern import Pattern
+from ..patterns import Pattern
 from ..reports import Choice, Decision
 from .building import build, check_finite, patterns_of
 from .folded_weights import PackedWeight

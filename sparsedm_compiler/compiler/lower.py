@@ -24,7 +24,7 @@ from ..masks.mask_ste import mask_ste_op
 from ..passes import carry_features, find_uses, lower_sparse, pad_tokens, train_sparse
 from ..passes.analysis.find_uses import WeightUse
 from ..passes.rewrite.lower_sparse import Rewrite
-from ..pattern import Pattern
+from ..patterns import Pattern, TransposableNM
 from ..reports import Choice
 from .folded_weights import FoldedGraph, FoldedWeights, PackedWeight
 
@@ -81,7 +81,7 @@ def multiply_sparse(
         if choice is not None:
             choices.append(choice)
             if choice.kernel != "dense" and not isinstance(uses, str):
-                rewrites += [(use, pattern.transposable) for use in uses]
+                rewrites += [(use, isinstance(pattern, TransposableNM)) for use in uses]
     if train_sparse(gm, rewrites):
         gm.recompile()
     return tuple(choices)

@@ -20,7 +20,7 @@ from ..backends.registry import find_family
 from ..config import Backend, CompileConfig
 from ..errors import CheckpointError, ConfigError, KernelError, PackError, PatternError
 from ..graph.names import strip_adapter_prefix
-from ..pattern import Pattern
+from ..patterns import Pattern
 from ..reports import Decision
 from .api import check_model, install
 from .folded_weights import PackedWeight, hollow_out

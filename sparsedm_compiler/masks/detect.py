@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..pattern import Pattern
+from ..patterns import NM, Pattern, SharedNM
 
 _GROUPS = (2, 4, 8, 16, 32, 64)
 _SHARED = (128, 64, 32, 16, 8, 4, 2)
@@ -26,12 +26,12 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
     if weight.dim() < 2 or weight.is_meta or isinstance(weight, FakeTensor):
         return None
     kept = (weight.detach() != 0).movedim(1, -1)
-    width, found = kept.shape[-1], list[Pattern]()
+    width, found = kept.shape[-1], list[NM]()
     for m in _GROUPS:
         if width % m == 0:
             n = int(kept.reshape(-1, m).sum(1).max()) if kept.numel() else 0
             if 0 < n < m:
-                found.append(Pattern(n, m))
+                found.append(NM(n, m))
     if not found:
         return None
     best = min(found, key=lambda pattern: (pattern.density, pattern.m))
@@ -40,7 +40,7 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
         if rows.shape[0] % share == 0:
             blocks = rows.view(-1, share, rows.shape[1])
             if torch.equal(blocks, blocks[:, :1].expand_as(blocks)):
-                return Pattern(best.n, best.m, share)
+                return SharedNM(best.n, best.m, share)
     return best
 
 

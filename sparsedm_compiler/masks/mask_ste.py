@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PatternError
-from ..pattern import Pattern
+from ..patterns import Pattern
 from . import triton_mask as masking
 from .nm_mask import apply_inverse_mask, apply_mask, compute_mask
 

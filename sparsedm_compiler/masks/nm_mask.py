@@ -14,9 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import MaskError, PatternError
-from ..pattern import VNM_COLUMNS, Pattern
-from .top_n import KEYS, select_top_n
-from .transposable import select_tiles
+from ..patterns import Pattern
+from ..selection.top_n import KEYS
 
 
 def nm_mask(weight: Tensor, pattern: str | Pattern, *, name: str | None = None) -> Tensor:
@@ -49,19 +48,7 @@ def nm_mask(weight: Tensor, pattern: str | Pattern, *, name: str | None = None) 
 
 def compute_mask(weight: Tensor, pattern: Pattern) -> Tensor:
     """``nm_mask`` of a weight known to fit; NaN and Inf count as the largest magnitudes."""
-    weight = weight.detach()
-    if pattern.transposable:
-        return select_tiles(weight, pattern.n)
-    if pattern.rows == 1 and not pattern.vnm:
-        return select_top_n(weight, pattern)
-    energy = _column_energy(weight, pattern.rows)
-    if pattern.vnm:
-        columns = select_top_n(energy, Pattern(VNM_COLUMNS, pattern.m))
-        return select_top_n(weight, pattern, columns)
-    mask = torch.empty_like(weight, dtype=torch.bool)
-    blocks = torch.unflatten(mask, 0, (-1, pattern.rows))
-    blocks.copy_(select_top_n(energy, pattern).unsqueeze(1))
-    return mask
+    return pattern.compute_mask(weight.detach())
 
 
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
@@ -92,9 +79,3 @@ def _require_finite(weight: Tensor, what: str) -> None:
             f"{what} holds {len(broken)} NaN or Inf of {weight.numel()} weights, the first at "
             f"{broken[0].tolist()}, so its mask would be arbitrary; load finite weights"
         )
-
-
-def _column_energy(weight: Tensor, rows: int) -> Tensor:
-    """Sum of squares over every ``rows`` consecutive output rows: [out / rows, in, *kernel]."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return torch.unflatten(weight.to(wide).square(), 0, (-1, rows)).sum(1)

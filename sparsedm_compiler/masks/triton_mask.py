@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..pattern import VNM_COLUMNS, Pattern
+from ..patterns import NM, VNM, Pattern, SharedNM
+from ..patterns.vnm import SHARED_COLUMNS
+from ..selection.top_n import KEYS
 from ..triton_support import device_of
 from ..triton_support import unavailable as unavailable
-from .top_n import KEYS
 
 _FLOATS = {
     torch.float16: "float16",
@@ -46,9 +47,9 @@ def refusal(pattern: Pattern, dtype: torch.dtype) -> str | None:
     """
     if dtype not in _FLOATS:
         return f"no fused mask for {str(dtype).removeprefix('torch.')}"
-    if pattern.transposable:
-        return f"no fused mask for the tiles of {pattern}"
-    if _power(pattern.m) * _power(pattern.rows) > _LARGEST_TILE:
+    if not isinstance(pattern, (NM, SharedNM, VNM)):
+        return f"no fused mask for a pattern of the kind of {pattern}"
+    if _power(pattern.m) * _power(pattern.height) > _LARGEST_TILE:
         return f"{pattern} masks more than {_LARGEST_TILE} weights together"
     return None
 
@@ -79,13 +80,17 @@ def _launch(
 
     from .triton_mask_kernels import mask_kernel
 
-    lanes = weight.numel() // (pattern.m * pattern.rows)
+    lanes = weight.numel() // (pattern.m * pattern.height)
     dims = _lanes(weight, out, pattern)
-    row = (weight.stride(0), out.stride(0)) if pattern.rows > 1 else (0, 0)
+    row = (weight.stride(0), out.stride(0)) if pattern.height > 1 else (0, 0)
     align = math.gcd(16, *row, *(stride for dim in dims for stride in dim[1:]))
-    rows, places = _power(pattern.rows), _power(pattern.m)
+    rows, places = _power(pattern.height), _power(pattern.m)
     block = max(1, min(_TILE // (rows * places), _power(lanes)))
-    shared = VNM_COLUMNS if pattern.vnm else pattern.n
+    per_row, shared = not isinstance(pattern, SharedNM), 0
+    if isinstance(pattern, VNM):
+        shared = SHARED_COLUMNS
+    elif isinstance(pattern, SharedNM):
+        shared = pattern.n
     with device_of(weight):
         mask_kernel[(-(-lanes // block),)](
             weight.view(KEYS[weight.dtype]),
@@ -99,9 +104,9 @@ def _launch(
             out.stride(1),
             N=pattern.n,
             M=pattern.m,
-            S=pattern.rows,
-            SHARED=shared if pattern.vnm or pattern.rows > 1 else 0,
-            FREE=pattern.vnm or pattern.rows == 1,
+            S=pattern.height,
+            SHARED=shared,
+            FREE=per_row,
             FLOAT=getattr(tl, _FLOATS[weight.dtype]),
             REST=rest,
             ALIGN=align,
@@ -116,7 +121,7 @@ def _launch(
 
 def _lanes(weight: Tensor, out: Tensor, pattern: Pattern) -> list[_Dim]:
     """The dimensions that lanes run through, the fastest in memory first, as few as can be."""
-    units = (pattern.rows, pattern.m, *[1] * (weight.dim() - 2))
+    units = (pattern.height, pattern.m, *[1] * (weight.dim() - 2))
     dims = sorted(
         (
             _Dim(size // unit, stride * unit, to * unit)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import fx
 
 from ..masks.mask_ste import mask_ste_op
-from ..pattern import Pattern
+from ..patterns import Pattern
 from . import REWRITES
 from .verify import verify
 

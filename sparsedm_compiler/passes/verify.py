@@ -8,7 +8,7 @@ from torch import fx
 
 from ..errors import GraphError
 from ..masks.mask_ste import mask_ste_op
-from ..pattern import Pattern
+from ..patterns import Pattern
 
 
 def verify(gm: fx.GraphModule, patterns: Mapping[fx.Node, Pattern]) -> None:

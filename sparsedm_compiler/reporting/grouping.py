@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError, PatternError
-from ..pattern import Pattern
+from ..patterns import Pattern
 from .run_record import RunRecord
 
 PRIVATE = ("seed", "train.seed", "sample.seed", "out")
@@ -71,7 +71,7 @@ def rank(pattern: str | None) -> tuple[float, int, str]:
         found = Pattern.parse(pattern or "1:1")
     except PatternError:
         return (0.0, 0, str(pattern))
-    return (-float(found.density), found.rows, str(found))
+    return (-float(found.density), found.height, str(found))
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

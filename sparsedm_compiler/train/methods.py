@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -91,11 +91,4 @@ def stages_towards(pattern: Pattern) -> tuple[Pattern, ...]:
     >>> [str(stage) for stage in stages_towards(Pattern.parse("2:4"))]
     ['3:4', '2:4']
     """
-    whole = 4 if pattern.vnm else pattern.m
-    counts = [pattern.n]
-    while 2 * counts[0] < whole:
-        counts.insert(0, 2 * counts[0])
-    middle = (pattern.n + whole) // 2
-    if len(counts) == 1 and pattern.n < middle < whole:
-        counts.insert(0, middle)
-    return tuple(replace(pattern, n=count) for count in counts)
+    return (*pattern.relaxations(), pattern)

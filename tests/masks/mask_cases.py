@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsedm_compiler.pattern import Pattern
+from sparsedm_compiler.patterns import NM, VNM, Pattern, SharedNM, TransposableNM
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KERNELS = ((), (3,), (1, 1), (2, 3), (2, 1, 2))
@@ -22,21 +22,21 @@ Tile = tuple[tuple[int, ...], ...]
 
 def brute(weight: Tensor, pattern: Pattern) -> Tensor:
     """The mask, one group after the other, in plain Python."""
-    if pattern.transposable:
+    if isinstance(pattern, TransposableNM):
         return brute_tiles(weight, pattern.n)
     scores = weight.detach().double().abs().movedim(1, -1)
     rows = scores.reshape(len(scores), -1, scores.shape[-1])  # [out, positions, in]
     marks = torch.zeros(rows.shape, dtype=torch.bool)
-    for first in range(0, rows.shape[0], pattern.rows):
-        block = range(first, first + pattern.rows)
+    for first in range(0, rows.shape[0], pattern.height):
+        block = range(first, first + pattern.height)
         for place in range(rows.shape[1]):
             for start in range(0, rows.shape[2], pattern.m):
                 group = range(start, start + pattern.m)
                 energy = {i: sum(float(rows[row, place, i]) ** 2 for row in block) for i in group}
-                shared = largest(energy, 4 if pattern.vnm else pattern.n)
+                shared = largest(energy, 4 if isinstance(pattern, VNM) else pattern.n)
                 for row in block:
                     own = {i: float(rows[row, place, i]) for i in shared}
-                    chosen = largest(own, pattern.n) if pattern.vnm else shared
+                    chosen = largest(own, pattern.n) if isinstance(pattern, VNM) else shared
                     marks[row, place, chosen] = True
     return marks.reshape(scores.shape).movedim(-1, 1)
 
@@ -104,7 +104,7 @@ LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
 def sizes(draw: st.DrawFn, largest: int = 32) -> Pattern:
     """Any 0 < n <= m, free rows."""
     m = draw(st.integers(1, largest))
-    return Pattern(draw(st.integers(1, m)), m)
+    return NM(draw(st.integers(1, m)), m)
 
 
 @st.composite
@@ -130,14 +130,14 @@ def free_cases(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
 def coarse_cases(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
     rows = draw(st.integers(2, 5))
     if draw(st.booleans()):
-        pattern = Pattern(draw(st.integers(1, 4)), draw(st.integers(4, 16)), rows, vnm=True)
+        pattern = VNM(draw(st.integers(1, 4)), draw(st.integers(4, 16)), rows)
     else:
         free = draw(sizes(16))
-        pattern = Pattern(free.n, free.m, rows)
+        pattern = SharedNM(free.n, free.m, rows)
     return draw(weights(pattern)), pattern
 
 
 @st.composite
 def tile_cases(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
-    pattern = Pattern(draw(st.integers(1, 3)), 4, transposable=True)
+    pattern = TransposableNM(draw(st.integers(1, 3)), 4)
     return draw(weights(pattern)), pattern

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsedm_compiler.errors import PatternError
 from sparsedm_compiler.masks.mask_ste import mask_ste, mask_ste_op
-from sparsedm_compiler.pattern import Pattern
+from sparsedm_compiler.patterns import SharedNM
 from tests.oracle import brute_mask
 
 
@@ -79,7 +79,7 @@ def test_the_fake_agrees_in_strides_and_dtype(name: str) -> None:
 
 def test_it_takes_a_pattern_or_its_text() -> None:
     weight = weights()["linear"]
-    assert torch.equal(mask_ste(weight, Pattern(1, 4, 2)), mask_ste(weight, "1:4x2"))
+    assert torch.equal(mask_ste(weight, SharedNM(1, 4, 2)), mask_ste(weight, "1:4x2"))
 
 
 def test_a_layer_gets_the_gradient_of_its_masked_weight() -> None:

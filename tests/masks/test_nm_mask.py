@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsedm_compiler.errors import MaskError, PatternError
-from sparsedm_compiler.masks import top_n as selection
 from sparsedm_compiler.masks.nm_mask import apply_inverse_mask, apply_mask, compute_mask, nm_mask
-from sparsedm_compiler.pattern import Pattern
+from sparsedm_compiler.patterns import VNM, Pattern
+from sparsedm_compiler.selection import top_n as selection
 from tests.masks.mask_cases import (
     DTYPES,
     LAYOUTS,
@@ -85,8 +85,8 @@ def test_dtype_and_layout_do_not_matter(case: tuple[Tensor, Pattern]) -> None:
 @given(coarse_cases())
 def test_the_rows_of_a_block_share_columns(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
-    mask = nm_mask(weight, pattern).unflatten(0, (-1, pattern.rows))
-    if pattern.vnm:
+    mask = nm_mask(weight, pattern).unflatten(0, (-1, pattern.height))
+    if isinstance(pattern, VNM):
         used = groups_of(mask.any(1), pattern.m).sum(1)
         assert bool((used <= 4).all())
     else:
@@ -127,7 +127,7 @@ def test_a_weight_of_many_parts(text: str, dtype: torch.dtype) -> None:
 def test_blocks_of_rows_in_many_parts(text: str) -> None:
     pattern = Pattern.parse(text)
     torch.manual_seed(0)
-    weight = torch.randint(-9, 10, (7 * pattern.rows, 3 * pattern.m)).float()
+    weight = torch.randint(-9, 10, (7 * pattern.height, 3 * pattern.m)).float()
     assert torch.equal(nm_mask(weight, pattern), brute(weight, pattern))
 
 

@@ -82,7 +82,7 @@ def test_the_kernels_of_free_masks_pack_it(kernel: tuple[int, ...], dtype: torch
     for candidate in family.candidates(PATTERN, dtype):
         assert candidate.name == "cpu_free"
         assert_same(unpack(family.pack(weight * mask, mask, PATTERN, candidate)), dense)
-    assert family.candidates(PATTERN, dtype) == family.candidates(sdm.Pattern(2, 4), dtype)
+    assert family.candidates(PATTERN, dtype) == family.candidates(sdm.Pattern.parse("2:4"), dtype)
 
 
 def test_convolutions_have_a_mask_per_position() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sparsedm_compiler.masks.mask_ste import _fused, mask_ste, mask_ste_op
 from sparsedm_compiler.masks.nm_mask import apply_inverse_mask, apply_mask, compute_mask
-from sparsedm_compiler.masks.top_n import KEYS
 from sparsedm_compiler.masks.triton_mask import _lanes, _launch, mask_by_triton, refusal
-from sparsedm_compiler.pattern import Pattern
+from sparsedm_compiler.patterns import Pattern
+from sparsedm_compiler.selection.top_n import KEYS
 from tests.backends.cuda.running import moved, on_cuda, on_device, run_interpreted
 from tests.masks.mask_cases import LAYOUTS, channels_last, coarse_cases, contiguous, free_cases
 
@@ -76,8 +76,8 @@ def test_any_pattern_and_layout(case: tuple[Tensor, Pattern], dtype: torch.dtype
 @pytest.mark.parametrize("text", [*FREE, *COARSE])
 def test_shapes_and_strides(text: str, dtype: torch.dtype) -> None:
     pattern = Pattern.parse(text)
-    blocks = 1 if pattern.m * pattern.rows > 100 else 3
-    weight = integers((blocks * pattern.rows, 2 * pattern.m, 2, 3), dtype)
+    blocks = 1 if pattern.m * pattern.height > 100 else 3
+    weight = integers((blocks * pattern.height, 2 * pattern.m, 2, 3), dtype)
     for layout in LAYOUTS:
         check(layout(weight), pattern)
         check(layout(weight[..., 1, 2]), pattern)

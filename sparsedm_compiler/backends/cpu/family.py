@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PackError
-from ...pattern import Pattern
+from ...patterns import Pattern, SharedNM
 from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, WeightFormat
 from .build import unavailable, version
 from .format import check, layout_of, refusal
@@ -39,7 +39,7 @@ class CpuFamily(KernelFamily):
 
     def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         """In the settings that won somewhere (benchmarks/sparse.py)."""
-        if pattern.rows > 1 and not pattern.vnm:
+        if isinstance(pattern, SharedNM):
             wide = dtype == torch.bfloat16 and pattern.rows % 16 == 0 and engine() != "plain"
             return (
                 *(KernelConfig("cpu_wide", (2048, 1), (tile,)) for tile in (3, 6) if wide),

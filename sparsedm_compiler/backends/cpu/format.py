@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PackError
-from ...pattern import Pattern
+from ...patterns import Pattern, SharedNM
 
 # Mirrored by format.h: change them together.
 _HEADER: Final = struct.Struct("<12iq3q")
@@ -123,7 +123,7 @@ def plan(
     wide: bool = False,
 ) -> Layout:
     """The layout for a mask of ``pattern``; ``width`` asks for another size of column blocks."""
-    share = 0 if pattern.vnm or pattern.rows == 1 else pattern.rows
+    share = pattern.rows if isinstance(pattern, SharedNM) else 0
     row_block = 256 if not share else max(1, 256 // share) * share
     target = width or (2048 if share else 128)
     groups = cols // pattern.m

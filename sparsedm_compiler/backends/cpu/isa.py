@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from ...pattern import Pattern
+from ...patterns import SharedNM
 from .abi import KernelArguments
 from .build import library, unavailable
 from .pack import pack
@@ -36,7 +36,7 @@ def multiplies(name: str) -> bool:
         torch.arange(rows * cols, device="cpu").view(rows, cols) * 37 % 17 - 8
     ).bfloat16() * mask
     x = (torch.arange(tokens * cols, device="cpu").view(tokens, cols) * 29 % 5 - 2).bfloat16()
-    packed = pack(weight, mask, Pattern(2, 4, rows), width=96, wide=True)
+    packed = pack(weight, mask, SharedNM(2, 4, rows), width=96, wide=True)
     out = torch.empty(tokens, rows, dtype=torch.bfloat16, device="cpu")
     call = KernelArguments(
         weight=packed.data_ptr(),

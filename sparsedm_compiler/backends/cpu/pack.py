@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelError, PackError
-from ...pattern import Pattern
+from ...patterns import Pattern
 from ..weight_matrix import matrix
 from .build import library
 from .format import empty, plan, refusal

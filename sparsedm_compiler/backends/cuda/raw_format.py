@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PackError
-from ...pattern import Pattern
+from ...patterns import Pattern
 from ..kernel_family import KernelConfig, KernelFamily, WeightFormat
 from ..weight_matrix import from_matrix, matrix
 

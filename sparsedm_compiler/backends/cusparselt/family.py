@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PackError
-from ...pattern import Pattern
+from ...patterns import Pattern
 from ..cuda.device import card, machine, no_cusparselt, no_tensor_cores
 from ..cuda.im2col import linear_or_conv
 from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, WeightFormat
@@ -88,23 +88,9 @@ def rows_by_cols(
     return values, mask
 
 
-def most_kept(pattern: Pattern) -> int:
-    """The most columns of an aligned 4 that a mask of the pattern can keep.
-
-    >>> [most_kept(Pattern.parse(text)) for text in ("2:4", "1:2", "2:8x16", "3:4", "31:32")]
-    [2, 2, 2, 3, 4]
-    """
-    n, m = pattern.n, pattern.m
-    windows = (range(start, start + GROUP) for start in range(0, math.lcm(m, GROUP), GROUP))
-    return max(
-        sum(min(n, sum(c // m == group for c in window)) for group in {c // m for c in window})
-        for window in windows
-    )
-
-
 def misfit(pattern: Pattern, rows: int, cols: int, multiple: int) -> str | None:
     """Why a weight of that size and pattern is none for sparse tensor cores, as a sentence."""
-    most = most_kept(pattern)
+    most = pattern.most_kept(GROUP)
     if most > KEPT:
         return (
             f"{pattern} keeps up to {most} of {GROUP} columns, which sparse tensor cores cannot "

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import PackError
-from ...pattern import Pattern
+from ...patterns import Pattern
 from ..cuda.device import card, machine, no_cusparselt, no_fp8_cores, no_tensor_cores
 from ..cuda.im2col import conv_as_linear, linear_or_conv
 from ..cuda.token_padding import by_rows

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...pattern import Pattern
+from ...patterns import Pattern
 from ...triton_support import unavailable
 from ..cuda.device import card, machine, no_tensor_cores
 from ..cuda.im2col import conv_as_linear, linear_or_conv
@@ -36,7 +36,7 @@ class GatherFamily(BareFamily):
 
     def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
         pattern = form.pattern
-        how = [pattern.n, pattern.m, pattern.rows, *tile]
+        how = [pattern.n, pattern.m, pattern.height, *tile]
         return linear_or_conv(gather.gather_linear_op, gather_conv2d_op, work, work.act, how)
 
     def machine(self) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelError, PackError
-from ...pattern import Pattern
+from ...patterns import Pattern, SharedNM
 from ...triton_support import device_of, interpreted
 from ...triton_support import unavailable as unavailable
 from ..custom_op import activate, fake_linear, register
@@ -39,14 +39,14 @@ def refusal(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str |
         return f"no gather kernel for {str(dtype).removeprefix('torch.')}"
     if pattern.is_dense:
         return f"{pattern} keeps everything"
-    if pattern.rows == 1 or pattern.vnm:
+    if not isinstance(pattern, SharedNM):
         return f"{pattern} shares no mask among rows"
-    if pattern.rows % _LEAST:
-        return f"{pattern.rows} rows that share a mask are no multiple of {_LEAST}"
+    if pattern.height % _LEAST:
+        return f"{pattern.height} rows that share a mask are no multiple of {_LEAST}"
     if cols % pattern.m:
         return f"{cols} columns are not whole groups of {pattern.m}"
-    if rows % pattern.rows:
-        return f"{rows} rows are not whole shares of {pattern.rows}"
+    if rows % pattern.height:
+        return f"{rows} rows are not whole shares of {pattern.height}"
     if _kept(pattern, cols) < _LEAST:
         return f"{_kept(pattern, cols)} kept columns are fewer than {_LEAST}"
     return None
@@ -64,7 +64,7 @@ def pack(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
     why = refusal(pattern, rows, cols, weight.dtype)
     if why is not None:
         raise PackError(f"a weight of {list(weight.shape)} cannot be packed to {pattern}: {why}")
-    shares = mask.to(torch.bool).reshape(-1, pattern.rows, cols)
+    shares = mask.to(torch.bool).reshape(-1, pattern.height, cols)
     first = shares[:, 0]
     counts = torch.unflatten(first, 1, (-1, pattern.m)).sum(2)
     if bool((shares != shares[:, :1]).any()) or bool((counts != pattern.n).any()):
@@ -74,7 +74,7 @@ def pack(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
     values, columns = views(packed, rows, cols, pattern, weight.dtype)
     where = first.nonzero()[:, 1].view(columns.shape)
     columns.copy_(where)
-    blocks = weight.detach().reshape(len(first), pattern.rows, cols).transpose(1, 2)
+    blocks = weight.detach().reshape(len(first), pattern.height, cols).transpose(1, 2)
     values.copy_(blocks.gather(1, where.unsqueeze(2).expand_as(values)))
     return packed
 
@@ -93,17 +93,17 @@ def views(
             f"the packed weight is not one of {rows} x {cols} to {pattern} in {dtype}, its bytes "
             f"side by side from a multiple of {_ALIGN}"
         )
-    shares, kept = rows // pattern.rows, _kept(pattern, cols)
+    shares, kept = rows // pattern.height, _kept(pattern, cols)
     count = shares * kept
-    values = packed[: count * pattern.rows * dtype.itemsize].view(dtype)
+    values = packed[: count * pattern.height * dtype.itemsize].view(dtype)
     columns = packed[start : start + 4 * count].view(torch.int32)
-    return values.view(shares, kept, pattern.rows), columns.view(shares, kept)
+    return values.view(shares, kept, pattern.height), columns.view(shares, kept)
 
 
 def unpack(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.dtype) -> Tensor:
     """[rows, cols]: the masked dense weight, to the bit."""
     values, columns = views(packed, rows, cols, pattern, dtype)
-    dense = values.new_zeros(len(values), pattern.rows, cols)
+    dense = values.new_zeros(len(values), pattern.height, cols)
     rows_first = values.transpose(1, 2)
     dense.scatter_(2, columns.long().unsqueeze(1).expand_as(rows_first), rows_first)
     return dense.flatten(0, 1)
@@ -119,11 +119,11 @@ def check(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.d
 def settings(pattern: Pattern, dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
     """The few ``how`` worth measuring on a shape, for long and for short inputs."""
     exact = dtype is torch.float32  # by the ordinary units, not the tensor cores
-    rows = min(64 if exact else 128, 1 << (pattern.rows - 1).bit_length())
+    rows = min(64 if exact else 128, 1 << (pattern.height - 1).bit_length())
     long = ((64, 32, 4, 3), (128, 32, 8, 3)) if exact else _LONG
     short = (16, 64, 4, 3) if exact else (16, 128, 4, 3)
     return tuple(
-        (pattern.n, pattern.m, pattern.rows, tokens, rows, k, num_warps, num_stages)
+        (pattern.n, pattern.m, pattern.height, tokens, rows, k, num_warps, num_stages)
         for tokens, k, num_warps, num_stages in (*long, short)
     )
 
@@ -195,7 +195,7 @@ def _launch(
 
 def _pattern(how: Sequence[int]) -> Pattern:
     n, m, rows = how[:3]
-    return Pattern(n, m, rows)
+    return SharedNM(n, m, rows)
 
 
 def _kept(pattern: Pattern, cols: int) -> int:
@@ -207,7 +207,7 @@ def _sizes(rows: int, cols: int, pattern: Pattern, dtype: torch.dtype) -> tuple[
     """Where the columns begin and all ends, in bytes."""
     values = rows * _kept(pattern, cols)
     start = ceil(values * dtype.itemsize / _ALIGN) * _ALIGN
-    return start, start + ceil(4 * values // pattern.rows / _ALIGN) * _ALIGN
+    return start, start + ceil(4 * values // pattern.height / _ALIGN) * _ALIGN
 
 
 gather_linear_op = register(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...pattern import Pattern
+from ...patterns import Pattern
 from ..cuda.device import card, machine, no_nvrtc, no_tensor_cores
 from ..cuda.im2col import conv_as_linear, linear_or_conv
 from ..cuda.nvrtc import unavailable
@@ -58,7 +58,7 @@ class VnmFamily(BareFamily):
 
     def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
         pattern = form.pattern
-        how = [*How(pattern.n, pattern.m, pattern.rows, *tile)]
+        how = [*How(pattern.n, pattern.m, pattern.height, *tile)]
         return linear_or_conv(vnm_linear_op, vnm_conv2d_op, work, work.act, how)
 
     def machine(self) -> tuple[Any, ...]:
@@ -67,5 +67,5 @@ class VnmFamily(BareFamily):
 
 def deepest(pattern: Pattern, tile: tuple[int, int, int], room: int) -> int:
     """The most stages of which a tile fits into ``room`` bytes of shared memory; 0 if none does."""
-    sizes = {deep: Tile(warp_rows(pattern.rows), *tile, deep) for deep in _STAGES}
+    sizes = {deep: Tile(warp_rows(pattern.height), *tile, deep) for deep in _STAGES}
     return next((deep for deep, each in sizes.items() if each.shared(pattern.m) <= room), 0)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import PackError
-from ...pattern import VNM_COLUMNS, Pattern
+from ...patterns import VNM, Pattern
+from ...patterns.vnm import SHARED_COLUMNS
 
 GROUPS = 8
 """Groups of m columns in a step."""
@@ -53,19 +54,19 @@ class Layout:
 
     @property
     def size(self) -> int:
-        return self.columns + self.rows // self.pattern.rows * self.steps * 64
+        return self.columns + self.rows // self.pattern.height * self.steps * 64
 
 
 def refusal(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
     """Why a weight cannot be packed, None if it can."""
-    if not pattern.vnm:
+    if not isinstance(pattern, VNM):
         return f"{pattern} is not V:n:m, which needs 4 shared columns of every m, e.g. '64:2:8'"
     if pattern.n > 2:
         return f"{pattern} keeps {pattern.n} of 4 columns, sparse tensor cores multiply 2"
     if dtype not in TYPES:
         return f"no V:n:m kernel for {str(dtype).removeprefix('torch.')}, only for half precision"
-    if pattern.rows % _TILE:
-        return f"{pattern.rows} rows that share columns are not a multiple of {_TILE}"
+    if pattern.height % _TILE:
+        return f"{pattern.height} rows that share columns are not a multiple of {_TILE}"
     if pattern.m > _WIDEST:
         return f"groups of {pattern.m} are wider than the {_WIDEST} columns a kernel gathers from"
     why = pattern.misfit(rows, cols)
@@ -83,9 +84,9 @@ def pack(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
     why = refusal(pattern, rows, cols, weight.dtype)
     if why is not None:
         raise PackError(f"a weight of {list(weight.shape)} cannot be packed to {pattern}: {why}")
-    blocks = mask.view(rows // pattern.rows, pattern.rows, -1, pattern.m)
-    columns = _first(blocks.any(1), VNM_COLUMNS, pattern)
-    chosen = columns.repeat_interleave(pattern.rows, 0)
+    blocks = mask.view(rows // pattern.height, pattern.height, -1, pattern.m)
+    columns = _first(blocks.any(1), SHARED_COLUMNS, pattern)
+    chosen = columns.repeat_interleave(pattern.height, 0)
     held = mask.view(rows, -1, pattern.m).gather(2, chosen)
     four = torch.where(held, weight.view(rows, -1, pattern.m).gather(2, chosen), 0)
     places = _first(held, 2, pattern)
@@ -108,9 +109,9 @@ def unpack(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.
     values = packed[: layout.meta].view(dtype).view(-1, steps, 8, 4, 2, 2, 2)
     values = values.permute(0, 5, 2, 1, 4, 3, 6).reshape(rows, steps * GROUPS, 2)[:, :groups]
     places = _places(packed, layout)[:, :groups]
-    columns = _columns(packed, layout).view(-1, steps * GROUPS, VNM_COLUMNS)[:, :groups]
+    columns = _columns(packed, layout).view(-1, steps * GROUPS, SHARED_COLUMNS)[:, :groups]
     columns = columns % pattern.m
-    where = columns.repeat_interleave(pattern.rows, 0).gather(2, places)
+    where = columns.repeat_interleave(pattern.height, 0).gather(2, places)
     dense = torch.zeros(rows, groups, pattern.m, dtype=dtype, device=packed.device)
     return dense.scatter_(2, where, values).view(rows, cols)
 
@@ -119,7 +120,7 @@ def check(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.d
     """Raise PackError unless the kernel can run these bytes, from wherever, within their bounds."""
     layout = _sized(packed, rows, cols, pattern)
     columns, places = _columns(packed, layout), _places(packed, layout)
-    begin = pattern.m * torch.arange(GROUPS).repeat_interleave(VNM_COLUMNS)
+    begin = pattern.m * torch.arange(GROUPS).repeat_interleave(SHARED_COLUMNS)
     inside = (columns >= begin) & (columns < begin + pattern.m)
     if not bool(inside.all()) or not bool((places[..., 0] < places[..., 1]).all()):
         raise PackError("the packed weight points outside of its columns")
@@ -146,7 +147,7 @@ def _places(packed: Tensor, layout: Layout) -> Tensor:
 def _columns(packed: Tensor, layout: Layout) -> Tensor:
     """[rows / V, steps, 32]: which columns of a step a block gathers."""
     columns = packed[layout.columns :].view(torch.int16)
-    return columns.view(-1, layout.steps, GROUPS * VNM_COLUMNS).long()
+    return columns.view(-1, layout.steps, GROUPS * SHARED_COLUMNS).long()
 
 
 def _first(marks: Tensor, count: int, pattern: Pattern) -> Tensor:
@@ -174,7 +175,7 @@ def _meta(places: Tensor, steps: int) -> Tensor:
 def _in_step(columns: Tensor, pattern: Pattern, steps: int) -> Tensor:
     """[blocks, groups, 4] columns of a group -> [blocks, steps, 32] int16 columns of a step."""
     missing = steps * GROUPS - columns.shape[1]
-    spare = torch.arange(VNM_COLUMNS, device=columns.device)
-    columns = torch.cat([columns, spare.expand(len(columns), missing, VNM_COLUMNS)], 1)
+    spare = torch.arange(SHARED_COLUMNS, device=columns.device)
+    columns = torch.cat([columns, spare.expand(len(columns), missing, SHARED_COLUMNS)], 1)
     begin = pattern.m * (torch.arange(steps * GROUPS, device=columns.device) % GROUPS)
     return (columns + begin.view(-1, 1)).view(len(columns), steps, -1).to(torch.int16)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import KernelError
-from ...pattern import Pattern
+from ...patterns import VNM, Pattern
 from ..custom_op import activate, register
 from .format import Layout, unpack
 from .launch import Launch, Problem, Tile, address, linear_build, on_device, turn_build
@@ -33,7 +33,7 @@ class How(NamedTuple):
 
     @property
     def pattern(self) -> Pattern:
-        return Pattern(self.n, self.m, self.share, vnm=True)
+        return VNM(self.n, self.m, self.share)
 
     @property
     def tile(self) -> Tile:

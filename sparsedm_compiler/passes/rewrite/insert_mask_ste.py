@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from ...graph.flat_graph import get_example_value
 from ...masks.mask_ste import mask_ste_op
-from ...pattern import Pattern
+from ...patterns import Pattern
 
 
 def insert_mask_ste(gm: fx.GraphModule, patterns: Mapping[fx.Node, Pattern]) -> int:

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from sparsedm_compiler.backends.gather.ops import pack, run_linear, settings
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.masks.triton_mask import mask_by_triton
-from sparsedm_compiler.pattern import Pattern
+from sparsedm_compiler.patterns import Pattern
 
 _SPILL, _SHARED_MEMORY = 64, 227 << 10  # bytes: per thread, per block
 _DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -82,7 +82,7 @@ def check_masks(compiled: list[Any]) -> None:
     for text in MASKS:
         pattern = Pattern.parse(text)
         for dtype in TYPES:
-            weight = torch.empty(4 * pattern.rows, 16 * pattern.m, 3, 3, dtype=dtype)
+            weight = torch.empty(4 * pattern.height, 16 * pattern.m, 3, 3, dtype=dtype)
             for view in (weight[..., 0, 0].contiguous(), weight):
                 mask_by_triton(view, pattern)
                 check(compiled[-1], (text, dtype))
@@ -97,7 +97,7 @@ def check_masks(compiled: list[Any]) -> None:
 def check_gathers(compiled: list[Any]) -> None:
     for text in GATHERS:
         pattern = Pattern.parse(text)
-        rows, cols = 2 * pattern.rows, 200 * pattern.m
+        rows, cols = 2 * pattern.height, 200 * pattern.m
         for dtype in TYPES:
             weight = torch.randn(rows, cols).to(dtype)
             packed, bias = pack(weight, nm_mask(weight, pattern), pattern), torch.zeros(rows)

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from sparsedm_compiler import KernelError, PackError, Pattern
-from sparsedm_compiler.backends.cusparselt.family import SemiFamily, most_kept
+from sparsedm_compiler.backends.cusparselt.family import SemiFamily
 from sparsedm_compiler.backends.cusparselt.ops import DEFAULT, semi_linear, semi_linear_op
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from sparsedm_compiler.backends.registry import FAMILIES
 from sparsedm_compiler.config import SPARSE_KERNELS
+from sparsedm_compiler.patterns import NM
 from tests.backends.cuda.here import ROUNDING, pruned
 from tests.oracle import assert_same
 
@@ -42,7 +43,7 @@ def test_the_families_and_the_config_name_the_same_kernels() -> None:
 def test_what_a_pattern_can_keep_of_four(pattern: str, most: int) -> None:
     """Refused beyond two, and never exceeded by masks that a brute force makes."""
     parsed = Pattern.parse(pattern)
-    assert most_kept(parsed) == most
+    assert parsed.most_kept(4) == most
     refusal = FAMILY.refusal(parsed, 64, 96, torch.bfloat16)
     assert (refusal is None) == (most <= 2)
     if refusal is not None:
@@ -64,9 +65,9 @@ def test_what_a_pattern_can_keep_of_four(pattern: str, most: int) -> None:
     ],
 )
 def test_what_is_refused(rows: int, cols: int, dtype: torch.dtype, said: str) -> None:
-    assert said in str(FAMILY.refusal(Pattern(2, 4), rows, cols, dtype))
+    assert said in str(FAMILY.refusal(NM(2, 4), rows, cols, dtype))
     with pytest.raises(PackError, match=said):
-        FAMILY.pack(*pruned((rows, cols), "2:4", dtype), Pattern(2, 4), KERNEL)
+        FAMILY.pack(*pruned((rows, cols), "2:4", dtype), NM(2, 4), KERNEL)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:8", "2:8", "1:2", "2:4x4", "16:2:8"])
@@ -89,7 +90,7 @@ def test_a_mask_of_three_is_refused_whatever_the_values() -> None:
     mask = torch.zeros(16, 16, dtype=torch.bool)
     mask[5, :3] = True
     with pytest.raises(PackError, match="keeps 3 of 4"):
-        FAMILY.pack(torch.zeros(16, 16).half(), mask, Pattern(2, 4), KERNEL)
+        FAMILY.pack(torch.zeros(16, 16).half(), mask, NM(2, 4), KERNEL)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -100,7 +101,7 @@ def test_it_is_the_linear_layer(dtype: torch.dtype, act: str, leading: tuple[int
     torch.manual_seed(1)
     x, bias = torch.randn(*leading, 32).to(dtype), torch.randn(48)
     op, how = FAMILY.call(
-        MatmulProblem(tuple(x.shape), dtype, act=act), WeightFormat(Pattern(2, 4)), DEFAULT
+        MatmulProblem(tuple(x.shape), dtype, act=act), WeightFormat(NM(2, 4)), DEFAULT
     )
     for b in (None, bias, bias.to(dtype)):
         exact = F.linear(x.double(), weight.double(), None if b is None else b.to(dtype).double())
@@ -174,7 +175,7 @@ def test_a_convolution_is_the_linear_layer_over_its_patches(
     bias = torch.randn(32).half()
     geometry = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
     work = MatmulProblem(tuple(x.shape), x.dtype, channels_last, act="silu", **geometry)
-    op, how = FAMILY.call(work, WeightFormat(Pattern(2, 4)), DEFAULT)
+    op, how = FAMILY.call(work, WeightFormat(NM(2, 4)), DEFAULT)
     out = op(x, packed, bias, 32, *how)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation)
     torch.testing.assert_close(out.double(), F.silu(exact), atol=3e-3, rtol=3e-3)
@@ -190,6 +191,6 @@ def test_a_pointwise_convolution_over_channels_last_copies_nothing() -> None:
 
 
 def test_candidates_are_the_algorithms_of_the_library() -> None:
-    found = FAMILY.candidates(Pattern(2, 4), torch.bfloat16)
+    found = FAMILY.candidates(NM(2, 4), torch.bfloat16)
     assert found[0] == KernelConfig("cuda_semi", (), DEFAULT)
     assert len({kernel.untiled for kernel in found}) == 1  # packed once for all of them

@@ -27,11 +27,12 @@ from sparsedm_compiler.backends.cusparselt.quantized import (
 )
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from sparsedm_compiler.models.uvit import UViT
+from sparsedm_compiler.patterns import NM
 from tests.autotune.test_select_kernel import Net
 from tests.backends.cuda.here import ROUNDING, kernels_of, pruned
 from tests.oracle import assert_same, oracle_of
 
-FAMILY, KERNEL, FORM = SemiFamily(), KernelConfig("cuda_semi"), WeightFormat(Pattern(2, 4))
+FAMILY, KERNEL, FORM = SemiFamily(), KernelConfig("cuda_semi"), WeightFormat(NM(2, 4))
 WHY_NOT = FAMILY.unavailable()
 pytestmark = [
     pytest.mark.gpu,
@@ -118,13 +119,13 @@ def test_every_algorithm_is_right_or_refuses(dtype: torch.dtype) -> None:
     x = torch.randn(136, 512, device="cuda").to(dtype)
     exact = F.linear(x.double(), weight.double())
     ran = []
-    for kernel in FAMILY.candidates(Pattern(2, 4), dtype):
+    for kernel in FAMILY.candidates(NM(2, 4), dtype):
         with contextlib.suppress(KernelError):
             out = semi_linear_op(x, packed, None, 256, kernel.tile)
             assert_near(out, exact, dtype)
             ran.append(kernel)
     assert ran[0].tile == DEFAULT
-    assert len(FAMILY.candidates(Pattern(2, 4), dtype)) == algorithms(dtype)
+    assert len(FAMILY.candidates(NM(2, 4), dtype)) == algorithms(dtype)
     with pytest.raises(KernelError, match="refuses algorithm 9999"):
         semi_linear_op(x, packed, None, 256, (9999, 1, -1))
     assert_near(semi_linear_op(x, packed, None, 256, DEFAULT), exact, dtype)  # nothing is broken
@@ -154,7 +155,7 @@ def test_weights_come_back_to_the_bit(
 def test_a_negative_zero_loses_its_sign_only() -> None:
     weight, mask = pruned((16, 16), "2:4", BF16)
     weight.view(-1)[mask.reshape(-1).nonzero()[::3].flatten()] = -0.0
-    packed = FAMILY.pack(weight.cuda(), mask.cuda(), Pattern(2, 4), KERNEL)
+    packed = FAMILY.pack(weight.cuda(), mask.cuda(), NM(2, 4), KERNEL)
     assert bool((FAMILY.unpack(packed, (16, 16), FORM).cpu() == weight).all())
 
 
@@ -231,8 +232,8 @@ def test_eight_bits_give_what_the_cpu_gives(kind: str, tokens: int) -> None:
         pytest.skip(why)
     weight, mask = pruned((96, 128), "2:4", BF16)
     kernel = KernelConfig(family.names[0])
-    here = family.pack(weight, mask, Pattern(2, 4), kernel)
-    there = family.pack(weight.cuda(), mask.cuda(), Pattern(2, 4), kernel)
+    here = family.pack(weight, mask, NM(2, 4), kernel)
+    there = family.pack(weight.cuda(), mask.cuda(), NM(2, 4), kernel)
     x, bias = torch.randn(tokens, 128).to(BF16), torch.randn(96)
     expected = semi_quantized_linear_op(x, here, bias, 96, kind, DEFAULT)
     beside = bias.cuda()

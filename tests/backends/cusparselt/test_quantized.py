@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler import PackError, Pattern
+from sparsedm_compiler import PackError
 from sparsedm_compiler.autotune import measure as measuring
 from sparsedm_compiler.backends.cuda.device import Card
 from sparsedm_compiler.backends.cusparselt import quantized
@@ -23,11 +23,12 @@ from sparsedm_compiler.backends.cusparselt.quantized import (
     semi_quantized_linear_op,
 )
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
+from sparsedm_compiler.patterns import NM
 from tests.backends.cuda.here import kernels_of, pruned, semi_on_cpu
 from tests.oracle import assert_same, oracle_of
 
 kinds = pytest.mark.parametrize("kind", list(KINDS))
-PATTERN, UNAVAILABLE = Pattern(2, 4), QuantizedFamily.unavailable
+PATTERN, UNAVAILABLE = NM(2, 4), QuantizedFamily.unavailable
 RELATIVE = {"int8": 0.02, "fp8": 0.06}
 """Of the largest output: int8 has 7 bits for the largest number, e4m3 has 4 for each."""
 
@@ -120,7 +121,7 @@ def test_what_is_refused() -> None:
     assert family.refusal(PATTERN, 32, 48, torch.bfloat16) == (
         "48 columns are not a multiple of 32, as cuSPARSELt wants"
     )
-    assert "keeps up to 3 of 4" in str(family.refusal(Pattern(3, 4), 32, 32, torch.bfloat16))
+    assert "keeps up to 3 of 4" in str(family.refusal(NM(3, 4), 32, 32, torch.bfloat16))
     assert "float64" in str(family.refusal(PATTERN, 32, 32, torch.float64))
     with pytest.raises(PackError, match="no file holds weights packed for cuda_semi_int8"):
         family.check(torch.zeros(9, dtype=torch.uint8), (32, 32), WeightFormat(PATTERN))

@@ -22,6 +22,7 @@ from sparsedm_compiler.backends.gather.ops import (
     views,
 )
 from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
+from sparsedm_compiler.patterns import SharedNM
 from sparsedm_compiler.triton_support import interpreted
 from tests.backends.cpu.cases import ACTS, assert_rounded
 from tests.backends.cuda.running import moved, on_cuda, on_device, run_interpreted
@@ -39,14 +40,14 @@ class Case:
     def __init__(self, text: str, shares: int, groups: int, dtype: torch.dtype) -> None:
         self.pattern = Pattern.parse(text)
         groups = max(groups, -(-16 // self.pattern.n))
-        self.rows, self.cols = shares * self.pattern.rows, groups * self.pattern.m
+        self.rows, self.cols = shares * self.pattern.height, groups * self.pattern.m
         weight = torch.randn(self.rows, self.cols).to(dtype)
         mask = nm_mask(weight, self.pattern)
         self.masked = apply_mask(weight, mask)
         self.packed = pack(weight, mask, self.pattern)
 
     def how(self, *cut: int) -> tuple[int, ...]:
-        return (self.pattern.n, self.pattern.m, self.pattern.rows, *cut)
+        return (self.pattern.n, self.pattern.m, self.pattern.height, *cut)
 
     def check(self, out: Tensor, x: Tensor, bias: Tensor | None, act: str) -> None:
         """Against float64. The interpreter cuts bits off a bfloat16 where others round."""
@@ -189,7 +190,7 @@ def test_settings_are_few_and_fit_the_kernel(text: str, dtype: torch.dtype) -> N
     found = settings(pattern, dtype)
     assert 1 <= len(found) == len({*found}) <= 6
     for how in found:
-        assert Pattern(*how[:3]) == pattern
+        assert SharedNM(*how[:3]) == pattern
         assert all(size >= 16 and size & (size - 1) == 0 for size in how[3:6])
 
 

@@ -28,7 +28,7 @@ def test_unpack_inverts_pack(
     """For the masks of a pattern, and for any part of one."""
     pattern = Pattern.parse(text)
     torch.manual_seed(seed)
-    shape = (blocks * pattern.rows, 8 * groups * pattern.m // (8 if pattern.m % 8 == 0 else 1))
+    shape = (blocks * pattern.height, 8 * groups * pattern.m // (8 if pattern.m % 8 == 0 else 1))
     weight = torch.randn(shape).to(dtype)
     mask = nm_mask(weight, pattern) & (torch.rand(shape) >= lost)
     packed = pack(weight, mask, pattern)

@@ -27,7 +27,7 @@ class Held:
     pattern: Pattern
 
     def how(self, tile: tuple[int, int, int, int] = SMALL, feature_major: bool = False) -> How:
-        return How(self.pattern.n, self.pattern.m, self.pattern.rows, *tile, feature_major)
+        return How(self.pattern.n, self.pattern.m, self.pattern.height, *tile, feature_major)
 
 
 def held(text: str, rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> Held:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsedm_compiler.errors import PatternError, SparseDMError
-from sparsedm_compiler.pattern import Pattern
+from sparsedm_compiler.patterns import NM, VNM, Pattern, SharedNM, TransposableNM
 
 
 @st.composite
@@ -19,10 +19,11 @@ def patterns(draw: st.DrawFn) -> Pattern:
     """Any legal pattern."""
     m = draw(st.integers(1, 64))
     if draw(st.integers(0, 9)) == 0:
-        return Pattern(draw(st.integers(1, 3)), 4, transposable=True)
+        return TransposableNM(draw(st.integers(1, 3)), 4)
     if draw(st.booleans()) and m >= 4:
-        return Pattern(draw(st.integers(1, 4)), m, draw(st.integers(1, 128)), vnm=True)
-    return Pattern(draw(st.integers(1, m)), m, draw(st.integers(1, 128)))
+        return VNM(draw(st.integers(1, 4)), m, draw(st.integers(1, 128)))
+    rows, n = draw(st.integers(1, 128)), draw(st.integers(1, m))
+    return NM(n, m) if rows == 1 else SharedNM(n, m, rows)
 
 
 @settings(deadline=None)
@@ -36,16 +37,16 @@ def test_its_text_reads_back_as_itself(pattern: Pattern) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("2:4", Pattern(2, 4)),
-        ("1:8", Pattern(1, 8)),
-        ("31:32", Pattern(31, 32)),
-        ("4:4", Pattern(4, 4)),
-        ("1:8x16", Pattern(1, 8, 16)),
-        ("64:2:8", Pattern(2, 8, 64, vnm=True)),
-        ("1:2:4", Pattern(2, 4, 1, vnm=True)),
-        ("1:4t", Pattern(1, 4, transposable=True)),
-        ("2:4t", Pattern(2, 4, transposable=True)),
-        ("3:4t", Pattern(3, 4, transposable=True)),
+        ("2:4", NM(2, 4)),
+        ("1:8", NM(1, 8)),
+        ("31:32", NM(31, 32)),
+        ("4:4", NM(4, 4)),
+        ("1:8x16", SharedNM(1, 8, 16)),
+        ("64:2:8", VNM(2, 8, 64)),
+        ("1:2:4", VNM(2, 4, 1)),
+        ("1:4t", TransposableNM(1, 4)),
+        ("2:4t", TransposableNM(2, 4)),
+        ("3:4t", TransposableNM(3, 4)),
     ],
 )
 def test_n_is_kept_and_m_is_the_group(text: str, expected: Pattern) -> None:
@@ -74,12 +75,10 @@ def test_only_n_of_4_is_transposable(text: str) -> None:
         Pattern.parse(text)
 
 
-@pytest.mark.parametrize(
-    "options", [{"m": 8}, {"n": 4}, {"n": 0}, {"rows": 4}, {"vnm": True}], ids=str
-)
+@pytest.mark.parametrize("options", [{"m": 8}, {"n": 4}, {"n": 0}], ids=str)
 def test_a_transposable_pattern_has_no_other_form(options: dict[str, Any]) -> None:
     with pytest.raises(PatternError, match="which alone are transposable"):
-        Pattern(**{"n": 2, "m": 4, **options}, transposable=True)
+        TransposableNM(**{"n": 2, "m": 4, **options})
 
 
 @pytest.mark.parametrize("value", [None, 24, 0.5, (2, 4), b"2:4"])
@@ -130,5 +129,5 @@ def test_it_is_a_frozen_value() -> None:
     pattern = Pattern.parse("2:4")
     with pytest.raises(FrozenInstanceError):
         pattern.n = 3  # type: ignore[misc]
-    assert len({pattern, Pattern(2, 4), Pattern(2, 4, 2)}) == 2
+    assert len({pattern, NM(2, 4), SharedNM(2, 4, 2)}) == 2
     assert Pattern.parse("2:4t") != pattern

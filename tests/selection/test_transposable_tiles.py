@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsedm_compiler.masks import transposable as tiles
 from sparsedm_compiler.masks.nm_mask import apply_mask, compute_mask, nm_mask
-from sparsedm_compiler.pattern import Pattern
+from sparsedm_compiler.patterns import Pattern
+from sparsedm_compiler.selection import transposable_tiles as tiles
 from tests.masks.mask_cases import DTYPES, KERNELS, brute, channels_last, legal_tiles
 
 properties = settings(deadline=None, max_examples=60)

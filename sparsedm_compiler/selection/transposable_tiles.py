@@ -14,8 +14,10 @@ from itertools import chain, combinations, combinations_with_replacement
 import torch
 from torch import Tensor
 
-from ..pattern import TILE
 from .top_n import KEYS
+
+TILE = 4
+"""Rows and columns of the tiles that a transposable mask is made of (Hubara et al. 2021)."""
 
 _FORMATS = {torch.float32: (23, 127, 27), torch.float64: (52, 1023, 58)}
 """Bits of the fraction, bias of the exponent, and of units: sums of 12 must not overflow."""

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from sparsedm_compiler.masks.sorting_network import SortingNetwork, build_selection_network
+from sparsedm_compiler.selection.sorting_network import SortingNetwork, build_selection_network
 
 
 def run(network: SortingNetwork, values: list[int]) -> list[int]:

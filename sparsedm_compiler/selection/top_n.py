@@ -15,7 +15,6 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from ..pattern import Pattern
 from .sorting_network import SortingNetwork, build_selection_network
 
 KEYS = {
@@ -42,27 +41,30 @@ _SORT_FROM = 64
 """Maxima and minima from which an accelerator sorts instead: each is a kernel launch."""
 
 
-def select_top_n(weight: Tensor, pattern: Pattern, columns: Tensor | None = None) -> Tensor:
-    """The n:m mask of rows that choose freely, or among ``columns`` [out / V, in, *kernel]."""
+def select_top_n(weight: Tensor, n: int, m: int, columns: Tensor | None = None) -> Tensor:
+    """Returns the mask of the ``n`` largest magnitudes of every ``m`` along the input channels.
+
+    weight: [out, in, *kernel]. columns: [out / V, in, *kernel], which V rows may choose from.
+    """
     mask = torch.empty_like(weight, dtype=torch.bool)
-    if pattern.is_dense or weight.numel() == 0:
+    if n == m or weight.numel() == 0:
         return mask.fill_(True)
     scratch = _Scratch(KEYS[weight.dtype], weight.device)
     if weight.device.type != "cpu":
-        _fill_at_once(weight, mask, columns, pattern, scratch)
+        _fill_at_once(weight, mask, columns, (n, m), scratch)
         return mask
     rows, marks = weight, mask
     if columns is None and _channels_last(weight) and _channels_last(mask):
         rows, marks = (x.movedim(1, -1).flatten(0, -2) for x in (weight, mask))
     shared = 1 if columns is None else len(weight) // len(columns)
-    slots = _slots(pattern, columns)
+    slots = _slots(m, columns)
     size = torch.get_num_threads() * max(_LANES * slots, _CACHE // weight.element_size())
     step = max(1, size * len(rows) // (rows.numel() * shared)) * shared
     parts = repeat(None) if columns is None else torch.split(columns, step // shared)
     for part, marked, chosen in zip(
         torch.split(rows, step), torch.split(marks, step), parts, strict=False
     ):
-        _fill(part, marked, chosen, pattern, scratch)
+        _fill(part, marked, chosen, (n, m), scratch)
     return mask
 
 
@@ -91,18 +93,18 @@ def _channels_last(tensor: Tensor) -> bool:
     return tensor.movedim(1, -1).is_contiguous()
 
 
-def _slots(pattern: Pattern, columns: Tensor | None) -> int:
+def _slots(m: int, columns: Tensor | None) -> int:
     """Into how many slices the weight is taken apart: m, or a block's worth of a big group."""
-    in_blocks = columns is None and pattern.m >= _BIG_GROUP and pattern.m % _BLOCK == 0
-    return _BLOCK if in_blocks else pattern.m
+    in_blocks = columns is None and m >= _BIG_GROUP and m % _BLOCK == 0
+    return _BLOCK if in_blocks else m
 
 
 def _fill(
-    weight: Tensor, mask: Tensor, columns: Tensor | None, pattern: Pattern, scratch: _Scratch
+    weight: Tensor, mask: Tensor, columns: Tensor | None, kept: tuple[int, int], scratch: _Scratch
 ) -> None:
     """Write the mask of a part of the rows that fits the cache."""
-    n, m = pattern.n, pattern.m
-    slots = _slots(pattern, columns)
+    n, m = kept
+    slots = _slots(m, columns)
     keys = _keys(_grouped(weight, slots), columns, scratch)
     kth, runner_up = _edges(keys, n, m, scratch)
     edge = kth
@@ -208,10 +210,10 @@ def _first_n(keys: Tensor, kth: Tensor, n: int, *, dim: int) -> Tensor:
 
 
 def _fill_at_once(
-    weight: Tensor, mask: Tensor, columns: Tensor | None, pattern: Pattern, scratch: _Scratch
+    weight: Tensor, mask: Tensor, columns: Tensor | None, kept: tuple[int, int], scratch: _Scratch
 ) -> None:
     """Write the whole mask without waiting for the device (an accelerator's way)."""
-    n, m = pattern.n, pattern.m
+    n, m = kept
     keys = _keys(_grouped(weight, m), columns, scratch)
     if build_selection_network((1,) * m, (min(n, m - n) - 1, min(n, m - n))).cost < _SORT_FROM:
         kth, _ = _edges(keys, n, m, scratch)

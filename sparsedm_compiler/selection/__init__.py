@@ -1,0 +1,1 @@
+"""Selection of the largest of every group of numbers, without a sort."""
