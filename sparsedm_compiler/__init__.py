@@ -10,7 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .compiler.api import compile, count_macs, explain, pattern_of, repattern, topology
+from .compiler.api import compile, explain, pattern_of, repattern
+from .compiler.counting import count_macs, topology
 from .compiler.guarded_forward import masked_parameters
 from .compiler.serialization import load, save
 from .errors import (

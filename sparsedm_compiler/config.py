@@ -32,7 +32,7 @@ Backend = str | Callable[..., Any]
 class CompileConfig:
     """What to prune to which pattern, and what compiles the result.
 
-    ``keep_dense``: globs over module and parameter names, or (until ``resolved``) a predicate over
+    ``keep_dense``: globs over module and parameter names, or (until ``bind``) a predicate over
     parameter names. ``pattern``: None to prune nothing but what ``overrides`` name, which then are
     the weights whose values satisfy a pattern already. ``exclude_kernels``,
     ``autotune_seconds`` and ``finalize`` are for mode "infer".
@@ -107,17 +107,17 @@ class CompileConfig:
 
     @property
     def dense_globs(self) -> tuple[str, ...]:
-        """``keep_dense`` of a resolved Config."""
+        """``keep_dense`` of a bound config."""
         assert isinstance(self.keep_dense, tuple)
         return self.keep_dense
 
-    def resolved(self, parameters: Iterable[tuple[str, ...]]) -> CompileConfig:
+    def bind(self, parameters: Iterable[tuple[str, ...]]) -> CompileConfig:
         """This Config for a model with these parameter names: the predicate asked, globs checked.
 
         Raises ConfigError for a glob that names nothing.
         """
         parameters = tuple(parameters)
-        config = self.asked(parameters)
+        config = self.evaluate_predicate(parameters)
         globs = [("keep_dense", glob) for glob in config.dense_globs]
         globs += [("overrides", glob) for glob, _ in self.overrides]
         globs += [("kernels", glob) for glob, _ in self.kernels]
@@ -130,7 +130,7 @@ class CompileConfig:
                 )
         return config
 
-    def asked(self, parameters: Iterable[tuple[str, ...]]) -> CompileConfig:
+    def evaluate_predicate(self, parameters: Iterable[tuple[str, ...]]) -> CompileConfig:
         """This Config with the predicate of ``keep_dense`` replaced by the names it chooses."""
         if isinstance(self.keep_dense, tuple):
             return self

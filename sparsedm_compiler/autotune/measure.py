@@ -21,8 +21,8 @@ from torch import Tensor
 from ..backends.cuda import timer as cuda
 from ..backends.custom_op import activate
 from ..backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
+from ..backends.packing import fold_weight
 from ..backends.registry import find_families, find_family
-from ..compiler.folded_weights import fold_weight
 from ..errors import KernelError
 from ..fileio import cache_folder, write_atomically
 from ..patterns import Pattern
@@ -48,68 +48,71 @@ class KernelTrial:
     weight: Tensor
     name: str
     pattern: Pattern
-    works: tuple[MatmulProblem, ...]
+    problems: tuple[MatmulProblem, ...]
     graphs: bool = False
 
 
 def measure_kernels(
-    subject: KernelTrial, kernels: Sequence[KernelConfig], search: AutotuneBudget
+    trial: KernelTrial, kernels: Sequence[KernelConfig], budget: AutotuneBudget
 ) -> dict[str, float] | None:
-    """Milliseconds of "dense" and of every kernel, from disk if they were measured before.
+    """Returns milliseconds of "dense" and of every kernel, from disk if measured before.
 
-    None where ``search`` has no time left; infinite for a kernel that is not to be believed.
+    None where ``budget`` has no time left; infinite for a kernel that refuses the size or gives
+    other numbers than dense.
     """
-    path = cache_folder("choices") / f"{_digest(subject)}.json"
+    path = cache_folder("choices") / f"{_digest(trial)}.json"
     found = _read(path)
     if found is not None and all(str(kernel) in found for kernel in kernels):
         return found
-    if search.seconds <= 0:
+    if budget.seconds <= 0:
         return None
     start = time.perf_counter()
     with torch.no_grad():
-        measured = _measure(subject, kernels)
-    search.seconds -= time.perf_counter() - start
+        measured = _measure(trial, kernels)
+    budget.seconds -= time.perf_counter() - start
     write_atomically(path, json.dumps(measured).encode())
     return measured
 
 
-def reproduces_dense(subject: KernelTrial, kernel: KernelConfig) -> bool:
-    """Whether a kernel runs the subject and gives dense's numbers, but for rounding."""
+def reproduces_dense(trial: KernelTrial, kernel: KernelConfig) -> bool:
+    """Whether a kernel runs the trial and gives dense's numbers, but for rounding."""
     with torch.no_grad():
-        return str(kernel) in _calls(subject, [kernel])
+        return str(kernel) in _calls(trial, [kernel])
 
 
-def _measure(subject: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, float]:
-    calls, device = _calls(subject, kernels), subject.weight.device
+def _measure(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, float]:
+    calls, device = _calls(trial, kernels), trial.weight.device
     if device.type == "cuda":
-        times = cuda.interleaved(calls, device, graphs=subject.graphs)
+        times = cuda.interleaved(calls, device, graphs=trial.graphs)
     else:
         times = interleaved(calls)
     return {**{str(kernel): math.inf for kernel in kernels}, **times}
 
 
-def _calls(subject: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, Callable[[], Any]]:
+def _calls(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, Callable[[], Any]]:
     """What "dense" does, and every kernel that takes the size and gives the same but for rounding.
 
     Not every kernel takes every size, which asking it tells, and none is believed before it has
     multiplied on this machine.
     """
-    weight, works = subject.weight.detach(), subject.works
-    dtype = works[0].dtype
-    inputs = [make_input(work, weight.device) for work in works]
+    weight, problems = trial.weight.detach(), trial.problems
+    dtype = problems[0].dtype
+    inputs = [make_input(problem, weight.device) for problem in problems]
 
     @cache
     def folded(kernel: KernelConfig | None) -> Tensor:
-        return fold_weight(weight, WeightFormat(subject.pattern, dtype, kernel), subject.name)
+        return fold_weight(weight, WeightFormat(trial.pattern, dtype, kernel), trial.name)
 
     def dense() -> list[Tensor]:
-        return [run_dense(work, x, folded(None)) for work, x in zip(works, inputs, strict=True)]
+        return [
+            run_dense(problem, x, folded(None)) for problem, x in zip(problems, inputs, strict=True)
+        ]
 
     expected, calls = dense(), {"dense": dense}
     refusals = KernelError if weight.device.type == "cpu" else Exception  # drivers' and Triton's
     for kernel in kernels:
         with suppress(refusals):
-            call = _sparse_calls(subject, inputs, folded(kernel.untiled), kernel)
+            call = _sparse_calls(trial, inputs, folded(kernel.untiled), kernel)
             if all(map(_agree, call(), expected)):
                 calls[str(kernel)] = call
     return calls
@@ -123,12 +126,12 @@ def _agree(out: Tensor, dense: Tensor) -> bool:
 
 
 def _sparse_calls(
-    subject: KernelTrial, inputs: list[Tensor], packed: Tensor, kernel: KernelConfig
+    trial: KernelTrial, inputs: list[Tensor], packed: Tensor, kernel: KernelConfig
 ) -> Callable[[], Any]:
-    rows = subject.weight.shape[0]
-    form = WeightFormat(subject.pattern, subject.works[0].dtype, kernel.untiled)
+    rows = trial.weight.shape[0]
+    form = WeightFormat(trial.pattern, trial.problems[0].dtype, kernel.untiled)
     family = find_family(kernel.name)
-    calls = [family.call(work, form, kernel.tile) for work in subject.works]
+    calls = [family.call(problem, form, kernel.tile) for problem in trial.problems]
     return lambda: [
         op(x, packed, None, rows, *how) for (op, how), x in zip(calls, inputs, strict=True)
     ]
@@ -150,27 +153,27 @@ def interleaved(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
             return {name: 1e3 * median(each) for name, each in times.items()}
 
 
-def run_dense(work: MatmulProblem, x: Tensor, weight: Tensor) -> Tensor:
+def run_dense(problem: MatmulProblem, x: Tensor, weight: Tensor) -> Tensor:
     """What the model does without a kernel."""
-    if work.kernel:
-        out = F.conv2d(x, weight, None, work.stride, work.padding, work.dilation)
+    if problem.kernel:
+        out = F.conv2d(x, weight, None, problem.stride, problem.padding, problem.dilation)
     else:
         out = F.linear(x, weight)
-    return activate(out, work.act)
+    return activate(out, problem.act)
 
 
-def make_input(work: MatmulProblem, device: torch.device) -> Tensor:
+def make_input(problem: MatmulProblem, device: torch.device) -> Tensor:
     """A random input for it."""
-    x = torch.randn(work.inputs, dtype=torch.float32, device=device).to(work.dtype)
-    return x.contiguous(memory_format=torch.channels_last) if work.channels_last else x
+    x = torch.randn(problem.inputs, dtype=torch.float32, device=device).to(problem.dtype)
+    return x.contiguous(memory_format=torch.channels_last) if problem.channels_last else x
 
 
-def _digest(subject: KernelTrial) -> str:
+def _digest(trial: KernelTrial) -> str:
     """Of all that a time depends on."""
-    weight = subject.weight
+    weight = trial.weight
     machine = [family.machine() for family in find_families(weight.device.type)]
     shape = tuple(weight.shape)
-    about = (machine, shape, str(subject.pattern), subject.works, subject.graphs)
+    about = (machine, shape, str(trial.pattern), trial.problems, trial.graphs)
     return hashlib.sha256(repr(about).encode()).hexdigest()[:24]
 
 

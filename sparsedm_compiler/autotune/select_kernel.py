@@ -1,19 +1,17 @@
-"""Measured gating: every kernel that could run a weight is timed beside dense, the fastest wins."""
+"""Kernel selection: all that could run a weight are timed beside dense, the fastest wins."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends.kernel_family import KernelConfig, WeightFormat
+from ..backends.kernel_family import KernelConfig, KernelFamily, WeightFormat
 from ..backends.registry import find_families, find_family
 from ..config import GRAPHS, CompileConfig
-from ..passes.analysis.find_uses import WeightUse
-from ..patterns import Pattern, TransposableNM
-from ..reports import Choice
+from ..passes import KernelTimes, PlannedWeight, Refusal, Status
+from ..patterns import TransposableNM
 from .measure import AutotuneBudget, KernelTrial, measure_kernels, reproduces_dense
 
 MARGIN = 0.96
@@ -23,163 +21,165 @@ TRAINING = "cuda_semi"
 """The kernel that masked weights may be multiplied by in training."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """A Choice with what carries it out: the form of the weight, and the kernel (None: dense)."""
-
-    choice: Choice
-    form: WeightFormat
-    kernel: KernelConfig | None = None
-
-
 def select_kernel(
-    weight: Tensor,
-    name: str,
-    pattern: Pattern,
-    uses: tuple[WeightUse, ...] | str,
+    row: PlannedWeight, weight: Tensor, config: CompileConfig, budget: AutotuneBudget
+) -> PlannedWeight:
+    """Plans what runs a folded weight: pinned, the only way, or the fastest measured.
+
+    Args:
+        row: The weight as planned so far; its kernel is ignored.
+        weight: Its values.
+        config: The user's options (``kernels``, ``exclude_kernels``, ``backend``).
+        budget: The seconds left to measure, which this call spends.
+
+    Returns:
+        ``row`` with kernel, weight format, status, reason and times.
+    """
+    wanted = config.kernel_of(row.name)
+    if isinstance(row.uses, Refusal):
+        return row.run_dense(row.uses.sentence)
+    if wanted == "dense":
+        return row.run_dense("pinned by kernels=", status=Status.PINNED)
+    candidates = _list_candidates(row, weight, config, wanted)
+    if isinstance(candidates, Refusal):
+        return row.run_dense(candidates.sentence)
+    trial = KernelTrial(weight, row.name, row.pattern, row.problems, config.backend == GRAPHS)
+    if wanted != "auto":
+        kernel = candidates[0]
+        doubtful = weight.is_cuda and not find_family(kernel.name).inexact
+        if doubtful and not reproduces_dense(trial, kernel):
+            return row.run_dense(_distrust(candidates[:1]))
+        return _run_sparse(row, weight, kernel, Status.PINNED, "pinned by kernels=")
+    return _select_fastest(row, candidates, trial, config, budget)
+
+
+def _select_fastest(
+    row: PlannedWeight,
+    candidates: tuple[KernelConfig, ...],
+    trial: KernelTrial,
     config: CompileConfig,
-    search: AutotuneBudget,
-) -> Chosen:
-    """The kernel for a weight, with the reason: pinned, the only one, or the fastest measured."""
-    asked = config.kernel_of(name)
-    why_not, able = _able(weight, pattern, uses, config, asked)
-    dense = WeightFormat(pattern)
-    if isinstance(uses, str) or not able:
-        return Chosen(_choice(name, weight, uses, "dense", why_not), dense)
-    works = tuple(use.work for use in uses)
-    subject = KernelTrial(weight, name, pattern, works, config.backend == GRAPHS)
-    if asked != "auto":
-        if (
-            weight.is_cuda
-            and not find_family(able[0].name).inexact
-            and not reproduces_dense(subject, able[0])
-        ):
-            why = _distrust(able[:1])
-            return Chosen(_choice(name, weight, uses, "dense", why), dense)
-        return _sparse(name, weight, pattern, uses, able[0], "pinned by kernels=")
-    times = measure_kernels(subject, able, search)
-    if times is None:
-        why = f"not measured: autotune_seconds={config.autotune_seconds:g} were spent"
-        return Chosen(_choice(name, weight, uses, "dense", why), dense)
-    best = min(able, key=lambda each: times[str(each)])
-    if times[str(best)] == math.inf:
-        return Chosen(_choice(name, weight, uses, "dense", _distrust(able)), dense)
-    measured = {"dense_ms": times["dense"], "sparse_ms": times[str(best)]}
-    if times[str(best)] >= MARGIN * times["dense"]:
-        why = f"{best.name} was not faster"
-        return Chosen(_choice(name, weight, uses, "dense", why, **measured), dense)
-    return _sparse(name, weight, pattern, uses, best, "fastest measured", **measured)
+    budget: AutotuneBudget,
+) -> PlannedWeight:
+    milliseconds = measure_kernels(trial, candidates, budget)
+    if milliseconds is None:
+        spent = f"not measured: autotune_seconds={config.autotune_seconds:g} were spent"
+        return row.run_dense(spent)
+    dense_ms = milliseconds["dense"]
+    best = min(candidates, key=lambda kernel: milliseconds[str(kernel)])
+    best_ms = milliseconds[str(best)]
+    if best_ms == math.inf:
+        return row.run_dense(_distrust(candidates))
+    times = KernelTimes(dense_ms, best_ms)
+    if best_ms >= MARGIN * dense_ms:
+        reason = f"{best.name} was not faster"
+        return row.run_dense(reason, status=Status.MEASURED, times=times)
+    return _run_sparse(row, trial.weight, best, Status.MEASURED, "fastest measured", times)
 
 
-def _distrust(able: tuple[KernelConfig, ...]) -> str:
-    names = " and ".join(dict.fromkeys(each.name for each in able))
+def _distrust(kernels: tuple[KernelConfig, ...]) -> str:
+    names = " and ".join(dict.fromkeys(kernel.name for kernel in kernels))
     return f"{names} refused its size, or gave other numbers than dense"
 
 
-def _able(
-    weight: Tensor,
-    pattern: Pattern,
-    uses: tuple[WeightUse, ...] | str,
-    config: CompileConfig,
-    asked: str,
-) -> tuple[str, tuple[KernelConfig, ...]]:
-    """Why dense, and the kernels that could run the weight; none if there is a reason."""
-    if isinstance(uses, str):
-        return uses, ()
-    if asked == "dense":
-        return "pinned by kernels=", ()
-    families = find_families(weight.device.type)
-    named = tuple(each for each in families if asked in each.names)
-    families = named or tuple(each for each in families if not each.inexact)
-    if isinstance(weight, FakeTensor) or not families:
-        return f"no sparse kernel for {weight.device.type} tensors yet", ()
-    dtypes = {use.work.dtype for use in uses}
+def _list_candidates(
+    row: PlannedWeight, weight: Tensor, config: CompileConfig, wanted: str
+) -> tuple[KernelConfig, ...] | Refusal:
+    """Returns the kernels that could run the weight, at least one, or why none can."""
+    families = _list_families(weight, wanted)
+    if isinstance(families, Refusal):
+        return families
+    dtypes = {problem.dtype for problem in row.problems}
     if len(dtypes) > 1:
-        return "it runs in more than one dtype", ()
+        return Refusal("it runs in more than one dtype")
     dtype = dtypes.pop()
     size = weight.shape[0], weight[0].numel()
-    why_not = {each: each.unavailable() or each.refusal(pattern, *size, dtype) for each in families}
-    if all(why_not.values()):
-        return "; ".join(dict.fromkeys(filter(None, why_not.values()))), ()
-    able = [
-        each
+    reasons = {
+        family: family.unavailable() or family.refusal(row.pattern, *size, dtype)
         for family in families
-        if not why_not[family]
-        for each in family.candidates(pattern, dtype)
+    }
+    if all(reasons.values()):
+        return Refusal("; ".join(dict.fromkeys(filter(None, reasons.values()))))
+    kernels = [
+        kernel
+        for family in families
+        if not reasons[family]
+        for kernel in family.candidates(row.pattern, dtype)
+        if kernel.name not in config.exclude_kernels
     ]
-    found = tuple(each for each in able if each.name not in config.exclude_kernels)
-    if asked in ("auto", "sparse"):
-        return "every kernel for it is in exclude_kernels=", found
-    found = tuple(each for each in found if each.name == asked)
-    where = f"pattern {pattern} on {weight.device.type}"
-    return f"{asked!r}, asked by kernels=, does not run {where}", found
+    if wanted in ("auto", "sparse"):
+        return tuple(kernels) or Refusal("every kernel for it is in exclude_kernels=")
+    return tuple(kernel for kernel in kernels if kernel.name == wanted) or Refusal(
+        f"{wanted!r}, asked by kernels=, does not run pattern {row.pattern} on {weight.device.type}"
+    )
 
 
-def _sparse(
-    name: str,
+def _list_families(weight: Tensor, wanted: str) -> tuple[KernelFamily, ...] | Refusal:
+    """Returns the families to choose from: the one that is named, or all that are exact."""
+    families = find_families(weight.device.type)
+    named = tuple(family for family in families if wanted in family.names)
+    families = named or tuple(family for family in families if not family.inexact)
+    if isinstance(weight, FakeTensor) or not families:
+        return Refusal(f"no sparse kernel for {weight.device.type} tensors yet")
+    return families
+
+
+def _run_sparse(
+    row: PlannedWeight,
     weight: Tensor,
-    pattern: Pattern,
-    uses: tuple[WeightUse, ...],
     kernel: KernelConfig,
-    why: str,
-    **measured: float,
-) -> Chosen:
+    status: Status,
+    reason: str,
+    times: KernelTimes | None = None,
+) -> PlannedWeight:
     if inexact := find_family(kernel.name).inexact:
-        why = f"{why}; it {inexact}"
-    choice = _choice(name, weight, uses, kernel.name, why, **measured)
-    dtype = None if uses[0].work.dtype == weight.dtype else uses[0].work.dtype
-    return Chosen(choice, WeightFormat(pattern, dtype, kernel.untiled), kernel)
-
-
-def _choice(
-    name: str,
-    weight: Tensor,
-    uses: tuple[WeightUse, ...] | str,
-    kernel: str,
-    why: str,
-    dense_ms: float | None = None,
-    sparse_ms: float | None = None,
-) -> Choice:
-    inputs = () if isinstance(uses, str) else tuple(use.work.inputs for use in uses)
-    return Choice(name, inputs, kernel, why, dense_ms, sparse_ms)
+        reason = f"{reason}; it {inexact}"
+    dtype = row.problems[0].dtype
+    weight_format = WeightFormat(
+        row.pattern, None if dtype == weight.dtype else dtype, kernel.untiled
+    )
+    return row.run_sparse(kernel, weight_format, status=status, reason=reason, times=times)
 
 
 def select_training_kernel(
-    weight: Tensor,
-    name: str,
-    pattern: Pattern,
-    uses: tuple[WeightUse, ...] | str,
-    config: CompileConfig,
-) -> Choice | None:
-    """Whether a masked weight is multiplied sparse in training; None where nobody asked for it."""
-    asked = config.kernel_of(name)
-    if asked in ("auto", "dense"):
-        return None
-    why_not = _no_training(weight, pattern, uses, asked)
-    if why_not is not None:
-        return _choice(name, weight, uses, "dense", why_not)
-    backward = (
-        ""
-        if isinstance(pattern, TransposableNM)
-        else "; the gradient of x is dense, '2:4t' makes it sparse"
+    row: PlannedWeight, weight: Tensor, config: CompileConfig
+) -> PlannedWeight:
+    """Plans whether a masked weight is multiplied sparse in training, where ``kernels`` says so.
+
+    Args:
+        row: The weight as planned so far.
+        weight: Its values, which may be a FakeTensor.
+        config: The user's options.
+
+    Returns:
+        ``row`` as it was where no kernel was asked for, else with kernel, status and reason.
+    """
+    wanted = config.kernel_of(row.name)
+    if wanted in ("auto", "dense"):
+        return row
+    refusal = _refuse_training(row, weight, wanted)
+    if refusal is not None:
+        return row.run_dense(refusal.sentence)
+    backward = "; the gradient of x is dense, '2:4t' makes it sparse"
+    if isinstance(row.pattern, TransposableNM):
+        backward = ""
+    reason = f"pinned by kernels={backward}"
+    return row.run_sparse(
+        KernelConfig(TRAINING), row.weight_format, status=Status.PINNED, reason=reason
     )
-    return _choice(name, weight, uses, TRAINING, f"pinned by kernels={backward}")
 
 
-def _no_training(
-    weight: Tensor, pattern: Pattern, uses: tuple[WeightUse, ...] | str, asked: str
-) -> str | None:
-    if asked not in ("sparse", TRAINING):
-        return f"{asked!r} does not run in training, {TRAINING!r} does"
-    if isinstance(uses, str):
-        return uses
-    families = [each for each in find_families(weight.device.type) if TRAINING in each.names]
+def _refuse_training(row: PlannedWeight, weight: Tensor, wanted: str) -> Refusal | None:
+    if wanted not in ("sparse", TRAINING):
+        return Refusal(f"{wanted!r} does not run in training, {TRAINING!r} does")
+    if isinstance(row.uses, Refusal):
+        return row.uses
+    families = [family for family in find_families(weight.device.type) if TRAINING in family.names]
     if not families:
-        return f"no sparse product for training on {weight.device.type} tensors"
-    if any(use.work.kernel for use in uses):
-        return "no sparse convolution for training"
+        return Refusal(f"no sparse product for training on {weight.device.type} tensors")
+    if any(problem.kernel for problem in row.problems):
+        return Refusal("no sparse convolution for training")
     size = weight.shape[0], weight[0].numel()
-    why_not = families[0].unavailable()
-    for use in uses:
-        why_not = why_not or families[0].refusal(pattern, *size, use.work.dtype)
-    return why_not
+    reason = families[0].unavailable()
+    for problem in row.problems:
+        reason = reason or families[0].refusal(row.pattern, *size, problem.dtype)
+    return None if reason is None else Refusal(reason)

@@ -93,7 +93,7 @@ def subject_of(options: argparse.Namespace) -> Subject:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Check the request; with --dry-run make the model too. Raises SparseDMError."""
-    from ..compiler.lower import resolve_backend
+    from ..compiler.inner_backend import resolve_backend
     from ..errors import ConfigError
     from ..models.loading import open_called
 

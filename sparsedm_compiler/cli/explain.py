@@ -76,7 +76,7 @@ def real(call: Any, device: torch.device) -> Any:
 
 def counted(example: Called, config: CompileConfig) -> MacsReport:
     """The MACs of the model as it was pruned."""
-    from ..compiler.api import count_macs
+    from ..compiler.counting import count_macs
 
     model, args, kwargs = example
     return count_macs(

@@ -100,7 +100,7 @@ def count(
     name: str, called: Called, patterns: Sequence[Pattern], options: argparse.Namespace
 ) -> Count:
     """The MACs of the model of that name at every pattern. Raises SparseDMError."""
-    from ..compiler.api import count_macs
+    from ..compiler.counting import count_macs
 
     model, args, kwargs = called
     reports = {

@@ -90,7 +90,7 @@ def add_source(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
 
 def source_of(options: argparse.Namespace) -> Source:
     """The model that was asked for, checked on the meta device. Raises SparseDMError."""
-    from ..compiler.lower import resolve_backend
+    from ..compiler.inner_backend import resolve_backend
     from ..models import load_weights, open_model
     from ..models.loading import may_be_trained
 
@@ -157,7 +157,7 @@ def in_mode(model: nn.Module, mode: str) -> nn.Module:
     ((_, forward),) = require_compiled(model)
     if forward.config.mode == mode:
         return model
-    if forward.folding.folds.packed:
+    if forward.weights.packed:
         raise ConfigError("these weights are finalized, their dense values are gone: --mode infer")
     config = replace(forward.config, mode=mode)
     return install(model, config, forward.decisions, forward.known)

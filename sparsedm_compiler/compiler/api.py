@@ -1,27 +1,21 @@
-"""The whole story: capture -> analyse -> rewrite -> lower -> run.
+"""The whole story: capture -> analyse -> plan -> rewrite -> fold -> run.
 
 ``compile`` only installs the guarded forward. At the first call, and again for every new shape or
 setting, TorchDynamo captures the module's own forward and hands each graph to
-``SparseForward._backend``:
+``SparseForward._backend``, which does in order:
 
-    captured        the graph, its placeholders named after parameters     capture.py
-    find_sites      every product in it, with the parameter behind         passes/find_sites.py
-    mark_prunable   a Decision per weight                                  passes/mark_prunable.py
+    bind_parameters   names the placeholders after the model's parameters   graph/capture.py
+    find_sites        finds every product, with the parameter behind it     passes/analysis/
+    mark_prunable     decides on every weight: a pattern, or a refusal      passes/analysis/
+    plan_weights      plans what runs every pruned weight                   compiler/lower.py
+      find_uses         its products as a kernel sees them                  passes/analysis/
+      select_kernel     dense or a kernel, as measured                      autotune/
+    lower             turns graph and plan into what runs                   compiler/lower.py
+      run_passes        the rewrites passes.TRAIN or passes.INFER, verify   passes/pipeline.py
+      fold              masks and packs the weights (mode "infer")          folded_weights.py
+      compile_graph     the inner compiler                                  inner_backend.py
 
-In mode "train":
-
-    run_rewrites    linear(x, w) -> linear(x, mask_ste(w)), then verify    pipeline.py
-    lower           the inner compiler                                     lowering.py
-
-In mode "infer", ``lowering.fold``:
-
-    find_uses       every use of a weight, as a kernel would run it        passes/find_uses.py
-    choose          dense or a kernel, as measured                         choose.py
-    lower_sparse    linear(x, w) -> nm_linear(x, packed w)                 passes/lower_sparse.py
-    pad_tokens      rows of zeros where a kernel wants more tokens         passes/pad_tokens.py
-    lower           the inner compiler, given the folded weights           folding.py
-
-and every call proves that the graph has run                               runtime.py
+and every call proves that the graph has run (compiler/guarded_forward.py).
 """
 
 from __future__ import annotations
@@ -35,22 +29,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..backends.packing import PackedWeight
 from ..config import Backend, CompileConfig
 from ..errors import ConfigError
-from ..graph.capture import capture, find_own_forward, map_parameter_names, record_eager_products
+from ..graph.capture import find_own_forward, map_parameter_names
 from ..masks.detect import detect_patterns
-from ..passes import count_macs as count
-from ..passes import find_eager_sites, find_sites, mark_eager, mark_prunable
-from ..passes import trace_topology as wire
 from ..patterns import Pattern
-from ..reports import Decision, Explanation, MacsReport, Topology
-from .folded_weights import PackedWeight
+from ..reports import Decision, Explanation
 from .guarded_forward import SparseForward, masked_parameters, require_compiled
-from .lower import resolve_backend
+from .inner_backend import resolve_backend
 
 Model = TypeVar("Model", bound=nn.Module)
-KeepDense = str | Iterable[str] | Callable[[str], bool]
-Overrides = Mapping[str, str | Pattern]
 
 
 def compile(
@@ -58,8 +47,8 @@ def compile(
     pattern: str | Pattern | None = None,
     *,
     mode: str = "train",
-    keep_dense: KeepDense = (),
-    overrides: Overrides | None = None,
+    keep_dense: str | Iterable[str] | Callable[[str], bool] = (),
+    overrides: Mapping[str, str | Pattern] | None = None,
     policy: str = "structural",
     inplace: bool = False,
     backend: Backend = "auto",
@@ -68,37 +57,52 @@ def compile(
     autotune_seconds: float = 60.0,
     finalize: bool = False,
 ) -> Model:
-    """A copy of ``model`` that runs its Conv and Linear weights masked to an N:M pattern.
+    """Returns a copy of a model that runs its Conv and Linear weights masked to an N:M pattern.
 
-    The copy has the same class, config and state_dict keys; its parameters stay dense ("latent")
-    and are masked afresh in every forward, with a straight-through gradient (``mode="train"``), or
-    masked once (``mode="infer"``). ``pattern``: "n:m" keeps n of m, "2:4t" does so in W and its
-    transpose, "1:8x16" shares masks among rows, "64:2:8" is V:n:m; left out in mode "infer",
-    weights that already satisfy an N:M pattern run by it and all others dense. ``keep_dense``:
-    names or globs of layers, or a predicate over parameter names. ``overrides``: {glob: pattern},
-    the first match wins. ``policy``: "structural" keeps the first and last op dense, "all" does
-    not, "uvit" prunes what the paper prunes. ``inplace``: change ``model`` itself. ``backend``:
-    what compiles the rewritten graph, any torch.compile backend ("auto": Inductor where there is
-    a C++ compiler, else "eager").
+    The copy has the same class, config and state_dict keys. In mode "train" its parameters stay
+    dense (latent weights) and are masked in every forward, with a straight-through gradient. In
+    mode "infer" they are masked once, and each runs by the fastest of dense and the sparse
+    kernels, as measured at the first call. The graph is captured at the first call; from then on
+    the model runs its masks or raises DenseRunError.
 
-    In mode "infer" every folded weight is run by the fastest of dense and the sparse kernels, as
-    measured here at the first call (kept on disk; at most ``autotune_seconds`` per model, what is
-    not measured stays dense). ``kernels``: {glob: "dense", "sparse" or a kernel's name} pins them,
-    ``exclude_kernels`` rules kernels out. ``explain`` shows each choice with its times.
-    ``finalize`` frees the dense weights that a sparse kernel runs, at the first call: only the
-    packed ones are left, and state_dict() gives the masked dense weights they stand for. In mode
-    "train" ``kernels`` may name "cuda_semi": 2:4 products on a GPU's sparse tensor cores,
-    compressed anew in every step.
+    Args:
+        model: Any nn.Module; wrap it (DDP, torch.compile) afterwards, not before.
+        pattern: "n:m" keeps n of every m weights along the input channels. "1:8x16" shares each
+            mask among 16 output rows, "64:2:8" is V:n:m, "2:4t" is transposable. None, in mode
+            "infer" only: every weight runs by the pattern that its zeros already satisfy.
+        mode: "train" or "infer".
+        keep_dense: Names or globs of layers that stay dense, or a predicate over parameter names.
+        overrides: {glob: pattern} for layers with another pattern; the first match wins.
+        policy: "structural" keeps the first and last op of the graph dense, "all" does not,
+            "uvit" prunes the layers that the SparseDM paper prunes.
+        inplace: Whether to change ``model`` itself instead of a copy.
+        backend: What compiles the rewritten graph: a torch.compile backend's name or function,
+            "inductor-graphs" (Inductor with CUDA graphs), or "auto": Inductor where there is a
+            C++ compiler, else "eager".
+        kernels: {glob: "dense", "sparse" or a kernel's name} pins kernels instead of measuring. In
+            mode "train" only "cuda_semi" (2:4 products on a GPU's sparse tensor cores) can be
+            pinned.
+        exclude_kernels: Names of kernels that are not to be used.
+        autotune_seconds: The most seconds that measuring kernels may take, for the whole model;
+            a weight that was not measured stays dense. Results are kept on disk.
+        finalize: Whether to free the dense weights that a sparse kernel runs, after the first
+            call; ``state_dict()`` then gives the masked dense values. Mode "infer" only.
 
-    The graph is captured at the first call. A model returned from here runs its masks or raises
-    DenseRunError. Raises PatternError or ConfigError for options that fit nothing.
+    Returns:
+        The sparse model, of the class of ``model``.
 
-    >>> import torch, sparsedm_compiler as sdm
-    >>> net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
-    >>> student = sdm.compile(net, pattern="2:4", backend="eager")
-    >>> _ = student(torch.randn(1, 8))
-    >>> sdm.explain(student).masked
-    ('1.weight',)
+    Raises:
+        PatternError: If a pattern is misspelled.
+        ConfigError: If an option has an unknown value, a glob names no parameter, or ``model`` is
+            a wrapper.
+
+    Example:
+        >>> import torch, sparsedm_compiler as sdm
+        >>> net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+        >>> student = sdm.compile(net, pattern="2:4", backend="eager")
+        >>> _ = student(torch.randn(1, 8))
+        >>> sdm.explain(student).masked
+        ('1.weight',)
     """
     check_model(model)
     config = CompileConfig.create(
@@ -123,12 +127,12 @@ def compile(
                 f"no weight of {type(model).__name__} satisfies an N:M pattern; give the one to "
                 "prune to, e.g. pattern='2:4'"
             )
-    config = config.resolved(list(map_parameter_names(student).values()))
+    config = config.bind(list(map_parameter_names(student).values()))
     return install(student, config)
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ConfigError for what cannot be compiled: wrappers, scripts, no module at all."""
+    """Raises ConfigError for what cannot be compiled: wrappers, scripts, no module at all."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"compile takes an nn.Module, not a {type(model).__name__}")
     wrappers = (torch._dynamo.OptimizedModule, nn.DataParallel)
@@ -145,7 +149,7 @@ def install(
     known: frozenset[str] | None = None,
     packed: Mapping[str, PackedWeight] | None = None,
 ) -> Model:
-    """Put the guarded forward into ``student``; ``known``: the parameters that may be pruned."""
+    """Puts the guarded forward into ``student``; ``known``: the parameters that may be pruned."""
     if config.mode == "infer":
         student.requires_grad_(False)
     if known is None:
@@ -156,18 +160,33 @@ def install(
 
 
 def pattern_of(model: nn.Module) -> Pattern | None:
-    """The pattern a model was compiled with, None where it was recognised weight by weight.
+    """Returns the pattern that a model was compiled with.
 
-    Raises ConfigError if it was not compiled.
+    Args:
+        model: A compiled model, or a wrapper around one.
+
+    Returns:
+        The pattern; None where it was detected weight by weight.
+
+    Raises:
+        ConfigError: If ``model`` was not compiled.
     """
     return require_compiled(model)[0][1].config.pattern
 
 
 def repattern(model: nn.Module, pattern: str | Pattern) -> None:
-    """Prune a compiled ``model`` to another pattern from its next call on, in place.
+    """Prunes a compiled model to another pattern from its next call on, in place.
 
     Parameters, optimizers built on them, and all other options (keep_dense, overrides, policy)
-    stay. Raises ConfigError if it was not compiled for training, PatternError.
+    stay.
+
+    Args:
+        model: A model compiled in mode "train", or a wrapper around one.
+        pattern: The pattern from now on, as in ``compile``.
+
+    Raises:
+        PatternError: If the pattern is misspelled.
+        ConfigError: If ``model`` was not compiled for training.
     """
     parsed = Pattern.parse(pattern)
     for _, forward in require_compiled(model):
@@ -180,73 +199,41 @@ def repattern(model: nn.Module, pattern: str | Pattern) -> None:
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
-    """What became of every weight of a compiled model, with the reason where it stays dense.
+    """Reports what became of every weight of a compiled model, and why some stay dense.
 
-    With inputs the model is called once first (without gradients). Looks through wrappers (DDP,
-    torch.compile). Raises ConfigError if ``model`` was not compiled.
+    Args:
+        model: A compiled model, or a wrapper around one (DDP, torch.compile).
+        *args: With inputs, the model is called once first, without gradients.
+        **kwargs: Keyword inputs of that call.
+
+    Returns:
+        The decision about every weight, and in mode "infer" its kernel with the measured times;
+        ``str()`` is a table.
+
+    Raises:
+        ConfigError: If ``model`` was not compiled.
     """
-    found = require_compiled(model)
+    forwards = require_compiled(model)
     if args or kwargs:
         with torch.no_grad():
             model(*args, **kwargs)
-    rows = [d.prefixed(prefix) for prefix, forward in found for d in forward.decisions.values()]
-    first = found[0][1]
-    backend = first.config.backend
+    rows = [
+        decision.prefixed(prefix)
+        for prefix, forward in forwards
+        for decision in forward.decisions.values()
+    ]
+    choices = [
+        choice.prefixed(prefix)
+        for prefix, forward in forwards
+        for choice in forward.choices.values()
+    ]
+    config = forwards[0][1].config
+    backend = config.backend
     return Explanation(
         rows=tuple(rows),
-        choices=tuple(c.prefixed(prefix) for prefix, f in found for c in f.choices.values()),
+        choices=tuple(choices),
         masked=tuple(masked_parameters(model)),
-        mode=first.config.mode,
+        mode=config.mode,
         backend=resolve_backend(backend) if isinstance(backend, str) else backend.__name__,
-        broken=next((forward.broken for _, forward in found if forward.broken), None),
+        broken=next((forward.broken for _, forward in forwards if forward.broken), None),
     )
-
-
-def count_macs(
-    model: nn.Module,
-    *args: Any,
-    pattern: str | Pattern = "2:4",
-    keep_dense: KeepDense = (),
-    overrides: Overrides | None = None,
-    policy: str = "structural",
-    **kwargs: Any,
-) -> MacsReport:
-    """Exact MACs of one forward of ``model(*args, **kwargs)``, dense and as pruned to ``pattern``.
-
-    conv+linear in ``.dense`` and ``.sparse``, attention apart in ``.attention``, one row per call
-    node in ``.rows``; ``str()`` is a table. Nothing is computed, so that models and inputs on the
-    meta device work. Raises PatternError or ConfigError for options that fit nothing.
-
-    >>> import torch, sparsedm_compiler as sdm
-    >>> net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
-    >>> report = sdm.count_macs(net, torch.randn(1, 8), pattern="2:4")
-    >>> report.dense, report.sparse
-    (192, 160)
-    """
-    config = CompileConfig.create(
-        pattern, keep_dense=keep_dense, overrides=overrides, policy=policy
-    )
-    config = config.resolved(list(map_parameter_names(model).values()))
-    with torch.no_grad():
-        graph = capture(model, *args, **kwargs)
-        if graph is not None:
-            sites = find_sites(graph)
-            return count(sites.sites, mark_prunable(sites, config))
-        seen = find_eager_sites(record_eager_products(model, *args, **kwargs))
-    return count(seen, mark_eager(seen, config))
-
-
-def topology(model: nn.Module, *args: Any, **kwargs: Any) -> Topology:
-    """How the prunable ops of ``model(*args, **kwargs)`` are wired.
-
-    First and last layers, skip connections and the path with the most MACs. Raises ConfigError
-    for a model that no single graph holds.
-    """
-    with torch.no_grad():
-        graph = capture(model, *args, **kwargs)
-    if graph is None:
-        raise ConfigError(
-            f"{type(model).__name__} takes several graphs (its forward asks tensors for Python "
-            "values), so it has no topology; torch.compile(model, fullgraph=True) shows the line"
-        )
-    return wire(find_sites(graph))

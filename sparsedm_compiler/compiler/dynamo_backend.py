@@ -1,16 +1,22 @@
-"""The torch.compile entry point: options to Config to compiler; no logic of its own."""
+"""The torch.compile entry point ``backend="sparsedm"``: one graph of a model never seen whole."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import fx
 
+from ..autotune.measure import AutotuneBudget
 from ..config import CompileConfig
 from ..errors import ConfigError
-from .building import compile_graph
+from ..graph.capture import CapturedGraph, bind_parameters_by_source
+from ..masks.detect import detect_patterns
+from ..passes import find_sites, mark_prunable
+from .folded_weights import FoldedWeights
+from .lower import lower, plan_weights
 
 
 def sparsedm(
@@ -20,23 +26,59 @@ def sparsedm(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """``torch.compile(model, backend="sparsedm", options={"pattern": "2:4"})``.
+    """Compiles one graph: ``torch.compile(model, backend="sparsedm", options={"pattern": "2:4"})``.
 
-    ``options``: those of ``sparsedm_compiler.compile`` but ``inplace`` and ``finalize``; ``mode``
-    is "infer" unless given there, and without a ``pattern`` weights run by the one they satisfy
-    already. Whether the graph runs at all is torch.compile's affair: only a model from
+    Whether the graph runs at all is torch.compile's affair: only a model from
     ``sparsedm_compiler.compile`` is guarded against a silent dense run.
+
+    Args:
+        gm: The graph that Dynamo captured.
+        example_inputs: Its inputs, the parameters among them.
+        options: Those of ``sparsedm_compiler.compile`` but ``inplace`` and ``finalize``. ``mode``
+            is "infer" by default; without a ``pattern``, weights run by the one they satisfy.
+        mode: torch.compile's own option, which this backend does not take.
+
+    Returns:
+        A callable that takes the inputs of the graph.
+
+    Raises:
+        ConfigError: For ``mode``, an unknown option or a value that fits nothing.
+        PatternError: If a pattern is misspelled.
+        MaskError: If a weight to be masked holds NaN or Inf.
     """
     if mode is not None:
         raise ConfigError(
             f"torch.compile's mode={mode!r} is not for this backend; choose the inner compiler in "
             "options={'pattern': '2:4', 'backend': 'inductor'}"
         )
-    chosen: dict[str, Any] = {"mode": "infer", **(options or {})}
+    values: dict[str, Any] = {"mode": "infer", **(options or {})}
     known = [field.name for field in fields(CompileConfig) if field.name != "finalize"]
-    for option in chosen:
+    for option in values:
         if option not in known:
             raise ConfigError(f"option {option!r} is none of {', '.join(known)}")
-    return compile_graph(
-        gm, example_inputs, CompileConfig.create(chosen.pop("pattern", None), **chosen)
-    )
+    graph = bind_parameters_by_source(gm)
+    config = CompileConfig.create(values.pop("pattern", None), **values)
+    if config.pattern is None:
+        config = _detect(graph, example_inputs, config)
+    config = config.evaluate_predicate(graph.names.values())
+    decisions = {row.weight: row for row in mark_prunable(find_sites(graph), config)}
+    weights, budget = FoldedWeights(), AutotuneBudget(config.autotune_seconds)
+    plan = plan_weights(graph, example_inputs, decisions, config, weights, budget)
+    run, _ = lower(graph, example_inputs, plan, config, weights)
+    return run
+
+
+def _detect(
+    graph: CapturedGraph, example_inputs: list[Any], config: CompileConfig
+) -> CompileConfig:
+    """Returns ``config`` with the patterns that the weights of the graph satisfy already."""
+    placeholders = zip(graph.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+    parameters = ((graph.names[node][0], x) for node, x in placeholders if node in graph.names)
+    config = replace(config, overrides=detect_patterns(parameters))
+    if graph.names and not config.overrides:
+        warnings.warn(
+            "no weight of this graph satisfies an N:M pattern, so it runs dense; give the one "
+            "to prune to: options={'pattern': '2:4'}",
+            stacklevel=2,
+        )
+    return config

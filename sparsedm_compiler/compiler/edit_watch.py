@@ -1,4 +1,7 @@
-"""Edits that no counter tells of, found one call late: an accelerator is asked, not waited for."""
+"""Detects in-place edits that bypass the version counter (writes through ``.data``).
+
+On a GPU the check is asynchronous, so that an edit is reported by the next call.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightSample:
-    """Some values of a tensor: ``now``, a view of them in it, and a copy of what they were."""
+    """Some values of a tensor.
+
+    Attributes:
+        now: A view of them in the tensor.
+        before: A copy of what they were.
+    """
 
     now: Tensor
     before: Tensor
@@ -19,53 +27,58 @@ class WeightSample:
 
 @dataclass(slots=True)
 class _PendingAnswer:
-    """What a device is asked: whether these samples differ; ``ready``: whether it has answered."""
+    """A device's answer to the question whether samples differ.
+
+    ``is_ready`` tells whether ``changed`` can be read without waiting for the device.
+    """
 
     changed: Tensor
-    ready: Callable[[], bool]
+    is_ready: Callable[[], bool]
 
 
 class EditWatcher:
-    """Compares samples on their devices, and learns the answers when they are there."""
+    """Compares samples on their devices and reads the answers once they are there."""
 
     def __init__(self) -> None:
-        self._asked: dict[torch.device, _PendingAnswer] = {}
-        self._known: tuple[WeightSample, ...] = ()
+        self._pending: dict[torch.device, _PendingAnswer] = {}
+        self._samples: tuple[WeightSample, ...] = ()
         self._before: dict[torch.device, Tensor] = {}
 
-    def found(self) -> bool:
-        """Whether an answer has come that a sample has changed; each answer is told once."""
-        ready = {device: look for device, look in self._asked.items() if look.ready()}
+    def take_report(self) -> bool:
+        """Returns whether an answer says that a sample has changed; reports each answer once."""
+        ready = {device: answer for device, answer in self._pending.items() if answer.is_ready()}
         for device in ready:
-            del self._asked[device]
-        return any(bool(look.changed) for look in ready.values())
+            del self._pending[device]
+        return any(bool(answer.changed) for answer in ready.values())
 
-    def look(self, samples: Sequence[WeightSample]) -> None:
-        """Ask every device whether its samples are what they were, but for those still asked."""
-        if self._known != tuple(samples):
-            self._known, self._asked = tuple(samples), {}
+    def ask(self, samples: Sequence[WeightSample]) -> None:
+        """Asks every device that owes no answer whether its samples are what they were."""
+        grouped = _group_by_device(samples)
+        if self._samples != tuple(samples):
+            self._samples, self._pending = tuple(samples), {}
             self._before = {
-                device: _joined(each.before for each in held)
-                for device, held in _by_device(samples).items()
+                device: _join(sample.before for sample in held) for device, held in grouped.items()
             }
-        for device, held in _by_device(samples).items():
-            if device not in self._asked and not _capturing(device):
-                changed = _joined(each.now for each in held).ne(self._before[device]).any()
-                self._asked[device] = _ask(changed)
+        for device, held in grouped.items():
+            if device not in self._pending and not _is_capturing(device):
+                changed = _join(sample.now for sample in held).ne(self._before[device]).any()
+                self._pending[device] = _fetch_answer(changed)
 
 
-def _by_device(samples: Sequence[WeightSample]) -> dict[torch.device, list[WeightSample]]:
-    found: dict[torch.device, list[WeightSample]] = {}
-    for each in samples:
-        found.setdefault(each.now.device, []).append(each)
-    return found
+def _group_by_device(
+    samples: Sequence[WeightSample],
+) -> dict[torch.device, list[WeightSample]]:
+    groups: dict[torch.device, list[WeightSample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.now.device, []).append(sample)
+    return groups
 
 
-def _joined(parts: Iterable[Tensor]) -> Tensor:
+def _join(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _ask(changed: Tensor) -> _PendingAnswer:
+def _fetch_answer(changed: Tensor) -> _PendingAnswer:
     if changed.device.type != "cuda":
         return _PendingAnswer(changed, lambda: True)
     answer = torch.empty((), dtype=torch.bool, pin_memory=True)
@@ -75,6 +88,6 @@ def _ask(changed: Tensor) -> _PendingAnswer:
     return _PendingAnswer(answer, event.query)
 
 
-def _capturing(device: torch.device) -> bool:
-    """Whether what is launched now becomes part of a CUDA graph, in which nothing can be asked."""
+def _is_capturing(device: torch.device) -> bool:
+    """Whether launches become part of a CUDA graph now, in which no answer can be read."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

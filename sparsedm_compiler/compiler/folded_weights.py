@@ -2,81 +2,36 @@
 
 from __future__ import annotations
 
-import io
-import math
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends.kernel_family import KernelConfig, KernelFamily, WeightFormat
-from ..backends.registry import find_families, find_family
+from ..backends.kernel_family import WeightFormat
+from ..backends.packing import PackedWeight, cast_packed, fold_weight
+from ..backends.registry import find_family
 from ..errors import DenseRunError
-from ..masks.nm_mask import apply_mask, nm_mask
+from ..graph.names import strip_adapter_prefix
+from ..passes import PlannedWeight
 from .edit_watch import EditWatcher, WeightSample
 
 _SAMPLES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A weight of which only the packed form is left. ``kernel``: what runs it."""
-
-    form: WeightFormat
-    kernel: KernelConfig
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    data: Tensor
-
-    @property
-    def family(self) -> KernelFamily:
-        """The family of its kernel."""
-        return find_family(self.kernel.name)
-
-    def dense(self) -> Tensor:
-        """The masked weight, to the bit."""
-        return self.family.unpack(self.data, self.shape, self.form)
-
-    def portable(self) -> PackedWeight:
-        """The same as files hold it: on the CPU, in a form that any machine can read."""
-        return replace(self, data=self.family.portable(self.data, self.shape, self.form))
-
-    def suits(self, weight: Tensor) -> bool:
-        """Whether it can still run in the place of its parameter, after what has become of that."""
-        if weight.device != self.data.device:
-            return False
-        if self.family not in find_families(weight.device.type):
-            return False
-        size = self.shape[0], math.prod(self.shape[1:])
-        return self.family.refusal(self.form.pattern, *size, weight.dtype) is None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
-        return replace(self, data=self.data.clone())
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle, which carries it to other machines: as bytes, that no map_location moves."""
-        held = io.BytesIO()
-        torch.save(self.portable().data, held)
-        return _unpickled, (self.form, self.kernel, self.shape, self.dtype, held.getvalue())
-
-
-def _unpickled(
-    form: WeightFormat,
-    kernel: KernelConfig,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    held: bytes,
-) -> PackedWeight:
-    data = torch.load(io.BytesIO(held), map_location="cpu", weights_only=True)
-    return PackedWeight(form, kernel, shape, dtype, data)
-
-
 @dataclass(slots=True)
 class _FoldedWeight:
+    """A weight as it was folded.
+
+    ``state``: its version counter and storage. ``samples``: some of its values, for edits that
+    move neither.
+    """
+
     weight: weakref.ref[Tensor]
     state: tuple[int, int]
     samples: WeightSample
@@ -86,24 +41,79 @@ class _FoldedWeight:
 class FoldedWeights:
     """The folded weights of one model; all its graphs share them.
 
-    A change of the weight is seen by its version counter, its storage, and, for edits through
+    A change of a weight is detected by its version counter, its storage, and, for edits through
     ``.data`` that move neither, by 64 of its values spread evenly: before the call on a CPU; on
-    another device by a later call, with a warning, since asking it would be to wait for it.
+    another device by a later call, with a warning, since reading them would wait for the device.
 
-    ``packed``: by name, the weights that were finalized: the parameter is hollow, one NaN seen
-    through strides of zero, so that whatever reads it by another way is loud.
+    ``packed`` holds, by name, the finalized weights. Their parameters are hollow: one NaN seen
+    through strides of zero, so that whatever else reads them gives NaN.
     """
 
     def __init__(self, packed: Mapping[str, PackedWeight] | None = None) -> None:
         self.packed = dict(packed or {})
         self._arrived = set(self.packed)  # from another place, maybe one of other kernels
-        self._folds: dict[tuple[int, WeightFormat], _FoldedWeight] = {}
-        self._lookout = EditWatcher()
+        self._folded: dict[tuple[int, WeightFormat], _FoldedWeight] = {}
+        self._watcher = EditWatcher()
+        self._pending: list[tuple[Tensor, PlannedWeight]] = []
 
-    def catch_up(self) -> None:
-        """Forget all folds if a look at the weights, after some earlier call, found an edit."""
-        if self._lookout.found():
-            self._folds.clear()
+    def __len__(self) -> int:
+        """The number of weights that are held in a folded form."""
+        return len(self._folded)
+
+    def fold(
+        self, plan: Sequence[PlannedWeight], inputs: Sequence[Any], *, finalize: bool
+    ) -> tuple[list[PlannedWeight], list[Tensor]]:
+        """Folds the weights of a graph as planned.
+
+        Args:
+            plan: One row for every pruned weight.
+            inputs: The graph's inputs, the weights among them.
+            finalize: Whether only the packed form is to be kept, from the next
+                ``finalize_pending`` on.
+
+        Returns:
+            (the rows with the sizes of weights and folded forms, the folded forms).
+        """
+        rows, forms = [], []
+        for row in plan:
+            weight = inputs[row.position]
+            form = weight
+            if not isinstance(weight, FakeTensor):
+                form = self.get(weight, row.weight_format, row.name)
+                if finalize and _is_exact(row) and self.find_finalized(weight, row.name) is None:
+                    self._pending.append((weight, row))
+            rows.append(replace(row, dense_bytes=weight.nbytes, run_bytes=form.nbytes))
+            forms.append(form)
+        return rows, forms
+
+    def finalize_pending(self) -> None:
+        """Keeps only the folded form of the weights that were folded to be finalized.
+
+        Not while a graph is compiled: Dynamo guards on the strides, so the next call compiles
+        once more.
+        """
+        for weight, row in self._pending:
+            self._finalize(weight, row)
+        self._pending.clear()
+
+    def _finalize(self, weight: Tensor, row: PlannedWeight) -> None:
+        folded = self.get(weight, row.weight_format, row.name)
+        for key in [key for key in self._folded if key[0] == id(weight)]:
+            del self._folded[key]
+        if row.kernel is None:
+            with torch.no_grad():
+                weight.copy_(folded)
+            return
+        shape = tuple(weight.shape)
+        self.packed[row.name] = PackedWeight(
+            row.weight_format, row.kernel, shape, weight.dtype, folded
+        )
+        hollow_out(weight)
+
+    def detect_edits(self) -> None:
+        """Forgets everything folded if a device has reported an edit since the last call."""
+        if self._watcher.take_report():
+            self._folded.clear()
             warnings.warn(
                 "weights were edited through .data after they had been folded, and at least one "
                 "call still ran what they were; edit them in place under torch.no_grad(), which "
@@ -111,49 +121,53 @@ class FoldedWeights:
                 stacklevel=2,
             )
 
-    def look(self) -> None:
-        """Have devices other than the CPU asked whether their weights are what was folded."""
-        late = [fold.samples for fold in self._folds.values() if _late(fold.samples.now)]
-        if late:
-            self._lookout.look(late)
+    def ask_devices(self) -> None:
+        """Asks devices other than the CPU whether their weights are still what was folded."""
+        samples = [
+            held.samples for held in self._folded.values() if _is_asynchronous(held.samples.now)
+        ]
+        if samples:
+            self._watcher.ask(samples)
 
-    def get(self, weight: Tensor, form: WeightFormat, name: str) -> Tensor:
-        """The weight in that form. Raises DenseRunError where a gradient is asked for."""
+    def get(self, weight: Tensor, weight_format: WeightFormat, name: str) -> Tensor:
+        """Returns the weight in a form. Raises DenseRunError where it requires a gradient."""
         if weight.requires_grad and torch.is_grad_enabled():
             raise DenseRunError(
                 f"{name!r} asks for a gradient, but mode='infer' has folded its mask; "
                 "train with mode='train', or call under torch.no_grad()"
             )
-        packed = self.finalized(weight, name)
-        if packed is not None and packed.form == form:
+        packed = self.find_finalized(weight, name)
+        if packed is not None and packed.weight_format == weight_format:
             return packed.data
         state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
-        fold = self._folds.get((id(weight), form))
-        known = fold is not None and fold.weight() is weight and fold.state == state
-        if fold is not None and known and (_late(weight) or _as_before(fold.samples)):
-            return fold.folded
+        held = self._folded.get((id(weight), weight_format))
+        if held is not None and held.weight() is weight and held.state == state:
+            samples = held.samples
+            if _is_asynchronous(weight) or torch.equal(samples.now, samples.before):
+                return held.folded
         with torch.no_grad():
-            source = weight.detach() if packed is None else packed.dense()
-            folded = fold_weight(source, form, name)
-            now = _samples(weight, packed)
+            source = weight.detach() if packed is None else packed.unpack()
+            folded = fold_weight(source, weight_format, name)
+            now = _sample_values(weight, packed)
             samples = WeightSample(now, now.clone())
-        self._folds[id(weight), form] = _FoldedWeight(weakref.ref(weight), state, samples, folded)
+        entry = _FoldedWeight(weakref.ref(weight), state, samples, folded)
+        self._folded[id(weight), weight_format] = entry
         return folded
 
-    def finalized(self, weight: Tensor, name: str) -> PackedWeight | None:
-        """What is left of a hollow weight; None for one that holds its values."""
+    def find_finalized(self, weight: Tensor, name: str) -> PackedWeight | None:
+        """Returns the packed form of a hollow weight; None for one that holds its values."""
         packed = self.packed.get(name)
         if packed is None or not _is_hollow(weight):
             return None
         return packed
 
-    def settle(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """Make finalized weights hollow again that a copy, a file or a cast has filled with NaN.
+    def settle(self, module: nn.Module) -> None:
+        """Hollows out finalized weights again that a copy, a file or a cast has filled with NaN.
 
         One that its packed form does not suit any more (another device, a dtype its kernel does not
         run) gets its values back, to be folded anew.
         """
-        for name, weight in named:
+        for name, weight in _iterate_parameters(module):
             packed = self.packed.get(name)
             if packed is None:
                 continue
@@ -164,32 +178,72 @@ class FoldedWeights:
             if not weight.is_meta and not _is_hollow(weight):
                 continue
             if not packed.suits(weight):
-                weight.data = packed.dense().to(weight)
+                weight.data = packed.unpack().to(weight)
                 del self.packed[name]
                 continue
             hollow_out(weight)
             if weight.dtype != packed.dtype:
-                self.packed[name] = _cast(packed, weight.dtype, name)
+                self.packed[name] = cast_packed(packed, weight.dtype, name)
 
-    def finalize(
-        self, weight: Tensor, form: WeightFormat, name: str, kernel: KernelConfig | None
+    def iterate_finalized(self, module: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
+        """Yields (name in the module, packed form) of finalized weights; all names of tied ones."""
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            packed = self.find_finalized(parameter, strip_adapter_prefix(name))
+            if packed is not None:
+                yield name, packed
+
+    def fill_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+        """Writes the masked dense values of finalized weights into a state_dict."""
+        for name, packed in self.iterate_finalized(module):
+            if prefix + name in state:
+                state[prefix + name] = packed.unpack()
+
+    def state_dict_without_finalized(self, module: nn.Module) -> dict[str, Tensor]:
+        """Returns the state_dict of a module without its finalized weights."""
+        left_out = {name for name, _ in self.iterate_finalized(module)}
+        hooks, module._state_dict_hooks = module._state_dict_hooks, OrderedDict()
+        try:
+            state = module.state_dict()
+        finally:
+            module._state_dict_hooks = hooks
+        return {name: tensor for name, tensor in state.items() if name not in left_out}
+
+
+class FoldedGraph:
+    """Runs a graph with its planned weights in their folded form."""
+
+    def __init__(
+        self, run: Callable[..., Any], plan: Iterable[PlannedWeight], weights: FoldedWeights
     ) -> None:
-        """Keep only that form of the weight; a dense form is written into the weight itself."""
-        folded = self.get(weight, form, name)
-        for key in [key for key in self._folds if key[0] == id(weight)]:
-            del self._folds[key]
-        if kernel is None:
-            with torch.no_grad():
-                weight.copy_(folded)
-            return
-        self.packed[name] = PackedWeight(form, kernel, tuple(weight.shape), weight.dtype, folded)
-        hollow_out(weight)
+        self.run = run
+        self.weights = weights
+        self._folds = [(row.position, row.weight_format, row.name) for row in plan]
+
+    def __call__(self, *inputs: Any) -> Any:
+        arguments, weights = list(inputs), self.weights
+        weights.detect_edits()
+        for position, weight_format, name in self._folds:
+            arguments[position] = weights.get(arguments[position], weight_format, name)
+        weights.ask_devices()
+        return self.run(*arguments)
 
 
 def hollow_out(weight: Tensor) -> None:
-    """Free the memory of a weight: it becomes one NaN, seen through strides of zero."""
+    """Frees the memory of a weight: it becomes one NaN, seen through strides of zero."""
     nan = torch.full((1,), torch.nan, dtype=weight.dtype, device=weight.device)
     weight.data = nan.expand(weight.shape)
+
+
+def _iterate_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the parameters, each under every name, as decisions name them."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        yield strip_adapter_prefix(name), parameter
+
+
+def _is_exact(row: PlannedWeight) -> bool:
+    """Whether the folded form holds the masked weight to the bit."""
+    inexact = row.kernel is not None and bool(find_family(row.kernel.name).inexact)
+    return not inexact and row.weight_format.dtype is None
 
 
 def _is_hollow(weight: Tensor) -> bool:
@@ -198,70 +252,25 @@ def _is_hollow(weight: Tensor) -> bool:
     return bool(weight.detach()[(0,) * weight.dim()].isnan())
 
 
-def _cast(packed: PackedWeight, dtype: torch.dtype, name: str) -> PackedWeight:
-    """The same weight after ``model.to(dtype)``."""
-    data = fold_weight(packed.dense().to(dtype), packed.form, name)
-    return replace(packed, dtype=dtype, data=data)
-
-
-def fold_weight(weight: Tensor, form: WeightFormat, name: str) -> Tensor:
-    """The masked weight, dense or packed. Raises MaskError for NaN and Inf."""
-    mask = nm_mask(weight, form.pattern, name=name)
-    masked = apply_mask(weight, mask)
-    if form.dtype is not None:
-        masked = masked.to(form.dtype)
-    if form.kernel is None:
-        return masked
-    return find_family(form.kernel.name).pack(masked, mask, form.pattern, form.kernel)
-
-
-def _samples(weight: Tensor, packed: PackedWeight | None) -> Tensor:
-    """About 64 values of a weight: a view of them in it."""
+def _sample_values(weight: Tensor, packed: PackedWeight | None) -> Tensor:
+    """Returns a view of about 64 values of a weight."""
     if packed is not None:
         return packed.data[:0]
     weight = weight.detach()
     # Any order will do, so that channels_last weights need no copy either.
-    if not _gapless(weight):
+    if not _is_gapless(weight):
         steps = (slice(None, None, max(1, size // 8)) for size in weight.shape[:2])
         return weight[tuple(steps)]
     flat = weight.as_strided((weight.numel(),), (1,))
     return flat[:: max(1, flat.numel() // _SAMPLES)]
 
 
-def _as_before(samples: WeightSample) -> bool:
-    return torch.equal(samples.now, samples.before)
-
-
-def _late(weight: Tensor) -> bool:
-    """Whether reading the weight's values would be to wait for its device."""
+def _is_asynchronous(weight: Tensor) -> bool:
+    """Whether reading the weight would force a device synchronization (any device but the CPU)."""
     return weight.device.type != "cpu"
 
 
-def _gapless(weight: Tensor) -> bool:
+def _is_gapless(weight: Tensor) -> bool:
     return weight.numel() == 1 + sum(
         (size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True)
     )
-
-
-class FoldedGraph:
-    """Runs a graph with the weights at ``places`` in their folded form."""
-
-    def __init__(
-        self,
-        run: Any,
-        folds: FoldedWeights,
-        forms: Mapping[int, WeightFormat],
-        names: Mapping[int, str],
-    ) -> None:
-        self.run = run
-        self.folds = folds
-        self.forms = forms
-        self.names = names
-
-    def __call__(self, *inputs: Any) -> Any:
-        given = list(inputs)
-        self.folds.catch_up()
-        for place, form in self.forms.items():
-            given[place] = self.folds.get(given[place], form, self.names[place])
-        self.folds.look()
-        return self.run(*given)

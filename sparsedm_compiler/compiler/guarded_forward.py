@@ -18,6 +18,8 @@ from torch import fx, nn
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from ..autotune.measure import AutotuneBudget
+from ..backends.packing import PackedWeight
 from ..config import CompileConfig
 from ..errors import ConfigError, DenseRunError
 from ..graph.capture import (
@@ -33,14 +35,22 @@ from ..graph.capture import (
 )
 from ..graph.diagnostics import describe_graph_break, find_user_line
 from ..graph.names import strip_adapter_prefix
-from ..passes.analysis.find_sites import find_eager_sites, find_sites
-from ..passes.analysis.mark_prunable import decide, mark_eager, mark_prunable
+from ..passes import (
+    Plan,
+    Status,
+    decide_weight,
+    find_eager_sites,
+    find_sites,
+    mark_eager,
+    mark_prunable,
+)
 from ..patterns import Pattern
 from ..reports import Choice, Decision
-from .building import build, check_finite, patterns_of
-from .folded_weights import PackedWeight
-from .lower import FINALIZED, Folding
-from .state import KEY, fill_packed, named
+from .folded_weights import FoldedWeights
+from .lower import lower, plan_weights
+
+KEY = "_sparsedm"
+"""Where a compiled module keeps its SparseForward, beside ``forward``, in its ``__dict__``."""
 
 _NO_FRAMES = "found no compiled frames"
 """How newer torch words that a call ran uncompiled; the run counter says it for all."""
@@ -51,7 +61,8 @@ class SparseForward(OwnForward):
 
     ``decisions``: by weight name, fixed by the first capture that meets the weight, so that train
     and eval, every resolution, a copy and a reloaded file all prune the same weights.
-    ``choices``: of every folded weight, by name and input shapes. ``folding``: the folded weights.
+    ``choices``: what runs every pruned weight, by its name and the shapes it multiplies.
+    ``weights``: the folded weights. ``budget``: the seconds left to measure kernels.
     ``known``: the parameters the module had when it was compiled. ``broken``: why the model runs
     as several graphs, None while one holds it all.
     """
@@ -72,7 +83,8 @@ class SparseForward(OwnForward):
         self.override = override
         self.broken: str | None = None
         self.choices: dict[tuple[str, tuple[tuple[int, ...], ...]], Choice] = {}
-        self.folding = Folding(config, packed)
+        self.weights = FoldedWeights(packed)
+        self.budget = AutotuneBudget(config.autotune_seconds)
         self.__signature__ = inspect.signature(
             override or types.MethodType(type(module).forward, module)
         )
@@ -84,7 +96,7 @@ class SparseForward(OwnForward):
         self.module.__dict__["forward"] = self
         self.module.__dict__[KEY] = self
         if self.config.finalize:
-            self.module.register_state_dict_post_hook(fill_packed)  # type: ignore[no-untyped-call]
+            self.module.register_state_dict_post_hook(_fill_state_dict)  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
@@ -94,8 +106,8 @@ class SparseForward(OwnForward):
     )
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         before = self._runs
-        if self.folding.folds.packed:
-            self.folding.folds.settle(named(self.module))
+        if self.weights.packed:
+            self.weights.settle(self.module)
         with dynamo_settings(), unwrap_errors():
             try:
                 out = self._call(*args, **kwargs)
@@ -113,7 +125,7 @@ class SparseForward(OwnForward):
                 "not compile the call. Unset TORCHDYNAMO_DISABLE, leave the force_eager stance, "
                 "and call it outside of dispatch modes such as FlopCounterMode"
             )
-        self.folding.finalize()
+        self.weights.finalize_pending()
         return out
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +159,7 @@ class SparseForward(OwnForward):
             weight = strip_adapter_prefix(site.label)
             decision = self.decisions.get(weight)
             if decision is None:
-                decision = decide(site, site.refusal, self.config, self.known)
+                decision = decide_weight(site, site.refusal, self.config, self.known)
             if decision.accepted:
                 raise DenseRunError(
                     f"{weight!r} would run dense: its {site.op_name} lies in Python that cannot "
@@ -163,15 +175,12 @@ class SparseForward(OwnForward):
         graph = bind_parameters(gm, example_inputs, self.module)
         whole = self.broken is None
         self._adopt(mark_prunable(find_sites(graph), self.config, self.known, whole=whole))
-        patterns = patterns_of(graph, self.decisions)
-        if whole and not patterns:
-            raise ConfigError(nothing_to_prune(self._name, self.config, self.decisions))
-        check_finite(graph, example_inputs, patterns, self.folding)
-        run, choices = build(graph, example_inputs, patterns, self.config, self.folding)
-        for choice in choices:
-            key = (choice.weight, choice.inputs)
-            if choice.reason != FINALIZED or key not in self.choices:  # else it was measured before
-                self.choices[key] = choice
+        config, weights = self.config, self.weights
+        plan = plan_weights(graph, example_inputs, self.decisions, config, weights, self.budget)
+        if whole and not plan:
+            raise ConfigError(explain_nothing_pruned(self._name, config, self.decisions))
+        run, rows = lower(graph, example_inputs, plan, config, weights)
+        self._remember(rows)
 
         def counted(*inputs: Any) -> Any:
             out = run(*inputs)
@@ -179,6 +188,14 @@ class SparseForward(OwnForward):
             return out
 
         return counted
+
+    def _remember(self, plan: Plan) -> None:
+        """Keeps what ``explain`` shows; a measured row stays when its weight is finalized."""
+        for row in plan:
+            key = (row.name, row.inputs)
+            measured = row.status is Status.FINALIZED and key in self.choices
+            if row.status is not Status.MASKED and not measured:
+                self.choices[key] = row.to_choice()
 
     @property
     def _runs(self) -> int:
@@ -191,7 +208,7 @@ class SparseForward(OwnForward):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle and deepcopy: the copy is captured anew, with the decisions already taken."""
-        packed = self.folding.folds.packed
+        packed = self.weights.packed
         state = (self.module, self.config, self.known, self.decisions, self.override, packed)
         return SparseForward, state
 
@@ -200,8 +217,10 @@ class SparseForward(OwnForward):
 skip_code(SparseForward.__call__.__code__)
 
 
-def nothing_to_prune(name: str, config: CompileConfig, decisions: Mapping[str, Decision]) -> str:
-    """The sentence for a model of which every weight stays dense."""
+def explain_nothing_pruned(
+    name: str, config: CompileConfig, decisions: Mapping[str, Decision]
+) -> str:
+    """Returns the sentence for a model of which every weight stays dense."""
     reasons = "; ".join(f"{d.weight}: {d.refusal}" for d in list(decisions.values())[:3])
     return (
         f"no weight of {name} is pruned to {config.pattern} ({reasons or 'it multiplies by none'});"
@@ -209,8 +228,8 @@ def nothing_to_prune(name: str, config: CompileConfig, decisions: Mapping[str, D
     )
 
 
-def sparse_forwards(model: nn.Module) -> Iterator[tuple[str, SparseForward]]:
-    """(prefix of its parameter names, SparseForward) of every compiled module inside ``model``."""
+def iterate_sparse_forwards(model: nn.Module) -> Iterator[tuple[str, SparseForward]]:
+    """Yields (prefix of parameter names, SparseForward) of every compiled module inside."""
     for name, module in model.named_modules():
         forward = module.__dict__.get(KEY)
         if isinstance(forward, SparseForward) and forward.module is module:
@@ -219,13 +238,13 @@ def sparse_forwards(model: nn.Module) -> Iterator[tuple[str, SparseForward]]:
 
 def require_compiled(model: nn.Module) -> list[tuple[str, SparseForward]]:
     """The SparseForwards inside ``model``. Raises ConfigError if there are none."""
-    found = list(sparse_forwards(model))
-    if not found:
+    forwards = list(iterate_sparse_forwards(model))
+    if not forwards:
         raise ConfigError(
             f"{type(model).__name__} was not compiled; first: model = "
             "sparsedm_compiler.compile(model, pattern='2:4')"
         )
-    return found
+    return forwards
 
 
 def masked_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, Pattern]]:
@@ -234,10 +253,18 @@ def masked_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, Pattern
     Empty before the first call of the model, which captures it. Looks through wrappers (DDP, an
     outer torch.compile). Raises ConfigError if no module inside ``model`` was compiled.
     """
-    found = {}
+    masked = {}
     for prefix, forward in require_compiled(model):
         for name, parameter in forward.module.named_parameters():
             decision = forward.decisions.get(strip_adapter_prefix(name))
             if decision is not None and decision.pattern is not None:
-                found[prefix + name] = (parameter, decision.pattern)
-    return found
+                masked[prefix + name] = (parameter, decision.pattern)
+    return masked
+
+
+def _fill_state_dict(
+    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """A state_dict hook: a finalized weight is saved as the masked dense weight."""
+    forward: SparseForward = module.__dict__[KEY]
+    forward.weights.fill_state_dict(module, state, prefix)

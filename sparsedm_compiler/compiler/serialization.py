@@ -16,16 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..backends.kernel_family import KernelConfig, WeightFormat
+from ..backends.packing import PackedWeight
 from ..backends.registry import find_family
 from ..config import Backend, CompileConfig
 from ..errors import CheckpointError, ConfigError, KernelError, PackError, PatternError
+from ..fileio import replace_atomically
 from ..graph.names import strip_adapter_prefix
 from ..patterns import Pattern
 from ..reports import Decision
 from .api import check_model, install
-from .folded_weights import PackedWeight, hollow_out
+from .folded_weights import hollow_out
 from .guarded_forward import require_compiled
-from .state import without_finalized
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,13 +43,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     are written packed. It appears whole or not at all.
     Raises ConfigError if ``model`` was not compiled, CheckpointError if it cannot be written.
     """
-    found = require_compiled(model)
-    if len(found) > 1:
-        raise ConfigError(f"{len(found)} compiled models are inside; save each: {[*dict(found)]}")
-    forward = found[0][1]
-    tensors, aliases = _without_aliases(without_finalized(forward.module, forward.folding.folds))
-    packed = forward.folding.folds.packed
-    tensors.update({name + _PACKED: each.portable().data for name, each in packed.items()})
+    forwards = require_compiled(model)
+    if len(forwards) > 1:
+        raise ConfigError(
+            f"{len(forwards)} compiled models are inside; save each: {[*dict(forwards)]}"
+        )
+    forward = forwards[0][1]
+    tensors, aliases = _without_aliases(
+        forward.weights.state_dict_without_finalized(forward.module)
+    )
+    packed = forward.weights.packed
+    tensors.update({name + _PACKED: weight.to_portable().data for name, weight in packed.items()})
     config = forward.config
     meta = {
         "version": _VERSION,
@@ -61,18 +66,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "kernels": dict(config.kernels),
         "exclude_kernels": list(config.exclude_kernels),
         "finalize": config.finalize,
-        "packed": {name: _plain_packed(each) for name, each in packed.items()},
+        "packed": {name: _describe_packed(weight) for name, weight in packed.items()},
         "known": sorted(forward.known),
-        "decisions": [_plain(decision) for decision in forward.decisions.values()],
+        "decisions": [_describe_decision(decision) for decision in forward.decisions.values()],
         "aliases": aliases,
     }
     target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"cannot write {target}: there is no folder {target.parent}")
     try:
-        save_file(tensors, part, {"format": "pt", _KEY: json.dumps(meta)})
-        os.replace(part, target)
+        with replace_atomically(target) as part:
+            save_file(tensors, part, {"format": "pt", _KEY: json.dumps(meta)})
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {target}: {error}") from error
 
 
@@ -95,12 +100,12 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
             exclude_kernels=meta["exclude_kernels"],
             finalize=meta["finalize"],
         )
-        found = {glob: Pattern.parse(text) for glob, text in meta["overrides"].items()}
-        config = replace(config, overrides=tuple(found.items()))
-        packed = {name: _packed(name, p, tensors) for name, p in meta["packed"].items()}
-        for name in [name for name, each in packed.items() if each.family.opaque]:
-            tensors[name] = packed.pop(name).dense()  # packed anew at the first call
-        decisions = {plain["weight"]: _decision(plain) for plain in meta["decisions"]}
+        overrides = {glob: Pattern.parse(text) for glob, text in meta["overrides"].items()}
+        config = replace(config, overrides=tuple(overrides.items()))
+        packed = {name: _read_packed(name, p, tensors) for name, p in meta["packed"].items()}
+        for name in [name for name, weight in packed.items() if weight.family.opaque]:
+            tensors[name] = packed.pop(name).unpack()  # packed anew at the first call
+        decisions = {plain["weight"]: _read_decision(plain) for plain in meta["decisions"]}
         tensors.update({alias: tensors[name] for alias, name in meta["aliases"].items()})
     except (KeyError, TypeError, ConfigError, PatternError, PackError, KernelError) as error:
         raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error!r}") from error
@@ -120,11 +125,11 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
 
 def _hollow_out(student: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
     """Free the weights that the file holds packed. Raises RuntimeError where the shapes differ."""
-    for name, each in packed.items():
+    for name, form in packed.items():
         weight = student.get_parameter(name)
-        if tuple(weight.shape) != each.shape:
-            raise RuntimeError(f"{name} is {list(weight.shape)}, packed {list(each.shape)}")
-        weight.data = weight.data.to(each.dtype)
+        if tuple(weight.shape) != form.shape:
+            raise RuntimeError(f"{name} is {list(weight.shape)}, packed {list(form.shape)}")
+        weight.data = weight.data.to(form.dtype)
         hollow_out(weight)
 
 
@@ -166,9 +171,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, plain
 
 
-def _plain_packed(packed: PackedWeight) -> dict[str, Any]:
+def _describe_packed(packed: PackedWeight) -> dict[str, Any]:
     return {
-        "pattern": str(packed.form.pattern),
+        "pattern": str(packed.weight_format.pattern),
         "kernel": packed.kernel.name,
         "layout": packed.kernel.layout,
         "tile": packed.kernel.tile,
@@ -176,17 +181,17 @@ def _plain_packed(packed: PackedWeight) -> dict[str, Any]:
     }
 
 
-def _packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> PackedWeight:
+def _read_packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> PackedWeight:
     """A packed weight from a file, which may be trusted only after its family's ``check``."""
     # A copy: aligned, and unlike the mapped file nobody else's to change after the check.
     data, shape = tensors.pop(name + _PACKED).clone(), tuple(plain["shape"])
     kernel = KernelConfig(plain["kernel"], tuple(plain["layout"]), tuple(plain["tile"]))
-    form = WeightFormat(Pattern.parse(plain["pattern"]), None, kernel.untiled)
-    dtype = find_family(kernel.name).check(data, shape, form)
-    return PackedWeight(form, kernel, shape, dtype, data)
+    weight_format = WeightFormat(Pattern.parse(plain["pattern"]), None, kernel.untiled)
+    dtype = find_family(kernel.name).check(data, shape, weight_format)
+    return PackedWeight(weight_format, kernel, shape, dtype, data)
 
 
-def _plain(decision: Decision) -> dict[str, Any]:
+def _describe_decision(decision: Decision) -> dict[str, Any]:
     return {
         "weight": decision.weight,
         "op": decision.op,
@@ -196,7 +201,7 @@ def _plain(decision: Decision) -> dict[str, Any]:
     }
 
 
-def _decision(plain: dict[str, Any]) -> Decision:
+def _read_decision(plain: dict[str, Any]) -> Decision:
     pattern = None if plain["pattern"] is None else Pattern.parse(plain["pattern"])
     shape = tuple(plain["shape"])
     return Decision(plain["weight"], plain["op"], shape, pattern, plain["refusal"])

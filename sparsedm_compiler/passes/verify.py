@@ -1,25 +1,44 @@
-"""What a legal rewritten graph is."""
+"""The laws of a rewritten graph: no pruned weight is read past its mask or its kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import fx
-
+from ..backends.registry import find_family
 from ..errors import GraphError
 from ..masks.mask_ste import mask_ste_op
-from ..patterns import Pattern
+from .planned_weight import Plan
 
 
-def verify(gm: fx.GraphModule, patterns: Mapping[fx.Node, Pattern]) -> None:
-    """Raise GraphError unless every weight to be masked is read only through its mask."""
-    gm.graph.lint()
-    for weight, pattern in patterns.items():
-        bare = [user for user in weight.users if user.target is not mask_ste_op]
-        if bare:
+def verify_masked(plan: Plan) -> None:
+    """Raises GraphError unless every planned weight is read only through its mask."""
+    for row in plan:
+        weight, pattern = row.placeholder, row.pattern
+        unmasked = [user for user in weight.users if user.target is not mask_ste_op]
+        if unmasked:
             raise GraphError(
-                f"{weight.name} is read unmasked by {bare[0].name}: {bare[0].format_node()}"
+                f"{weight.name} is read unmasked by {unmasked[0].name}: {unmasked[0].format_node()}"
             )
         for mask in weight.users:
             if mask.args != (weight, str(pattern)) or not mask.users:
                 raise GraphError(f"{mask.format_node()} does not mask {weight.name} to {pattern}")
+
+
+def verify_folded(plan: Plan) -> None:
+    """Raises GraphError unless only its kernel reads what is passed in the place of a weight.
+
+    A weight that stays dense is passed masked, so that any node may read it.
+    """
+    for row in plan:
+        if row.kernel is None:
+            continue
+        weight, family = row.placeholder, find_family(row.kernel.name)
+        ops = {
+            family.call(problem, row.weight_format, row.kernel.tile)[0] for problem in row.problems
+        }
+        if not weight.users:
+            raise GraphError(f"no {row.kernel.name} reads the packed weight {weight.name}")
+        for reader in weight.users:
+            if reader.target not in ops or reader.args[1] is not weight:
+                raise GraphError(
+                    f"the packed weight {weight.name} is read by {reader.name}, which is no "
+                    f"{row.kernel.name}: {reader.format_node()}"
+                )

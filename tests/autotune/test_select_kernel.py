@@ -38,7 +38,7 @@ class Net(nn.Module):
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of choices; the kernels built are those of all tests."""
-    monkeypatch.setattr(measuring, "folder", lambda name: tmp_path)
+    monkeypatch.setattr(measuring, "cache_folder", lambda name: tmp_path)
     return tmp_path
 
 

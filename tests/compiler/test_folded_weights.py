@@ -52,7 +52,7 @@ def test_every_kind_of_update_is_seen(way: str) -> None:
 def test_a_device_that_is_not_waited_for_tells_of_edits_one_call_late(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsedm_compiler.compiler.folded_weights._late", lambda weight: True)
+    monkeypatch.setattr("sparsedm_compiler.compiler.folded_weights._is_asynchronous", lambda weight: True)
     fast = folded(way)
     tolerance = 1e-4 if way == "sparse" else 0.0
     before = fast(X)
@@ -82,7 +82,7 @@ def test_graphs_share_their_folded_weights() -> None:
     fast = folded("sparse")
     for batch in (1, 2, 3):
         fast(torch.randn(batch, 8, 16))
-    folds = fast._sparsedm.folding.folds._folds
+    folds = fast._sparsedm.weights
     assert len(folds) == 5
 
 
@@ -103,7 +103,7 @@ def test_finalized_weights_take_no_memory_and_still_run() -> None:
     found = {choice.weight: choice for choice in sdm.explain(fast).choices}
     plain = found["plain.weight"]
     assert plain.dense_bytes == 16 * 16 * 4
-    assert plain.run_bytes == fast._sparsedm.folding.folds.packed["plain.weight"].data.nbytes
+    assert plain.run_bytes == fast._sparsedm.weights.packed["plain.weight"].data.nbytes
     assert "MiB dense" in str(sdm.explain(fast))
     other = torch.randn(5, 8, 16)
     assert_same(fast(other), folded("sparse")(other))

@@ -241,11 +241,11 @@ def test_explain_before_and_after_the_first_call() -> None:
 
 
 def test_the_default_inner_compiler_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsedm_compiler.compiler import lower as lowering
+    from sparsedm_compiler.compiler import inner_backend
 
-    for found, expected in (("c++", "inductor"), (None, "eager")):
-        monkeypatch.setattr(lowering, "find_compiler", lambda found=found: found)
-        assert lowering.resolve_backend("auto") == expected
+    for compiler, expected in (("c++", "inductor"), (None, "eager")):
+        monkeypatch.setattr(inner_backend, "find_compiler", lambda compiler=compiler: compiler)
+        assert inner_backend.resolve_backend("auto") == expected
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])

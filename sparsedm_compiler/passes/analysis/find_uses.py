@@ -1,9 +1,8 @@
-"""weight -> Use: every call that multiplies by a folded weight, as a kernel would run it."""
+"""weight -> WeightUse: every call that multiplies by a folded weight, as a kernel would run it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,58 +12,49 @@ from ...backends.custom_op import is_channels_last
 from ...backends.kernel_family import MatmulProblem
 from ...graph.flat_graph import get_example_value
 from ...graph.op_table import OP_TABLE
+from ..planned_weight import Refusal, WeightUse
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class WeightUse:
-    """One linear or conv2d by a weight that no other node reads in any other way.
+def find_uses(weight: fx.Node) -> tuple[WeightUse, ...] | Refusal:
+    """Returns every use of a weight's placeholder, or why no kernel can run them.
 
-    ``last``: the node whose value a kernel gives, the activation behind the product if there is
-    one, else ``node``. ``work``: what the kernel has to do.
+    One use that no kernel can run refuses them all: the placeholder stands for one thing.
     """
-
-    node: fx.Node
-    last: fx.Node
-    work: MatmulProblem
-
-
-def find_uses(weight: fx.Node) -> tuple[WeightUse, ...] | str:
-    """The uses of a weight's placeholder, or the sentence that says why no kernel can run them."""
-    found = []
+    uses = []
     for node in weight.users:
-        use = _use(node, weight)
-        if isinstance(use, str):
+        use = _describe_use(node, weight)
+        if isinstance(use, Refusal):
             return use
-        found.append(use)
-    return tuple(found) or "nothing reads it in this graph"
+        uses.append(use)
+    return tuple(uses) or Refusal("nothing reads it in this graph")
 
 
 def bind_operands(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a use's node by name: input, weight, bias, ..."""
+    """Returns the arguments of a use's node by name: input, weight, bias, ..."""
     return OP_TABLE[node.target].bind(node.args, node.kwargs)
 
 
-def _use(node: fx.Node, weight: fx.Node) -> WeightUse | str:
+def _describe_use(node: fx.Node, weight: fx.Node) -> WeightUse | Refusal:
     entry = OP_TABLE.get(node.target) if node.op == "call_function" else None
     if entry is None or entry.name not in ("linear", "conv2d"):
-        return f"read by {_name(node)}, for which there is no sparse kernel"
+        return Refusal(f"read by {_name(node)}, for which there is no sparse kernel")
     args = bind_operands(node)
     x, bias = args["input"], args.get("bias")
     if args["weight"] is not weight or weight in (x, bias):
-        return f"read by {_name(node)} in another place than the weight's"
+        return Refusal(f"read by {_name(node)} as another argument than the weight")
     seen, out = get_example_value(x), get_example_value(node)
     if not isinstance(seen, Tensor) or not isinstance(out, Tensor):
-        return f"the shapes of {_name(node)} are not known"
+        return Refusal(f"the shapes of {_name(node)} are not known")
     if bias is not None and get_example_value(bias).shape != get_example_value(weight).shape[:1]:
-        return f"read by {_name(node)} with a bias that is not one value per row"
+        return Refusal(f"read by {_name(node)} with a bias that is not one value per row")
     shape = tuple(_hint(size) for size in seen.shape)
     conv: dict[str, tuple[int, ...]] = {}
     if entry.name == "conv2d":
         if len(shape) != 4 or args.get("groups", 1) != 1:
-            return "no sparse kernel for a convolution without a batch dimension"
+            return Refusal("no sparse kernel for a convolution without a batch dimension")
         conv = _geometry(args, tuple(get_example_value(weight).shape[2:]))
         if not conv:
-            return "no sparse kernel for padding given as a word"
+            return Refusal("no sparse kernel for padding given as a word")
     act, last = _activation(node)
     channels_last = seen.dim() == 4 and is_channels_last(seen)
     return WeightUse(node, last, MatmulProblem(shape, out.dtype, channels_last, act=act, **conv))
@@ -76,11 +66,11 @@ def _geometry(args: Mapping[str, Any], kernel: tuple[int, ...]) -> dict[str, tup
         if padding != "valid":
             return {}
         padding = 0
-    given = {"stride": args.get("stride", 1), "padding": padding}
-    given["dilation"] = args.get("dilation", 1)
+    sizes = {"stride": args.get("stride", 1), "padding": padding}
+    sizes["dilation"] = args.get("dilation", 1)
     pairs = {
         name: (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
-        for name, value in given.items()
+        for name, value in sizes.items()
     }
     return {"kernel": kernel, **pairs}
 

@@ -52,12 +52,12 @@ def _mark(
         if site.kind != "attention":
             grouped.setdefault(site.label, []).append(site)
     return tuple(
-        decide(uses[0], _use_refusal(uses, at_end, config), config, known)
+        decide_weight(uses[0], _use_refusal(uses, at_end, config), config, known)
         for uses in grouped.values()
     )
 
 
-def decide(
+def decide_weight(
     site: Site, refusal: str | None, config: CompileConfig, known: Collection[str] | None = None
 ) -> Decision:
     """The decision for one weight: what the user asked, then ``refusal``, then its size."""

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch import fx
 
 from ...backends.vnm.ops import vnm_linear_op
+from ..planned_weight import Plan
 
 _EACH = (F.gelu, F.silu, F.relu, F.dropout)
 """Ops that give every element its own result, and keep how a tensor lies in memory."""
 
 
-def carry_features(gm: fx.GraphModule) -> int:
+def carry_features(gm: fx.GraphModule, plan: Plan) -> int:
     """Let V:n:m products write feature-major where only others read them; how many.
 
     The kernel gathers features, so that it has to turn row-major activations around first.

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from ...backends.cusparselt.ops import TOKENS, semi_linear
 from ...graph.flat_graph import get_example_value
+from ..planned_weight import Plan
 
 MULTIPLES = {semi_linear: TOKENS}
 """Calls (x, ...) on the rows of x, and of what number they want a multiple of them."""
@@ -32,7 +33,7 @@ _POINTWISE = {
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "setitem"}
 
 
-def pad_tokens(gm: fx.GraphModule) -> int:
+def pad_tokens(gm: fx.GraphModule, plan: Plan) -> int:
     """Rewrite each call that would pad its input; how many.
 
     Only for numbers of tokens known now, and where nothing is changed in place. The first

@@ -1,33 +1,43 @@
-"""``linear(x, mask_ste(w), b) -> semi_train(x, mask_ste(w), b)`` where that was asked for."""
+"""``linear(x, mask_ste(w), b) -> train_op(x, mask_ste(w), b)`` where a kernel was asked for."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from torch import fx
 
 from ...backends.cusparselt.training import semi_train_op
 from ...graph.flat_graph import get_example_value
-from ..analysis.find_uses import WeightUse, bind_operands
+from ...patterns import TransposableNM
+from ..analysis.find_uses import bind_operands
+from ..planned_weight import Plan, WeightUse
 
 
-def train_sparse(gm: fx.GraphModule, chosen: Sequence[tuple[WeightUse, bool]]) -> int:
-    """Rewrite each (use of a masked weight, whether its mask is transposable); how many."""
-    for use, transposable in chosen:
-        given = bind_operands(use.node)
-        with gm.graph.inserting_before(use.node):
-            cast = [_cast(gm.graph, given.get(name), use) for name in ("input", "weight", "bias")]
-            new = gm.graph.call_function(semi_train_op, (*cast, transposable))
-        new.meta = dict(use.node.meta)
-        use.node.replace_all_uses_with(new)
-        gm.graph.erase_node(use.node)
-    return len(chosen)
+def train_sparse(gm: fx.GraphModule, plan: Plan) -> int:
+    """Lets a kernel multiply by masked weights in training; returns how many products."""
+    return sum(
+        _rewrite(gm.graph, use, isinstance(row.pattern, TransposableNM))
+        for row in plan
+        for use in row.kernel_uses
+    )
+
+
+def _rewrite(graph: fx.Graph, use: WeightUse, transposable: bool) -> int:
+    if not use.node.users:
+        return 0
+    operands = bind_operands(use.node)
+    with graph.inserting_before(use.node):
+        cast = [_cast(graph, operands.get(name), use) for name in ("input", "weight", "bias")]
+        product = graph.call_function(semi_train_op, (*cast, transposable))
+    product.meta = dict(use.node.meta)
+    use.node.replace_all_uses_with(product)
+    graph.erase_node(use.node)
+    return 1
 
 
 def _cast(graph: fx.Graph, node: fx.Node | None, use: WeightUse) -> fx.Node | None:
-    """In the dtype of the product, as autocast would have cast it inside the op."""
-    if node is None or get_example_value(node).dtype == use.work.dtype:
+    """Returns the operand in the dtype of the product, as autocast casts it inside the op."""
+    dtype = use.problem.dtype
+    if node is None or get_example_value(node).dtype == dtype:
         return node
-    cast = graph.call_method("to", (node, use.work.dtype))
-    cast.meta["example_value"] = get_example_value(node).to(use.work.dtype)
+    cast = graph.call_method("to", (node, dtype))
+    cast.meta["example_value"] = get_example_value(node).to(dtype)
     return cast

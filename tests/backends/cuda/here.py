@@ -15,7 +15,7 @@ from sparsedm_compiler.backends.cusparselt.family import SemiFamily
 from sparsedm_compiler.backends.cusparselt.quantized import QuantizedFamily
 from sparsedm_compiler.backends.kernel_family import KernelFamily
 from sparsedm_compiler.backends.registry import FAMILIES
-from sparsedm_compiler.compiler import folded_weights as folding
+from sparsedm_compiler.backends import packing as folding
 from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -26,7 +26,7 @@ def on_cpu(patch: pytest.MonkeyPatch, kinds: Any = KernelFamily, **attributes: A
     """Let the CUDA families of some kinds, and no other, run the weights of CPU models."""
     families = tuple(each for each in FAMILIES if each.device == "cuda" and isinstance(each, kinds))
     for module in (choose, measuring, folding):
-        patch.setattr(module, "families_of", lambda device: families if device == "cpu" else ())
+        patch.setattr(module, "find_families", lambda device: families if device == "cpu" else ())
     for name, value in {"unavailable": lambda self: None, **attributes}.items():
         for each in {type(family) for family in families}:
             patch.setattr(each, name, value)

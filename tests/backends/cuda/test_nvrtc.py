@@ -57,7 +57,7 @@ def test_the_instructions_are_those_of_sparse_tensor_cores(
 
 
 def test_code_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvrtc, "folder", lambda name: tmp_path)
+    monkeypatch.setattr(nvrtc, "cache_folder", lambda name: tmp_path)
     first = nvrtc.compiled(source(), (9, 0), turn_build(torch.float16).macros)
     monkeypatch.setattr(nvrtc, "_compile", None)
     assert nvrtc.compiled(source(), (9, 0), turn_build(torch.float16).macros) == first

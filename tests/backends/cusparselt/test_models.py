@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sparsedm_compiler as sdm
 from sparsedm_compiler.backends.cusparselt.format import stated24
 from sparsedm_compiler.backends.registry import FAMILIES
-from sparsedm_compiler.compiler import folded_weights as folding
+from sparsedm_compiler.backends import packing
 from sparsedm_compiler.models.uvit import UViT
 from tests.autotune.test_select_kernel import Net
 from tests.backends.cuda.here import ROUNDING, kernels_of, semi_on_cpu
@@ -198,8 +198,8 @@ def test_a_machine_without_the_kernels_gets_the_dense_weights(
     torch.save(fast, file)
     file.seek(0)
     with monkeypatch.context() as elsewhere:
-        for module in ("choose", "measuring", "folding"):
-            elsewhere.setattr(f"sparsedm_compiler.{module}.families_of", lambda device: ())
+        for module in ("autotune.select_kernel", "autotune.measure", "backends.packing"):
+            elsewhere.setattr(f"sparsedm_compiler.{module}.find_families", lambda device: ())
         twin = torch.load(file, weights_only=False)
         assert_near(twin(x_of()), expected)
         assert set(kernels_of(twin).values()) == {"dense"}
@@ -218,7 +218,7 @@ def test_no_map_location_moves_what_pickle_holds(
     torch.save(fast, file)
     file.seek(0)
     twin = torch.load(file, weights_only=False, map_location="meta")
-    held = twin._sparsedm.folding.folds
+    held = twin._sparsedm.weights
     assert {each.kernel.name for each in held.packed.values()} == {kernel}
     assert {each.data.device.type for each in held.packed.values()} == {"cpu"}
     held.settle(twin.named_parameters())
@@ -230,7 +230,7 @@ def test_a_dtype_that_no_kernel_runs_brings_the_dense_weights_back() -> None:
     fast.float()
     assert_same(fast(x_of().float()), expected.float(), tolerance=2e-2)
     assert_same(fast.plain.weight, oracle_of(fast_called()).plain.weight.float())
-    assert fast._sparsedm.folding.folds.packed == {}
+    assert fast._sparsedm.weights.packed == {}
     half = fast_of(finalize=True)
     half(x_of())
     half.half()
@@ -240,8 +240,8 @@ def test_a_dtype_that_no_kernel_runs_brings_the_dense_weights_back() -> None:
 
 def test_what_lies_on_another_device_suits_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, _ = finalized()
-    packed = fast._sparsedm.folding.folds.packed["plain.weight"]
-    monkeypatch.setattr(folding, "families_of", lambda device: FAMILIES)
+    packed = fast._sparsedm.weights.packed["plain.weight"]
+    monkeypatch.setattr(packing, "find_families", lambda device: FAMILIES)
     assert packed.suits(fast.plain.weight)
     assert not packed.suits(fast.plain.weight.to("meta"))
     assert not packed.suits(fast.plain.weight.float())
@@ -249,7 +249,7 @@ def test_what_lies_on_another_device_suits_no_weight(monkeypatch: pytest.MonkeyP
 
 def test_another_device_gets_the_values_back() -> None:
     fast, _ = finalized()
-    folds = fast._sparsedm.folding.folds
+    folds = fast._sparsedm.weights
     fast.to("meta")
     folds.settle(fast.named_parameters())
     assert folds.packed == {}

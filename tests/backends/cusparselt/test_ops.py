@@ -290,7 +290,7 @@ def test_autocast() -> None:
 
 
 def test_measured_choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sparsedm_compiler.autotune.measure.folder", lambda name: tmp_path)
+    monkeypatch.setattr("sparsedm_compiler.autotune.measure.cache_folder", lambda name: tmp_path)
     fast = compiled(Net().to(BF16), kernels=None)
     with torch.no_grad():
         assert_near(fast(x_of()), oracle_of(fast)(x_of()), BF16)
@@ -307,7 +307,7 @@ def test_a_finalized_model_travels(tmp_path: Path) -> None:
         expected = fast(x)
         assert_same(fast(x), expected)
     assert sum(p.untyped_storage().nbytes() for p in fast.parameters()) == 4 * 2
-    held = fast._sparsedm.folding.folds.packed.values()
+    held = fast._sparsedm.weights.packed.values()
     assert sum(each.data.nbytes for each in held) <= 0.6 * dense
     oracle = oracle_of(called_twin(net, x))
     for name, tensor in fast.state_dict().items():

@@ -197,7 +197,7 @@ def test_why_it_cannot_run_is_said_to_who_asks(monkeypatch: pytest.MonkeyPatch) 
 
 def test_nobody_gets_it_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     semi_on_cpu(monkeypatch)
-    monkeypatch.setattr(measuring, "folder", lambda name: tmp_path)
+    monkeypatch.setattr(measuring, "cache_folder", lambda name: tmp_path)
     for how, expected in (("sparse", {"cuda_semi"}), ("auto", {"cuda_semi", "dense"})):
         fast = sdm.compile(
             Wide().bfloat16(), "2:4", mode="infer", backend="eager", kernels={"*": how}

@@ -46,8 +46,12 @@ def targets(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.extend(node.target for node in gm.graph.nodes)
         return gm
 
-    monkeypatch.setattr("sparsedm_compiler.compiler.lower.resolve_backend", lambda name: backend)
-    monkeypatch.setattr("sparsedm_compiler.compiler.lower.lookup_backend", lambda backend: backend)
+    monkeypatch.setattr(
+        "sparsedm_compiler.compiler.inner_backend.resolve_backend", lambda name: backend
+    )
+    monkeypatch.setattr(
+        "sparsedm_compiler.compiler.inner_backend.lookup_backend", lambda found: found
+    )
     return seen
 
 

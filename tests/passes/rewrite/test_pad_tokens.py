@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.backends.cusparselt.ops import semi_linear
-from sparsedm_compiler.compiler import lower as lowering
-from sparsedm_compiler.passes import pad_tokens
+from sparsedm_compiler.passes import pipeline
+from sparsedm_compiler.passes.rewrite.pad_tokens import pad_tokens
 from tests.backends.cuda.here import semi_on_cpu
 from tests.oracle import assert_same
 
@@ -108,7 +108,7 @@ def run(wired: Forward, x: Tensor, **options: Any) -> tuple[Tensor, fx.GraphModu
 
 def unpadded(wired: Forward, x: Tensor, patch: pytest.MonkeyPatch) -> tuple[Tensor, fx.GraphModule]:
     with patch.context() as off:
-        off.setattr(lowering, "pad_tokens", lambda gm: 0)
+        off.setattr(pipeline, "INFER", (pipeline.lower_sparse, pipeline.carry_features))
         return run(wired, x)
 
 

@@ -1,0 +1,99 @@
+"""``count_macs`` and ``topology``: analyses of a model that prune nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import CompileConfig
+from ..errors import ConfigError
+from ..graph.capture import capture, map_parameter_names, record_eager_products
+from ..passes import count_macs as count_sites
+from ..passes import find_eager_sites, find_sites, mark_eager, mark_prunable, trace_topology
+from ..patterns import Pattern
+from ..reports import MacsReport, Topology
+
+
+def count_macs(
+    model: nn.Module,
+    *args: Any,
+    pattern: str | Pattern = "2:4",
+    keep_dense: str | Iterable[str] | Callable[[str], bool] = (),
+    overrides: Mapping[str, str | Pattern] | None = None,
+    policy: str = "structural",
+    **kwargs: Any,
+) -> MacsReport:
+    """Counts the exact MACs of one forward, dense and as pruned to a pattern.
+
+    Nothing is computed, so that models and inputs on the meta device work.
+
+    Args:
+        model: Any nn.Module.
+        *args: Positional inputs of ``model``.
+        pattern: The pattern to prune to, as in ``compile``.
+        keep_dense: Layers that stay dense, as in ``compile``.
+        overrides: Other patterns for some layers, as in ``compile``.
+        policy: Which layers are pruned, as in ``compile``.
+        **kwargs: Keyword inputs of ``model``.
+
+    Returns:
+        A report with conv+linear MACs in ``.dense`` and ``.sparse``, attention (QK+AV) apart in
+        ``.attention``, and one row per call node in ``.rows``; ``str()`` is a table.
+
+    Raises:
+        PatternError: If a pattern is misspelled.
+        ConfigError: If an option has an unknown value or a glob names no parameter.
+        CaptureError: If the model cannot be called with these inputs.
+
+    Example:
+        >>> import torch, sparsedm_compiler as sdm
+        >>> net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+        >>> report = sdm.count_macs(net, torch.randn(1, 8), pattern="2:4")
+        >>> report.dense, report.sparse
+        (192, 160)
+    """
+    config = CompileConfig.create(
+        pattern, keep_dense=keep_dense, overrides=overrides, policy=policy
+    )
+    config = config.bind(list(map_parameter_names(model).values()))
+    with torch.no_grad():
+        graph = capture(model, *args, **kwargs)
+        if graph is not None:
+            sites = find_sites(graph)
+            return count_sites(sites.sites, mark_prunable(sites, config))
+        eager = find_eager_sites(record_eager_products(model, *args, **kwargs))
+    return count_sites(eager, mark_eager(eager, config))
+
+
+def topology(model: nn.Module, *args: Any, **kwargs: Any) -> Topology:
+    """Describes how the prunable ops of one forward are wired.
+
+    Args:
+        model: Any nn.Module.
+        *args: Positional inputs of ``model``.
+        **kwargs: Keyword inputs of ``model``.
+
+    Returns:
+        The first and last layers, the skip connections and the path with the most MACs.
+
+    Raises:
+        ConfigError: If the model takes several graphs (it has graph breaks).
+        CaptureError: If the model cannot be called with these inputs.
+
+    Example:
+        >>> import torch, sparsedm_compiler as sdm
+        >>> net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+        >>> sdm.topology(net, torch.randn(1, 8)).critical_path
+        ('0', '1', '2')
+    """
+    with torch.no_grad():
+        graph = capture(model, *args, **kwargs)
+    if graph is None:
+        raise ConfigError(
+            f"{type(model).__name__} takes several graphs (its forward asks tensors for Python "
+            "values), so it has no topology; torch.compile(model, fullgraph=True) shows the line"
+        )
+    return trace_topology(find_sites(graph))
