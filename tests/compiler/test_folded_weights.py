@@ -52,7 +52,9 @@ def test_every_kind_of_update_is_seen(way: str) -> None:
 def test_a_device_that_is_not_waited_for_tells_of_edits_one_call_late(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsedm_compiler.compiler.folded_weights._is_asynchronous", lambda weight: True)
+    monkeypatch.setattr(
+        "sparsedm_compiler.compiler.folded_weights._is_asynchronous", lambda weight: True
+    )
     fast = folded(way)
     tolerance = 1e-4 if way == "sparse" else 0.0
     before = fast(X)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 import sparsedm_compiler as sdm
 from sparsedm_compiler.autotune import measure as measuring
 from sparsedm_compiler.autotune import select_kernel as choose
+from sparsedm_compiler.backends import packing as folding
 from sparsedm_compiler.backends.cusparselt.family import SemiFamily
 from sparsedm_compiler.backends.cusparselt.quantized import QuantizedFamily
 from sparsedm_compiler.backends.kernel_family import KernelFamily
 from sparsedm_compiler.backends.registry import FAMILIES
-from sparsedm_compiler.backends import packing as folding
 from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}

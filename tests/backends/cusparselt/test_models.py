@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.backends import packing
 from sparsedm_compiler.backends.cusparselt.format import stated24
 from sparsedm_compiler.backends.registry import FAMILIES
-from sparsedm_compiler.backends import packing
 from sparsedm_compiler.models.uvit import UViT
 from tests.autotune.test_select_kernel import Net
 from tests.backends.cuda.here import ROUNDING, kernels_of, semi_on_cpu

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sparsedm_compiler.backends.vnm.ops import vnm_linear_op
-from sparsedm_compiler.passes import carry_features
+from sparsedm_compiler.passes.rewrite.carry_features import carry_features
 from tests.backends.vnm.vnm_cases import held
 from tests.oracle import assert_same
 
@@ -58,11 +58,11 @@ def test_only_what_its_like_reads_is_carried(body: Body, expected: list[int]) ->
     gm = graph_of(body)
     code, x = gm.code, torch.randn(9, 64).bfloat16()
     before = gm(x, CASE.packed)
-    assert carry_features(gm) == sum(expected)
+    assert carry_features(gm, ()) == sum(expected)
     gm.recompile()
     assert lines(gm) == expected
     assert (gm.code == code) == (not any(expected))
     after = gm(x, CASE.packed)
     for a, b in zip(*((y if isinstance(y, tuple) else (y,)) for y in (before, after)), strict=True):
         assert_same(a, b)
-    assert carry_features(gm) == 0
+    assert carry_features(gm, ()) == 0
