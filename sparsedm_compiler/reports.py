@@ -1,4 +1,4 @@
-"""The frozen values that analyses return."""
+"""The frozen values that analyses and ``explain`` return, with their tables."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ from .patterns import Pattern
 class Decision:
     """What happens to one weight: pruned to ``pattern``, or left dense for ``refusal``.
 
-    ``weight``: parameter name in the model. ``op``: "linear", "conv2d", ... ``shape``: the
-    weight's shape. Exactly one of ``pattern`` and ``refusal`` is set.
+    Exactly one of ``pattern`` and ``refusal`` is set.
+
+    Attributes:
+        weight: The parameter's name in the model.
+        op: The op that multiplies by it: "linear", "conv2d", ...
+        shape: The weight's shape.
+        pattern: What it is pruned to.
+        refusal: Why it stays dense, as a sentence.
     """
 
     weight: str
@@ -31,7 +37,7 @@ class Decision:
         return self.pattern is not None
 
     def prefixed(self, prefix: str) -> Decision:
-        """The same decision with the weight's name inside a larger model."""
+        """Returns the same decision with the weight's name inside a larger model."""
         return replace(self, weight=prefix + self.weight)
 
 
@@ -39,10 +45,15 @@ class Decision:
 class Choice:
     """Which kernel multiplies by one folded weight, and why.
 
-    ``weight``: parameter name. ``inputs``: shape of what it multiplies, one per use. ``kernel``:
-    "dense" or the name of a sparse kernel. ``dense_ms``/``sparse_ms``: medians of one call of
-    dense and of the fastest sparse kernel, None where nothing was measured. ``reason``: a sentence.
-    ``dense_bytes``/``run_bytes``: size of the weight, and of what the kernel reads in its place.
+    Attributes:
+        weight: The parameter's name in the model.
+        inputs: The shape of what it multiplies, one per use.
+        kernel: "dense" or the name of a sparse kernel.
+        reason: Why, as a sentence.
+        dense_ms: Median milliseconds of one call of dense; None where nothing was measured.
+        sparse_ms: The same of the fastest sparse kernel.
+        dense_bytes: Size of the weight.
+        run_bytes: Size of what the kernel reads in its place; 0 in mode "train".
     """
 
     weight: str
@@ -55,7 +66,7 @@ class Choice:
     run_bytes: int = 0
 
     def prefixed(self, prefix: str) -> Choice:
-        """The same choice with the weight's name inside a larger model."""
+        """Returns the same choice with the weight's name inside a larger model."""
         return replace(self, weight=prefix + self.weight)
 
 
@@ -63,10 +74,15 @@ class Choice:
 class MacRow:
     """MACs of one operand of one call node.
 
-    ``name``: the weight's parameter name, or the node's name where no parameter is involved.
-    ``kind``: "conv", "linear" or "attention" (a product of two activations).
-    ``shape``: the weight's shape, () for attention. ``dense``/``sparse``: exact MACs before and
-    after pruning (equal where the row stays dense, ``refusal`` says why).
+    Attributes:
+        name: The weight's parameter name, or the node's name where there is no parameter.
+        kind: "conv", "linear" or "attention" (a product of two activations).
+        op: The op: "linear", "conv2d", "matmul", ...
+        shape: The weight's shape; () for attention.
+        dense: Exact MACs before pruning.
+        sparse: Exact MACs after pruning; equal to ``dense`` where the row stays dense.
+        pattern: What the weight is pruned to.
+        refusal: Why it stays dense, as a sentence.
     """
 
     name: str
@@ -81,7 +97,14 @@ class MacRow:
 
 @dataclass(frozen=True, slots=True)
 class MacsReport:
-    """MACs of one forward: ``dense`` and ``sparse`` are conv+linear, ``attention`` is apart."""
+    """MACs of one forward; ``str()`` is a table.
+
+    Attributes:
+        dense: MACs of convolutions and linear layers.
+        sparse: The same after pruning.
+        attention: MACs of attention (QK+AV), which are in neither.
+        rows: One row per call node.
+    """
 
     dense: int
     sparse: int
@@ -94,7 +117,7 @@ class MacsReport:
         return {"dense": self.dense, "sparse": self.sparse, "attention": self.attention}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: totals, the convention, and one entry per row."""
+        """Returns plain values for JSON: totals, the convention, and one entry per row."""
         return {
             "convention": CONVENTION,
             **self.totals,
@@ -115,7 +138,14 @@ class MacsReport:
 
     def __str__(self) -> str:
         body = [
-            (row.name, row.op, "x".join(map(str, row.shape)), row.dense, row.sparse, note(row))
+            (
+                row.name,
+                row.op,
+                "x".join(map(str, row.shape)),
+                row.dense,
+                row.sparse,
+                describe_pattern(row),
+            )
             for row in self.rows
         ]
         total = [
@@ -133,8 +163,8 @@ CONVENTION = (
 )
 
 
-def note(row: MacRow | Decision) -> str:
-    """The pattern of a pruned row, or "dense: " and the reason."""
+def describe_pattern(row: MacRow | Decision) -> str:
+    """Returns the pattern of a pruned row, or "dense: " and the reason."""
     if row.pattern is not None:
         return str(row.pattern)
     return "" if row.refusal is None else f"dense: {row.refusal}"
@@ -144,10 +174,14 @@ def note(row: MacRow | Decision) -> str:
 class Topology:
     """How the prunable ops of a graph are wired.
 
-    ``first``/``last``: ops that read a graph input alone / feed only graph outputs.
-    ``skips``: long connections (source, merge) that bypass other ops. ``critical_path``: the
-    chain of ops that carries the most MACs, ``critical_macs`` their sum: the bound on what
-    sparsity can win without running branches side by side.
+    Attributes:
+        first: Ops that read a graph input alone.
+        last: Ops that feed only graph outputs.
+        skips: Long connections (source, merge) that bypass other ops.
+        critical_path: The chain of ops that carries the most MACs.
+        critical_macs: Their sum: the bound on what sparsity can win without running branches side
+            by side.
+        macs: MACs by op.
     """
 
     first: frozenset[str]
@@ -162,9 +196,13 @@ class Topology:
 class Explanation:
     """What became of every weight of a compiled model; ``str()`` is a table.
 
-    ``rows``: one Decision per weight. ``masked``: names of the parameters that run masked.
-    ``choices``: in mode "infer" the kernel of each folded weight, for each shape it has met.
-    ``mode``, ``backend``: as compiled. ``broken``: why the model runs as several graphs, or None.
+    Attributes:
+        rows: One decision per weight.
+        masked: Names of the parameters that run masked.
+        mode: "train" or "infer".
+        backend: What compiled the rewritten graphs.
+        choices: In mode "infer" the kernel of each folded weight, for each shape it has met.
+        broken: The graph break for which the model runs as several graphs; None for one graph.
     """
 
     rows: tuple[Decision, ...]
@@ -177,10 +215,13 @@ class Explanation:
     def __str__(self) -> str:
         if not self.rows:
             return "not captured yet: call the model once, or explain(model, *inputs)"
-        body = [(row.weight, row.op, "x".join(map(str, row.shape)), note(row)) for row in self.rows]
+        body = [
+            (row.weight, row.op, "x".join(map(str, row.shape)), describe_pattern(row))
+            for row in self.rows
+        ]
         table = tabulate(body, ("weight", "op", "shape", "pattern"), disable_numparse=True)
-        how = f"{len(self.masked)} of {len(self.rows)} weights masked, mode {self.mode!r}"
-        parts = [table, f"{how}, compiled by {self.backend!r}"]
+        summary = f"{len(self.masked)} of {len(self.rows)} weights masked, mode {self.mode!r}"
+        parts = [table, f"{summary}, compiled by {self.backend!r}"]
         if self.choices:
             parts += ["", _kernels(self.choices)]
         if self.broken is not None:

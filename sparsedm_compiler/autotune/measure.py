@@ -1,4 +1,4 @@
-"""Milliseconds of dense and of sparse kernels for one weight: measured in turns, kept on disk."""
+"""Measures dense and sparse kernels for one weight, interleaved; results are kept on disk."""
 
 from __future__ import annotations
 
@@ -40,9 +40,14 @@ class AutotuneBudget:
 
 @dataclass(frozen=True, slots=True)
 class KernelTrial:
-    """What is measured: a weight, by its name, pruned to a pattern, and all that it has to do.
+    """A weight and everything it multiplies, to be timed with several kernels.
 
-    ``graphs``: whether the model will run under CUDA graphs, which hide what launches cost.
+    Attributes:
+        weight: The dense weight.
+        name: Its name, for the messages of errors.
+        pattern: What it is pruned to.
+        problems: One for every use of the weight.
+        graphs: Whether the model will run under CUDA graphs, which hide what launches cost.
     """
 
     weight: Tensor
@@ -61,9 +66,9 @@ def measure_kernels(
     other numbers than dense.
     """
     path = cache_folder("choices") / f"{_digest(trial)}.json"
-    found = _read(path)
-    if found is not None and all(str(kernel) in found for kernel in kernels):
-        return found
+    cached = _read_times(path)
+    if cached is not None and all(str(kernel) in cached for kernel in kernels):
+        return cached
     if budget.seconds <= 0:
         return None
     start = time.perf_counter()
@@ -75,7 +80,7 @@ def measure_kernels(
 
 
 def reproduces_dense(trial: KernelTrial, kernel: KernelConfig) -> bool:
-    """Whether a kernel runs the trial and gives dense's numbers, but for rounding."""
+    """Returns whether a kernel runs the trial and gives dense's numbers, but for rounding."""
     with torch.no_grad():
         return str(kernel) in _calls(trial, [kernel])
 
@@ -90,10 +95,10 @@ def _measure(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, f
 
 
 def _calls(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, Callable[[], Any]]:
-    """What "dense" does, and every kernel that takes the size and gives the same but for rounding.
+    """Returns the call of "dense", and of every kernel that reproduces it but for rounding.
 
-    Not every kernel takes every size, which asking it tells, and none is believed before it has
-    multiplied on this machine.
+    Not every kernel takes every size, which only running it tells, and none is believed before it
+    has multiplied on this machine.
     """
     weight, problems = trial.weight.detach(), trial.problems
     dtype = problems[0].dtype
@@ -154,7 +159,7 @@ def interleaved(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def run_dense(problem: MatmulProblem, x: Tensor, weight: Tensor) -> Tensor:
-    """What the model does without a kernel."""
+    """Runs the problem as the model does without a kernel."""
     if problem.kernel:
         out = F.conv2d(x, weight, None, problem.stride, problem.padding, problem.dilation)
     else:
@@ -163,13 +168,13 @@ def run_dense(problem: MatmulProblem, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def make_input(problem: MatmulProblem, device: torch.device) -> Tensor:
-    """A random input for it."""
+    """Returns a random input for the problem."""
     x = torch.randn(problem.inputs, dtype=torch.float32, device=device).to(problem.dtype)
     return x.contiguous(memory_format=torch.channels_last) if problem.channels_last else x
 
 
 def _digest(trial: KernelTrial) -> str:
-    """Of all that a time depends on."""
+    """Returns a hash of all that a time depends on."""
     weight = trial.weight
     machine = [family.machine() for family in find_families(weight.device.type)]
     shape = tuple(weight.shape)
@@ -177,10 +182,10 @@ def _digest(trial: KernelTrial) -> str:
     return hashlib.sha256(repr(about).encode()).hexdigest()[:24]
 
 
-def _read(path: Path) -> dict[str, float] | None:
+def _read_times(path: Path) -> dict[str, float] | None:
     try:
-        found = json.loads(path.read_bytes())
+        times = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    good = isinstance(found, dict) and all(isinstance(ms, float) for ms in found.values())
-    return found if good and "dense" in found else None
+    valid = isinstance(times, dict) and all(isinstance(ms, float) for ms in times.values())
+    return times if valid and "dense" in times else None

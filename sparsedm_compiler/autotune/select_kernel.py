@@ -35,7 +35,7 @@ def select_kernel(
     Returns:
         ``row`` with kernel, weight format, status, reason and times.
     """
-    wanted = config.kernel_of(row.name)
+    wanted = config.find_kernel(row.name)
     if isinstance(row.uses, Refusal):
         return row.run_dense(row.uses.sentence)
     if wanted == "dense":
@@ -153,7 +153,7 @@ def select_training_kernel(
     Returns:
         ``row`` as it was where no kernel was asked for, else with kernel, status and reason.
     """
-    wanted = config.kernel_of(row.name)
+    wanted = config.find_kernel(row.name)
     if wanted in ("auto", "dense"):
         return row
     refusal = _refuse_training(row, weight, wanted)

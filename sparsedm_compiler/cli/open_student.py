@@ -57,7 +57,7 @@ class Source:
     @property
     def pattern(self) -> str | None:
         """What the weights were pruned to, None where they are dense."""
-        return None if self.pruned is None else str(self.pruned["pattern"] or "recognised")
+        return None if self.pruned is None else str(self.pruned["options"]["pattern"] or "recognised")
 
     def __str__(self) -> str:
         weights = "its own weights" if self.weights is None else f"weights {self.weights}"

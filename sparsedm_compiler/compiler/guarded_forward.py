@@ -92,7 +92,7 @@ class SparseForward(OwnForward):
         self._thread = threading.local()
 
     def install(self) -> None:
-        """Become the forward of the module."""
+        """Becomes the forward of the module."""
         self.module.__dict__["forward"] = self
         self.module.__dict__[KEY] = self
         if self.config.finalize:
@@ -145,14 +145,14 @@ class SparseForward(OwnForward):
         return run
 
     def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
-        """Run as several graphs from now on: decide by an eager run, since none holds it all."""
+        """Runs as several graphs from now on, decided by an eager run, since none holds it all."""
         seen = find_eager_sites(record_eager_products(self.module, *args, **kwargs))
         self._adopt(mark_eager(seen, self.config, self.known))
         self.broken = reason
         self._compiled = self._compile(fullgraph=False)
 
     def _refuse_eager(self, seen: EagerProduct) -> None:
-        """An accepted weight that Python between the graphs multiplies would be dense there."""
+        """Raises DenseRunError for a pruned weight that Python between the graphs multiplies."""
         for site in find_eager_sites((seen,)):
             if not site.names:
                 continue
@@ -207,7 +207,7 @@ class SparseForward(OwnForward):
         return type(self.module).__name__
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle and deepcopy: the copy is captured anew, with the decisions already taken."""
+        """Pickles and copies all but the graphs, which the copy captures anew."""
         packed = self.weights.packed
         state = (self.module, self.config, self.known, self.decisions, self.override, packed)
         return SparseForward, state
@@ -237,7 +237,7 @@ def iterate_sparse_forwards(model: nn.Module) -> Iterator[tuple[str, SparseForwa
 
 
 def require_compiled(model: nn.Module) -> list[tuple[str, SparseForward]]:
-    """The SparseForwards inside ``model``. Raises ConfigError if there are none."""
+    """Returns (prefix, SparseForward) of all inside ``model``. Raises ConfigError for none."""
     forwards = list(iterate_sparse_forwards(model))
     if not forwards:
         raise ConfigError(
@@ -248,10 +248,17 @@ def require_compiled(model: nn.Module) -> list[tuple[str, SparseForward]]:
 
 
 def masked_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, Pattern]]:
-    """The parameters that run masked, by their name in ``model``, each with its pattern.
+    """Returns the parameters that run masked, each with its pattern.
 
-    Empty before the first call of the model, which captures it. Looks through wrappers (DDP, an
-    outer torch.compile). Raises ConfigError if no module inside ``model`` was compiled.
+    Args:
+        model: A compiled model, or a wrapper around one (DDP, an outer torch.compile).
+
+    Returns:
+        {parameter name in ``model``: (parameter, pattern)}; empty before the first call of the
+        model, which captures it.
+
+    Raises:
+        ConfigError: If no module inside ``model`` was compiled.
     """
     masked = {}
     for prefix, forward in require_compiled(model):

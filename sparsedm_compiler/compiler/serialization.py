@@ -1,4 +1,4 @@
-"""Save and load a compiled model: safetensors with the pattern in the metadata."""
+"""Saves and loads compiled models: safetensors with the pattern in the metadata."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,11 +36,18 @@ _PACKED = ".sparsedm_packed"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a compiled model's state_dict (latent dense weights) and decisions to ``path``.
+    """Writes a compiled model's weights (latent, dense) and decisions to a file.
 
     The file is plain safetensors, readable without this package, but for finalized weights, which
     are written packed. It appears whole or not at all.
-    Raises ConfigError if ``model`` was not compiled, CheckpointError if it cannot be written.
+
+    Args:
+        model: A compiled model.
+        path: The file to write; its folder must exist.
+
+    Raises:
+        ConfigError: If ``model`` was not compiled, or several compiled models are inside.
+        CheckpointError: If the file cannot be written.
     """
     forwards = require_compiled(model)
     if len(forwards) > 1:
@@ -54,18 +60,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     )
     packed = forward.weights.packed
     tensors.update({name + _PACKED: weight.to_portable().data for name, weight in packed.items()})
-    config = forward.config
     meta = {
         "version": _VERSION,
         "class": type(forward.module).__name__,
-        "pattern": None if config.pattern is None else str(config.pattern),
-        "mode": config.mode,
-        "policy": config.policy,
-        "keep_dense": list(config.dense_globs),
-        "overrides": {glob: str(pattern) for glob, pattern in config.overrides},
-        "kernels": dict(config.kernels),
-        "exclude_kernels": list(config.exclude_kernels),
-        "finalize": config.finalize,
+        "options": forward.config.to_dict(),
         "packed": {name: _describe_packed(weight) for name, weight in packed.items()},
         "known": sorted(forward.known),
         "decisions": [_describe_decision(decision) for decision in forward.decisions.values()],
@@ -82,26 +80,24 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto") -> Model:
-    """A compiled copy of ``model`` with the weights, pattern and decisions saved at ``path``.
+    """Returns a compiled copy of a model with the weights, pattern and decisions of a file.
 
-    ``model``: the plain dense model of the class that was saved. Raises CheckpointError if the
-    file is missing, is no such file, or does not fit ``model``.
+    Args:
+        path: A file that ``save`` wrote.
+        model: A plain dense model of the class that was saved; its weights are replaced.
+        backend: What compiles the rewritten graph, as in ``compile``.
+
+    Returns:
+        The compiled model, in the mode in which it was saved.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, of another version, or does not fit
+            ``model``.
     """
     check_model(model)
     tensors, meta = _read(Path(path))
     try:
-        config = CompileConfig.create(
-            meta["pattern"],
-            mode=meta["mode"],
-            policy=meta["policy"],
-            keep_dense=meta["keep_dense"],
-            backend=backend,
-            kernels=meta["kernels"],
-            exclude_kernels=meta["exclude_kernels"],
-            finalize=meta["finalize"],
-        )
-        overrides = {glob: Pattern.parse(text) for glob, text in meta["overrides"].items()}
-        config = replace(config, overrides=tuple(overrides.items()))
+        config = CompileConfig.from_dict(meta["options"], backend=backend)
         packed = {name: _read_packed(name, p, tensors) for name, p in meta["packed"].items()}
         for name in [name for name, weight in packed.items() if weight.family.opaque]:
             tensors[name] = packed.pop(name).unpack()  # packed anew at the first call
@@ -124,7 +120,7 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
 
 
 def _hollow_out(student: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
-    """Free the weights that the file holds packed. Raises RuntimeError where the shapes differ."""
+    """Frees the weights that the file holds packed. Raises RuntimeError where shapes differ."""
     for name, form in packed.items():
         weight = student.get_parameter(name)
         if tuple(weight.shape) != form.shape:
@@ -134,7 +130,7 @@ def _hollow_out(student: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
 
 
 def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to write, each storage once, and for tied ones the name they are under."""
+    """Returns the tensors to write, tied ones once, and {name: name it is written under}."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
@@ -182,7 +178,7 @@ def _describe_packed(packed: PackedWeight) -> dict[str, Any]:
 
 
 def _read_packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -> PackedWeight:
-    """A packed weight from a file, which may be trusted only after its family's ``check``."""
+    """Reads a packed weight, which may be trusted only after its family's ``check``."""
     # A copy: aligned, and unlike the mapped file nobody else's to change after the check.
     data, shape = tensors.pop(name + _PACKED).clone(), tuple(plain["shape"])
     kernel = KernelConfig(plain["kernel"], tuple(plain["layout"]), tuple(plain["tile"]))

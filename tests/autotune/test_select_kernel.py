@@ -71,7 +71,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, **times: float) -> list[set[str]]:
 def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for sparse, kernel in ((1.0, "cpu_free"), (2.0, "dense"), (1.95, "dense")):
         with monkeypatch.context() as patched:
-            patched.setattr(measuring, "_read", lambda path: None)
+            patched.setattr(measuring, "_read_times", lambda path: None)
             seen = measured(patched, dense=2.0, sparse=sparse)
             fast = fast_of()
             out = fast(X)

@@ -45,7 +45,7 @@ def test_the_file_is_plain_safetensors(saved: tuple[nn.Module, Path]) -> None:
         assert_same(tensor, student.state_dict()[name])
     with safe_open(path, framework="pt") as file:
         meta = json.loads(file.metadata()["sparsedm"])
-    assert (meta["pattern"], meta["class"], meta["version"]) == ("1:4", "Tied", 4)
+    assert (meta["options"]["pattern"], meta["class"], meta["version"]) == ("1:4", "Tied", 4)
     assert meta["aliases"] == {"c.weight": "b.weight"}
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 

@@ -11,13 +11,15 @@ from .mark_prunable import index_by_weight
 
 
 def count_macs(sites: Iterable[Site], decisions: tuple[Decision, ...]) -> MacsReport:
-    """MACs of one run of the graph; a pruned weight counts its kept share, exactly."""
-    chosen = index_by_weight(decisions)
-    return total(row(site, chosen.get(strip_adapter_prefix(site.label))) for site in sites)
+    """Counts the MACs of one run of the graph; a pruned weight counts its kept share, exactly."""
+    by_weight = index_by_weight(decisions)
+    return _sum_rows(
+        _count_site(site, by_weight.get(strip_adapter_prefix(site.label))) for site in sites
+    )
 
 
-def row(site: Site, decision: Decision | None) -> MacRow:
-    """The MACs of one site. The pruned width divides by m, so the sparse count is exact."""
+def _count_site(site: Site, decision: Decision | None) -> MacRow:
+    """Counts the MACs of one site. The pruned width divides by m, so the sparse count is exact."""
     dense = site.product.macs()
     pattern = None if decision is None else decision.pattern
     sparse = dense if pattern is None else int(dense * pattern.density)
@@ -26,8 +28,8 @@ def row(site: Site, decision: Decision | None) -> MacRow:
     return MacRow(label, site.kind, site.op_name, site.shape, dense, sparse, pattern, refusal)
 
 
-def total(rows: Iterable[MacRow]) -> MacsReport:
-    """The report of these rows."""
+def _sum_rows(rows: Iterable[MacRow]) -> MacsReport:
+    """Returns the report of these rows."""
     rows = tuple(rows)
     layers = [r for r in rows if r.kind != "attention"]
     return MacsReport(

@@ -47,11 +47,11 @@ class Sites:
 
 
 def find_sites(captured: CapturedGraph) -> Sites:
-    """Every product in the graph and its sub-graphs, in execution order."""
+    """Returns every product in the graph and its sub-graphs, in execution order."""
     ops = flatten(captured.gm)
     parameters = captured.parameters(ops)
-    held = (op for op in ops if op.node.op == "placeholder" and op not in parameters)
-    inputs = frozenset(op for op in held if op.node not in captured.buffers)
+    placeholders = (op for op in ops if op.node.op == "placeholder" and op not in parameters)
+    inputs = frozenset(op for op in placeholders if op.node not in captured.buffers)
     sites = [
         _site(op, product, factors, parameters) for op in ops for product, factors in op.products()
     ]
@@ -59,31 +59,31 @@ def find_sites(captured: CapturedGraph) -> Sites:
 
 
 def _site(op: Op, product: Product, factors: tuple[Op, ...], parameters: dict[Op, Names]) -> Site:
-    found = Site(op.name, OP_TABLE[op.node.target].name, product, product.kind, op=op)
-    for place, factor in enumerate(factors):
+    site = Site(op.name, OP_TABLE[op.node.target].name, product, product.kind, op=op)
+    for index, factor in enumerate(factors):
         reading = trace_parameter(factor, parameters)
         if reading is not None:
             return replace(
-                found,
+                site,
                 kind=product.kind if product.fixed else "linear",
                 names=parameters[reading.parameter],
                 shape=tuple(reading.parameter.value.shape),
-                refusal=product.refusal or _misread(product, reading, place),
+                refusal=product.refusal or _explain_misread(product, reading, index),
                 parameter=reading.parameter,
             )
     if not product.fixed:
-        return found
+        return site
     shape = tuple(factors[0].value.shape)
-    return replace(found, shape=shape, refusal=product.refusal or COMPUTED)
+    return replace(site, shape=shape, refusal=product.refusal or COMPUTED)
 
 
 COMPUTED = "its weight is computed in the forward, not a parameter"
 
 
-def _misread(product: Product, reading: ParameterRead, place: int) -> str | None:
-    """Why the groups of the parameter would not run along the summed dimension, or None."""
+def _explain_misread(product: Product, reading: ParameterRead, index: int) -> str | None:
+    """Returns why the groups of the parameter would not run along the summed dimension, or None."""
     wanted = "same" if product.fixed else "transposed"
-    if reading.layout == wanted and place == 0:
+    if reading.layout == wanted and index == 0:
         return None
     if product.fixed:
         return "a reshaped view of the parameter is multiplied, not the parameter"
@@ -91,7 +91,7 @@ def _misread(product: Product, reading: ParameterRead, place: int) -> str | None
 
 
 def find_eager_sites(seen: Sequence[EagerProduct]) -> tuple[Site, ...]:
-    """The products of an eager run, in order, for models that no single graph holds."""
+    """Returns the products of an eager run, in order, for models with graph breaks."""
     return tuple(
         _eager_site(number, product, call)
         for number, call in enumerate(seen)
@@ -100,18 +100,18 @@ def find_eager_sites(seen: Sequence[EagerProduct]) -> tuple[Site, ...]:
 
 
 def _eager_site(number: int, product: Product, call: EagerProduct) -> Site:
-    found = Site(f"{call.entry.name}_{number}", call.entry.name, product, product.kind)
+    site = Site(f"{call.entry.name}_{number}", call.entry.name, product, product.kind)
     for factor in product.factors:
         if factor in call.names:
             refusal = None if product.fixed else "its weight is a factor of a plain matrix product"
             return replace(
-                found,
+                site,
                 kind=product.kind if product.fixed else "linear",
                 names=call.names[factor],
                 shape=tuple(call.values[factor].shape),
                 refusal=product.refusal or refusal,
             )
     if not product.fixed:
-        return found
+        return site
     shape = tuple(call.values[product.factors[0]].shape)
-    return replace(found, shape=shape, refusal=product.refusal or COMPUTED)
+    return replace(site, shape=shape, refusal=product.refusal or COMPUTED)

@@ -19,7 +19,7 @@ UVIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 def mark_prunable(
     sites: Sites, config: CompileConfig, known: Collection[str] | None = None, *, whole: bool = True
 ) -> tuple[Decision, ...]:
-    """One decision per weight (a tied weight has one), in execution order.
+    """Returns one decision per weight (a tied weight has one), in execution order.
 
     ``known``: the names of the parameters that were in the model when it was compiled; weights
     added since (adapters) stay dense. None: all are known. ``whole``: the graph is the whole
@@ -27,7 +27,7 @@ def mark_prunable(
     """
     first, last = find_ends(sites) if whole else (frozenset[Op](), frozenset[Op]())
     at_end = {**dict.fromkeys(last, "last"), **dict.fromkeys(first, "first")}
-    return _mark(
+    return _decide_all(
         sites.sites, config, known, {s: at_end[s.op] for s in sites.sites if s.op in at_end}
     )
 
@@ -35,13 +35,13 @@ def mark_prunable(
 def mark_eager(
     sites: Sequence[Site], config: CompileConfig, known: Collection[str] | None = None
 ) -> tuple[Decision, ...]:
-    """The decisions for an eager run: first and last are what ran first and last."""
+    """Returns the decisions for an eager run, whose first and last ops ran first and last."""
     weighted = [site for site in sites if site.kind != "attention"]
     at_end = {weighted[0]: "first", weighted[-1]: "last"} if weighted else {}
-    return _mark(sites, config, known, at_end)
+    return _decide_all(sites, config, known, at_end)
 
 
-def _mark(
+def _decide_all(
     sites: Sequence[Site],
     config: CompileConfig,
     known: Collection[str] | None,
@@ -52,7 +52,7 @@ def _mark(
         if site.kind != "attention":
             grouped.setdefault(site.label, []).append(site)
     return tuple(
-        decide_weight(uses[0], _use_refusal(uses, at_end, config), config, known)
+        decide_weight(uses[0], _refuse_by_use(uses, at_end, config), config, known)
         for uses in grouped.values()
     )
 
@@ -60,19 +60,21 @@ def _mark(
 def decide_weight(
     site: Site, refusal: str | None, config: CompileConfig, known: Collection[str] | None = None
 ) -> Decision:
-    """The decision for one weight: what the user asked, then ``refusal``, then its size."""
+    """Returns the decision for one weight: the user's options, then ``refusal``, then its size."""
     names = tuple(strip_adapter_prefix(name) for name in site.names) or (site.node,)
     pattern = next((p for glob, p in config.overrides if matches(glob, names)), config.pattern)
-    refusal = _user_refusal(names, config, known if site.names else None) or refusal
+    refusal = _refuse_by_options(names, config, known if site.names else None) or refusal
     if pattern is None:
         refusal = refusal or "its values satisfy no N:M pattern"
     else:
         refusal = refusal or pattern.misfit(site.shape[0], site.shape[1])
-    chosen = None if refusal else pattern
-    return Decision(names[0], site.op_name, site.shape, chosen, refusal)
+    accepted = None if refusal else pattern
+    return Decision(names[0], site.op_name, site.shape, accepted, refusal)
 
 
-def _user_refusal(names: Names, config: CompileConfig, known: Collection[str] | None) -> str | None:
+def _refuse_by_options(
+    names: Names, config: CompileConfig, known: Collection[str] | None
+) -> str | None:
     if known is not None and not any(name in known for name in names):
         return "it was added to the model after compile()"
     for glob in config.dense_globs:
@@ -85,8 +87,10 @@ def _user_refusal(names: Names, config: CompileConfig, known: Collection[str] | 
     return None
 
 
-def _use_refusal(uses: list[Site], at_end: Mapping[Site, str], config: CompileConfig) -> str | None:
-    """Why the weight's place in the graph keeps it dense: one bad use is enough."""
+def _refuse_by_use(
+    uses: list[Site], at_end: Mapping[Site, str], config: CompileConfig
+) -> str | None:
+    """Returns why a use of the weight keeps it dense, or None; one such use is enough."""
     for site in uses:
         if site.refusal:
             return site.refusal
@@ -94,10 +98,10 @@ def _use_refusal(uses: list[Site], at_end: Mapping[Site, str], config: CompileCo
         for site in uses:
             if site in at_end:
                 return f"{at_end[site]} op of the graph"
-    return _other_reader(uses)
+    return _refuse_other_readers(uses)
 
 
-def _other_reader(uses: list[Site]) -> str | None:
+def _refuse_other_readers(uses: list[Site]) -> str | None:
     parameter = uses[0].parameter
     multiplied = {site.op for site in uses}
     for reader, _ in find_readers(parameter) if parameter is not None else ():
@@ -107,5 +111,5 @@ def _other_reader(uses: list[Site]) -> str | None:
 
 
 def index_by_weight(decisions: tuple[Decision, ...]) -> Mapping[str, Decision]:
-    """The decisions by weight name."""
+    """Returns the decisions by weight name."""
     return {decision.weight: decision for decision in decisions}

@@ -16,7 +16,7 @@ _MERGES = {"add", "iadd", "cat", "concat", "concatenate", "stack", "add_", "sub"
 
 
 def name_weighted_ops(sites: Sites) -> dict[Op, str]:
-    """The ops that multiply by a weight, with a name each: the layer's, "#2" for its second use."""
+    """Returns the names of ops that multiply by a weight: the layer's, "#2" for a second use."""
     names: dict[Op, str] = {}
     uses: dict[str, int] = {}
     for site in sites.sites:
@@ -28,7 +28,7 @@ def name_weighted_ops(sites: Sites) -> dict[Op, str]:
 
 
 def contract(sites: Sites, kept: Iterable[Op]) -> nx.DiGraph[Op]:
-    """The graph between ``kept`` ops and the graph's inputs; edges pass through all others."""
+    """Returns the graph between ``kept`` ops and the graph's inputs; edges pass other ops."""
     keep = {*kept, *sites.inputs}
     graph: nx.DiGraph[Op] = nx.DiGraph()
     graph.add_nodes_from(op for op in sites.ops if op in keep)
@@ -44,7 +44,7 @@ def contract(sites: Sites, kept: Iterable[Op]) -> nx.DiGraph[Op]:
 
 
 def find_ends(sites: Sites) -> tuple[frozenset[Op], frozenset[Op]]:
-    """(first, last): sole readers of a graph input, and ops nothing prunable comes after.
+    """Returns (first, last): sole readers of a graph input, and ops before no prunable op.
 
     An input that many ops read (a text embedding under every cross-attention) makes none of them
     a first layer.
@@ -61,7 +61,7 @@ def find_ends(sites: Sites) -> tuple[frozenset[Op], frozenset[Op]]:
 
 
 def trace_topology(sites: Sites) -> Topology:
-    """How the graph's prunable ops are wired: ends, skip connections, critical path."""
+    """Returns how the graph's prunable ops are wired: ends, skip connections, critical path."""
     names = name_weighted_ops(sites)
     first, last = find_ends(sites)
     macs = dict.fromkeys(names, 0)
