@@ -57,7 +57,9 @@ class Source:
     @property
     def pattern(self) -> str | None:
         """What the weights were pruned to, None where they are dense."""
-        return None if self.pruned is None else str(self.pruned["options"]["pattern"] or "recognised")
+        if self.pruned is None:
+            return None
+        return str(self.pruned["options"]["pattern"] or "recognised")
 
     def __str__(self) -> str:
         weights = "its own weights" if self.weights is None else f"weights {self.weights}"

@@ -92,7 +92,8 @@ def test_what_cannot_be_loaded(saved: tuple[nn.Module, Path], tmp_path: Path) ->
     ("change", "error"),
     [
         ({"version": 9}, "format version 9"),
-        ({"pattern": "9:1"}, "metadata is damaged"),
+        ({"options": {"pattern": "9:1", "overrides": {}}}, "metadata is damaged"),
+        ({"options": {"pattern": "2:4"}}, "metadata is damaged"),
         ({"decisions": [{}]}, "metadata is damaged"),
         ({"aliases": {"c.weight": "gone"}}, "metadata is damaged"),
     ],
