@@ -13,19 +13,42 @@ from .patterns import Pattern
 
 MODES = ("train", "infer")
 POLICIES = ("structural", "uvit", "all")
-SPARSE_KERNELS = (
-    *("cpu_free", "cpu_shared", "cpu_wide"),
-    *("cuda_vnm", "cuda_gather", "cuda_semi", "cuda_semi_fp8", "cuda_semi_int8"),
-)
-KERNELS = ("auto", "dense", "sparse", *SPARSE_KERNELS)
-"""What may run a folded weight: the fastest measured, dense, any sparse kernel, or one of them."""
-
 GRAPHS = "inductor-graphs"
 """The inner compiler that is Inductor with CUDA graphs, torch.compile's mode "reduce-overhead"."""
 
 Backend = str | Callable[..., Any]
 """What compiles the rewritten graph: "auto", GRAPHS, a torch.compile backend's name, or a backend.
 """
+
+
+_sparse_kernels: list[str] = []
+
+
+def register_kernel_names(names: Iterable[str]) -> None:
+    """Makes ``kernels=`` and ``exclude_kernels=`` know sparse kernels, after those known before.
+
+    Raises:
+        ConfigError: A kernel of that name is known already.
+    """
+    names = tuple(names)
+    for name in names:
+        if name in list_kernels():
+            raise ConfigError(f"there is a kernel {name!r} already; give the new one its own name")
+    _sparse_kernels.extend(names)
+
+
+def unregister_kernel_names(names: Iterable[str]) -> None:
+    """Makes ``kernels=`` and ``exclude_kernels=`` forget sparse kernels."""
+    for name in names:
+        _sparse_kernels.remove(name)
+
+
+def list_kernels() -> tuple[str, ...]:
+    """Returns all that ``kernels=`` may ask for a weight.
+
+    "auto" is the fastest measured, "sparse" any sparse kernel; the others are kernels by name.
+    """
+    return ("auto", "dense", "sparse", *_sparse_kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +101,8 @@ class CompileConfig:
             (exclude_kernels,) if isinstance(exclude_kernels, str) else tuple(exclude_kernels)
         )
         for kernel in (*(kernel for _, kernel in pinned), *exclude_kernels):
-            if kernel not in KERNELS:
-                raise ConfigError(f"kernel {kernel!r} is none of {', '.join(KERNELS)}")
+            if kernel not in list_kernels():
+                raise ConfigError(f"kernel {kernel!r} is none of {', '.join(list_kernels())}")
         if pattern is None and (mode != "infer" or overrides):
             raise ConfigError(
                 "without a pattern, the one the weights already satisfy is looked for, which is "
@@ -102,7 +125,7 @@ class CompileConfig:
         )
 
     def kernel_of(self, weight: str) -> str:
-        """What the user asked to run this weight: one of KERNELS."""
+        """What the user asked to run this weight: one of ``list_kernels``."""
         return next((kernel for glob, kernel in self.kernels if matches(glob, (weight,))), "auto")
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends.kernel_family import KernelConfig, KernelFamily, WeightFormat
-from ..backends.registry import find_families, find_family
+from ..backends.registry import find_families, find_family, find_training_families
 from ..config import GRAPHS, CompileConfig
 from ..passes import KernelTimes, PlannedWeight, Refusal, Status
 from ..patterns import TransposableNM
@@ -17,7 +17,7 @@ from .measure import AutotuneBudget, KernelTrial, measure_kernels, reproduces_de
 MARGIN = 0.96
 """A sparse kernel must take less than this part of dense's time: a tie goes to dense."""
 
-TRAINING = "cuda_semi"
+TRAINING = find_training_families()[0].names[0]
 """The kernel that masked weights may be multiplied by in training."""
 
 
@@ -94,7 +94,7 @@ def _list_candidates(
     dtype = dtypes.pop()
     size = weight.shape[0], weight[0].numel()
     reasons = {
-        family: family.unavailable() or family.refusal(row.pattern, *size, dtype)
+        family: family.why_unavailable() or family.why_refused(row.pattern, *size, dtype)
         for family in families
     }
     if all(reasons.values()):
@@ -103,7 +103,7 @@ def _list_candidates(
         kernel
         for family in families
         if not reasons[family]
-        for kernel in family.candidates(row.pattern, dtype)
+        for kernel in family.list_candidates(row.pattern, dtype)
         if kernel.name not in config.exclude_kernels
     ]
     if wanted in ("auto", "sparse"):
@@ -179,7 +179,7 @@ def _refuse_training(row: PlannedWeight, weight: Tensor, wanted: str) -> Refusal
     if any(problem.kernel for problem in row.problems):
         return Refusal("no sparse convolution for training")
     size = weight.shape[0], weight[0].numel()
-    reason = families[0].unavailable()
+    reason = families[0].why_unavailable()
     for problem in row.problems:
-        reason = reason or families[0].refusal(row.pattern, *size, problem.dtype)
+        reason = reason or families[0].why_refused(row.pattern, *size, problem.dtype)
     return None if reason is None else Refusal(reason)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.backends.cpu.family import CpuFamily
-from sparsedm_compiler.backends.cpu.format import refusal, unpack
+from sparsedm_compiler.backends.cpu.format import unpack, why_refused
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.train.sr_ste import sr_ste
 from tests.autotune.test_select_kernel import Net, X
@@ -77,7 +77,7 @@ def test_the_kernels_of_free_masks_pack_it(kernel: tuple[int, ...], dtype: torch
     weight = torch.randn(20, 64, *kernel).to(dtype)
     mask = nm_mask(weight, PATTERN)
     dense = (weight * mask).movedim(1, -1).flatten(1)
-    assert refusal(PATTERN, *dense.shape, dtype) is None
+    assert why_refused(PATTERN, *dense.shape, dtype) is None
     family = CpuFamily()
     for candidate in family.candidates(PATTERN, dtype):
         assert candidate.name == "cpu_free"
