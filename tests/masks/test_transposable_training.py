@@ -79,10 +79,10 @@ def test_the_kernels_of_free_masks_pack_it(kernel: tuple[int, ...], dtype: torch
     dense = (weight * mask).movedim(1, -1).flatten(1)
     assert why_refused(PATTERN, *dense.shape, dtype) is None
     family = CpuFamily()
-    for candidate in family.candidates(PATTERN, dtype):
+    for candidate in family.list_candidates(PATTERN, dtype):
         assert candidate.name == "cpu_free"
         assert_same(unpack(family.pack(weight * mask, mask, PATTERN, candidate)), dense)
-    assert family.candidates(PATTERN, dtype) == family.candidates(sdm.Pattern.parse("2:4"), dtype)
+    assert family.list_candidates(PATTERN, dtype) == family.list_candidates(sdm.Pattern.parse("2:4"), dtype)
 
 
 def test_convolutions_have_a_mask_per_position() -> None:
