@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.autotune.timer import Samples, interleaved, machine, ratio, spread
-from sparsedm_compiler.backends.cpu.family import CpuFamily
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
-from sparsedm_compiler.compiler.folded_weights import fold_weight
+from sparsedm_compiler.backends.packing import fold_weight
+from sparsedm_compiler.backends.registry import find_families
 from sparsedm_compiler.models import preset
 from sparsedm_compiler.patterns import Pattern
 
@@ -38,7 +38,7 @@ FREE = ("31:32", "3:4", "2:4", "1:4", "1:8", "1:16", "1:32")
 SHARED = ("2:4x4", "1:4x4", "1:8x4", "1:16x4", "2:4x64", "1:4x64", "1:8x64")
 LINEARS = ((257, 512, 1536), (257, 2048, 512))
 CONV = (256, 256, 16)
-CPU = CpuFamily()
+(CPU,) = find_families("cpu")
 
 
 def op_cases() -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -72,8 +72,8 @@ def sparse_op(x: Tensor, weight: Tensor, pattern: Pattern, kernel: KernelConfig)
     packed, rows = fold_weight(weight, form, "weight"), weight.shape[0]
     ones = () if weight.dim() == 2 else (1, 1)
     work = MatmulProblem(tuple(x.shape), x.dtype, False, tuple(weight.shape[2:]), ones, ones, ones)
-    op, how = CPU.call(work, form, kernel.tile)
-    return lambda: op(x, packed, None, rows, *how)
+    op, arguments = CPU.call(work, form, kernel.tile)
+    return lambda: op(x, packed, None, rows, **arguments)
 
 
 def bench_ops(rounds: int) -> list[dict[str, Any]]:
@@ -85,8 +85,8 @@ def bench_ops(rounds: int) -> list[dict[str, Any]]:
             calls = {"dense": dense_op(given, held)}
             for text in (*FREE, *SHARED):
                 pattern = Pattern.parse(text)
-                for each in CPU.candidates(pattern, dtype):
-                    calls[f"{text}/{each}"] = sparse_op(given, held, pattern, each)
+                for kernel in CPU.list_candidates(pattern, dtype):
+                    calls[f"{text}/{kernel}"] = sparse_op(given, held, pattern, kernel)
             samples = interleaved(calls, rounds=rounds)
             dense = samples["dense"].wall
             for text in (*FREE, *SHARED):

@@ -13,19 +13,42 @@ from .patterns import Pattern
 
 MODES = ("train", "infer")
 POLICIES = ("structural", "uvit", "all")
-SPARSE_KERNELS = (
-    *("cpu_free", "cpu_shared", "cpu_wide"),
-    *("cuda_vnm", "cuda_gather", "cuda_semi", "cuda_semi_fp8", "cuda_semi_int8"),
-)
-KERNELS = ("auto", "dense", "sparse", *SPARSE_KERNELS)
-"""What may run a folded weight: the fastest measured, dense, any sparse kernel, or one of them."""
-
 GRAPHS = "inductor-graphs"
 """The inner compiler that is Inductor with CUDA graphs, torch.compile's mode "reduce-overhead"."""
 
 Backend = str | Callable[..., Any]
 """What compiles the rewritten graph: "auto", GRAPHS, a torch.compile backend's name, or a backend.
 """
+
+
+_sparse_kernels: list[str] = []
+
+
+def register_kernel_names(names: Iterable[str]) -> None:
+    """Makes ``kernels=`` and ``exclude_kernels=`` know sparse kernels, after those known before.
+
+    Raises:
+        ConfigError: A kernel of that name is known already.
+    """
+    names = tuple(names)
+    for name in names:
+        if name in list_kernels():
+            raise ConfigError(f"there is a kernel {name!r} already; give the new one its own name")
+    _sparse_kernels.extend(names)
+
+
+def unregister_kernel_names(names: Iterable[str]) -> None:
+    """Makes ``kernels=`` and ``exclude_kernels=`` forget sparse kernels."""
+    for name in names:
+        _sparse_kernels.remove(name)
+
+
+def list_kernels() -> tuple[str, ...]:
+    """Returns all that ``kernels=`` may ask for a weight.
+
+    "auto" is the fastest measured, "sparse" any sparse kernel; the others are kernels by name.
+    """
+    return ("auto", "dense", "sparse", *_sparse_kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +64,7 @@ class CompileConfig:
         overrides: (glob, pattern) pairs; the first match wins.
         policy: One of ``POLICIES``.
         backend: What compiles the rewritten graph.
-        kernels: (glob, one of ``KERNELS``) pairs; the first match wins.
+        kernels: (glob, one of ``list_kernels()``) pairs; the first match wins.
         exclude_kernels: Kernels that are not to be used; for mode "infer".
         autotune_seconds: The most seconds to spend on measuring kernels; for mode "infer".
         finalize: Whether only packed weights are kept; for mode "infer".
@@ -88,8 +111,8 @@ class CompileConfig:
             if value not in allowed:
                 raise ConfigError(f"{name} {value!r} is neither {' nor '.join(map(repr, allowed))}")
         for kernel in (*(kernel for _, kernel in self.kernels), *self.exclude_kernels):
-            if kernel not in KERNELS:
-                raise ConfigError(f"kernel {kernel!r} is none of {', '.join(KERNELS)}")
+            if kernel not in list_kernels():
+                raise ConfigError(f"kernel {kernel!r} is none of {', '.join(list_kernels())}")
         if self.pattern is None and self.mode != "infer":
             raise _need_pattern()
         if self.finalize and self.mode != "infer":
@@ -124,7 +147,7 @@ class CompileConfig:
         return replace(config, overrides=_parse_overrides(overrides))
 
     def find_kernel(self, weight: str) -> str:
-        """Returns what the user pinned to run this weight: one of ``KERNELS``, "auto" for none."""
+        """Returns what the user pinned to run this weight: of ``list_kernels()``."""
         return next((kernel for glob, kernel in self.kernels if matches(glob, (weight,))), "auto")
 
     @property

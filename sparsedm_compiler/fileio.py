@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +11,17 @@ from pathlib import Path
 
 
 @contextmanager
-def replace_atomically(path: Path) -> Iterator[Path]:
-    """Where the block is to write: a file that takes the place of ``path`` if the block ends well.
+def replace_atomically(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yields a path to write to; if the block ends well, that file replaces ``path`` at once.
 
-    Makes the folder. What a kill leaves is written over by whoever writes ``path`` next, so two
-    processes must not write it at once.
+    Args:
+        path: The file to write. Its folder is made.
+        shared: Whether other processes may write the same file meanwhile: each then writes a
+            temporary file of its own, and the last one to end wins. Without it, a temporary file
+            that a killed process left is overwritten by the next writer.
     """
-    part = path.with_name(f".{path.name}.part")
+    owner = f"{os.getpid()}." if shared else ""
+    part = path.with_name(f".{path.name}.{owner}part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
@@ -26,16 +31,25 @@ def replace_atomically(path: Path) -> Iterator[Path]:
         raise
 
 
-def cache_folder(name: str) -> Path:
-    """A folder of that name, made if need be, that this process can write to.
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; other processes may write it meanwhile."""
+    with replace_atomically(path, shared=True) as part:
+        part.write_bytes(content)
 
-    Under $SPARSEDM_CACHE, else $XDG_CACHE_HOME/sparsedm_compiler, else ~/.cache/sparsedm_compiler;
-    where none of them can be written, one that lasts for this machine's uptime.
+
+def cache_folder(name: str) -> Path:
+    """Returns a folder of that name that this process can write to, and makes it.
+
+    It lies under $SPARSEDM_CACHE, else $XDG_CACHE_HOME/sparsedm_compiler, else
+    ~/.cache/sparsedm_compiler; where none of them can be written, in the temporary directory.
     """
-    asked = os.environ.get("SPARSEDM_CACHE")
+    preferred = os.environ.get("SPARSEDM_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    user = f"sparsedm_compiler-{os.getuid() if hasattr(os, 'getuid') else os.environ.get('USER')}"
-    for base in (asked or Path(home, "sparsedm_compiler"), Path(tempfile.gettempdir(), user)):
+    user = os.environ.get("USER") if sys.platform == "win32" else os.getuid()
+    for base in (
+        preferred or Path(home, "sparsedm_compiler"),
+        Path(tempfile.gettempdir(), f"sparsedm_compiler-{user}"),
+    ):
         path = Path(base, name)
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -44,10 +58,3 @@ def cache_folder(name: str) -> Path:
         if os.access(path, os.W_OK):
             return path
     return Path(tempfile.mkdtemp(prefix="sparsedm_compiler-"))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, whatever other processes do."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)

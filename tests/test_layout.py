@@ -147,11 +147,12 @@ def test_importing_the_package_needs_only_the_core_dependencies() -> None:
 def test_the_package_works_where_there_is_no_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import torch, sparsedm_compiler; "
-        "from sparsedm_compiler.backends.gather import ops; "
+        "from sparsedm_compiler.triton_support import why_unavailable; "
+        "from sparsedm_compiler.backends.gather import family; "
         "from sparsedm_compiler.masks import triton_mask; "
         "from sparsedm_compiler.masks.mask_ste import mask_ste; "
         "assert mask_ste(torch.tensor([[1.0, 2.0]]), '1:2').tolist() == [[0.0, 2.0]]; "
-        "assert ops.unavailable() is triton_mask.unavailable(); print(ops.unavailable())"
+        "assert why_unavailable() is triton_mask.why_unavailable(); print(why_unavailable())"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("Triton cannot be imported (")

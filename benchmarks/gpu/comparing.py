@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsedm_compiler.autotune.timer import interleaved, ratio
-from sparsedm_compiler.backends.cuda import timer as cuda
+from sparsedm_compiler.backends.cuda.timer import sample_calls
 
 from .case import plainly
 from .models import Call
@@ -27,7 +27,7 @@ _WARMUP = 4  # CUDA graphs are recorded in the second call
 def of_ops(calls: Calls, plan: Plan, rounds: int) -> Milliseconds:
     """Of kernels: replayed CUDA graphs with a cold L2 cache; on a CPU by the clock on the wall."""
     if plan.device == "cuda":
-        return cuda.sampled(calls, torch.device("cuda", 0), rounds)
+        return sample_calls(calls, torch.device("cuda", 0), rounds)
     samples = interleaved(calls, rounds=rounds)
     return {name: [1e3 * each for each in sample.wall] for name, sample in samples.items()}
 

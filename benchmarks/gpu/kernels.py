@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from sparsedm_compiler import KernelError, PatternError
-from sparsedm_compiler.backends import registry as families
+from sparsedm_compiler.backends.registry import find_families
 from sparsedm_compiler.patterns import Pattern
 
 from .case import Case, Row, Tell
@@ -59,8 +59,8 @@ def built(plan: Plan, text: str, act: str, tell: Tell) -> Iterator[Row]:
     with suppress(PatternError):
         pattern = Pattern.parse(text)
         given = operands(Layer("any", "any", 256, 256, act), 512, plan.device)
-        for family in families.find_families("cuda"):
-            if not (family.unavailable() or family.refusal(pattern, 256, 256, DTYPE)):
+        for family in find_families(given.x.device.type):
+            if not (family.why_unavailable() or family.why_refused(pattern, 256, 256, DTYPE)):
                 for _, run in calls(given, pattern, family):
                     with suppress(KernelError):
                         run()

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from sparsedm_compiler import KernelError, PatternError
 from sparsedm_compiler.autotune.select_kernel import MARGIN
-from sparsedm_compiler.backends import registry as families
-from sparsedm_compiler.backends.custom_op import activate
+from sparsedm_compiler.backends.custom_op import apply_activation
 from sparsedm_compiler.backends.kernel_family import (
     KernelConfig,
     KernelFamily,
     MatmulProblem,
     WeightFormat,
 )
-from sparsedm_compiler.compiler.folded_weights import fold_weight
+from sparsedm_compiler.backends.packing import fold_weight
+from sparsedm_compiler.backends.registry import find_families
 from sparsedm_compiler.patterns import Pattern
 
 from .case import Case, Row, Tell, plainly
@@ -103,7 +103,7 @@ def dense(given: Given, plan: Plan) -> Run:
     """The unpruned layer as torch runs it, compiled where an activation can be fused to it."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return activate(F.linear(x, weight, bias), given.layer.act)
+        return apply_activation(F.linear(x, weight, bias), given.layer.act)
 
     if given.layer.act != "none" and plan.compiled:
         run = torch.compile(run, fullgraph=True, dynamic=False)
@@ -127,7 +127,7 @@ class Trial:
             self.found["refused"]["pattern"] = str(why)
             return None
         exact = expected(self.given, pattern)
-        for family in families.find_families("cuda"):
+        for family in find_families(self.given.x.device.type):
             if not family.inexact or self.text == INEXACT_AT:
                 self.try_family(family, pattern, exact)
         return self.screened(baseline, plan) if self.ready else None
@@ -135,7 +135,7 @@ class Trial:
     def try_family(self, family: KernelFamily, pattern: Pattern, exact: Tensor) -> None:
         """All kernels of a family."""
         size, name = (self.given.layer.rows, self.given.layer.cols), "/".join(family.names)
-        why_not = family.unavailable() or family.refusal(pattern, *size, DTYPE)
+        why_not = family.why_unavailable() or family.why_refused(pattern, *size, DTYPE)
         if why_not is not None:
             self.found["refused"][name] = why_not
             return
@@ -194,13 +194,13 @@ def calls(
 ) -> Iterator[tuple[KernelConfig, Run]]:
     """Every kernel of a family with its call; weights are packed once for all that share them."""
     packed: dict[KernelConfig, Tensor] = {}
-    for kernel in family.candidates(pattern, DTYPE):
+    for kernel in family.list_candidates(pattern, DTYPE):
         form = WeightFormat(pattern, DTYPE, kernel.untiled)
         if kernel.untiled not in packed:
             packed[kernel.untiled] = fold_weight(given.weight, form, "weight")
-        op, how = family.call(given.work, form, kernel.tile)
+        op, arguments = family.call(given.work, form, kernel.tile)
         weight = packed[kernel.untiled]
-        yield kernel, partial(op, given.x, weight, given.bias, given.layer.rows, *how)
+        yield kernel, partial(op, given.x, weight, given.bias, given.layer.rows, **arguments)
 
 
 def poison(like: Tensor) -> None:
@@ -213,7 +213,7 @@ def expected(given: Given, pattern: Pattern) -> Tensor:
     """The masked layer in float32."""
     weight = fold_weight(given.weight, WeightFormat(pattern), "weight")
     out = F.linear(given.x.float(), weight.float(), given.bias.float())
-    return activate(out, given.layer.act)
+    return apply_activation(out, given.layer.act)
 
 
 def told(row: Row) -> str:

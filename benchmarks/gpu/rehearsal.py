@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-from sparsedm_compiler.backends.registry import FAMILIES
+from sparsedm_compiler.backends.registry import list_families
 
 
 @contextmanager
 def cuda_families_on_cpu() -> Iterator[None]:
     """Let the CUDA families, and no other, run the weights of CPU models."""
-    cuda = tuple(family for family in FAMILIES if family.device == "cuda")
+    kinds = {type(family): family.device for family in list_families()}
     with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("sparsedm_compiler") and "families_of" in vars(module):
-                stack.enter_context(patch.object(module, "families_of", lambda device: cuda))
-        for kind in {type(family) for family in cuda}:
-            stack.enter_context(patch.object(kind, "unavailable", lambda self: None))
+        for kind, device in kinds.items():
+            on_cpu = device == "cuda"
+            stack.enter_context(patch.object(kind, "device", "cpu" if on_cpu else "elsewhere"))
+            if on_cpu:
+                stack.enter_context(patch.object(kind, "why_unavailable", lambda self: None))
         yield

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sparsedm_compiler.fileio import replace_atomically
 
 from .case import Read
 
@@ -40,9 +41,8 @@ def take(results: Results, section: str, found: Read, seconds: float) -> None:
 
 def save(results: Results, path: Path) -> None:
     """Write the file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(part, path)
+    with replace_atomically(path) as part:
+        part.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def load(paths: Sequence[Path]) -> Results:

@@ -6,29 +6,24 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.cuda import timer as cuda
-from ..backends.custom_op import activate
+from ..backends.custom_op import apply_activation
 from ..backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from ..backends.packing import fold_weight
 from ..backends.registry import find_families, find_family
 from ..errors import KernelError
 from ..fileio import cache_folder, write_atomically
 from ..patterns import Pattern
-
-_ROUNDS = 5
-_LEAST_SECONDS, _MOST_SECONDS = 0.03, 1.0
 
 
 @dataclass(slots=True)
@@ -87,10 +82,8 @@ def reproduces_dense(trial: KernelTrial, kernel: KernelConfig) -> bool:
 
 def _measure(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, float]:
     calls, device = _calls(trial, kernels), trial.weight.device
-    if device.type == "cuda":
-        times = cuda.interleaved(calls, device, graphs=trial.graphs)
-    else:
-        times = interleaved(calls)
+    family = find_family(kernels[0].name)
+    times = family.time_calls(calls, device, graphs=trial.graphs)
     return {**{str(kernel): math.inf for kernel in kernels}, **times}
 
 
@@ -138,24 +131,9 @@ def _sparse_calls(
     family = find_family(kernel.name)
     calls = [family.call(problem, form, kernel.tile) for problem in trial.problems]
     return lambda: [
-        op(x, packed, None, rows, *how) for (op, how), x in zip(calls, inputs, strict=True)
+        op(x, packed, None, rows, **arguments)
+        for (op, arguments), x in zip(calls, inputs, strict=True)
     ]
-
-
-def interleaved(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turns so that a busy machine slows all alike."""
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    begin = time.perf_counter()
-    while True:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-        spent, rounds = time.perf_counter() - begin, len(times["dense"])
-        if (rounds >= _ROUNDS and spent > _LEAST_SECONDS) or spent > _MOST_SECONDS:
-            return {name: 1e3 * median(each) for name, each in times.items()}
 
 
 def run_dense(problem: MatmulProblem, x: Tensor, weight: Tensor) -> Tensor:
@@ -164,7 +142,7 @@ def run_dense(problem: MatmulProblem, x: Tensor, weight: Tensor) -> Tensor:
         out = F.conv2d(x, weight, None, problem.stride, problem.padding, problem.dilation)
     else:
         out = F.linear(x, weight)
-    return activate(out, problem.act)
+    return apply_activation(out, problem.act)
 
 
 def make_input(problem: MatmulProblem, device: torch.device) -> Tensor:
@@ -176,7 +154,7 @@ def make_input(problem: MatmulProblem, device: torch.device) -> Tensor:
 def _digest(trial: KernelTrial) -> str:
     """Returns a hash of all that a time depends on."""
     weight = trial.weight
-    machine = [family.machine() for family in find_families(weight.device.type)]
+    machine = [family.describe_machine() for family in find_families(weight.device.type)]
     shape = tuple(weight.shape)
     about = (machine, shape, str(trial.pattern), trial.problems, trial.graphs)
     return hashlib.sha256(repr(about).encode()).hexdigest()[:24]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends.kernel_family import KernelConfig, KernelFamily, WeightFormat
-from ..backends.registry import find_families, find_family
+from ..backends.registry import find_families, find_family, find_training_families
 from ..config import GRAPHS, CompileConfig
 from ..passes import KernelTimes, PlannedWeight, Refusal, Status
 from ..patterns import TransposableNM
@@ -16,9 +16,6 @@ from .measure import AutotuneBudget, KernelTrial, measure_kernels, reproduces_de
 
 MARGIN = 0.96
 """A sparse kernel must take less than this part of dense's time: a tie goes to dense."""
-
-TRAINING = "cuda_semi"
-"""The kernel that masked weights may be multiplied by in training."""
 
 
 def select_kernel(
@@ -94,7 +91,7 @@ def _list_candidates(
     dtype = dtypes.pop()
     size = weight.shape[0], weight[0].numel()
     reasons = {
-        family: family.unavailable() or family.refusal(row.pattern, *size, dtype)
+        family: family.why_unavailable() or family.why_refused(row.pattern, *size, dtype)
         for family in families
     }
     if all(reasons.values()):
@@ -103,7 +100,7 @@ def _list_candidates(
         kernel
         for family in families
         if not reasons[family]
-        for kernel in family.candidates(row.pattern, dtype)
+        for kernel in family.list_candidates(row.pattern, dtype)
         if kernel.name not in config.exclude_kernels
     ]
     if wanted in ("auto", "sparse"):
@@ -156,30 +153,39 @@ def select_training_kernel(
     wanted = config.find_kernel(row.name)
     if wanted in ("auto", "dense"):
         return row
-    refusal = _refuse_training(row, weight, wanted)
-    if refusal is not None:
-        return row.run_dense(refusal.sentence)
+    family = _find_training_family(row, weight, wanted)
+    if isinstance(family, Refusal):
+        return row.run_dense(family.sentence)
     backward = "; the gradient of x is dense, '2:4t' makes it sparse"
     if isinstance(row.pattern, TransposableNM):
         backward = ""
     reason = f"pinned by kernels={backward}"
     return row.run_sparse(
-        KernelConfig(TRAINING), row.weight_format, status=Status.PINNED, reason=reason
+        KernelConfig(family.names[0]), row.weight_format, status=Status.PINNED, reason=reason
     )
 
 
-def _refuse_training(row: PlannedWeight, weight: Tensor, wanted: str) -> Refusal | None:
-    if wanted not in ("sparse", TRAINING):
-        return Refusal(f"{wanted!r} does not run in training, {TRAINING!r} does")
+def _find_training_family(
+    row: PlannedWeight, weight: Tensor, wanted: str
+) -> KernelFamily | Refusal:
+    """Returns the family whose training op multiplies by the weight, or why none can."""
+    kernels = [family.names[0] for family in find_training_families()]
+    if wanted != "sparse" and wanted not in kernels:
+        able = " and ".join(map(repr, kernels))
+        return Refusal(f"{wanted!r} does not run in training, {able} does")
     if isinstance(row.uses, Refusal):
         return row.uses
-    families = [family for family in find_families(weight.device.type) if TRAINING in family.names]
+    families = [
+        family
+        for family in find_families(weight.device.type)
+        if family.training_op is not None and wanted in ("sparse", family.names[0])
+    ]
     if not families:
         return Refusal(f"no sparse product for training on {weight.device.type} tensors")
     if any(problem.kernel for problem in row.problems):
         return Refusal("no sparse convolution for training")
-    size = weight.shape[0], weight[0].numel()
-    reason = families[0].unavailable()
+    family, size = families[0], (weight.shape[0], weight[0].numel())
+    reason = family.why_unavailable()
     for problem in row.problems:
-        reason = reason or families[0].refusal(row.pattern, *size, problem.dtype)
-    return None if reason is None else Refusal(reason)
+        reason = reason or family.why_refused(row.pattern, *size, problem.dtype)
+    return family if reason is None else Refusal(reason)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..backends.interleaved_timer import interleave
+
 
 @dataclass(frozen=True, slots=True)
 class Samples:
@@ -29,18 +31,14 @@ def interleaved(
     calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
 ) -> dict[str, Samples]:
     """Samples of every call, taken in turns so that all of them meet the same machine."""
-    names = list(calls)
     for _ in range(warmup):
-        for name in names:
-            calls[name]()
-    samples = {name: Samples() for name in names}
-    for turn in range(rounds):
-        for place in range(len(names)):
-            name = names[(turn + place) % len(names)]
-            wall, cpu = timed(calls[name])
-            samples[name].wall.append(wall)
-            samples[name].cpu.append(cpu)
-    return samples
+        for call in calls.values():
+            call()
+    seconds = interleave(calls, timed, range(rounds))
+    return {
+        name: Samples([wall for wall, _ in pairs], [cpu for _, cpu in pairs])
+        for name, pairs in seconds.items()
+    }
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:

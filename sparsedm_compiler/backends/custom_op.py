@@ -1,4 +1,4 @@
-"""How a sparse op is made known to torch: kernels by device, a fake, and a gradient for x."""
+"""Registers sparse ops with torch: kernels by device, a fake, and a gradient for x."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTS = ("none", "gelu", "gelu_tanh", "silu")
-"""Activations a kernel can end with; their place is their code in act.h and vnm.cu."""
+"""Activations a kernel can end with; their index is their code in act.h and vnm.cu."""
 
 Op = Callable[..., Any]
 
@@ -21,11 +21,19 @@ _TAGS = (torch.Tag.needs_exact_strides,)
 def register(
     name: str, arguments: str, runs: Mapping[str, Op], *, fake: Op, reference: Op
 ) -> Callable[..., Tensor]:
-    """The op ``sparsedm::name(Tensor x, Tensor packed, Tensor? bias, int rows, arguments)``.
+    """Registers the op ``sparsedm::name(Tensor x, Tensor packed, Tensor? bias, int rows, ...)``.
 
-    ``runs``: what runs it, by dispatch key ("CPU", "CUDA"). ``reference``: the same in ops that
-    torch can differentiate; the gradient of x, which guidance asks for, is that of it. A folded
-    weight has none.
+    Args:
+        name: Name of the op in the namespace "sparsedm".
+        arguments: Schema of the arguments behind ``rows``, such as "str act, int tile". None of
+            them has a default, so that every function below gets all of them.
+        runs: The functions that run it, by dispatch key ("CPU", "CUDA").
+        fake: Returns an empty output of the right shape, strides and dtype.
+        reference: The same product in ops that torch can differentiate. The gradient of x, which
+            guidance needs, is that of it; a folded weight has none.
+
+    Returns:
+        The op, for calls and for FX graphs.
     """
     full = f"Tensor x, Tensor packed, Tensor? bias, int rows, {arguments}"
     _lib.define(f"{name}({full}) -> Tensor", tags=_TAGS)  # type: ignore[no-untyped-call]
@@ -33,13 +41,13 @@ def register(
     for key, run in runs.items():
         _lib.impl(name, run, key)  # type: ignore[no-untyped-call]
 
-    def x_gradient(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    def compute_x_gradient(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            (found,) = torch.autograd.grad(reference(x, *rest), x, grad)
-        return found
+            (x_grad,) = torch.autograd.grad(reference(x, *rest), x, grad)
+        return x_grad
 
-    _lib.impl(f"{name}_grad", x_gradient, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _lib.impl(f"{name}_grad", compute_x_gradient, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"sparsedm::{name}", fake, lib=_lib)
     torch.library.register_fake(
         f"sparsedm::{name}_grad", lambda grad, x, *_: torch.empty_like(x), lib=_lib
@@ -47,21 +55,23 @@ def register(
     grad_op = getattr(torch.ops.sparsedm, f"{name}_grad").default
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        found = grad_op(grad, *ctx.saved_tensors, *ctx.options)
-        return (found, *[None] * (2 + len(ctx.options)))
+        x_grad = grad_op(grad, *ctx.saved_tensors, *ctx.options)
+        return (x_grad, *[None] * (2 + len(ctx.options)))
 
-    torch.library.register_autograd(f"sparsedm::{name}", backward, setup_context=_setup, lib=_lib)
+    torch.library.register_autograd(
+        f"sparsedm::{name}", backward, setup_context=_save_for_backward, lib=_lib
+    )
     op: Callable[..., Tensor] = getattr(torch.ops.sparsedm, name).default
     return op
 
 
-def fake_linear(x: Tensor, packed: Tensor, bias: Any, rows: int, *how: Any) -> Tensor:
-    """The shape of a linear op's output: [..., rows], row-major."""
+def fake_linear(x: Tensor, packed: Tensor, bias: Any, rows: int, *arguments: Any) -> Tensor:
+    """Returns an empty output of a linear op: [..., rows], row-major."""
     return x.new_empty(*x.shape[:-1], rows)
 
 
-def conv_shape(x: Tensor, rows: int, *geometry: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a conv2d's output; ``geometry``: kernel, stride, padding, dilation."""
+def compute_conv_shape(x: Tensor, rows: int, *geometry: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of a conv2d's output; geometry: kernel, stride, padding, dilation."""
     sizes = zip(x.shape[2:], *geometry, strict=True)
     return (
         x.shape[0],
@@ -70,14 +80,24 @@ def conv_shape(x: Tensor, rows: int, *geometry: Sequence[int]) -> tuple[int, ...
     )
 
 
-def fake_conv2d(x: Tensor, packed: Tensor, bias: Any, rows: int, *how: Any) -> Tensor:
-    """The shape of a conv op's output: [N, rows, H', W'], channels_last if x is."""
-    out = x.new_empty(conv_shape(x, rows, *how[:4]))
+def fake_conv2d(
+    x: Tensor,
+    packed: Tensor,
+    bias: Any,
+    rows: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *arguments: Any,
+) -> Tensor:
+    """Returns an empty output of a conv op: [N, rows, H', W'], channels_last if x is."""
+    out = x.new_empty(compute_conv_shape(x, rows, kernel, stride, padding, dilation))
     return out.to(memory_format=torch.channels_last) if is_channels_last(x) else out
 
 
-def activate(x: Tensor, act: str) -> Tensor:
-    """The activation of that name (ACTS)."""
+def apply_activation(x: Tensor, act: str) -> Tensor:
+    """Returns the activation of that name (one of ACTS) of x."""
     if act == "none":
         return x
     if act == "silu":
@@ -86,15 +106,15 @@ def activate(x: Tensor, act: str) -> Tensor:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether x lies channels_last in memory, and not also as usual."""
+    """Returns whether x lies channels_last in memory, and not also row-major."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def like(x: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The bias in the dtype of x."""
+def cast_bias(x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Returns the bias in the dtype of x."""
     return None if bias is None else bias.to(x.dtype)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
     ctx.options = inputs[3:]

@@ -1,26 +1,39 @@
-"""What a kernel family is: the kernels of one device that read one packed format."""
+"""The base class of kernel families, and the values that pass between them and the passes.
+
+A family is the kernels of one device that read one packed format. It declares which kinds of
+pattern it runs and which wishes its ops have; passes and kernel selection ask ``registry`` and
+never name a family.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from ..errors import PackError
 from ..patterns import Pattern
+from .interleaved_timer import time_on_host
 
-OpCall = tuple[Callable[..., Tensor], tuple[Any, ...]]
+Op = Callable[..., Tensor]
+"""An op in the form that an FX graph calls: a custom op's overload, or a plain function."""
+
+OpCall = tuple[Op, dict[str, Any]]
+"""An op, and its keyword arguments: it is called as ``op(x, packed, bias, rows, **arguments)``."""
 
 
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
     """A sparse kernel in one setting.
 
-    ``name``: as ``explain`` shows it. ``layout``: the numbers of the setting that packing depends
-    on. ``tile``: those that it does not.
+    Attributes:
+        name: The kernel's name, as ``explain`` shows it.
+        layout: The numbers of the setting that packing depends on.
+        tile: The numbers of the setting that packing does not depend on.
     """
 
     name: str
@@ -29,7 +42,7 @@ class KernelConfig:
 
     @property
     def untiled(self) -> KernelConfig:
-        """What of it decides how a weight is packed."""
+        """The part that decides how a weight is packed: the same without ``tile``."""
         return replace(self, tile=())
 
     def __str__(self) -> str:
@@ -38,11 +51,17 @@ class KernelConfig:
 
 @dataclass(frozen=True, slots=True)
 class MatmulProblem:
-    """What a kernel has to do for one use of a weight.
+    """One product by a weight: what a kernel has to compute.
 
-    ``inputs``: shape of x (hints where symbolic). ``dtype``: of x as the kernel gets it, and of the
-    output. ``kernel``, ``stride``, ``padding``, ``dilation``: of a conv2d, () for linear.
-    ``act``: one of ACTS.
+    Attributes:
+        inputs: Shape of x; hints where a size is symbolic.
+        dtype: Dtype of x as the kernel gets it, and of the output.
+        channels_last: Whether x lies channels_last in memory.
+        kernel: Kernel size of a conv2d; () for linear, as the three below.
+        stride: Stride of a conv2d.
+        padding: Padding of a conv2d.
+        dilation: Dilation of a conv2d.
+        act: The activation behind the product, one of ``custom_op.ACTS``.
     """
 
     inputs: tuple[int, ...]
@@ -54,13 +73,27 @@ class MatmulProblem:
     dilation: tuple[int, ...] = ()
     act: str = "none"
 
+    def choose_op(self, linear: Op, conv2d: Op, **arguments: Any) -> OpCall:
+        """Returns ``linear``, or ``conv2d`` with its geometry, and the keyword arguments."""
+        if not self.kernel:
+            return linear, arguments
+        geometry = {
+            "kernel": list(self.kernel),
+            "stride": list(self.stride),
+            "padding": list(self.padding),
+            "dilation": list(self.dilation),
+        }
+        return conv2d, {**geometry, **arguments}
+
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """What a graph reads in the place of a weight.
+    """The form in which a graph reads a weight.
 
-    ``dtype``: None for the weight's own. ``kernel``: the kernel it is packed for, without tile;
-    None for the dense masked weight.
+    Attributes:
+        pattern: The pattern of its mask.
+        dtype: Dtype of the values; None for the weight's own.
+        kernel: The kernel it is packed for, without tile; None for the dense masked weight.
     """
 
     pattern: Pattern
@@ -71,52 +104,125 @@ class WeightFormat:
 class KernelFamily(ABC):
     """The kernels of one device that read one packed format.
 
-    ``inexact``: what its kernels do to numbers beyond the model's dtype, as a phrase; "" for
-    nothing. Others run only where pinned by name, and the dense weight stays beside their form.
-    ``opaque``: whether the packed form means nothing on another machine, so that files hold what
-    ``portable`` gives.
+    A new family is one concrete subclass, registered by ``registry.register_family``.
+
+    Attributes:
+        device: Device type of the tensors that it runs on: "cpu", "cuda".
+        names: Names of its kernels, as ``kernels=`` and ``explain`` spell them.
+        accepts: The kinds of pattern that its kernels run. A pattern of another kind is run as the
+            first one it implies whose kind is listed; where there is none, it is refused.
+        inexact: What its kernels do to numbers beyond the model's dtype, as a phrase; "" for
+            nothing. A family with such a phrase runs only where pinned by name, and the dense
+            weight stays beside the packed one.
+        opaque: Whether the packed form means nothing on another machine, so that files hold what
+            ``to_portable`` returns.
+        token_multiple: The ``token_ops`` want a number of tokens (rows of x [..., cols]) that is a
+            multiple of this; with any other they pad x in every call.
+        token_ops: The ops that ``token_multiple`` is about, and whose outputs depend on each row of
+            x alone.
+        feature_major_op: The op that reads and writes activations with the tokens side by side in
+            memory, the latter by its keyword argument ``feature_major``; None without one.
+        training_op: The op of sparse products in training, called as
+            ``op(x, masked_weight, bias, transposable)``; None without one.
     """
 
     device: str
     names: tuple[str, ...]
+    accepts: tuple[type[Pattern], ...]
     inexact: str = ""
     opaque: bool = False
+    token_multiple: int = 1
+    token_ops: tuple[Op, ...] = ()
+    feature_major_op: Op | None = None
+    training_op: Op | None = None
+
+    @final
+    def find_accepted(self, pattern: Pattern) -> Pattern | None:
+        """Returns the pattern that the kernels run ``pattern`` as; None if they cannot.
+
+        It is the pattern itself, or the first that it implies whose kind is in ``accepts``.
+        """
+        choices = (pattern, *pattern.implied())
+        return next((choice for choice in choices if isinstance(choice, self.accepts)), None)
+
+    @final
+    def require_accepted(self, pattern: Pattern) -> Pattern:
+        """Returns the pattern of ``find_accepted``. Raises PackError if there is none."""
+        accepted = self.find_accepted(pattern)
+        if accepted is None:
+            raise PackError(self._name_accepted(pattern))
+        return accepted
+
+    @final
+    def why_refused(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
+        """Returns why a weight of that size cannot be packed, as a sentence; None if it can.
+
+        Args:
+            pattern: The pattern of its mask.
+            rows: Output channels.
+            cols: Input channels, times the taps of a convolution's kernel.
+            dtype: Dtype of its values.
+        """
+        if self.find_accepted(pattern) is None:
+            return self._name_accepted(pattern)
+        return self._refuse(pattern, rows, cols, dtype)
+
+    def _name_accepted(self, pattern: Pattern) -> str:
+        kinds = [f"{kind.__name__} ({kind.EXPLANATION})" for kind in self.accepts]
+        verb = "runs" if len(self.names) == 1 else "run"
+        return f"{', '.join(self.names)} {verb} {', '.join(kinds)}, not {pattern}"
 
     @abstractmethod
-    def unavailable(self) -> str | None:
-        """Why none of them runs on this machine, as a sentence; None if they do."""
+    def why_unavailable(self) -> str | None:
+        """Returns why none of the kernels runs on this machine, as a sentence; None if they do."""
 
     @abstractmethod
-    def refusal(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
-        """Why a weight of that size cannot be packed, as a sentence; None if it can."""
+    def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
+        """Returns what ``why_refused`` does, for a pattern that is accepted."""
 
     @abstractmethod
-    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
-        """The kernels for a pattern, in the settings worth measuring."""
+    def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
+        """Returns the kernels for an accepted pattern, in the settings worth measuring."""
 
     @abstractmethod
     def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
-        """weight * mask packed, on the weight's device; [rows, cols] or [rows, cols, kh, kw]."""
+        """Returns weight * mask packed, on the weight's device.
+
+        weight, mask: [rows, cols] or [rows, cols, kh, kw]. Raises PackError for a weight that is
+        refused.
+        """
 
     @abstractmethod
     def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
-        """The masked dense weight of that shape, to the bit."""
+        """Returns the masked dense weight of that shape, to the bit."""
 
     @abstractmethod
     def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
-        """The dtype of a packed weight from a file, as ``portable`` gives it, on the CPU.
+        """Returns the dtype of a packed weight from a file: as of ``to_portable``, on the CPU.
 
         Raises PackError unless it is one of that shape that may be run or unpacked.
         """
 
-    def portable(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
-        """The packed weight as files hold it, on the CPU: ``check`` takes it, and ``unpack``."""
+    def to_portable(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
+        """Returns the packed weight as files hold it, on the CPU, for ``check`` and ``unpack``."""
         return packed.cpu()
 
     @abstractmethod
     def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
-        """What does the work, and its arguments behind (x, packed weight, bias, rows)."""
+        """Returns the op for a product and its arguments behind (x, packed weight, bias, rows)."""
 
     @abstractmethod
-    def machine(self) -> tuple[Any, ...]:
-        """All that a measured time depends on, but for the weight and its use."""
+    def describe_machine(self) -> tuple[Any, ...]:
+        """Returns all that a measured time depends on, but for the weight and its use."""
+
+    def time_calls(
+        self, calls: Mapping[str, Callable[[], Any]], device: torch.device, *, graphs: bool
+    ) -> dict[str, float]:
+        """Returns the median milliseconds of calls on its device, taken in turns.
+
+        Args:
+            calls: The calls by name; a name "dense" is among them.
+            device: The device that they run on.
+            graphs: Whether the model will run under CUDA graphs, which hide the cost of launches.
+        """
+        return time_on_host(calls)

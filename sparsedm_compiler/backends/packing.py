@@ -44,7 +44,9 @@ class PackedWeight:
 
     def to_portable(self) -> PackedWeight:
         """Returns the same as files hold it: on the CPU, readable by any machine."""
-        return replace(self, data=self.family.portable(self.data, self.shape, self.weight_format))
+        return replace(
+            self, data=self.family.to_portable(self.data, self.shape, self.weight_format)
+        )
 
     def suits(self, weight: Tensor) -> bool:
         """Returns whether it can run in the place of its parameter as that is now."""
@@ -53,7 +55,7 @@ class PackedWeight:
         if self.family not in find_families(weight.device.type):
             return False
         size = self.shape[0], math.prod(self.shape[1:])
-        return self.family.refusal(self.weight_format.pattern, *size, weight.dtype) is None
+        return self.family.why_refused(self.weight_format.pattern, *size, weight.dtype) is None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         return replace(self, data=self.data.clone())

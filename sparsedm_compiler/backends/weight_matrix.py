@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def matrix(weight: Tensor) -> Tensor:
-    """[rows, cols], contiguous; the channels of every tap of a kernel lie side by side.
+def to_matrix(weight: Tensor) -> Tensor:
+    """Returns [rows, cols], contiguous; the channels of every tap of a kernel lie side by side.
 
     weight: [rows, cols] or [rows, channels, kh, kw].
     """
@@ -18,7 +18,10 @@ def matrix(weight: Tensor) -> Tensor:
 
 
 def from_matrix(dense: Tensor, kernel: Sequence[int]) -> Tensor:
-    """The inverse of ``matrix``: [rows, channels, kh, kw], contiguous; kernel () is for Linear."""
+    """Returns [rows, channels, kh, kw], contiguous: the inverse of ``to_matrix``.
+
+    kernel: the size of a conv2d's kernel; () for Linear, whose matrix is returned as it is.
+    """
     if not kernel:
         return dense
     return dense.view(dense.shape[0], *kernel, -1).permute(0, 3, 1, 2).contiguous()

@@ -170,12 +170,12 @@ def ratios_of(
 def note(results: Path, ratios: Mapping[str, Mapping[str, Any]], batch: int) -> None:
     """Write into a run's results how many times faster it is than the fastest dense model."""
     from ..autotune.timer import machine
-    from ..backends.cpu.family import cpu_name
+    from ..backends.processor import read_cpu_name
     from ..train.checkpoint import write_whole
 
     (found,) = ratios.values()
     name, (_, middle, _) = min(found.items(), key=lambda item: item[1][1])
-    about = named({"processor": cpu_name(), **machine()}).rpartition(", load")[0]
+    about = named({"processor": read_cpu_name(), **machine()}).rpartition(", load")[0]
     values = json.loads(results.read_text(encoding="utf-8"))
     values["speed"] = {"ratio": middle, "baseline": f"{name}, batch {batch}, {about}"}
     write_whole(results, json.dumps(values, indent=1) + "\n")
@@ -186,11 +186,11 @@ def show(
 ) -> None:
     """Print the ratios as a table, or as JSON."""
     from ..autotune.timer import machine, spread
-    from ..backends.cpu.family import cpu_name
+    from ..backends.processor import read_cpu_name
 
     ratios = ratios_of(found, subject.patterns)
     dense = [*next(iter(ratios.values()))]
-    about = {"processor": cpu_name(), **machine()}
+    about = {"processor": read_cpu_name(), **machine()}
     if options.json:
         asked = {"model": options.model, "batch": options.batch or 1, "prune": subject.prune}
         facts = {**asked, "backend": backend, "rounds": options.rounds, "machine": about}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 from torch._dynamo.backends.registry import list_backends, lookup_backend
 
-from ..backends.cpu.build import find_compiler
+from ..backends.cpp_compiler import find_compiler
 from ..config import GRAPHS, Backend
 from ..errors import ConfigError
 

@@ -26,7 +26,7 @@ from .nm_mask import apply_inverse_mask, apply_mask, compute_mask
 @torch.library.custom_op("sparsedm::mask_ste", mutates_args=())
 def _mask_ste(weight: Tensor, pattern: str) -> Tensor:
     fitting = _fitting(weight, pattern)
-    if _fused(weight.device.type, weight.dtype, fitting, masking.unavailable):
+    if _fused(weight.device.type, weight.dtype, fitting, masking.why_unavailable):
         return masking.mask_by_triton(weight, fitting)
     return apply_mask(weight, compute_mask(weight, fitting))
 
@@ -64,7 +64,7 @@ def mask_ste(weight: Tensor, pattern: str | Pattern) -> Tensor:
 
 def zero_kept(weight: Tensor, pattern: Pattern) -> Tensor:
     """``(1 - mask) * weight`` of a weight known to fit; zero where the mask keeps it."""
-    if _fused(weight.device.type, weight.dtype, pattern, masking.unavailable):
+    if _fused(weight.device.type, weight.dtype, pattern, masking.why_unavailable):
         return masking.mask_by_triton(weight, pattern, rest=True)
     return apply_inverse_mask(weight, compute_mask(weight, pattern))
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..patterns import NM, VNM, Pattern, SharedNM
 from ..patterns.vnm import SHARED_COLUMNS
 from ..selection.top_n import KEYS
-from ..triton_support import device_of
-from ..triton_support import unavailable as unavailable
+from ..triton_support import on_device_of
+from ..triton_support import why_unavailable as why_unavailable
 
 _FLOATS = {
     torch.float16: "float16",
@@ -91,7 +91,7 @@ def _launch(
         shared = SHARED_COLUMNS
     elif isinstance(pattern, SharedNM):
         shared = pattern.n
-    with device_of(weight):
+    with on_device_of(weight):
         mask_kernel[(-(-lanes // block),)](
             weight.view(KEYS[weight.dtype]),
             out.view(KEYS[weight.dtype]),

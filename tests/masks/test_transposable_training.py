@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.backends.cpu.family import CpuFamily
-from sparsedm_compiler.backends.cpu.format import refusal, unpack
+from sparsedm_compiler.backends.cpu.format import unpack, why_refused
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.train.sr_ste import sr_ste
 from tests.autotune.test_select_kernel import Net, X
@@ -77,12 +77,14 @@ def test_the_kernels_of_free_masks_pack_it(kernel: tuple[int, ...], dtype: torch
     weight = torch.randn(20, 64, *kernel).to(dtype)
     mask = nm_mask(weight, PATTERN)
     dense = (weight * mask).movedim(1, -1).flatten(1)
-    assert refusal(PATTERN, *dense.shape, dtype) is None
+    assert why_refused(PATTERN, *dense.shape, dtype) is None
     family = CpuFamily()
-    for candidate in family.candidates(PATTERN, dtype):
+    for candidate in family.list_candidates(PATTERN, dtype):
         assert candidate.name == "cpu_free"
         assert_same(unpack(family.pack(weight * mask, mask, PATTERN, candidate)), dense)
-    assert family.candidates(PATTERN, dtype) == family.candidates(sdm.Pattern.parse("2:4"), dtype)
+    assert family.list_candidates(PATTERN, dtype) == family.list_candidates(
+        sdm.Pattern.parse("2:4"), dtype
+    )
 
 
 def test_convolutions_have_a_mask_per_position() -> None:

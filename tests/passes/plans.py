@@ -95,7 +95,7 @@ def plan_kernel(plan: tuple[PlannedWeight, ...], kernel: KernelConfig) -> tuple[
 
 def first_kernel(name: str, pattern: str, dtype: torch.dtype = torch.float32) -> KernelConfig:
     """A kernel of that name in the first setting that its family has for the pattern."""
-    return find_family(name).candidates(Pattern.parse(pattern), dtype)[0]
+    return find_family(name).list_candidates(Pattern.parse(pattern), dtype)[0]
 
 
 def print_calls(gm: fx.GraphModule) -> str:

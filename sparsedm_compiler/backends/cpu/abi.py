@@ -1,4 +1,4 @@
-"""The arguments of the kernel library's one call."""
+"""The arguments of a call of the kernel library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ctypes import c_int32, c_int64, c_void_p
 
 # Mirrored by kernel.cpp: change them together.
 class KernelArguments(ctypes.Structure):
-    """Arguments of sdm_run."""
+    """Arguments of ``sdm_run``."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "x", "out", "bias")),
@@ -18,5 +18,5 @@ class KernelArguments(ctypes.Structure):
         *((name, c_int64) for name in ("out_height", "out_width", "kernel_h", "kernel_w")),
         *((name, c_int64) for name in ("stride_h", "stride_w", "pad_h", "pad_w")),
         *((name, c_int64) for name in ("dil_h", "dil_w")),
-        *((name, c_int32) for name in ("tile", "threads", "engine")),
+        *((name, c_int32) for name in ("tile", "threads", "isa")),
     )

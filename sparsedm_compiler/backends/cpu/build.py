@@ -1,4 +1,4 @@
-"""The C++ kernels: built with the user's compiler on first use, kept on disk, loaded by ctypes.
+"""Builds the C++ kernels with the user's compiler on first use, keeps and loads them.
 
 The compiler is the one Inductor finds (CXX). $SPARSEDM_CXXFLAGS is added to its flags, which is how
 ``make sanitize`` builds.
@@ -9,16 +9,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from ...errors import KernelError
-from ...fileio import cache_folder
+from ...fileio import cache_folder, replace_atomically
+from ..cpp_compiler import find_compiler
 from .abi import KernelArguments
 
 _SOURCES = ("kernel.cpp", "pack.cpp")
@@ -35,14 +34,14 @@ HERE = Path(__file__).parent / "csrc"
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The kernel library for this CPU. Raises KernelError with the reason where there is none.
+def load_library() -> ctypes.CDLL:
+    """Returns the kernel library for this CPU. Raises KernelError with the reason without one.
 
     Which instructions it uses follows torch (ATEN_CPU_CAPABILITY). The first call on a machine
     compiles for some seconds.
     """
     try:
-        loaded = ctypes.CDLL(str(_built()))
+        loaded = ctypes.CDLL(str(_find_or_build()))
     except OSError as error:
         raise KernelError(f"the CPU kernels do not load: {error}") from error
     loaded.sdm_run.argtypes = [ctypes.POINTER(KernelArguments)]
@@ -54,31 +53,31 @@ def library() -> ctypes.CDLL:
 
 
 @cache
-def unavailable() -> str | None:
-    """Why there are no CPU kernels here, as a sentence; None where there are."""
+def why_unavailable() -> str | None:
+    """Returns why there are no CPU kernels here, as a sentence; None where there are."""
     try:
-        library()
+        load_library()
     except KernelError as error:
         return str(error)
     return None
 
 
 @cache
-def version() -> str:
-    """A hash of the sources: measurements and builds of other sources do not count."""
+def hash_sources() -> str:
+    """Returns a hash of the sources: measurements and builds of other sources do not count."""
     digest = hashlib.sha256()
     for name in (*_SOURCES, *_HEADERS):
         digest.update((HERE / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _built() -> Path:
+def _find_or_build() -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise KernelError("no C++ compiler here to build CPU kernels with; install g++ or set CXX")
-    asked = os.environ.get("SPARSEDM_CXXFLAGS", "").split()
-    flags = (*_FLAGS, *_ISA_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()), *asked)
-    key = hashlib.sha256(repr((version(), compiler, flags, torch.__version__)).encode())
+    user_flags = os.environ.get("SPARSEDM_CXXFLAGS", "").split()
+    flags = (*_FLAGS, *_ISA_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()), *user_flags)
+    key = hashlib.sha256(repr((hash_sources(), compiler, flags, torch.__version__)).encode())
     target = cache_folder("kernels") / f"nm-{key.hexdigest()[:16]}.so"
     if not target.exists():
         _build(compiler, flags, target)
@@ -86,20 +85,17 @@ def _built() -> Path:
 
 
 def _build(compiler: str, flags: tuple[str, ...], target: Path) -> None:
-    """Compile into a file of our own, then move it into place: other processes see all or none."""
     sources = [str(HERE / name) for name in _SOURCES]
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        out = str(Path(scratch, target.name))
-        # torch's OpenMP by path and before the compiler's: two thread pools would fight.
-        pool = [str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*")][:1]
-        openmp = ("-fopenmp", *sources, "-Wl,--as-needed", *pool)
+    # torch's OpenMP by path and before the compiler's: two thread pools would fight.
+    pool = [str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*")][:1]
+    openmp = ("-fopenmp", *sources, "-Wl,--as-needed", *pool)
+    with replace_atomically(target, shared=True) as out:
         for attempt in (openmp, tuple(sources)):  # without OpenMP: one thread
-            run = _run([compiler, *flags, *attempt, "-o", out])
+            run = _run([compiler, *flags, *attempt, "-o", str(out)])
             if run.returncode == 0:
-                os.replace(out, target)
                 return
-    said = (run.stderr.strip().splitlines() or ["it said nothing"])[0]
-    raise KernelError(f"{compiler} cannot build the CPU kernels: {said}")
+        output = (run.stderr.strip().splitlines() or ["it said nothing"])[0]
+        raise KernelError(f"{compiler} cannot build the CPU kernels: {output}")
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -107,13 +103,3 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelError(f"{command[0]} cannot build the CPU kernels: {error}") from error
-
-
-@cache
-def find_compiler() -> str | None:
-    """The C++ compiler that Inductor would use, None if there is none."""
-    from torch._inductor import config
-
-    candidates = config.cpp.cxx
-    names = candidates if isinstance(candidates, (tuple, list)) else (candidates,)
-    return next((name for name in names if name is not None and shutil.which(name)), None)

@@ -1,4 +1,4 @@
-"""A packed N:M weight: one block of bytes that kernels read, files hold and ``unpack`` inverts."""
+"""The packed N:M weight: one block of bytes that kernels read and files hold."""
 
 from __future__ import annotations
 
@@ -18,18 +18,25 @@ _HEADER: Final = struct.Struct("<12iq3q")
 HEADER_BYTES: Final = _HEADER.size
 _MAGIC: Final = 0x314D4E53
 TYPES: Final = (torch.float32, torch.bfloat16)
-"""Of values and activations; their place is their code in vec.h."""
+"""Of values and activations; their index is their code in vec.h."""
 _ALIGN: Final = 64
 _UNIT, _DEPTH = 16, 32  # rows and kept columns of a block of the wide layout
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a weight is packed: ``rows`` x ``cols``, n kept of every m columns.
+    """The layout of a packed weight of ``rows`` x ``cols``, n kept of every m columns.
 
-    ``cols`` runs over the taps of a kernel, and in each over its input channels. ``share`` rows
-    have one mask (0: each its own). Columns are packed in blocks of ``col_block``, rows in blocks
-    of ``row_block``. ``wide``: as wide.h wants it.
+    Attributes:
+        dtype: Dtype of the values, one of TYPES.
+        rows: Output channels.
+        cols: The taps of a kernel, times its input channels.
+        n: Kept columns of a group.
+        m: Columns of a group.
+        share: Rows that have one mask; 0 where each has its own.
+        col_block: Columns of a block.
+        row_block: Rows of a block.
+        wide: Whether it is the layout of wide.h.
     """
 
     dtype: torch.dtype
@@ -44,7 +51,7 @@ class Layout:
 
     @property
     def unit(self) -> int:
-        """Rows that a kernel works on at once."""
+        """The rows that a kernel works on at once."""
         if self.wide:
             return _UNIT
         if not self.share:
@@ -53,55 +60,58 @@ class Layout:
 
     @property
     def group(self) -> int:
-        """Rows that share a mask, padded to whole units."""
+        """The rows that share a mask, padded to whole units."""
         return ceil(self.share / self.unit) * self.unit
 
     @property
     def kept(self) -> int:
-        """Kept columns of a row."""
+        """The kept columns of a row."""
         return self.cols * self.n // self.m
 
-    def row_blocks(self) -> list[tuple[int, int]]:
-        return _blocks(self.rows, self.row_block)
+    def split_rows(self) -> list[tuple[int, int]]:
+        """Returns (first row, rows) of every block of rows."""
+        return _split(self.rows, self.row_block)
 
-    def col_blocks(self) -> list[tuple[int, int]]:
-        return _blocks(self.cols, self.col_block)
+    def split_columns(self) -> list[tuple[int, int]]:
+        """Returns (first column, columns) of every block of columns."""
+        return _split(self.cols, self.col_block)
 
-    def kept_blocks(self) -> list[tuple[int, int, int]]:
-        """(first column, kept columns, the same as stored) of every block of columns."""
-        found = []
-        for col, cols in self.col_blocks():
+    def split_kept(self) -> list[tuple[int, int, int]]:
+        """Returns (first column, kept columns, the same as stored) of every block of columns."""
+        blocks = []
+        for col, cols in self.split_columns():
             kept = cols * self.n // self.m
-            found.append((col, kept, ceil(kept / _DEPTH) * _DEPTH if self.wide else kept))
-        return found
+            blocks.append((col, kept, ceil(kept / _DEPTH) * _DEPTH if self.wide else kept))
+        return blocks
 
-    def sections(self) -> tuple[list[int], int]:
-        """Where values, index, units and common begin, and the size of it all, in bytes."""
+    def locate_sections(self) -> tuple[list[int], int]:
+        """Returns where values, index, units and common begin, and the whole size, in bytes."""
         value = self.dtype.itemsize
         if self.share:
             groups = ceil(self.rows / self.share)
-            stored = sum(padded for _, _, padded in self.kept_blocks())
+            stored = sum(padded for _, _, padded in self.split_kept())
             sizes = [groups * self.group * stored * value, groups * self.kept * 2, 0, 0]
         else:
-            pairs = sum(ceil(size / 2) for _, size in self.row_blocks())
-            units = pairs * len(self.col_blocks())
+            pairs = sum(ceil(size / 2) for _, size in self.split_rows())
+            units = pairs * len(self.split_columns())
             sizes = [2 * pairs * self.kept * value, 2 * pairs * self.kept, 4 * units, units]
-        starts, end = [], _up(_HEADER.size)
+        starts, end = [], _round_up(_HEADER.size)
         for size in sizes:
             starts.append(end)
-            end += _up(size)
+            end += _round_up(size)
         return starts, end
 
-    def header(self) -> bytes:
-        starts, _ = self.sections()
+    def encode_header(self) -> bytes:
+        """Returns the bytes of the header."""
+        starts, _ = self.locate_sections()
         type_ = TYPES.index(self.dtype)
         sizes = (self.rows, self.cols, self.n, self.m)
         blocks = (self.share, self.group, self.col_block, self.row_block)
         return _HEADER.pack(_MAGIC, type_, self.unit, *sizes, *blocks, self.wide, *starts)
 
 
-def refusal(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
-    """Why a weight cannot be packed, None if it can."""
+def why_refused(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
+    """Returns why a weight cannot be packed, as a sentence; None if it can."""
     if dtype not in TYPES:
         return f"no CPU kernel for {str(dtype).removeprefix('torch.')}"
     if pattern.is_dense:
@@ -113,7 +123,7 @@ def refusal(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str |
     return None
 
 
-def plan(
+def plan_layout(
     pattern: Pattern,
     rows: int,
     cols: int,
@@ -122,7 +132,7 @@ def plan(
     width: int | None = None,
     wide: bool = False,
 ) -> Layout:
-    """The layout for a mask of ``pattern``; ``width`` asks for another size of column blocks."""
+    """Returns the layout for a mask of ``pattern``; width: columns of a block, if not the usual."""
     share = pattern.rows if isinstance(pattern, SharedNM) else 0
     row_block = 256 if not share else max(1, 256 // share) * share
     target = width or (2048 if share else 128)
@@ -133,8 +143,8 @@ def plan(
     return Layout(dtype, rows, cols, pattern.n, pattern.m, share, col_block, row_block, wide)
 
 
-def layout_of(packed: Tensor) -> Layout:
-    """The layout that a packed weight states. Raises PackError if it is none."""
+def read_layout(packed: Tensor) -> Layout:
+    """Returns the layout that a packed weight states. Raises PackError for other bytes."""
     if packed.dtype is not torch.uint8 or packed.dim() != 1 or packed.numel() < _HEADER.size:
         raise PackError(f"a tensor {tuple(packed.shape)} of {packed.dtype} is no packed weight")
     fields = _HEADER.unpack(bytes(packed[: _HEADER.size].tolist()))
@@ -148,33 +158,36 @@ def layout_of(packed: Tensor) -> Layout:
         raise PackError("the packed weight states blocks that cannot be")
     if wide not in (0, 1) or (wide and (share % _UNIT or not share or not type_ or rows % share)):
         raise PackError("the packed weight states a layout that cannot be")
-    found = Layout(TYPES[type_], rows, cols, n, m, share, col_block, row_block, bool(wide))
-    if found.header() != _HEADER.pack(*fields) or found.sections()[1] != packed.numel():
+    layout = Layout(TYPES[type_], rows, cols, n, m, share, col_block, row_block, bool(wide))
+    if (
+        layout.encode_header() != _HEADER.pack(*fields)
+        or layout.locate_sections()[1] != packed.numel()
+    ):
         raise PackError("the packed weight is cut short or was written by another version")
-    return found
+    return layout
 
 
-def empty(layout: Layout) -> Tensor:
-    """Bytes for a packed weight, header written, all else zero."""
-    out = torch.zeros(layout.sections()[1], dtype=torch.uint8, device="cpu")
-    header = layout.header()
+def allocate(layout: Layout) -> Tensor:
+    """Returns bytes for a packed weight: the header is written, all else is zero."""
+    out = torch.zeros(layout.locate_sections()[1], dtype=torch.uint8, device="cpu")
+    header = layout.encode_header()
     out[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     return out
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """[rows, cols]: the masked dense weight, to the bit. Needs no kernel."""
-    layout, packed = layout_of(packed), _aligned(packed)
-    starts, _ = layout.sections()
+    """Returns the masked dense weight [rows, cols], to the bit. Needs no kernel."""
+    layout, packed = read_layout(packed), _align(packed)
+    starts, _ = layout.locate_sections()
     values = packed[starts[0] : starts[1]].view(layout.dtype)
     if layout.share:
         return _unpack_shared(layout, values, packed[starts[1] : starts[2]].view(torch.int16))
     index, units = packed[starts[1] : starts[2]], packed[starts[2] : starts[3]].view(torch.int16)
     dense = torch.zeros(layout.rows + 1, layout.cols, dtype=layout.dtype, device="cpu")
     at = unit = 0
-    for row, rows in layout.row_blocks():
+    for row, rows in layout.split_rows():
         pairs = ceil(rows / 2)
-        for col, cols in layout.col_blocks():
+        for col, cols in layout.split_columns():
             kept = cols * layout.n // layout.m
             size = 2 * pairs * kept
             where = units[2 * unit : 2 * (unit + pairs)].long() & 0xFFFF
@@ -186,9 +199,9 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def check(packed: Tensor) -> None:
-    """Raise PackError unless a kernel can run these bytes, from wherever, within their bounds."""
-    layout, packed = layout_of(packed), _aligned(packed)
-    starts, _ = layout.sections()
+    """Raises PackError unless a kernel can run these bytes within their bounds."""
+    layout, packed = read_layout(packed), _align(packed)
+    starts, _ = layout.locate_sections()
     index, units, common = (
         packed[start:end]
         for start, end in zip(starts[1:], (*starts[2:], packed.numel()), strict=True)
@@ -197,15 +210,15 @@ def check(packed: Tensor) -> None:
         size = ceil(layout.rows / layout.share) * layout.kept
         columns = (index[: 2 * size].view(torch.int16).long() & 0xFFFF).view(-1, layout.kept)
         bounds = [
-            cols for _, cols in layout.col_blocks() for _ in range(cols * layout.n // layout.m)
+            cols for _, cols in layout.split_columns() for _ in range(cols * layout.n // layout.m)
         ]
         if bool((columns >= torch.tensor(bounds, device="cpu")).any()):
             raise PackError("the packed weight points outside of its columns")
         return
     rows_of, at, unit = units.view(torch.int16), 0, 0
-    for _, rows in layout.row_blocks():
+    for _, rows in layout.split_rows():
         pairs = ceil(rows / 2)
-        for _, cols in layout.col_blocks():
+        for _, cols in layout.split_columns():
             kept = cols * layout.n // layout.m
             where = rows_of[2 * unit : 2 * (unit + pairs)].long() & 0xFFFF
             columns = index[at : at + 2 * pairs * kept].int()  # 256 is 0 beside a uint8
@@ -215,15 +228,15 @@ def check(packed: Tensor) -> None:
             at, unit = at + 2 * pairs * kept, unit + pairs
 
 
-def _aligned(packed: Tensor) -> Tensor:
-    """The bytes where their sections can be viewed as numbers: slices and files begin anywhere."""
+def _align(packed: Tensor) -> Tensor:
+    """Returns the bytes at an address where their sections can be viewed as numbers."""
     here = packed.is_contiguous() and packed.data_ptr() % 8 == packed.storage_offset() % 8 == 0
     return packed if here else packed.clone(memory_format=torch.contiguous_format)
 
 
 def _unpack_shared(layout: Layout, values: Tensor, index: Tensor) -> Tensor:
     groups, units = ceil(layout.rows / layout.share), layout.group // layout.unit
-    blocks = layout.kept_blocks()
+    blocks = layout.split_kept()
     stored = sum(padded for _, _, padded in blocks)
     values = values[: groups * layout.group * stored].view(groups, -1)
     index = index[: groups * layout.kept].view(groups, -1).long() & 0xFFFF
@@ -242,9 +255,9 @@ def _unpack_shared(layout: Layout, values: Tensor, index: Tensor) -> Tensor:
     return dense[:, : layout.share].flatten(0, 1)[: layout.rows]
 
 
-def _blocks(total: int, size: int) -> list[tuple[int, int]]:
+def _split(total: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(size, total - start)) for start in range(0, total, size)]
 
 
-def _up(size: int) -> int:
+def _round_up(size: int) -> int:
     return ceil(size / _ALIGN) * _ALIGN

@@ -1,4 +1,7 @@
-"""What multiplies bfloat16 by a widely shared mask here, believed only after it has multiplied."""
+"""Selects the bfloat16 instruction set for widely shared masks: AMX, AVX512-BF16 or plain vectors.
+
+Each is used only once it has computed a small exact product on this machine.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,27 @@ import torch
 
 from ...patterns import SharedNM
 from .abi import KernelArguments
-from .build import library, unavailable
+from .build import load_library, why_unavailable
 from .pack import pack
 
-ENGINES = ("plain", "dpbf16", "amx")
-"""Plain vector code, AVX512-BF16, AMX; their place is their code in wide.h."""
+ISAS = ("plain", "dpbf16", "amx")
+"""Plain vector code, AVX512-BF16, AMX; their index is their code in wide.h."""
 
 
 @cache
-def engine() -> str:
-    """The fastest of ENGINES that this CPU has and that computes a small product exactly."""
-    if unavailable() is not None or library().sdm_isa() != b"avx512":
+def select_isa() -> str:
+    """Returns the fastest of ISAS that this CPU has and that computes a small product exactly."""
+    if why_unavailable() is not None or load_library().sdm_isa() != b"avx512":
         return "plain"
-    if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() and multiplies("amx"):
+    if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() and multiplies_exactly("amx"):
         return "amx"
-    if torch.cpu._is_avx512_bf16_supported() and multiplies("dpbf16"):
+    if torch.cpu._is_avx512_bf16_supported() and multiplies_exactly("dpbf16"):
         return "dpbf16"
     return "plain"
 
 
-def multiplies(name: str) -> bool:
-    """Whether an engine gives the exact product of a small case, of which every sum is exact."""
+def multiplies_exactly(isa: str) -> bool:
+    """Returns whether one of ISAS gives the product of a small case whose sums are all exact."""
     rows, cols, tokens = 64, 160, 33
     mask = (torch.arange(cols, device="cpu") % 4 < 2).expand(rows, cols)
     weight = (
@@ -48,8 +51,8 @@ def multiplies(name: str) -> bool:
         out_stride=rows,
         tile=3,
         threads=1,
-        engine=ENGINES.index(name),
+        isa=ISAS.index(isa),
     )
-    failed = library().sdm_run(ctypes.byref(call))
+    failed = load_library().sdm_run(ctypes.byref(call))
     expected = (x.float() @ weight.float().t()).bfloat16()
     return failed == 0 and torch.equal(out, expected)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,125 +15,123 @@ from torch import Tensor
 from ...errors import KernelError, PackError
 from ..custom_op import (
     ACTS,
-    activate,
-    conv_shape,
+    apply_activation,
+    cast_bias,
+    compute_conv_shape,
     fake_conv2d,
     fake_linear,
     is_channels_last,
-    like,
     register,
 )
 from ..weight_matrix import from_matrix
 from .abi import KernelArguments
-from .build import library, unavailable
+from .build import load_library, why_unavailable
 from .format import HEADER_BYTES, TYPES, unpack
-from .isa import ENGINES, engine
+from .isa import ISAS, select_isa
 
 
-class Conv(NamedTuple):
-    """The arguments of nm_conv2d behind (x, packed, bias, rows), in the order of its schema."""
-
-    kernel: Sequence[int]
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    act: str
-    tile: int
-
-
-def linear(
+def run_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, act: str, tile: int
 ) -> Tensor:
-    """x: [..., cols] of the packed dtype -> [..., rows]."""
-    if unavailable() is not None:
-        return reference_linear(x, packed, bias, rows, act)
+    """Returns act(W x + b) by the kernel: x [..., cols] of the packed dtype -> [..., rows]."""
+    if why_unavailable() is not None:
+        return reference_linear(x, packed, bias, rows, act, tile)
     cols = x.shape[-1]
     flat = x.reshape(-1, cols)
     if flat.stride(-1) != 1 or flat.stride(0) < cols:
         flat = flat.contiguous()
     out = x.new_empty(flat.shape[0], rows)
     _check(packed, rows, cols)
-    bias = _plain_bias(bias, rows)
-    call = _call(flat, packed, bias, out, act, tile)
+    bias = _lay_out_bias(bias, rows)
+    call = _describe_call(flat, packed, bias, out, act, tile)
     call.tokens, call.x_stride, call.out_stride = flat.shape[0], flat.stride(0), rows
     _run(call)
     return out.view(*x.shape[:-1], rows)
 
 
-def conv2d(
+def run_conv2d(
     x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
     rows: int,
-    *how: Any,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+    tile: int,
 ) -> Tensor:
-    """x: [N, C, H, W] -> [N, rows, H', W'], channels_last if x is; ``how``: as in Conv."""
-    if unavailable() is not None:
-        return reference_conv2d(x, packed, bias, rows, *how)
-    conv = Conv(*how)
+    """Returns act(W * x + b) by the kernel: [N, C, H, W] -> [N, rows, H', W'], laid out as x is."""
+    geometry = kernel, stride, padding, dilation
+    if why_unavailable() is not None:
+        return reference_conv2d(x, packed, bias, rows, *geometry, act, tile)
     channels_last = is_channels_last(x)
     form = torch.channels_last if channels_last else torch.contiguous_format
     x = x.contiguous(memory_format=form)
-    out = torch.empty(
-        conv_shape(x, rows, *how[:4]),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=form,
-    )
+    shape = compute_conv_shape(x, rows, *geometry)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
     images, channels, height, width = x.shape
     out_height, out_width = out.shape[2:]
-    _check(packed, rows, channels * conv.kernel[0] * conv.kernel[1])
-    bias = _plain_bias(bias, rows)
-    call = _call(x, packed, bias, out, conv.act, conv.tile)
+    _check(packed, rows, channels * kernel[0] * kernel[1])
+    bias = _lay_out_bias(bias, rows)
+    call = _describe_call(x, packed, bias, out, act, tile)
     call.conv = 2 if channels_last else 1
     call.tokens, call.out_stride = images * out_height * out_width, rows
-    if (*conv.kernel, *conv.stride, *conv.padding) == (1, 1, 1, 1, 0, 0):  # a plane is one long row
+    if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0):  # a plane is one long row
         height, width = out_height, out_width = 1, height * width
     call.images, call.channels, call.height, call.width = images, channels, height, width
     call.out_height, call.out_width = out_height, out_width
-    call.kernel_h, call.kernel_w = conv.kernel
-    call.stride_h, call.stride_w = conv.stride
-    call.pad_h, call.pad_w = conv.padding
-    call.dil_h, call.dil_w = conv.dilation
+    call.kernel_h, call.kernel_w = kernel
+    call.stride_h, call.stride_w = stride
+    call.pad_h, call.pad_w = padding
+    call.dil_h, call.dil_w = dilation
     _run(call)
     return out
 
 
 def reference_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, act: str, tile: int = 0
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, act: str, tile: int
 ) -> Tensor:
-    """What ``linear`` computes, by the dense op."""
-    return activate(F.linear(x, unpack(packed).to(x.dtype), like(x, bias)), act)
+    """Returns the result of ``run_linear``, by the dense op."""
+    return apply_activation(F.linear(x, unpack(packed).to(x.dtype), cast_bias(x, bias)), act)
 
 
 def reference_conv2d(
-    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, *how: Any
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+    tile: int,
 ) -> Tensor:
-    """What ``conv2d`` computes, by the dense op."""
-    conv = Conv(*how)
-    weight = dense_weight(packed, conv.kernel).to(x.dtype)
-    out = F.conv2d(x, weight, like(x, bias), conv.stride, conv.padding, conv.dilation)
-    return activate(out, conv.act)
+    """Returns the result of ``run_conv2d``, by the dense op."""
+    weight = unpack_weight(packed, kernel).to(x.dtype)
+    out = F.conv2d(x, weight, cast_bias(x, bias), stride, padding, dilation)
+    return apply_activation(out, act)
 
 
-def dense_weight(packed: Tensor, kernel: Sequence[int]) -> Tensor:
-    """The masked dense weight of a conv, [rows, channels, kh, kw]; kernel () is for Linear."""
+def unpack_weight(packed: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Returns the masked dense weight, [rows, channels, kh, kw]; kernel () is for Linear."""
     return from_matrix(unpack(packed), kernel)
 
 
-def _plain_bias(bias: Tensor | None, rows: int) -> Tensor | None:
-    """The bias as a kernel reads it: one value per row, side by side."""
+def _lay_out_bias(bias: Tensor | None, rows: int) -> Tensor | None:
+    """Returns the bias as a kernel reads it: one value per row, side by side."""
     if bias is not None and bias.shape != (rows,):
         raise KernelError(f"a bias of {list(bias.shape)} is not one value for each of {rows} rows")
     return None if bias is None else bias.contiguous()
 
 
-def _call(
+def _describe_call(
     x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, act: str, tile: int
 ) -> KernelArguments:
     if x.dtype not in TYPES or (bias is not None and bias.dtype not in TYPES):
-        given = x.dtype if bias is None else f"{x.dtype} with a bias of {bias.dtype}"
-        raise KernelError(f"the CPU kernels take float32 and bfloat16, not {given}")
+        dtypes = x.dtype if bias is None else f"{x.dtype} with a bias of {bias.dtype}"
+        raise KernelError(f"the CPU kernels take float32 and bfloat16, not {dtypes}")
     return KernelArguments(
         weight=packed.data_ptr(),
         x=x.data_ptr(),
@@ -145,12 +142,12 @@ def _call(
         act=ACTS.index(act),
         tile=tile,
         threads=torch.get_num_threads(),
-        engine=ENGINES.index(engine()),
+        isa=ISAS.index(select_isa()),
     )
 
 
 def _check(packed: Tensor, rows: int, cols: int) -> None:
-    """The kernel trusts the header: it must be the one of a weight of this size."""
+    """Raises PackError unless the header, which the kernel trusts, is of a weight of this size."""
     stated = ctypes.cast(packed.data_ptr(), ctypes.POINTER(ctypes.c_int32))
     plain = packed.dtype is torch.uint8 and packed.is_contiguous() and packed.data_ptr() % 8 == 0
     small = not plain or packed.numel() < HEADER_BYTES
@@ -162,7 +159,7 @@ def _check(packed: Tensor, rows: int, cols: int) -> None:
 
 
 def _run(call: KernelArguments) -> None:
-    failed = library().sdm_run(ctypes.byref(call))
+    failed = load_library().sdm_run(ctypes.byref(call))
     if failed:
         raise KernelError(
             "a CPU kernel ran out of memory"
@@ -174,14 +171,14 @@ def _run(call: KernelArguments) -> None:
 nm_linear_op = register(
     "nm_linear",
     "str act, int tile",
-    {"CPU": linear},
+    {"CPU": run_linear},
     fake=fake_linear,
     reference=reference_linear,
 )
 nm_conv2d_op = register(
     "nm_conv2d",
     "int[] kernel, int[] stride, int[] padding, int[] dilation, str act, int tile",
-    {"CPU": conv2d},
+    {"CPU": run_conv2d},
     fake=fake_conv2d,
     reference=reference_conv2d,
 )

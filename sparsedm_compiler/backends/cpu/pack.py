@@ -1,4 +1,4 @@
-"""Dense weight and mask -> packed weight."""
+"""Packs a weight for the CPU kernels."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ...errors import KernelError, PackError
 from ...patterns import Pattern
-from ..weight_matrix import matrix
-from .build import library
-from .format import empty, plan, refusal
+from ..weight_matrix import to_matrix
+from .build import load_library
+from .format import allocate, plan_layout, why_refused
 
 
 def pack(
@@ -20,20 +20,20 @@ def pack(
     width: int | None = None,
     wide: bool = False,
 ) -> Tensor:
-    """The packed form (uint8, 1-D) of ``weight * mask``.
+    """Returns the packed form (uint8, 1-D) of ``weight * mask``.
 
     weight, mask: [rows, cols] or [rows, channels, kh, kw]; ``mask`` is one of ``pattern``.
     ``width``: columns of a block. ``wide``: the layout for bfloat16 and masks shared by a multiple
     of 16 rows. Raises PackError for a weight that cannot be packed, KernelError
     where there is no kernel library.
     """
-    weight, mask = matrix(weight.detach()), matrix(mask)
+    weight, mask = to_matrix(weight.detach()), to_matrix(mask)
     rows, cols = weight.shape
-    why = refusal(pattern, rows, cols, weight.dtype)
+    why = why_refused(pattern, rows, cols, weight.dtype)
     if why is not None:
         raise PackError(f"a weight of {list(weight.shape)} cannot be packed to {pattern}: {why}")
-    packed = empty(plan(pattern, rows, cols, weight.dtype, width=width, wide=wide))
+    packed = allocate(plan_layout(pattern, rows, cols, weight.dtype, width=width, wide=wide))
     mask = mask.to(torch.bool).contiguous()
-    if library().sdm_pack(weight.data_ptr(), mask.data_ptr(), packed.data_ptr()) != 0:
+    if load_library().sdm_pack(weight.data_ptr(), mask.data_ptr(), packed.data_ptr()) != 0:
         raise KernelError("packing a weight ran out of memory")
     return packed

@@ -1,1 +1,1 @@
-"""What the NVIDIA kernel families share: device facts, NVRTC, im2col, token padding, the timer."""
+"""Parts that the NVIDIA kernel families share: device facts, NVRTC, im2col, padding, a timer."""

@@ -1,4 +1,4 @@
-"""What the CUDA device and torch's build of it can run: facts, and sentences where they cannot."""
+"""Facts about the CUDA device and torch's build for it, and sentences on what they cannot run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,27 @@ import torch
 Version = tuple[int, int, int]
 
 SPARSE_CORES = (8, 0)
-"""The first compute capability with sparse tensor cores; FP8_CORES: with those for e4m3."""
+"""The first compute capability with sparse tensor cores."""
 FP8_CORES = (8, 9)
+"""The first compute capability with sparse tensor cores for e4m3."""
 GOOD_CUSPARSELT = (0, 8, 1)
+"""The first version of cuSPARSELt that is used."""
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class CudaDevice:
     """Facts about one device, and about the torch that drives it.
 
-    ``cuda``, ``hip``: what torch was built for, None for the other of the two. ``cusparselt``: the
-    library as loaded, None without. ``shared_bytes``: shared memory one block may ask for.
+    Attributes:
+        name: The device's name.
+        capability: Its compute capability.
+        cuda: The CUDA version that torch was built for; None if it was built for ROCm.
+        hip: The HIP version that torch was built for; None if it was built for CUDA.
+        cusparselt: Version of the cuSPARSELt that is loaded; None without it.
+        platform: As ``sys.platform``.
+        multiprocessors: Number of multiprocessors.
+        shared_bytes: Shared memory that one block may ask for.
+        l2_bytes: Size of the L2 cache.
     """
 
     name: str
@@ -36,95 +46,96 @@ class Card:
     l2_bytes: int = 0
 
 
-def card(index: int | None = None) -> Card | None:
-    """The facts of a CUDA device (None: of the current one); None where none can be used."""
+def find_device(index: int | None = None) -> CudaDevice | None:
+    """Returns the facts of a CUDA device (None: the current one); None where none can be used."""
     try:
         if not torch.cuda.is_available():
             return None
-        return _card(torch.cuda.current_device() if index is None else index)
+        return _read_device(torch.cuda.current_device() if index is None else index)
     except (RuntimeError, AssertionError):  # no driver, a forked process, no such device
         return None
 
 
-def machine() -> tuple[Card | None, str]:
-    """All of this machine that the time of a kernel on its current card depends on."""
-    return card(), torch.__version__
+def describe_machine() -> tuple[CudaDevice | None, str]:
+    """Returns all of this machine that the time of a kernel on its current device depends on."""
+    return find_device(), torch.__version__
 
 
-def no_tensor_cores(card: Card | None) -> str | None:
-    """Why no sparse tensor cores can be used, as a sentence; None if they can."""
-    return _below(card, SPARSE_CORES, "no sparse tensor cores")
+def why_no_tensor_cores(device: CudaDevice | None) -> str | None:
+    """Returns why no sparse tensor cores can be used, as a sentence; None if they can."""
+    return _why_below(device, SPARSE_CORES, "no sparse tensor cores")
 
 
-def no_fp8_cores(card: Card | None) -> str | None:
-    """Why no sparse tensor cores for float8 can be used, as a sentence; None if they can."""
-    return _below(card, FP8_CORES, "no sparse tensor cores for float8")
+def why_no_fp8_cores(device: CudaDevice | None) -> str | None:
+    """Returns why no sparse tensor cores for float8 can be used; None if they can."""
+    return _why_below(device, FP8_CORES, "no sparse tensor cores for float8")
 
 
-def no_cusparselt(card: Card | None) -> str | None:
-    """Why cuSPARSELt cannot be used, as a sentence; None if it can."""
-    if card is None:
+def why_no_cusparselt(device: CudaDevice | None) -> str | None:
+    """Returns why cuSPARSELt cannot be used, as a sentence; None if it can."""
+    if device is None:
         return _NO_DEVICE
-    if card.cusparselt is None:
-        if card.platform == "win32":
+    if device.cusparselt is None:
+        if device.platform == "win32":
             return "no cuSPARSELt: torch's wheels for Windows leave it out"
         return "no cuSPARSELt: this torch was built without it"
-    if card.cusparselt < GOOD_CUSPARSELT:
+    if device.cusparselt < GOOD_CUSPARSELT:
+        version, good = _format_version(device.cusparselt), _format_version(GOOD_CUSPARSELT)
         return (
-            f"cuSPARSELt {_dotted(card.cusparselt)} is too old: {_dotted(GOOD_CUSPARSELT)} mends "
+            f"cuSPARSELt {version} is too old: {good} mends "
             "0.8.0, which is slower than dense on H100; pip install -U nvidia-cusparselt-cu13"
         )
     return None
 
 
-def no_nvrtc(card: Card | None) -> str | None:
-    """Why kernels cannot be compiled by NVRTC, as a sentence; None if they can.
+def why_no_nvrtc(device: CudaDevice | None) -> str | None:
+    """Returns why kernels cannot be compiled by NVRTC, as a sentence; None if they can.
 
     Unlike cuSPARSELt it comes with torch's wheels for Windows too.
     """
-    if card is None:
+    if device is None:
         return _NO_DEVICE
-    return None if card.hip is None else "torch is built for ROCm, which has no NVRTC"
+    return None if device.hip is None else "torch is built for ROCm, which has no NVRTC"
 
 
 _NO_DEVICE = "no CUDA device can be used"
 
 
-def _below(card: Card | None, needed: tuple[int, int], what: str) -> str | None:
-    if card is None:
+def _why_below(device: CudaDevice | None, needed: tuple[int, int], lack: str) -> str | None:
+    if device is None:
         return _NO_DEVICE
-    if card.hip is not None:
-        return f"{what}: torch is built for ROCm, whose cards have no kernel here yet"
-    if card.capability < needed:
+    if device.hip is not None:
+        return f"{lack}: torch is built for ROCm, whose cards have no kernel here yet"
+    if device.capability < needed:
         return (
-            f"{what}: {card.name} has compute capability {_dotted(card.capability)}, "
-            f"{_dotted(needed)} is needed"
+            f"{lack}: {device.name} has compute capability {_format_version(device.capability)}, "
+            f"{_format_version(needed)} is needed"
         )
     return None
 
 
 @cache
-def _card(index: int) -> Card:
-    seen = torch.cuda.get_device_properties(index)
+def _read_device(index: int) -> CudaDevice:
+    properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is None:
-        shared = seen.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     else:  # torch leaves it out there
-        shared = seen.shared_memory_per_block
-    return Card(
-        name=seen.name,
-        capability=(seen.major, seen.minor),
+        shared = properties.shared_memory_per_block
+    return CudaDevice(
+        name=properties.name,
+        capability=(properties.major, properties.minor),
         cuda=torch.version.cuda,
         hip=torch.version.hip,
-        cusparselt=_cusparselt(),
+        cusparselt=_read_cusparselt_version(),
         platform=sys.platform,
-        multiprocessors=seen.multi_processor_count,
+        multiprocessors=properties.multi_processor_count,
         shared_bytes=shared,
-        l2_bytes=seen.L2_cache_size,
+        l2_bytes=properties.L2_cache_size,
     )
 
 
-def _cusparselt() -> Version | None:
-    """The version that runs; torch itself knows only the one whose header it was built with."""
+def _read_cusparselt_version() -> Version | None:
+    """Returns the version that runs; torch knows only the one whose header it was built with."""
     built = torch.backends.cusparselt.version()
     if built is None:
         return None
@@ -132,9 +143,9 @@ def _cusparselt() -> Version | None:
     parts = []
     try:
         library = ctypes.CDLL("libcusparseLt.so.0")  # found as the one torch has loaded
-        for place in range(3):
+        for index in range(3):
             part = ctypes.c_int()
-            if library.cusparseLtGetProperty(place, ctypes.byref(part)):
+            if library.cusparseLtGetProperty(index, ctypes.byref(part)):
                 return header
             parts.append(part.value)
     except (OSError, AttributeError):
@@ -142,5 +153,5 @@ def _cusparselt() -> Version | None:
     return parts[0], parts[1], parts[2]
 
 
-def _dotted(version: tuple[int, ...]) -> str:
+def _format_version(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))

@@ -1,4 +1,4 @@
-"""CUDA C++ -> a kernel to launch, by NVRTC and the driver: users need no nvcc.
+"""Compiles CUDA C++ by NVRTC and launches it by the driver: users need no nvcc.
 
 Compiling needs no GPU, only NVRTC, which every CUDA build of torch brings along; a compiled kernel
 is kept on disk.
@@ -25,61 +25,64 @@ _PLAIN_SHARED = 48 * 1024
 
 
 @cache
-def nvrtc() -> ctypes.CDLL:
-    """The NVRTC library: the one that torch has loaded, or one among Python's packages.
+def load_nvrtc() -> ctypes.CDLL:
+    """Returns the NVRTC library: the one that torch has loaded, or one among Python's packages.
 
     Raises KernelError where there is none.
     """
     major = (torch.version.cuda or "13").partition(".")[0]
     windows = sys.platform == "win32"
     name = f"nvrtc64_{major}0_0.dll" if windows else f"libnvrtc.so.{major}"
-    for builtins in _files("nvrtc-builtins*.dll" if windows else "libnvrtc-builtins.so.*"):
+    for builtins in _find_libraries("nvrtc-builtins*.dll" if windows else "libnvrtc-builtins.so.*"):
         with suppress(OSError):  # NVRTC asks for it by name alone, and not every build finds it
             ctypes.CDLL(builtins)
-    for found in (name, *_files(name)):
+    for path in (name, *_find_libraries(name)):
         with suppress(OSError):
-            return ctypes.CDLL(found)
+            return ctypes.CDLL(path)
     raise KernelError(
         f"no NVRTC here to build CUDA kernels with ({name}); pip install nvidia-cuda-nvrtc"
     )
 
 
-def _files(pattern: str) -> list[str]:
-    """The libraries of such a name that torch and NVIDIA's Python packages brought along."""
-    found = list((Path(torch.__file__).parent / "lib").glob(pattern))
-    for place in sys.path:
+def _find_libraries(pattern: str) -> list[str]:
+    """Returns the libraries of such a name among those of torch and of NVIDIA's packages."""
+    paths = list((Path(torch.__file__).parent / "lib").glob(pattern))
+    for root in sys.path:
         for folder_name in ("lib", "bin", "bin/x86_64"):
-            found += Path(place, "nvidia").glob(f"*/{folder_name}/{pattern}")
-    return [str(path) for path in found]
+            paths += Path(root, "nvidia").glob(f"*/{folder_name}/{pattern}")
+    return [str(path) for path in paths]
 
 
 @cache
-def nvrtc_version() -> int:
-    """As CUDA_VERSION_NUMBER in the kernels: 13000 is 13.0."""
+def read_nvrtc_version() -> int:
+    """Returns CUDA_VERSION_NUMBER of the kernels: 13000 is 13.0."""
     major, minor = ctypes.c_int(), ctypes.c_int()
-    nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    load_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return 1000 * major.value + 10 * minor.value
 
 
 @cache
-def unavailable() -> str | None:
-    """Why kernels cannot be built here, as a sentence; None where they can."""
+def why_unavailable() -> str | None:
+    """Returns why kernels cannot be built here, as a sentence; None where they can."""
     try:
-        nvrtc()
+        load_nvrtc()
     except KernelError as error:
         return str(error)
     return None
 
 
-def compiled(source: str, capability: tuple[int, int], macros: Sequence[tuple[str, int]]) -> bytes:
-    """The machine code (a cubin) of a source for one kind of card, from disk if built before.
+def compile_kernel(
+    source: str, capability: tuple[int, int], macros: Sequence[tuple[str, int]]
+) -> bytes:
+    """Returns the machine code (a cubin) of a source for one kind of device.
 
-    Raises KernelError with the compiler's words where it does not compile.
+    It comes from disk if it was built before. Raises KernelError with the compiler's words where it
+    does not compile.
     """
-    defined = (*macros, ("CUDA_VERSION_NUMBER", nvrtc_version()))
+    defined = (*macros, ("CUDA_VERSION_NUMBER", read_nvrtc_version()))
     options = (
         "--std=c++17",
-        f"--gpu-architecture={_architecture(capability)}",
+        f"--gpu-architecture={_find_architecture(capability)}",
         *(f"-D{name}={value}" for name, value in defined),
     )
     key = hashlib.sha256(repr((source, options)).encode()).hexdigest()[:24]
@@ -93,86 +96,89 @@ def compiled(source: str, capability: tuple[int, int], macros: Sequence[tuple[st
     return code
 
 
-def _architecture(capability: tuple[int, int]) -> str:
-    """Machine code of the newest kind that this NVRTC knows and the card runs."""
+def _find_architecture(capability: tuple[int, int]) -> str:
+    """Returns the newest architecture that this NVRTC knows and the device runs."""
     number = ctypes.c_int()
-    nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(number))
+    load_nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(number))
     known = (ctypes.c_int * number.value)()
-    nvrtc().nvrtcGetSupportedArchs(known)
+    load_nvrtc().nvrtcGetSupportedArchs(known)
     major, minor = capability
     fitting = [arch for arch in known if arch // 10 == major and arch % 10 <= minor]
     if not fitting:
+        version = read_nvrtc_version()
         raise KernelError(
-            f"NVRTC {nvrtc_version() // 1000}.{nvrtc_version() % 1000 // 10} does not know compute "
+            f"NVRTC {version // 1000}.{version % 1000 // 10} does not know compute "
             f"capability {major}.{minor}; install a torch built for a newer CUDA"
         )
     return f"sm_{max(fitting)}"
 
 
 def _compile(source: str, options: Sequence[str]) -> bytes:
-    library, program = nvrtc(), ctypes.c_void_p()
+    library, program = load_nvrtc(), ctypes.c_void_p()
     _check(
         library.nvrtcCreateProgram(
             ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None
         )
     )
     try:
-        given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        if library.nvrtcCompileProgram(program, len(options), given) != 0:
-            said = _text(program, "ProgramLog").decode(errors="replace").rstrip("\0")
+        arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if library.nvrtcCompileProgram(program, len(options), arguments) != 0:
+            said = _read_text(program, "ProgramLog").decode(errors="replace").rstrip("\0")
             raise KernelError(f"a CUDA kernel does not compile: {said}")
-        return _text(program, "CUBIN")
+        return _read_text(program, "CUBIN")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _text(program: ctypes.c_void_p, what: str) -> bytes:
+def _read_text(program: ctypes.c_void_p, kind: str) -> bytes:
     size = ctypes.c_size_t()
-    _check(getattr(nvrtc(), f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    _check(getattr(load_nvrtc(), f"nvrtcGet{kind}Size")(program, ctypes.byref(size)))
     buffer = ctypes.create_string_buffer(size.value)
-    _check(getattr(nvrtc(), f"nvrtcGet{what}")(program, buffer))
+    _check(getattr(load_nvrtc(), f"nvrtcGet{kind}")(program, buffer))
     return buffer.raw
 
 
 def _check(code: int) -> None:
     if code != 0:
-        said = nvrtc().nvrtcGetErrorString
+        said = load_nvrtc().nvrtcGetErrorString
         said.restype = ctypes.c_char_p
         raise KernelError(f"NVRTC: {said(code).decode()}")
 
 
 class Launcher:
-    """A kernel on one device, to be launched on torch's current stream (a CUDA graph's too)."""
+    """A kernel on one device, launched on torch's current stream (a CUDA graph's too)."""
 
     def __init__(self, code: bytes, name: str, shared: int, device: int) -> None:
-        """``shared``: bytes of dynamic shared memory."""
+        """Loads a cubin on a device; ``shared``: bytes of dynamic shared memory."""
         self.shared = shared
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
-            _drive("cuModuleLoadData", ctypes.byref(self._module), code)
-            _drive("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
+            _call_driver("cuModuleLoadData", ctypes.byref(self._module), code)
+            _call_driver(
+                "cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode()
+            )
             if shared > _PLAIN_SHARED:
-                _drive("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, shared)
+                _call_driver("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, shared)
 
     def __call__(self, arguments: ctypes.Structure, grid: tuple[int, int], threads: int) -> None:
-        """Launch with one structure as the only argument."""
+        """Launches with one structure as the only argument."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         sizes = (*grid, 1, threads, 1, 1)
-        _drive("cuLaunchKernel", self._function, *sizes, self.shared, stream, pointers, None)
+        _call_driver("cuLaunchKernel", self._function, *sizes, self.shared, stream, pointers, None)
 
 
 @cache
-def _driver() -> ctypes.CDLL:
+def _load_driver() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError as error:
         raise KernelError(f"no CUDA driver: {error}") from error
 
 
-def _drive(call: str, *arguments: object) -> None:
-    code = getattr(_driver(), call)(*arguments)
+def _call_driver(call: str, *arguments: object) -> None:
+    code = getattr(_load_driver(), call)(*arguments)
     if code != 0:
         name = ctypes.c_char_p()
-        _driver().cuGetErrorName(code, ctypes.byref(name))
+        _load_driver().cuGetErrorName(code, ctypes.byref(name))
         raise KernelError(f"{call}: {(name.value or b'CUDA error').decode()} ({code})")

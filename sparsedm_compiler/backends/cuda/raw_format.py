@@ -1,4 +1,4 @@
-"""Families whose packed bytes hold numbers alone: size, pattern and dtype come with them."""
+"""The base of families whose packed buffer has no header: shape, pattern and dtype come apart."""
 
 from __future__ import annotations
 
@@ -12,68 +12,74 @@ from torch import Tensor
 
 from ...errors import PackError
 from ...patterns import Pattern
-from ..kernel_family import KernelConfig, KernelFamily, WeightFormat
-from ..weight_matrix import from_matrix, matrix
+from ..kernel_family import KernelConfig, WeightFormat
+from ..weight_matrix import from_matrix, to_matrix
+from .family import CudaFamily
 
 
-class Format(Protocol):
-    """A module that packs matrices and unpacks them."""
+class RawFormat(Protocol):
+    """A module that packs matrices into numbers alone, and unpacks them."""
 
     @property
     def TYPES(self) -> Sequence[torch.dtype]:  # noqa: N802
-        """Of the values; their place is their code in a Kernel."""
+        """The dtypes of the values; their index is their code in a KernelConfig."""
         ...
 
-    def refusal(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
-        """Why a matrix cannot be packed, None if it can."""
+    def why_refused(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
+        """Returns why a matrix cannot be packed, as a sentence; None if it can."""
 
     def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
-        """The packed form of ``weight * mask``."""
+        """Returns the packed form of ``weight * mask``."""
         ...
 
     def unpack(
         self, packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.dtype
     ) -> Tensor:
-        """The masked matrix, to the bit."""
+        """Returns the masked matrix, to the bit."""
         ...
 
     def check(
         self, packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.dtype
     ) -> None:
-        """Raise PackError unless a kernel can run these bytes within their bounds."""
+        """Raises PackError unless a kernel can run these bytes within their bounds."""
 
 
-class BareFamily(KernelFamily):
-    """The kernels that read one such format. Layout of a Kernel: (place of the dtype in TYPES)."""
+class RawFormatFamily(CudaFamily):
+    """The kernels that read one such format.
+
+    Layout of a KernelConfig: (index of the dtype in TYPES).
+    """
 
     @property
     @abstractmethod
-    def format(self) -> Format:
-        """The format."""
+    def format(self) -> RawFormat:
+        """The format that its kernels read."""
 
-    def refusal(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
-        return self.format.refusal(pattern, rows, cols, dtype)
+    def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
+        return self.format.why_refused(self.require_accepted(pattern), rows, cols, dtype)
 
     def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
-        return self.format.pack(matrix(weight.detach()), matrix(mask), pattern)
+        accepted = self.require_accepted(pattern)
+        return self.format.pack(to_matrix(weight.detach()), to_matrix(mask), accepted)
 
     def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
-        dense = self.format.unpack(packed, *_size(shape), form.pattern, self._dtype(form))
+        accepted, dtype = self.require_accepted(form.pattern), self._find_dtype(form)
+        dense = self.format.unpack(packed, *_find_size(shape), accepted, dtype)
         return from_matrix(dense, shape[2:])
 
     def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
-        dtype = self._dtype(form)
-        why = self.refusal(form.pattern, *_size(shape), dtype)
-        if why is not None:
-            raise PackError(f"no weight of {list(shape)} is packed to {form.pattern}: {why}")
-        self.format.check(packed, *_size(shape), form.pattern, dtype)
+        dtype, size = self._find_dtype(form), _find_size(shape)
+        reason = self.why_refused(form.pattern, *size, dtype)
+        if reason is not None:
+            raise PackError(f"no weight of {list(shape)} is packed to {form.pattern}: {reason}")
+        self.format.check(packed, *size, self.require_accepted(form.pattern), dtype)
         return dtype
 
-    def _dtype(self, form: WeightFormat) -> torch.dtype:
+    def _find_dtype(self, form: WeightFormat) -> torch.dtype:
         assert form.kernel is not None
-        (place,) = form.kernel.layout
-        return self.format.TYPES[place]
+        (code,) = form.kernel.layout
+        return self.format.TYPES[code]
 
 
-def _size(shape: tuple[int, ...]) -> tuple[int, int]:
+def _find_size(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])

@@ -1,4 +1,4 @@
-"""Tokens as the rows of one matrix, as many as a kernel takes at once."""
+"""Lays tokens out as the rows of one matrix, padded to a multiple that a kernel takes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ ALIGN = 16
 """Bytes to which cuSPARSELt and the kernels' vector loads want their operands aligned."""
 
 
-def by_rows(x: Tensor, rows: int, multiple: int, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """[..., rows]: ``run`` of x [..., cols] as one contiguous matrix [tokens, cols].
+def apply_to_tokens(x: Tensor, rows: int, multiple: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns ``run`` of x [..., cols] as one contiguous matrix [tokens, cols]: [..., rows].
 
     The tokens that ``run`` sees are a multiple of ``multiple``, zeros behind the last; it gives
     [tokens, rows]. There is a copy only where x has gaps, lies odd in memory or is padded. With no
@@ -23,11 +23,11 @@ def by_rows(x: Tensor, rows: int, multiple: int, run: Callable[[Tensor], Tensor]
     if not tokens:
         return x.new_empty(*x.shape[:-1], rows)
     missing = -tokens % multiple
-    out = run(aligned(F.pad(flat, (0, 0, 0, missing)) if missing else flat))
+    out = run(align(F.pad(flat, (0, 0, 0, missing)) if missing else flat))
     return out[:tokens].view(*x.shape[:-1], rows)
 
 
-def aligned(x: Tensor) -> Tensor:
-    """x, contiguous and at an address that vector loads take; itself where it is so already."""
+def align(x: Tensor) -> Tensor:
+    """Returns x contiguous and at an address that vector loads take; x itself where it is so."""
     x = x.contiguous()
     return x if x.data_ptr() % ALIGN == 0 else x.clone()

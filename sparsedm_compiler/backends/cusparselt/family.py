@@ -1,111 +1,116 @@
-"""Free 2:4 weights on NVIDIA's sparse tensor cores, by cuSPARSELt."""
+"""Per-row 2:4 weights on NVIDIA's sparse tensor cores, by cuSPARSELt."""
 
 from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import PackError
-from ...patterns import Pattern
-from ..cuda.device import card, machine, no_cusparselt, no_tensor_cores
-from ..cuda.im2col import linear_or_conv
+from ...patterns import NM, VNM, Pattern, SharedNM, TransposableNM
+from ..cuda.device import find_device, why_no_cusparselt, why_no_tensor_cores
+from ..cuda.family import CudaFamily
 from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, WeightFormat
-from ..weight_matrix import from_matrix, matrix
-from .format import GROUP, KEPT, excess, pack24, stated24
-from .ops import DEFAULT, dense24, semi_conv2d, semi_linear
+from ..weight_matrix import from_matrix, to_matrix
+from .format import GROUP, KEPT, pack24, read_header, why_not_2to4
+from .ops import DEFAULT, TOKENS, CuSparseLtSetting, semi_conv2d, semi_linear, to_dense
+from .training import semi_train_op
 
 TYPES = (torch.float16, torch.bfloat16)
+KINDS = (NM, SharedNM, VNM, TransposableNM)
+"""The kinds of pattern that may keep at most 2 of every 4 columns."""
 _MULTIPLE = 16
 
 
-class SemiFamily(KernelFamily):
+class CuSparseLtFamily(CudaFamily):
     """Kernels for masks of at most 2 in every aligned 4 columns, in float16 and bfloat16.
 
-    Layout of a Kernel: (). Tile: as DEFAULT, an algorithm of the library with its split of K. A
-    packed weight is what ``torch._cslt_compress`` gives; on the CPU, as ``pack24`` gives it. NaN
-    and Inf cannot come up in a weight (masks refuse them); in the input they spread over the
-    outputs that multiply them, not over those whose weight was pruned, as they would in dense.
+    Layout of a KernelConfig: (). Tile: as CuSparseLtSetting, an algorithm of the library with its
+    split of K. A packed weight is what ``torch._cslt_compress`` gives; on the CPU, as ``pack24``
+    gives it. NaN and Inf cannot come up in a weight (masks refuse them); in the input they spread
+    over the outputs that multiply them, not over those whose weight was pruned, as they would in
+    dense.
     """
 
-    device = "cuda"
     names: tuple[str, ...] = ("cuda_semi",)
+    accepts = KINDS
     opaque = True
+    token_multiple = TOKENS
+    token_ops = (semi_linear,)
+    training_op = semi_train_op
 
-    def unavailable(self) -> str | None:
-        here = card()
-        return no_tensor_cores(here) or no_cusparselt(here)
+    def why_unavailable(self) -> str | None:
+        device = find_device()
+        return why_no_tensor_cores(device) or why_no_cusparselt(device)
 
-    def refusal(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
+    def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         if dtype not in TYPES:
             plain = str(dtype).removeprefix("torch.")
             return f"no 2:4 kernel for {plain}: sparse tensor cores take float16 and bfloat16"
-        return misfit(pattern, rows, cols, _MULTIPLE)
+        return why_misfit(pattern, rows, cols, _MULTIPLE)
 
-    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
-        """Every algorithm of the library; which ids run which sizes, only running them tells."""
+    def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
+        """Returns every algorithm of the library; only running one tells which sizes it takes."""
         _, *split = DEFAULT
-        return tuple(KernelConfig(self.names[0], (), (i, *split)) for i in range(algorithms(dtype)))
+        ids = range(count_algorithms(dtype))
+        return tuple(KernelConfig(self.names[0], (), (algorithm, *split)) for algorithm in ids)
 
     def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
-        values, mask = rows_by_cols(weight, mask, pattern, self)
+        values, mask = check_matrices(weight, mask, pattern, self)
         return torch._cslt_compress(values) if values.is_cuda else pack24(values, mask)
 
     def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
-        return from_matrix(dense24(packed, shape[0], math.prod(shape[1:])), shape[2:])
+        return from_matrix(to_dense(packed, shape[0], math.prod(shape[1:])), shape[2:])
 
     def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
-        dtype, rows, cols = stated24(packed)
+        dtype, rows, cols = read_header(packed)
         if (rows, rows * cols) != (shape[0], math.prod(shape)):
             raise PackError(f"it is packed as {rows} x {cols}, not {shape}")
         return dtype
 
-    def portable(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
+    def to_portable(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
         if not packed.is_cuda:
             return packed
-        dense = matrix(self.unpack(packed, shape, form))
+        dense = to_matrix(self.unpack(packed, shape, form))
         return pack24(dense, dense != 0)
 
     def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
-        return linear_or_conv(semi_linear, semi_conv2d, work, work.act, list(tile))
-
-    def machine(self) -> tuple[Any, ...]:
-        return machine()
+        setting = CuSparseLtSetting(*tile)._asdict()
+        return work.choose_op(semi_linear, semi_conv2d, act=work.act, **setting)
 
 
-def rows_by_cols(
+def check_matrices(
     weight: Tensor, mask: Tensor, pattern: Pattern, family: KernelFamily
 ) -> tuple[Tensor, Tensor]:
-    """(weight, mask) as matrices. Raises PackError where they are not what the family packs."""
-    values, mask = matrix(weight.detach()), matrix(mask)
+    """Returns (weight, mask) as matrices. Raises PackError where the family cannot pack them."""
+    values, mask = to_matrix(weight.detach()), to_matrix(mask)
     rows, cols = values.shape
-    why = family.refusal(pattern, rows, cols, values.dtype) or excess(mask)
-    if why is not None:
-        raise PackError(f"a weight of {list(weight.shape)} cannot be packed to 2:4: {why}")
+    reason = family.why_refused(pattern, rows, cols, values.dtype) or why_not_2to4(mask)
+    if reason is not None:
+        raise PackError(f"a weight of {list(weight.shape)} cannot be packed to 2:4: {reason}")
     return values, mask
 
 
-def misfit(pattern: Pattern, rows: int, cols: int, multiple: int) -> str | None:
-    """Why a weight of that size and pattern is none for sparse tensor cores, as a sentence."""
+def why_misfit(pattern: Pattern, rows: int, cols: int, multiple: int) -> str | None:
+    """Returns why sparse tensor cores cannot run such a weight, as a sentence; None if they can."""
     most = pattern.most_kept(GROUP)
     if most > KEPT:
         return (
             f"{pattern} keeps up to {most} of {GROUP} columns, which sparse tensor cores cannot "
             f"run: they take {KEPT}"
         )
-    for size, what in ((rows, "rows"), (cols, "columns")):
+    for size, dimension in ((rows, "rows"), (cols, "columns")):
         if size % multiple:
-            return f"{size} {what} are not a multiple of {multiple}, as cuSPARSELt wants"
+            return f"{size} {dimension} are not a multiple of {multiple}, as cuSPARSELt wants"
     return None
 
 
 @cache
-def algorithms(dtype: torch.dtype) -> int:
-    """How many algorithms cuSPARSELt has for a dtype here, by a search of a small product."""
-    if card() is None:
+def count_algorithms(dtype: torch.dtype) -> int:
+    """Returns how many algorithms cuSPARSELt has for a dtype here, by a search of a product."""
+    if find_device() is None:
         return 1
     one = torch.zeros(128, 128, dtype=dtype, device="cuda")
     search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]

@@ -6,57 +6,94 @@ On a CPU it is its own reference: the portable format, dense in float32, rounded
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import KernelError
-from ..cuda.im2col import conv_as_linear
-from ..cuda.token_padding import aligned, by_rows
-from ..custom_op import activate, fake_linear, register
-from .format import stated24, unpack24
+from ..cuda.im2col import register_conv
+from ..cuda.token_padding import align, apply_to_tokens
+from ..custom_op import apply_activation, fake_linear, register
+from .format import read_header, unpack24
 
 TOKENS = 8
-"""Of what number cuSPARSELt wants a multiple of tokens in 16-bit types."""
-DEFAULT = (0, 1, -1)
-"""(algorithm, split_k, mode of split_k) as torch itself has them where nothing is asked."""
+"""cuSPARSELt wants a multiple of this number of tokens in 16-bit types."""
 _PIECE = 1024
 
 
+class CuSparseLtSetting(NamedTuple):
+    """The choices that cuSPARSELt leaves for a product; the defaults are torch's own."""
+
+    algorithm: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+
+
+DEFAULT = CuSparseLtSetting()
+
+SETTING_SCHEMA = "int algorithm, int split_k, int split_k_mode"
+"""CuSparseLtSetting as the last arguments of an op."""
+
+
 def semi_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, act: str, how: Sequence[int]
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    *,
+    act: str,
+    algorithm: int,
+    split_k: int,
+    split_k_mode: int,
 ) -> Tensor:
-    """x: [..., cols] of the packed dtype -> act(W x + b): [..., rows].
+    """Returns act(W x + b): x [..., cols] of the packed dtype -> [..., rows].
 
-    The activation is not the op's, so that Inductor fuses it with what comes behind. ``how``: as
-    DEFAULT.
+    The activation is not the op's, so that Inductor fuses it with what comes behind.
     """
-    return activate(semi_linear_op(x, packed, bias, rows, how), act)
+    out = semi_linear_op(x, packed, bias, rows, algorithm, split_k, split_k_mode)
+    return apply_activation(out, act)
 
 
-def semi_conv2d(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, *how: Any) -> Tensor:
-    """The same over patches; ``how``: kernel, stride, padding, dilation, act, how."""
-    *geometry, act, setting = how
-    return activate(semi_conv2d_op(x, packed, bias, rows, *geometry, setting), act)
+def semi_conv2d(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    *,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str,
+    algorithm: int,
+    split_k: int,
+    split_k_mode: int,
+) -> Tensor:
+    """Returns act(W * x + b), a conv2d: [N, C, H, W] -> [N, rows, H', W']."""
+    geometry, setting = (kernel, stride, padding, dilation), (algorithm, split_k, split_k_mode)
+    return apply_activation(semi_conv2d_op(x, packed, bias, rows, *geometry, *setting), act)
 
 
 def multiply(
     packed: Tensor,
     flat: Tensor,
     bias: Tensor | None,
-    how: Sequence[int],
+    setting: CuSparseLtSetting,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """cuSPARSELt's product: [tokens, cols] -> [tokens, rows]. Raises KernelError if it refuses.
+    """Returns cuSPARSELt's product: [tokens, cols] -> [tokens, rows].
 
     Both lie row-major: the transposed view of ``flat`` is the column-major operand the library
     takes, and the result is written transposed. torch builds the plan anew in every call, on the
     host alone, and takes result and workspace from its caching allocator on the current stream: so
     a call can be captured in a CUDA graph, once it has run for its library to be loaded.
+
+    Raises:
+        KernelError: The library refuses the setting, or the size.
     """
-    algorithm, split_k, mode = how
+    algorithm, split_k, mode = setting
     try:
         return torch._cslt_sparse_mm(
             packed,
@@ -78,14 +115,15 @@ def multiply(
         ) from error
 
 
-def dense24(packed: Tensor, rows: int, cols: int, dtype: torch.dtype | None = None) -> Tensor:
-    """[rows, cols]: the masked matrix, packed for a CPU or for a card; ``dtype``: on a card.
+def to_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns the masked matrix [rows, cols] of a weight packed for a CPU or for a GPU.
 
-    There it is the product with the identity in pieces, which is exact: each sum has one term that
-    is not zero. Only the sign of a negative zero is lost.
+    dtype: of the result on a GPU; None for the packed one. There it is the product with the
+    identity in pieces, which is exact: each sum has one term that is not zero. Only the sign of a
+    negative zero is lost.
     """
     if not packed.is_cuda:
-        _check(packed, rows, cols)
+        _check_size(packed, rows, cols)
         return unpack24(packed)
     out = torch.empty(cols, rows, dtype=dtype or packed.dtype, device=packed.device)
     for start in range(0, cols, _PIECE):
@@ -98,43 +136,69 @@ def dense24(packed: Tensor, rows: int, cols: int, dtype: torch.dtype | None = No
 
 
 def reference_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, how: Sequence[int]
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    algorithm: int,
+    split_k: int,
+    split_k_mode: int,
 ) -> Tensor:
-    """What ``semi_linear`` computes without the activation, by the dense op in float32."""
-    weight = dense24(packed, rows, x.shape[-1])
+    """Returns the result of ``semi_linear`` without the activation, by the dense op in float32."""
+    weight = to_dense(packed, rows, x.shape[-1])
     bias = None if bias is None else bias.to(x.dtype).float()
     return F.linear(x.float(), weight.float(), bias).to(x.dtype)
 
 
-def _cpu(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, how: Sequence[int]) -> Tensor:
-    dtype, *_ = stated24(packed)
-    _same(x, dtype)
-    return by_rows(x, rows, TOKENS, lambda flat: reference_linear(flat, packed, bias, rows, how))
+def _run_on_cpu(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    algorithm: int,
+    split_k: int,
+    split_k_mode: int,
+) -> Tensor:
+    dtype, *_ = read_header(packed)
+    _check_dtype(x, dtype)
+    setting = CuSparseLtSetting(algorithm, split_k, split_k_mode)
+    return apply_to_tokens(
+        x, rows, TOKENS, lambda flat: reference_linear(flat, packed, bias, rows, *setting)
+    )
 
 
-def _cuda(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, how: Sequence[int]) -> Tensor:
-    _same(x, packed.dtype)
+def _run_on_cuda(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    algorithm: int,
+    split_k: int,
+    split_k_mode: int,
+) -> Tensor:
+    _check_dtype(x, packed.dtype)
     # The library reads the bias through its bare address, as numbers of the output's dtype.
-    bias = None if bias is None else aligned(bias.to(x.dtype))
-    return by_rows(x, rows, TOKENS, lambda flat: multiply(packed, flat, bias, how))
+    bias = None if bias is None else align(bias.to(x.dtype))
+    setting = CuSparseLtSetting(algorithm, split_k, split_k_mode)
+    return apply_to_tokens(x, rows, TOKENS, lambda flat: multiply(packed, flat, bias, setting))
 
 
-def _same(x: Tensor, dtype: torch.dtype) -> None:
+def _check_dtype(x: Tensor, dtype: torch.dtype) -> None:
     if x.dtype != dtype:
         raise KernelError(f"a weight packed for {dtype} takes inputs of it, not of {x.dtype}")
 
 
-def _check(packed: Tensor, rows: int, cols: int) -> None:
-    _, *stated = stated24(packed)
-    if stated != [rows, cols]:
-        raise KernelError(f"the packed weight is {stated[0]} x {stated[1]}, not {rows} x {cols}")
+def _check_size(packed: Tensor, rows: int, cols: int) -> None:
+    _, *size = read_header(packed)
+    if size != [rows, cols]:
+        raise KernelError(f"the packed weight is {size[0]} x {size[1]}, not {rows} x {cols}")
 
 
 semi_linear_op = register(
     "semi_linear",
-    "int[] how",
-    {"CPU": _cpu, "CUDA": _cuda},
+    SETTING_SCHEMA,
+    {"CPU": _run_on_cpu, "CUDA": _run_on_cuda},
     fake=fake_linear,
     reference=reference_linear,
 )
-semi_conv2d_op = conv_as_linear("semi_conv2d", semi_linear_op, "int[] how")
+semi_conv2d_op = register_conv("semi_conv2d", semi_linear_op, SETTING_SCHEMA)

@@ -1,4 +1,4 @@
-"""The custom op ``sparsedm::semi_train``: a 2:4 product of training, x W^T + b with W masked anew.
+"""The custom op ``sparsedm::semi_train``: a 2:4 product in training, x W^T + b with W masked anew.
 
 W changes with every step, so it is compressed in every forward, and, where its mask is transposable
 (Hubara et al. 2021), its transpose in every backward, so that the gradient of x is a 2:4 product,
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cuda.token_padding import aligned, by_rows
+from ..cuda.token_padding import align, apply_to_tokens
 from ..custom_op import fake_linear
 from .ops import DEFAULT, TOKENS, multiply
 
@@ -22,22 +22,24 @@ from .ops import DEFAULT, TOKENS, multiply
 def _semi_train(x: Tensor, weight: Tensor, bias: Tensor | None, transposable: bool) -> Tensor:
     if not x.is_cuda:
         return F.linear(x, weight, bias)
-    bias = None if bias is None else aligned(bias)
-    return _product(x, weight, bias)
+    bias = None if bias is None else align(bias)
+    return _multiply(x, weight, bias)
 
 
 @torch.library.custom_op("sparsedm::semi_train_grad", mutates_args=())
-def _x_gradient(grad: Tensor, weight: Tensor, transposable: bool) -> Tensor:
-    """grad: [..., rows] -> [..., cols]."""
+def _compute_x_gradient(grad: Tensor, weight: Tensor, transposable: bool) -> Tensor:
+    """Returns the gradient of x: grad [..., rows] -> [..., cols]."""
     if not grad.is_cuda or not transposable:
         return grad @ weight
-    return _product(grad, weight.t(), None)
+    return _multiply(grad, weight.t(), None)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias; weight: [rows, cols], at most 2 of every aligned 4 columns not zero."""
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns x weight^T + bias; weight: [rows, cols], at most 2 of every 4 columns not zero."""
     packed = torch._cslt_compress(weight.contiguous())
-    return by_rows(x, len(weight), TOKENS, lambda flat: multiply(packed, flat, bias, DEFAULT))
+    return apply_to_tokens(
+        x, len(weight), TOKENS, lambda flat: multiply(packed, flat, bias, DEFAULT)
+    )
 
 
 @_semi_train.register_fake
@@ -45,12 +47,12 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, transposable: bool) ->
     return fake_linear(x, weight, bias, weight.shape[0])
 
 
-@_x_gradient.register_fake
+@_compute_x_gradient.register_fake
 def _fake_gradient(grad: Tensor, weight: Tensor, transposable: bool) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, ctx.transposable = inputs
     ctx.save_for_backward(x, weight)
     ctx.biased = bias is not None
@@ -69,7 +71,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return x_grad, w_grad, b_grad, None
 
 
-_semi_train.register_autograd(_backward, setup_context=_setup)
+_semi_train.register_autograd(_backward, setup_context=_save_for_backward)
 
 semi_train_op = torch.ops.sparsedm.semi_train.default
 semi_train_grad_op = torch.ops.sparsedm.semi_train_grad.default

@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from ...patterns import Pattern
-from ...triton_support import unavailable
-from ..cuda.device import card, machine, no_tensor_cores
-from ..cuda.im2col import conv_as_linear, linear_or_conv
-from ..cuda.raw_format import BareFamily
+from ...patterns import Pattern, SharedNM
+from ...triton_support import why_unavailable
+from ..cuda.device import find_device, why_no_tensor_cores
+from ..cuda.im2col import register_conv
+from ..cuda.raw_format import RawFormatFamily
 from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
-from . import ops as gather
+from . import ops
+from .ops import SCHEMA, gather_linear_op
 
-gather_conv2d_op = conv_as_linear("gather_conv2d", gather.gather_linear_op, "str act, int[] how")
+gather_conv2d_op = register_conv("gather_conv2d", gather_linear_op, SCHEMA)
 
 
-class GatherFamily(BareFamily):
+class GatherFamily(RawFormatFamily):
     """Kernels for weights of which many rows share a mask.
 
-    Tile of a Kernel: as ``gather.settings``, behind the pattern.
+    Tile of a KernelConfig: as ``ops.list_tiles`` gives it.
     """
 
-    device = "cuda"
     names = ("cuda_gather",)
-    format = gather
+    accepts = (SharedNM,)
+    format = ops
 
-    def unavailable(self) -> str | None:
-        return no_tensor_cores(card()) or unavailable()
+    def why_unavailable(self) -> str | None:
+        return why_no_tensor_cores(find_device()) or why_unavailable()
 
-    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
-        layout, settings = (gather.TYPES.index(dtype),), gather.settings(pattern, dtype)
-        return tuple(KernelConfig("cuda_gather", layout, how[3:]) for how in settings)
+    def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
+        layout = (ops.TYPES.index(dtype),)
+        tiles = ops.list_tiles(self.require_accepted(pattern), dtype)
+        return tuple(KernelConfig("cuda_gather", layout, tile) for tile in tiles)
 
     def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
-        pattern = form.pattern
-        how = [pattern.n, pattern.m, pattern.height, *tile]
-        return linear_or_conv(gather.gather_linear_op, gather_conv2d_op, work, work.act, how)
-
-    def machine(self) -> tuple[Any, ...]:
-        return machine()
+        pattern = self.require_accepted(form.pattern)
+        return work.choose_op(
+            gather_linear_op,
+            gather_conv2d_op,
+            act=work.act,
+            n=pattern.n,
+            m=pattern.m,
+            rows_per_mask=pattern.height,
+            tile=list(tile),
+        )

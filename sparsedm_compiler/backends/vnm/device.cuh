@@ -1,5 +1,5 @@
 // What vnm.cu needs of a GPU, in PTX: no headers, so that NVRTC needs no include path.
-// tests/backends/cuda/emulator.h gives the same functions to a C++ compiler.
+// tests/backends/vnm/emulator.h gives the same functions to a C++ compiler.
 
 typedef unsigned char u8;
 typedef unsigned short u16;

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from ...patterns import Pattern
-from ..cuda.device import card, machine, no_nvrtc, no_tensor_cores
-from ..cuda.im2col import conv_as_linear, linear_or_conv
-from ..cuda.nvrtc import unavailable
-from ..cuda.raw_format import BareFamily
+from ...patterns import VNM, Pattern
+from ..cuda.device import find_device, why_no_nvrtc, why_no_tensor_cores
+from ..cuda.im2col import register_conv
+from ..cuda.nvrtc import why_unavailable
+from ..cuda.raw_format import RawFormatFamily
 from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
 from . import format as vnm_format
-from .launch import Tile, version
-from .ops import How, vnm_linear_op, warp_rows
+from .launch import Tile, hash_sources
+from .ops import SCHEMA, count_warp_rows, vnm_linear_op
 
 TILES = (
     (64, 4, 2),
@@ -29,43 +29,56 @@ TILES = (
 _STAGES = (4, 3, 2)
 _PLENTY = 227 * 1024  # bytes of shared memory of an H100's block
 
-vnm_conv2d_op = conv_as_linear("vnm_conv2d", vnm_linear_op, "str act, int[] how")
+vnm_conv2d_op = register_conv("vnm_conv2d", vnm_linear_op, SCHEMA)
 
 
-class VnmFamily(BareFamily):
+class VnmFamily(RawFormatFamily):
     """Kernels for V:n:m weights in half precision.
 
-    Tile of a Kernel: (tokens of a warp, warps over rows, warps over tokens, stages).
+    Tile of a KernelConfig: (tokens of a warp, warps over rows, warps over tokens, stages).
     """
 
-    device = "cuda"
     names = ("cuda_vnm",)
+    accepts = (VNM,)
     format = vnm_format
+    feature_major_op = vnm_linear_op
 
-    def unavailable(self) -> str | None:
-        here = card()
-        return no_tensor_cores(here) or no_nvrtc(here) or unavailable()
+    def why_unavailable(self) -> str | None:
+        device = find_device()
+        return why_no_tensor_cores(device) or why_no_nvrtc(device) or why_unavailable()
 
-    def candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
-        here, layout = card(), (vnm_format.TYPES.index(dtype),)
-        room = _PLENTY if here is None else here.shared_bytes
-        found = []
-        for tile in TILES:
-            stages = deepest(pattern, tile, room)
-            if stages:
-                found.append(KernelConfig("cuda_vnm", layout, (*tile, stages)))
-        return tuple(found)
+    def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
+        device, layout = find_device(), (vnm_format.TYPES.index(dtype),)
+        room = _PLENTY if device is None else device.shared_bytes
+        accepted = self.require_accepted(pattern)
+        stages = {tile: find_most_stages(accepted, tile, room) for tile in TILES}
+        return tuple(
+            KernelConfig("cuda_vnm", layout, (*tile, count))
+            for tile, count in stages.items()
+            if count
+        )
 
     def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
-        pattern = form.pattern
-        how = [*How(pattern.n, pattern.m, pattern.height, *tile)]
-        return linear_or_conv(vnm_linear_op, vnm_conv2d_op, work, work.act, how)
+        pattern = self.require_accepted(form.pattern)
+        return work.choose_op(
+            vnm_linear_op,
+            vnm_conv2d_op,
+            act=work.act,
+            n=pattern.n,
+            m=pattern.m,
+            rows_per_block=pattern.height,
+            tile=list(tile),
+            feature_major=False,
+        )
 
-    def machine(self) -> tuple[Any, ...]:
-        return *machine(), version()
+    def describe_machine(self) -> tuple[Any, ...]:
+        return *super().describe_machine(), hash_sources()
 
 
-def deepest(pattern: Pattern, tile: tuple[int, int, int], room: int) -> int:
-    """The most stages of which a tile fits into ``room`` bytes of shared memory; 0 if none does."""
-    sizes = {deep: Tile(warp_rows(pattern.height), *tile, deep) for deep in _STAGES}
-    return next((deep for deep, each in sizes.items() if each.shared(pattern.m) <= room), 0)
+def find_most_stages(pattern: Pattern, tile: tuple[int, int, int], room: int) -> int:
+    """Returns the most stages with which a tile fits into ``room`` bytes of shared memory, or 0."""
+    warp_rows = count_warp_rows(pattern.height)
+    sizes = {
+        stages: Tile(warp_rows, *tile, stages).count_shared_bytes(pattern.m) for stages in _STAGES
+    }
+    return next((stages for stages, size in sizes.items() if size <= room), 0)

@@ -1,4 +1,4 @@
-"""The kernels of vnm.cu: their settings, their arguments, and how they are launched."""
+"""Launches the kernels of vnm.cu: their settings, their arguments, and their compilation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..cuda.nvrtc import Launcher, compiled
+from ..cuda.nvrtc import Launcher, compile_kernel
 from ..custom_op import ACTS
 
 HERE = Path(__file__).parent
 
 
 # Mirrored by vnm.cu: change them together.
-class Problem(ctypes.Structure):
+class LaunchArguments(ctypes.Structure):
     """The argument of both kernels."""
 
     _fields_ = (
@@ -32,7 +32,15 @@ class Problem(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one block of threads computes: warps over rows and over tokens, each a part of both."""
+    """The part of the output that one block of threads computes.
+
+    Attributes:
+        warp_rows: Rows of a warp.
+        warp_tokens: Tokens of a warp.
+        down: Warps over rows.
+        across: Warps over tokens.
+        stages: Steps of the pipeline in shared memory.
+    """
 
     warp_rows: int
     warp_tokens: int
@@ -42,26 +50,36 @@ class Tile:
 
     @property
     def rows(self) -> int:
+        """The rows of the block."""
         return self.warp_rows * self.down
 
     @property
     def tokens(self) -> int:
+        """The tokens of the block."""
         return self.warp_tokens * self.across
 
     @property
     def threads(self) -> int:
+        """The threads of the block."""
         return 32 * self.down * self.across
 
-    def shared(self, group: int) -> int:
-        """Bytes of shared memory; as in vnm.cu."""
+    def count_shared_bytes(self, group: int) -> int:
+        """Returns the bytes of shared memory for groups of ``group`` columns, as in vnm.cu."""
         columns = ceil(self.down * 64 / 128) * 128
         stage = 8 * group * self.tokens * 2 + self.rows // 16 * (512 + 64) + columns
         return max(self.stages * stage, self.rows * self.tokens * 2)
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
-    """One kernel as it is compiled."""
+class KernelBuild:
+    """One kernel as it is compiled.
+
+    Attributes:
+        name: Its name in vnm.cu.
+        macros: The macros that fix its sizes, with their values.
+        shared: Bytes of shared memory.
+        threads: Threads of a block.
+    """
 
     name: str
     macros: tuple[tuple[str, int], ...]
@@ -69,10 +87,10 @@ class Build:
     threads: int
 
 
-Launch = Callable[[Build, Problem, tuple[int, int]], None]
+Launch = Callable[[KernelBuild, LaunchArguments, tuple[int, int]], None]
 
 
-def linear_build(
+def specify_linear(
     tile: Tile,
     group: int,
     share: int,
@@ -81,8 +99,8 @@ def linear_build(
     bias: torch.dtype | None,
     act: str,
     feature_major: bool,
-) -> Build:
-    """vnm_linear for groups of ``group`` columns that ``share`` rows choose from."""
+) -> KernelBuild:
+    """Returns vnm_linear for groups of ``group`` columns that ``share`` rows choose from."""
     macros = {
         "BFLOAT16": int(dtype == torch.bfloat16),
         "GROUP": group,
@@ -96,46 +114,48 @@ def linear_build(
         "ACT": ACTS.index(act),
         "FEATURE_MAJOR": int(feature_major),
     }
-    return Build("vnm_linear", tuple(macros.items()), tile.shared(group), tile.threads)
+    return KernelBuild(
+        "vnm_linear", tuple(macros.items()), tile.count_shared_bytes(group), tile.threads
+    )
 
 
 _ANY = Tile(16, 8, 1, 1, 2)
 
 
-def turn_build(dtype: torch.dtype) -> Build:
-    """to_feature_major."""
-    build = linear_build(_ANY, 4, 16, dtype=dtype, bias=None, act="none", feature_major=False)
-    return Build("to_feature_major", build.macros, 64 * 66 * 2, 256)
+def specify_transpose(dtype: torch.dtype) -> KernelBuild:
+    """Returns to_feature_major."""
+    build = specify_linear(_ANY, 4, 16, dtype=dtype, bias=None, act="none", feature_major=False)
+    return KernelBuild("to_feature_major", build.macros, 64 * 66 * 2, 256)
 
 
 @cache
-def source() -> str:
-    """What is compiled for a GPU."""
+def read_sources() -> str:
+    """Returns the source that is compiled for a GPU."""
     return (HERE / "device.cuh").read_text() + (HERE / "vnm.cu").read_text()
 
 
 @cache
-def version() -> str:
-    """A hash of the source: measurements of another one do not count."""
-    return hashlib.sha256(source().encode()).hexdigest()[:16]
+def hash_sources() -> str:
+    """Returns a hash of the source: measurements of other sources do not count."""
+    return hashlib.sha256(read_sources().encode()).hexdigest()[:16]
 
 
-def on_device(device: torch.device) -> Launch:
-    """Launches on a CUDA device, compiling what is not compiled yet."""
+def make_launch(device: torch.device) -> Launch:
+    """Returns a function that launches on a CUDA device and compiles a kernel on first use."""
 
-    def launch(build: Build, problem: Problem, grid: tuple[int, int]) -> None:
+    def launch(build: KernelBuild, arguments: LaunchArguments, grid: tuple[int, int]) -> None:
         with torch.cuda.device(device):
-            _launcher(build, torch.cuda.current_device())(problem, grid, build.threads)
+            _load(build, torch.cuda.current_device())(arguments, grid, build.threads)
 
     return launch
 
 
 @cache
-def _launcher(build: Build, device: int) -> Launcher:
-    code = compiled(source(), torch.cuda.get_device_capability(device), build.macros)
+def _load(build: KernelBuild, device: int) -> Launcher:
+    code = compile_kernel(read_sources(), torch.cuda.get_device_capability(device), build.macros)
     return Launcher(code, build.name, build.shared, device)
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's values begin."""
+def find_address(tensor: Tensor | None) -> int | None:
+    """Returns where a tensor's values begin."""
     return None if tensor is None else tensor.data_ptr()

@@ -4,55 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import KernelError
-from ...patterns import VNM, Pattern
-from ..custom_op import activate, register
+from ...patterns import VNM
+from ..custom_op import apply_activation, register
 from .format import Layout, unpack
-from .launch import Launch, Problem, Tile, address, linear_build, on_device, turn_build
+from .launch import (
+    Launch,
+    LaunchArguments,
+    Tile,
+    find_address,
+    make_launch,
+    specify_linear,
+    specify_transpose,
+)
 
 _PIECE = 8  # values of 16 bytes
 
 
-class How(NamedTuple):
-    """The numbers in ``how``: the pattern, the tile, and whether out lies feature-major."""
+SCHEMA = "str act, int n, int m, int rows_per_block, int[] tile, bool feature_major"
+"""The arguments of the op behind ``rows``: the activation, the pattern, the tile, the layout.
 
-    n: int
-    m: int
-    share: int
-    warp_tokens: int
-    down: int
-    across: int
-    stages: int
-    feature_major: int = 0
-
-    @property
-    def pattern(self) -> Pattern:
-        return VNM(self.n, self.m, self.share)
-
-    @property
-    def tile(self) -> Tile:
-        return Tile(warp_rows(self.share), *self[3:7])
+``tile`` is (tokens of a warp, warps over rows, warps over tokens, stages). With ``feature_major``
+the tokens of the output lie side by side in memory.
+"""
 
 
-def warp_rows(share: int) -> int:
-    """Rows of a warp: all of them share their columns."""
-    return next(rows for rows in (64, 32, 16) if share % rows == 0)
+def count_warp_rows(rows_per_block: int) -> int:
+    """Returns the rows of a warp: all of them share their columns."""
+    return next(rows for rows in (64, 32, 16) if rows_per_block % rows == 0)
 
 
 def reference_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, act: str, how: Sequence[int]
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    act: str,
+    n: int,
+    m: int,
+    rows_per_block: int,
+    tile: Sequence[int],
+    feature_major: bool,
 ) -> Tensor:
-    """What the kernel computes: sums, bias and activation in float32, rounded once."""
-    pattern, cols = How(*how).pattern, x.shape[-1]
-    weight = unpack(packed, rows, cols, pattern, x.dtype).float()
-    out = F.linear(x.float(), weight, None if bias is None else bias.float())
-    return _laid_out(activate(out, act).to(x.dtype), How(*how))
+    """Returns the result of ``run_linear``: sums, bias and activation in float32, rounded once."""
+    weight = unpack(packed, rows, x.shape[-1], VNM(n, m, rows_per_block), x.dtype).float()
+    sums = F.linear(x.float(), weight, None if bias is None else bias.float())
+    out = apply_activation(sums, act).to(x.dtype)
+    return _allocate(out, rows, feature_major)[0].copy_(out) if feature_major else out
 
 
 def run_linear(
@@ -61,36 +65,41 @@ def run_linear(
     bias: Tensor | None,
     rows: int,
     act: str,
-    how: Sequence[int],
+    n: int,
+    m: int,
+    rows_per_block: int,
+    tile: Sequence[int],
+    feature_major: bool,
+    *,
     launch: Launch | None = None,
 ) -> Tensor:
-    """x: [..., cols] in half precision -> [..., rows], by the kernel."""
-    given, cols = How(*how), x.shape[-1]
-    layout = Layout(rows, cols, given.pattern)
+    """Returns act(W x + b) by the kernel: x [..., cols] in half precision -> [..., rows]."""
+    cols = x.shape[-1]
+    layout = Layout(rows, cols, VNM(n, m, rows_per_block))
     _check(x, packed, bias, layout)
-    launch = launch or on_device(x.device)
+    launch = launch or make_launch(x.device)
     flat = x.reshape(-1, cols)
     tokens = flat.shape[0]
-    out, lines = _empty(x, rows, given)
+    out, out_stride = _allocate(x, rows, feature_major)
     if tokens == 0:
         return out
-    flat = _feature_major(flat, launch)
+    flat = _make_feature_major(flat, launch)
     bias = None if bias is None else bias.contiguous()
-    build = linear_build(
-        given.tile,
-        given.m,
-        given.share,
+    cut = Tile(count_warp_rows(rows_per_block), *tile)
+    build = specify_linear(
+        cut,
+        m,
+        rows_per_block,
         dtype=x.dtype,
         bias=None if bias is None else bias.dtype,
         act=act,
-        feature_major=bool(given.feature_major),
+        feature_major=feature_major,
     )
-    problem = Problem(
-        address(flat), address(packed), address(bias), address(out), flat.stride(1), lines,
-        layout.meta, layout.columns, rows, cols, tokens, layout.steps,
+    arguments = LaunchArguments(
+        find_address(flat), find_address(packed), find_address(bias), find_address(out),
+        flat.stride(1), out_stride, layout.meta, layout.columns, rows, cols, tokens, layout.steps,
     )  # fmt: skip
-    tile = given.tile
-    launch(build, problem, (ceil(rows / tile.rows), ceil(tokens / tile.tokens)))
+    launch(build, arguments, (ceil(rows / cut.rows), ceil(tokens / cut.tokens)))
     return out
 
 
@@ -109,54 +118,58 @@ def _check(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout) -> No
 _WIDE = torch.float32
 
 
-def _feature_major(flat: Tensor, launch: Launch) -> Tensor:
-    """[tokens, cols] with the tokens side by side, lines of them 16 bytes aligned."""
+def _make_feature_major(flat: Tensor, launch: Launch) -> Tensor:
+    """Returns [tokens, cols] with the tokens side by side, lines of them aligned to 16 bytes."""
     aligned = flat.stride(1) % _PIECE == 0 and flat.data_ptr() % 16 == 0
     if flat.stride(0) == 1 and flat.stride(1) >= flat.shape[0] and aligned:
         return flat
     tokens, cols = flat.shape
-    line = _padded(tokens)
+    line = _pad(tokens)
     turned = torch.empty(cols, line, dtype=flat.dtype, device=flat.device)
     if flat.stride(1) != 1:
         turned[:, :tokens].copy_(flat.t())
         return turned.t()[:tokens]
-    problem = Problem(
-        x=address(flat), out=address(turned), x_stride=flat.stride(0), out_stride=line,
+    arguments = LaunchArguments(
+        x=find_address(flat), out=find_address(turned), x_stride=flat.stride(0), out_stride=line,
         cols=cols, tokens=tokens,
     )  # fmt: skip
-    launch(turn_build(flat.dtype), problem, (ceil(cols / 64), ceil(tokens / 64)))
+    launch(specify_transpose(flat.dtype), arguments, (ceil(cols / 64), ceil(tokens / 64)))
     return turned.t()[:tokens]
 
 
-def _padded(tokens: int) -> int:
+def _pad(tokens: int) -> int:
     return (tokens + _PIECE - 1) // _PIECE * _PIECE
 
 
-def _empty(x: Tensor, rows: int, how: How) -> tuple[Tensor, int]:
-    """The output, [..., rows], and how far apart its lines are."""
+def _allocate(x: Tensor, rows: int, feature_major: bool) -> tuple[Tensor, int]:
+    """Returns the output, [..., rows], and the distance between its lines."""
     lead = x.shape[:-1]
-    if not how.feature_major:
+    if not feature_major:
         return x.new_empty(*lead, rows), rows
     tokens = lead.numel()
-    line = _padded(tokens)
+    line = _pad(tokens)
     turned: Tensor = x.new_empty(rows, line).t()[:tokens].unflatten(0, lead)  # type: ignore[no-untyped-call]
     return turned, line
 
 
-def _laid_out(out: Tensor, how: How) -> Tensor:
-    """The same values with the strides that the kernel would give them."""
-    if not how.feature_major:
-        return out
-    return _empty(out, out.shape[-1], how)[0].copy_(out)
-
-
-def _fake(x: Tensor, packed: Tensor, bias: Any, rows: int, act: str, how: Sequence[int]) -> Tensor:
-    return _empty(x, rows, How(*how))[0]
+def _fake(
+    x: Tensor,
+    packed: Tensor,
+    bias: Any,
+    rows: int,
+    act: str,
+    n: int,
+    m: int,
+    rows_per_block: int,
+    tile: Sequence[int],
+    feature_major: bool,
+) -> Tensor:
+    return _allocate(x, rows, feature_major)[0]
 
 
 vnm_linear_op = register(
     "vnm_linear",
-    "str act, int[] how",
+    SCHEMA,
     {"CPU": reference_linear, "CUDA": run_linear},
     fake=_fake,
     reference=reference_linear,

@@ -6,7 +6,7 @@
 // is a column of W, and ldmatrix takes the address of each row apart. So all V-blocks of a tile
 // share one read of x, and the gather costs no instruction.
 //
-// A step is 32 kept columns: 8 groups of m. The weight is packed by vnm.py in the order in which
+// A step is 32 kept columns: 8 groups of m. The weight is packed by format.py in the order in which
 // lanes hold it:
 //   values   [rows / 16][steps][32 lanes][4 x 32 bits]
 //   meta     [rows / 16][steps][8 quads][2 halves of the step] 32 bits: row q, row q + 8 above it
@@ -40,7 +40,7 @@ constexpr int STAGE = COLUMNS + (WARPS_DOWN * 64 + 127) / 128 * 128;
 constexpr int LINES = FEATURE_MAJOR ? WARP_ROWS : WARP_TOKENS;
 constexpr int LINE_PIECES = (FEATURE_MAJOR ? WARP_TOKENS : WARP_ROWS) / 8;
 
-struct Problem {
+struct LaunchArguments {
   const u16* x;
   const u8* packed;
   const void* bias;
@@ -66,7 +66,7 @@ struct Source {
   u32 to;
 };
 
-DEVICE Source source_of(const Problem& p, int first_row, int first_token) {
+DEVICE Source source_of(const LaunchArguments& p, int first_row, int first_token) {
   Source found;
   const u32 thread = threadIdx.x, piece = thread % PIECES, row = thread / PIECES;
   const int token = first_token + 8 * piece, last = p.rows - 16;
@@ -88,7 +88,7 @@ DEVICE Source source_of(const Problem& p, int first_row, int first_token) {
 }
 
 // Start copying what one step needs.
-DEVICE void bring(const Problem& p, const Source& from, u32 stage, int step) {
+DEVICE void bring(const LaunchArguments& p, const Source& from, u32 stage, int step) {
   const u32 thread = threadIdx.x;
   const i64 skipped = (i64)step * TILE_COLS;
 #pragma unroll
@@ -162,7 +162,7 @@ DEVICE int line_at(int line, int piece) {
 }
 
 // Bias, activation and rounding, into shared memory in the order of the output.
-DEVICE void stage_out(const Problem& p, float (&sums)[UP][ACROSS][4], u8* own, int first_row) {
+DEVICE void stage_out(const LaunchArguments& p, float (&sums)[UP][ACROSS][4], u8* own, int first_row) {
   const int lane = lane_id(), quad = lane / 4, pair = lane % 4;
 #pragma unroll
   for (int up = 0; up < UP; ++up) {
@@ -188,7 +188,7 @@ DEVICE void stage_out(const Problem& p, float (&sums)[UP][ACROSS][4], u8* own, i
 }
 
 // From shared memory to the output, 16 bytes at a time.
-DEVICE void write_out(const Problem& p, const u8* own, int first_row, int first_token) {
+DEVICE void write_out(const LaunchArguments& p, const u8* own, int first_row, int first_token) {
   for (int i = lane_id(); i < LINES * LINE_PIECES; i += 32) {
     const int line = i / LINE_PIECES, piece = i % LINE_PIECES;
     const int row = first_row + (FEATURE_MAJOR ? line : 8 * piece);
@@ -203,7 +203,7 @@ DEVICE void write_out(const Problem& p, const u8* own, int first_row, int first_
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) vnm_linear(Problem p) {
+extern "C" __global__ void __launch_bounds__(THREADS) vnm_linear(LaunchArguments p) {
   const int warp = threadIdx.x / 32, down = warp % WARPS_DOWN, across = warp / WARPS_DOWN;
   const int first_row = blockIdx.x * BLOCK_ROWS, first_token = blockIdx.y * BLOCK_TOKENS;
   const u32 base = shared_at(shared_bytes);
@@ -238,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) vnm_linear(Problem p) {
 }
 
 // [tokens, cols] (lines x_stride apart) -> [cols, tokens] (lines out_stride apart, in whole pieces).
-extern "C" __global__ void __launch_bounds__(256) to_feature_major(Problem p) {
+extern "C" __global__ void __launch_bounds__(256) to_feature_major(LaunchArguments p) {
   u16(*tile)[66] = (u16(*)[66])shared_bytes;
   const int first_col = blockIdx.x * 64, first_token = blockIdx.y * 64;
   for (int i = threadIdx.x; i < 64 * 64; i += 256) {

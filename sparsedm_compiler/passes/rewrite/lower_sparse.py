@@ -29,8 +29,8 @@ def _lower(graph: fx.Graph, row: PlannedWeight, use: WeightUse) -> int:
         if get_example_value(x).dtype != problem.dtype:  # autocast would cast it inside the op
             x = graph.call_method("to", (x, problem.dtype))
             x.meta["example_value"] = get_example_value(operands["input"]).to(problem.dtype)
-        op, options = family.call(problem, row.weight_format, row.kernel.tile)
-        new = graph.call_function(op, (x, weight, bias, rows, *options))
+        op, arguments = family.call(problem, row.weight_format, row.kernel.tile)
+        new = graph.call_function(op, (x, weight, bias, rows), arguments)
     new.meta = dict(use.last.meta)
     use.last.replace_all_uses_with(new)
     for node in dict.fromkeys((use.last, use.node)):

@@ -16,14 +16,14 @@ from tests.backends.cpu.cases import case
 
 CHECK = """
 import torch, torch.nn.functional as F
-from sparsedm_compiler.backends.cpu import library, ops
+from sparsedm_compiler.backends.cpu import build, ops
 from tests.backends.cpu.cases import case
 from tests.backends.cpu.test_kernels import check_linear, check_conv
 """
 PARITY = (
     CHECK
     + """
-print(library.library().sdm_isa().decode())
+print(build.load_library().sdm_isa().decode())
 for text in ("2:4", "1:8", "1:4x6", "1:8x16"):
     for dtype in (torch.float32, torch.bfloat16):
         for act in ("none", "gelu", "gelu_tanh", "silu"):
@@ -41,9 +41,9 @@ import torch
 from torch._inductor import config
 config.cpp.cxx = ({cxx!r},)
 from sparsedm_compiler import Pattern
-from sparsedm_compiler.backends.cpu import library, ops, packed
+from sparsedm_compiler.backends.cpu import build, ops
 import sparsedm_compiler as sdm
-print(library.unavailable())
+print(build.why_unavailable())
 net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
 fast = sdm.compile(net, "2:4", mode="infer", backend="eager", kernels={{"*": "sparse"}})
 fast(torch.randn(2, 8))
@@ -57,7 +57,7 @@ def run(code: str, cache: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_many_processes_build_at_once(tmp_path: Path) -> None:
-    code = CHECK + "print(library.library().sdm_isa())"
+    code = CHECK + "print(build.load_library().sdm_isa())"
     env = {**os.environ, "SPARSEDM_CACHE": str(tmp_path)}
     runs = [
         subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL)
@@ -92,7 +92,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
     taken = tmp_path / "file"
     taken.write_text("")
-    done = run(CHECK + "print(library.library().sdm_isa())", taken / "below")
+    done = run(CHECK + "print(build.load_library().sdm_isa())", taken / "below")
     assert done.returncode == 0, done.stderr
 
 
@@ -104,7 +104,7 @@ def test_without_a_compiler_the_ops_are_dense(tmp_path: Path) -> None:
 from torch._inductor import config
 config.cpp.cxx = ("no-such-compiler",)
 {CHECK}
-assert library.unavailable() is not None
+assert build.why_unavailable() is not None
 (packed, masked), x = torch.load({path!r}), torch.randn(3, 32)
 out = ops.nm_linear_op(x, packed, torch.ones(20), 20, "silu", 4)
 torch.testing.assert_close(out, F.silu(F.linear(x, masked, torch.ones(20))))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import PackError, Pattern
-from sparsedm_compiler.backends.cpu.format import Layout, check, empty, layout_of, unpack
-from sparsedm_compiler.backends.cpu.ops import dense_weight, nm_linear_op
+from sparsedm_compiler.backends.cpu.format import Layout, allocate, check, read_layout, unpack
+from sparsedm_compiler.backends.cpu.ops import nm_linear_op, unpack_weight
 from sparsedm_compiler.backends.cpu.pack import pack
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from tests.backends.cpu.cases import case, dtypes, patterns, seeds
@@ -34,7 +34,7 @@ def test_unpack_inverts_pack(text, groups, rows, dtype, kernel, width, seed) -> 
     torch.manual_seed(seed)
     held = case(text, groups, rows, dtype, kernel, width)
     check(held.packed)
-    assert_same(dense_weight(held.packed, kernel), held.masked)
+    assert_same(unpack_weight(held.packed, kernel), held.masked)
 
 
 @pytest.mark.parametrize("text", ["2:4x16", "1:8x64", "3:8x48"])
@@ -43,8 +43,8 @@ def test_unpack_inverts_the_wide_layout(text: str, kernel: tuple[int, ...]) -> N
     for groups, width in ((1, None), (37, None), (37, 96)):
         held = case(text, groups, 100, torch.bfloat16, kernel, width, wide=True)
         check(held.packed)
-        assert layout_of(held.packed).wide
-        assert_same(dense_weight(held.packed, kernel), held.masked)
+        assert read_layout(held.packed).wide
+        assert_same(unpack_weight(held.packed, kernel), held.masked)
 
 
 def test_signed_zeros_and_denormals_survive() -> None:
@@ -70,15 +70,15 @@ def test_damaged_bytes_never_leave_their_bounds(text: str) -> None:
             except PackError:
                 refused.add((place, flip))
                 continue
-            layout = layout_of(damaged)
+            layout = read_layout(damaged)
             if (layout.rows, layout.cols) == (rows, cols):
                 nm_linear_op(x, damaged, None, rows, "none", 4)
             else:
                 with pytest.raises(PackError, match="not one of"):
                     nm_linear_op(x, damaged, None, rows, "none", 4)
-    layout = layout_of(held.packed)
+    layout = read_layout(held.packed)
     kept, pairs = layout.kept, (rows + 1) // 2
-    starts, _ = layout.sections()
+    starts, _ = layout.locate_sections()
     sizes = (len(held.masked) // layout.share * kept * 2,) if layout.share else ()
     sizes = sizes or (2 * pairs * kept, 4 * pairs, pairs)
     for start, size in zip(starts[1:], sizes, strict=False):
@@ -88,7 +88,7 @@ def test_damaged_bytes_never_leave_their_bounds(text: str) -> None:
 @pytest.mark.parametrize("cut", [0, 1, 79, 80, 500])
 def test_a_cut_file_is_refused(cut: int) -> None:
     with pytest.raises(PackError):
-        layout_of(case("2:4", 8, 20, torch.float32).packed[:cut])
+        read_layout(case("2:4", 8, 20, torch.float32).packed[:cut])
 
 
 def test_other_tensors_are_refused() -> None:
@@ -157,15 +157,15 @@ def test_a_header_that_contradicts_itself_is_refused(text: str, fields: dict[str
 @pytest.mark.parametrize("blocks", [(0, 8, 3), (0, 6, 4), (0, 64, 4), (4, 8, 6), (4, 6, 4)])
 def test_blocks_that_split_a_group_or_a_unit_are_refused(blocks: tuple[int, int, int]) -> None:
     """Though the header is true to its own size. blocks: share, columns, rows."""
-    check(empty(Layout(torch.float32, 12, 24, 2, 4, 4, 8, 4)))
+    check(allocate(Layout(torch.float32, 12, 24, 2, 4, 4, 8, 4)))
     with pytest.raises(PackError, match="blocks that cannot be"):
-        check(empty(Layout(torch.float32, 12, 24, 2, 4, *blocks)))
+        check(allocate(Layout(torch.float32, 12, 24, 2, 4, *blocks)))
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:256", "255:256"])
 def test_the_widest_block_of_columns_is_accepted(text: str) -> None:
     held = case(text, 512 // int(text.split(":")[1]), 8, torch.float32, width=256)
-    assert layout_of(held.packed).col_block == 256
+    assert read_layout(held.packed).col_block == 256
     check(held.packed)
     assert_same(unpack(held.packed), held.masked)
 
@@ -176,7 +176,7 @@ def runs_within_bounds(packed: Tensor) -> None:
         check(packed)
     except PackError:
         return
-    layout = layout_of(packed)
+    layout = read_layout(packed)
     assert layout.rows * layout.kept <= packed.numel()
     unpack(packed)
     if layout.cols < 10_000:
@@ -204,11 +204,11 @@ def test_a_forgery_of_whatever_layout_never_leaves_the_bounds(
         rows, row_block = rows * (share or 1), row_block * (share or 2)
         col_block, dtype = m * (1 + col_block % groups), torch.bfloat16 if wide else dtype
     layout = Layout(dtype, rows, groups * m, min(n, m - 1), m, share, col_block, row_block, wide)
-    packed, start = empty(layout), 128
+    packed, start = allocate(layout), 128
     noise = torch.Generator().manual_seed(seed)
     packed[start:] = torch.randint(0, min(top, 256), packed[start:].shape, generator=noise)
     if share:  # indices of two bytes, small
-        begin = layout.sections()[0][1]
+        begin = layout.locate_sections()[0][1]
         packed[begin + 1 :: 2] = 0
     runs_within_bounds(packed)
 

@@ -1,4 +1,4 @@
-"""The engine for widely shared bfloat16 masks is one that was seen to multiply."""
+"""The instruction set for widely shared bfloat16 masks is one that was seen to multiply."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sparsedm_compiler.backends.cpu import isa as engines
-from sparsedm_compiler.backends.cpu import ops
-from sparsedm_compiler.backends.cpu.build import library
+from sparsedm_compiler.backends.cpu import isa, ops
+from sparsedm_compiler.backends.cpu.build import load_library
 
 
 @pytest.fixture(autouse=True)
 def _afresh() -> Iterator[None]:
-    engines.engine.cache_clear()
+    isa.select_isa.cache_clear()
     yield
-    engines.engine.cache_clear()
+    isa.select_isa.cache_clear()
 
 
-def test_the_engine_of_this_machine_multiplies() -> None:
-    assert ops.engine is engines.engine
-    assert engines.multiplies("plain")
-    assert engines.multiplies(engines.engine())
+def test_select_isa_on_this_machine_multiplies_exactly() -> None:
+    assert ops.select_isa is isa.select_isa
+    assert isa.multiplies_exactly("plain")
+    assert isa.multiplies_exactly(isa.select_isa())
 
 
 @pytest.mark.skipif(
-    library().sdm_isa() != b"avx512" or not torch.cpu._is_avx512_bf16_supported(),
+    load_library().sdm_isa() != b"avx512" or not torch.cpu._is_avx512_bf16_supported(),
     reason="the CPU has no AVX512-BF16",
 )
-def test_one_that_miscalculates_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engines.engine() in ("dpbf16", "amx")
-    engines.engine.cache_clear()
-    monkeypatch.setattr(engines, "multiplies", lambda name: False)
-    assert engines.engine() == "plain"
+def test_select_isa_when_one_miscalculates_returns_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isa.select_isa() in ("dpbf16", "amx")
+    isa.select_isa.cache_clear()
+    monkeypatch.setattr(isa, "multiplies_exactly", lambda name: False)
+    assert isa.select_isa() == "plain"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsedm_compiler import KernelError, PackError
 from sparsedm_compiler.backends.cpu import ops
-from sparsedm_compiler.backends.cpu.build import unavailable
+from sparsedm_compiler.backends.cpu.build import why_unavailable
 from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
 from tests.backends.cpu.cases import (
     Case,
@@ -38,7 +38,7 @@ def _threads() -> Iterator[None]:
 
 def test_there_are_kernels_here() -> None:
     """Else every test of this file would compare dense with dense."""
-    assert unavailable() is None
+    assert why_unavailable() is None
 
 
 def bias_of(rows: int, dtype: torch.dtype | None) -> Tensor | None:
@@ -190,7 +190,7 @@ def test_wide_linear(text, groups, rows, lead, bias, act, tile, width, how, seed
     x = torch.randn(*lead, held.masked.shape[1]).bfloat16()
     with pytest.MonkeyPatch.context() as patched:
         if how == "plain":
-            patched.setattr(ops, "engine", lambda: "plain")
+            patched.setattr(ops, "select_isa", lambda: "plain")
         check_linear(held, x, bias_of(len(held.masked), bias), act, tile)
 
 

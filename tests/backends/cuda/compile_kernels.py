@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from sparsedm_compiler.backends.gather.ops import pack, run_linear, settings
+from sparsedm_compiler.backends.gather.ops import list_tiles, pack, run_linear
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.masks.triton_mask import mask_by_triton
 from sparsedm_compiler.patterns import Pattern
@@ -101,11 +101,12 @@ def check_gathers(compiled: list[Any]) -> None:
         for dtype in TYPES:
             weight = torch.randn(rows, cols).to(dtype)
             packed, bias = pack(weight, nm_mask(weight, pattern), pattern), torch.zeros(rows)
-            for how in settings(pattern, dtype):
-                run_linear(weight, packed, bias, rows, "gelu_tanh", how)
-                check(compiled[-1], (dtype, how))
-                core = "mma.sync" if how[3] < 64 else "wgmma.mma_async"
-                assert (core in compiled[-1].asm["ptx"]) == (dtype != torch.float32), (dtype, how)
+            shape = pattern.n, pattern.m, pattern.height
+            for tile in list_tiles(pattern, dtype):
+                run_linear(weight, packed, bias, rows, "gelu_tanh", *shape, tile)
+                check(compiled[-1], (dtype, tile))
+                core = "mma.sync" if tile[0] < 64 else "wgmma.mma_async"
+                assert (core in compiled[-1].asm["ptx"]) == (dtype != torch.float32), (dtype, tile)
 
 
 if __name__ == "__main__":

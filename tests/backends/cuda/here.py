@@ -9,13 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.autotune import measure as measuring
-from sparsedm_compiler.autotune import select_kernel as choose
-from sparsedm_compiler.backends import packing as folding
-from sparsedm_compiler.backends.cusparselt.family import SemiFamily
+from sparsedm_compiler.backends.cusparselt.family import CuSparseLtFamily
 from sparsedm_compiler.backends.cusparselt.quantized import QuantizedFamily
 from sparsedm_compiler.backends.kernel_family import KernelFamily
-from sparsedm_compiler.backends.registry import FAMILIES
+from sparsedm_compiler.backends.registry import list_families
 from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -24,17 +21,18 @@ ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 def on_cpu(patch: pytest.MonkeyPatch, kinds: Any = KernelFamily, **attributes: Any) -> None:
     """Let the CUDA families of some kinds, and no other, run the weights of CPU models."""
-    families = tuple(each for each in FAMILIES if each.device == "cuda" and isinstance(each, kinds))
-    for module in (choose, measuring, folding):
-        patch.setattr(module, "find_families", lambda device: families if device == "cpu" else ())
-    for name, value in {"unavailable": lambda self: None, **attributes}.items():
-        for each in {type(family) for family in families}:
-            patch.setattr(each, name, value)
+    families = [family for family in list_families() if family.device == "cuda"]
+    chosen = {type(family) for family in families if isinstance(family, kinds)}
+    for family in list_families():
+        patch.setattr(type(family), "device", "cpu" if type(family) in chosen else "elsewhere")
+    for name, value in {"why_unavailable": lambda self: None, **attributes}.items():
+        for kind in chosen:
+            patch.setattr(kind, name, value)
 
 
 def semi_on_cpu(patch: pytest.MonkeyPatch, **attributes: Any) -> None:
     """Let the families of cuSPARSELt, and no other, run the weights of CPU models."""
-    on_cpu(patch, (SemiFamily, QuantizedFamily), **attributes)
+    on_cpu(patch, (CuSparseLtFamily, QuantizedFamily), **attributes)
 
 
 def pruned(shape: tuple[int, ...], pattern: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -16,20 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsedm_compiler.triton_support import interpreted, unavailable
+from sparsedm_compiler.triton_support import is_interpreted, why_unavailable
 
-DEVICE = "cpu" if interpreted() else "cuda"
+DEVICE = "cpu" if is_interpreted() else "cuda"
 
 
 def on_device(test: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a test that runs kernels on DEVICE."""
-    reason = f"{unavailable()}; test_in_the_interpreter runs it"
-    return pytest.mark.gpu(pytest.mark.skipif(unavailable() is not None, reason=reason)(test))
+    reason = f"{why_unavailable()}; test_in_the_interpreter runs it"
+    return pytest.mark.gpu(pytest.mark.skipif(why_unavailable() is not None, reason=reason)(test))
 
 
 def on_cuda(test: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a test that only a GPU can run."""
-    here = torch.cuda.is_available() and not interpreted()
+    here = torch.cuda.is_available() and not is_interpreted()
     return pytest.mark.gpu(pytest.mark.skipif(not here, reason="needs a CUDA device")(test))
 
 

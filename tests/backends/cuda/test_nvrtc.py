@@ -12,9 +12,14 @@ import torch
 
 from sparsedm_compiler import KernelError
 from sparsedm_compiler.backends.cuda import nvrtc
-from sparsedm_compiler.backends.vnm.launch import Tile, linear_build, source, turn_build
+from sparsedm_compiler.backends.vnm.launch import (
+    Tile,
+    read_sources,
+    specify_linear,
+    specify_transpose,
+)
 
-pytestmark = pytest.mark.skipif(nvrtc.unavailable() is not None, reason="needs NVRTC")
+pytestmark = pytest.mark.skipif(nvrtc.why_unavailable() is not None, reason="needs NVRTC")
 BIG = Tile(64, 64, 4, 2, 4)
 
 
@@ -30,10 +35,10 @@ def disassembler() -> Path | None:
 def code(
     dtype: torch.dtype, capability: tuple[int, int], tile: Tile = BIG, act: str = "gelu"
 ) -> bytes:
-    build = linear_build(
+    build = specify_linear(
         tile, 8, 64, dtype=dtype, bias=dtype, act=act, feature_major=tile is not BIG
     )
-    return nvrtc.compiled(source(), capability, build.macros)
+    return nvrtc.compile_kernel(read_sources(), capability, build.macros)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
@@ -58,20 +63,23 @@ def test_the_instructions_are_those_of_sparse_tensor_cores(
 
 def test_code_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "cache_folder", lambda name: tmp_path)
-    first = nvrtc.compiled(source(), (9, 0), turn_build(torch.float16).macros)
+    first = nvrtc.compile_kernel(read_sources(), (9, 0), specify_transpose(torch.float16).macros)
     monkeypatch.setattr(nvrtc, "_compile", None)
-    assert nvrtc.compiled(source(), (9, 0), turn_build(torch.float16).macros) == first
+    assert (
+        nvrtc.compile_kernel(read_sources(), (9, 0), specify_transpose(torch.float16).macros)
+        == first
+    )
     assert len([*tmp_path.iterdir()]) == 1
 
 
 def test_a_kernel_that_does_not_compile_says_why() -> None:
     with pytest.raises(KernelError, match='identifier "nonsense" is undefined'):
-        nvrtc.compiled("__global__ void f() { nonsense; }", (9, 0), ())
+        nvrtc.compile_kernel("__global__ void f() { nonsense; }", (9, 0), ())
 
 
 def test_an_unknown_card_is_refused() -> None:
     with pytest.raises(KernelError, match=r"does not know compute capability 99\.0"):
-        nvrtc.compiled(source(), (99, 0), ())
+        nvrtc.compile_kernel(read_sources(), (99, 0), ())
 
 
 def test_without_nvrtc_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,4 +88,4 @@ def test_without_nvrtc_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(KernelError, match="pip install nvidia-cuda-nvrtc"):
-        nvrtc.nvrtc.__wrapped__()
+        nvrtc.load_nvrtc.__wrapped__()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsedm_compiler.backends.cuda.token_padding import ALIGN, by_rows
+from sparsedm_compiler.backends.cuda.token_padding import ALIGN, apply_to_tokens
 from tests.oracle import assert_same
 
 
@@ -20,7 +20,7 @@ def test_rows_are_padded_to_a_multiple_by_zeros(leading: tuple[int, ...], multip
         seen.append(flat)
         return torch.cat((flat, flat), 1)
 
-    out = by_rows(x, 8, multiple, double)
+    out = apply_to_tokens(x, 8, multiple, double)
     assert_same(out, torch.cat((x, x), -1))
     tokens = x[..., 0].numel()
     assert seen[0].shape == (tokens + -tokens % multiple, 4)
@@ -37,12 +37,12 @@ def test_what_lies_at_an_odd_address_is_moved() -> None:
         assert flat.data_ptr() % ALIGN == 0
         return flat
 
-    assert_same(by_rows(x, 4, 8, check), x)
-    assert_same(by_rows(x.t(), 8, 4, check), x.t())
+    assert_same(apply_to_tokens(x, 4, 8, check), x)
+    assert_same(apply_to_tokens(x.t(), 8, 4, check), x.t())
 
 
 def test_no_tokens_ask_nothing_of_the_kernel() -> None:
     def never(flat: Tensor) -> Tensor:
         raise AssertionError(flat.shape)
 
-    assert by_rows(torch.randn(2, 0, 4), 6, 8, never).shape == (2, 0, 6)
+    assert apply_to_tokens(torch.randn(2, 0, 4), 6, 8, never).shape == (2, 0, 6)

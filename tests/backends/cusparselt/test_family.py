@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from sparsedm_compiler import KernelError, PackError, Pattern
-from sparsedm_compiler.backends.cusparselt.family import SemiFamily
+from sparsedm_compiler.backends.cusparselt.family import CuSparseLtFamily
 from sparsedm_compiler.backends.cusparselt.ops import DEFAULT, semi_linear, semi_linear_op
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
-from sparsedm_compiler.backends.registry import FAMILIES
-from sparsedm_compiler.config import SPARSE_KERNELS
+from sparsedm_compiler.backends.registry import list_families
+from sparsedm_compiler.config import list_kernels
 from sparsedm_compiler.patterns import NM
 from tests.backends.cuda.here import ROUNDING, pruned
 from tests.oracle import assert_same
 
-FAMILY, KERNEL = SemiFamily(), KernelConfig("cuda_semi")
+FAMILY, KERNEL = CuSparseLtFamily(), KernelConfig("cuda_semi")
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -29,8 +29,8 @@ def packed_of(
 
 
 def test_the_families_and_the_config_name_the_same_kernels() -> None:
-    names = [name for family in FAMILIES for name in family.names]
-    assert names == list(SPARSE_KERNELS)
+    names = [name for family in list_families() for name in family.names]
+    assert ("auto", "dense", "sparse", *names) == list_kernels()
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_what_a_pattern_can_keep_of_four(pattern: str, most: int) -> None:
     """Refused beyond two, and never exceeded by masks that a brute force makes."""
     parsed = Pattern.parse(pattern)
     assert parsed.most_kept(4) == most
-    refusal = FAMILY.refusal(parsed, 64, 96, torch.bfloat16)
+    refusal = FAMILY.why_refused(parsed, 64, 96, torch.bfloat16)
     assert (refusal is None) == (most <= 2)
     if refusal is not None:
         assert refusal.startswith(f"{pattern} keeps up to {most} of 4 columns, which sparse")
@@ -65,7 +65,7 @@ def test_what_a_pattern_can_keep_of_four(pattern: str, most: int) -> None:
     ],
 )
 def test_what_is_refused(rows: int, cols: int, dtype: torch.dtype, said: str) -> None:
-    assert said in str(FAMILY.refusal(NM(2, 4), rows, cols, dtype))
+    assert said in str(FAMILY.why_refused(NM(2, 4), rows, cols, dtype))
     with pytest.raises(PackError, match=said):
         FAMILY.pack(*pruned((rows, cols), "2:4", dtype), NM(2, 4), KERNEL)
 
@@ -78,7 +78,7 @@ def test_weights_come_back_to_the_bit(pattern: str, shape: tuple[int, ...]) -> N
     parsed = Pattern.parse(pattern)
     packed = FAMILY.pack(weight, mask, parsed, KERNEL)
     assert FAMILY.check(packed, shape, WeightFormat(parsed)) is torch.float16
-    assert FAMILY.portable(packed, shape, WeightFormat(parsed)) is packed
+    assert FAMILY.to_portable(packed, shape, WeightFormat(parsed)) is packed
     again = FAMILY.unpack(packed, shape, WeightFormat(parsed))
     assert again.stride() == weight.stride()
     assert_same(again.view(torch.int16), weight.view(torch.int16))
@@ -100,14 +100,14 @@ def test_it_is_the_linear_layer(dtype: torch.dtype, act: str, leading: tuple[int
     packed, weight = packed_of((48, 32), dtype=dtype)
     torch.manual_seed(1)
     x, bias = torch.randn(*leading, 32).to(dtype), torch.randn(48)
-    op, how = FAMILY.call(
+    op, arguments = FAMILY.call(
         MatmulProblem(tuple(x.shape), dtype, act=act), WeightFormat(NM(2, 4)), DEFAULT
     )
     for b in (None, bias, bias.to(dtype)):
         exact = F.linear(x.double(), weight.double(), None if b is None else b.to(dtype).double())
         if act != "none":
             exact = F.silu(exact) if act == "silu" else F.gelu(exact, approximate=_form(act))
-        out = op(x, packed, b, 48, *how)
+        out = op(x, packed, b, 48, **arguments)
         assert (out.dtype, out.shape) == (dtype, (*leading, 48))
         assert out.is_contiguous()
         torch.testing.assert_close(out.double(), exact, atol=ROUNDING[dtype], rtol=ROUNDING[dtype])
@@ -122,17 +122,17 @@ def test_inputs_that_lie_apart_are_gathered() -> None:
     wide = torch.randn(4, 9, 64).bfloat16()
     for x in (wide[..., ::2], wide[..., 1:33], wide[:, ::2, :32], wide.transpose(0, 1)[..., 5:37]):
         expected = semi_linear_op(
-            x.clone(memory_format=torch.contiguous_format), packed, None, 16, DEFAULT
+            x.clone(memory_format=torch.contiguous_format), packed, None, 16, *DEFAULT
         )
-        assert_same(semi_linear_op(x, packed, None, 16, DEFAULT), expected)
+        assert_same(semi_linear_op(x, packed, None, 16, *DEFAULT), expected)
 
 
 def test_another_dtype_or_size_is_refused() -> None:
     packed, _ = packed_of((16, 32))
     with pytest.raises(KernelError, match=r"packed for torch.bfloat16 takes inputs of it"):
-        semi_linear_op(torch.randn(8, 32).half(), packed, None, 16, DEFAULT)
+        semi_linear_op(torch.randn(8, 32).half(), packed, None, 16, *DEFAULT)
     with pytest.raises(KernelError, match="the packed weight is 16 x 32, not 16 x 48"):
-        semi_linear_op(torch.randn(8, 48).bfloat16(), packed, None, 16, DEFAULT)
+        semi_linear_op(torch.randn(8, 48).bfloat16(), packed, None, 16, *DEFAULT)
 
 
 @pytest.mark.parametrize("tokens", [8, 5])
@@ -140,13 +140,15 @@ def test_the_op_is_sound(tokens: int) -> None:
     packed, _ = packed_of((16, 32))
     x = torch.randn(2, tokens, 32).bfloat16().requires_grad_()
     for bias in (None, torch.randn(16).bfloat16()):
-        opcheck(semi_linear_op, (x, packed, bias, 16, list(DEFAULT)))
+        opcheck(semi_linear_op, (x, packed, bias, 16, *DEFAULT))
 
 
 def test_the_gradient_of_the_input() -> None:
     packed, weight = packed_of((16, 32), dtype=torch.float16)
     x = torch.randn(3, 32).half().requires_grad_()
-    (ours,) = torch.autograd.grad(semi_linear(x, packed, None, 16, "silu", DEFAULT).sum(), x)
+    (ours,) = torch.autograd.grad(
+        semi_linear(x, packed, None, 16, act="silu", **DEFAULT._asdict()).sum(), x
+    )
     (theirs,) = torch.autograd.grad(F.silu(F.linear(x, weight)).sum(), x)
     assert_same(ours, theirs, tolerance=ROUNDING[torch.float16])
 
@@ -175,8 +177,8 @@ def test_a_convolution_is_the_linear_layer_over_its_patches(
     bias = torch.randn(32).half()
     geometry = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
     work = MatmulProblem(tuple(x.shape), x.dtype, channels_last, act="silu", **geometry)
-    op, how = FAMILY.call(work, WeightFormat(NM(2, 4)), DEFAULT)
-    out = op(x, packed, bias, 32, *how)
+    op, arguments = FAMILY.call(work, WeightFormat(NM(2, 4)), DEFAULT)
+    out = op(x, packed, bias, 32, **arguments)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation)
     torch.testing.assert_close(out.double(), F.silu(exact), atol=3e-3, rtol=3e-3)
     form = torch.channels_last if channels_last else torch.contiguous_format
@@ -184,13 +186,13 @@ def test_a_convolution_is_the_linear_layer_over_its_patches(
 
 
 def test_a_pointwise_convolution_over_channels_last_copies_nothing() -> None:
-    from sparsedm_compiler.backends.cuda.im2col import patches
+    from sparsedm_compiler.backends.cuda.im2col import extract_patches
 
     x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
-    assert patches(x, (1, 1), (1, 1), (0, 0), (1, 1)).data_ptr() == x.data_ptr()
+    assert extract_patches(x, (1, 1), (1, 1), (0, 0), (1, 1)).data_ptr() == x.data_ptr()
 
 
 def test_candidates_are_the_algorithms_of_the_library() -> None:
-    found = FAMILY.candidates(NM(2, 4), torch.bfloat16)
+    found = FAMILY.list_candidates(NM(2, 4), torch.bfloat16)
     assert found[0] == KernelConfig("cuda_semi", (), DEFAULT)
     assert len({kernel.untiled for kernel in found}) == 1  # packed once for all of them

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsedm_compiler import PackError
-from sparsedm_compiler.backends.cusparselt.format import TYPES, excess, pack24, stated24, unpack24
+from sparsedm_compiler.backends.cusparselt.format import (
+    TYPES,
+    pack24,
+    read_header,
+    unpack24,
+    why_not_2to4,
+)
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from tests.oracle import assert_same
 
@@ -32,7 +38,7 @@ def test_every_bit_comes_back(
     raw = torch.randint(0, 256, (rows, 8 * groups * dtype.itemsize), dtype=torch.uint8)
     values = torch.where(mask.repeat_interleave(dtype.itemsize, 1), raw, 0).view(dtype)
     packed = pack24(values, mask)
-    assert stated24(packed) == (dtype, rows, 8 * groups)
+    assert read_header(packed) == (dtype, rows, 8 * groups)
     assert_same(bits(unpack24(packed)), bits(values))
     moved = torch.cat((packed[:1], packed))[1:]  # numbers that begin at an odd address
     assert_same(bits(unpack24(moved)), bits(values))
@@ -47,10 +53,10 @@ def test_it_takes_nine_sixteenths_of_the_memory() -> None:
 def test_a_third_value_is_not_dropped_but_refused() -> None:
     mask = torch.zeros(2, 8, dtype=torch.bool)
     mask[1, 4:7] = True
-    assert excess(mask) == "its mask keeps 3 of 4 columns, sparse tensor cores take 2"
+    assert why_not_2to4(mask) == "its mask keeps 3 of 4 columns, sparse tensor cores take 2"
     with pytest.raises(PackError, match=r"2 x 8 cannot be packed to 2:4: its mask keeps 3 of 4"):
         pack24(mask.bfloat16(), mask)
-    assert excess(mask[:, :6]) == "6 columns are not whole groups of 4"
+    assert why_not_2to4(mask[:, :6]) == "6 columns are not whole groups of 4"
     with pytest.raises(PackError, match="4 columns are not a multiple of 8"):
         pack24(mask[:, :4].bfloat16(), mask[:, :4])
     with pytest.raises(PackError, match=r"not torch\.float32"):

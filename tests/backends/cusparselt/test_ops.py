@@ -17,8 +17,8 @@ from torch.library import opcheck
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import KernelError, Pattern
-from sparsedm_compiler.backends.cuda.device import card
-from sparsedm_compiler.backends.cusparselt.family import SemiFamily, algorithms
+from sparsedm_compiler.backends.cuda.device import find_device
+from sparsedm_compiler.backends.cusparselt.family import CuSparseLtFamily, count_algorithms
 from sparsedm_compiler.backends.cusparselt.ops import DEFAULT, semi_linear_op
 from sparsedm_compiler.backends.cusparselt.quantized import (
     KINDS,
@@ -32,8 +32,8 @@ from tests.autotune.test_select_kernel import Net
 from tests.backends.cuda.here import ROUNDING, kernels_of, pruned
 from tests.oracle import assert_same, oracle_of
 
-FAMILY, KERNEL, FORM = SemiFamily(), KernelConfig("cuda_semi"), WeightFormat(NM(2, 4))
-WHY_NOT = FAMILY.unavailable()
+FAMILY, KERNEL, FORM = CuSparseLtFamily(), KernelConfig("cuda_semi"), WeightFormat(NM(2, 4))
+WHY_NOT = FAMILY.why_unavailable()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -59,12 +59,12 @@ def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 
 def test_the_card_is_described() -> None:
-    here = card()
+    here = find_device()
     assert here is not None
     assert here.capability >= (8, 0)
     assert here.cusparselt is not None
     assert min(here.multiprocessors, here.shared_bytes, here.l2_bytes) > 0
-    assert FAMILY.machine() == (here, torch.__version__)
+    assert FAMILY.describe_machine() == (here, torch.__version__)
 
 
 @halves
@@ -74,7 +74,7 @@ def test_numbers_against_float64(dtype: torch.dtype, tokens: int, rows: int, col
     packed, weight = packed_of((rows, cols), dtype)
     x, bias = torch.randn(tokens, cols, device="cuda").to(dtype), torch.randn(rows, device="cuda")
     for b in (None, bias, bias.to(dtype)):
-        out = semi_linear_op(x, packed, b, rows, DEFAULT)
+        out = semi_linear_op(x, packed, b, rows, *DEFAULT)
         assert (out.shape, out.stride(), out.dtype) == ((tokens, rows), (rows, 1), dtype)
         exact = F.linear(x.double(), weight.double(), None if b is None else b.to(dtype).double())
         assert_near(out, exact, dtype)
@@ -84,7 +84,7 @@ def test_numbers_against_float64(dtype: torch.dtype, tokens: int, rows: int, col
 def test_any_leading_shape(leading: tuple[int, ...]) -> None:
     packed, weight = packed_of((64, 32))
     x = torch.randn(*leading, 32, device="cuda").to(BF16)
-    out = semi_linear_op(x, packed, None, 64, DEFAULT)
+    out = semi_linear_op(x, packed, None, 64, *DEFAULT)
     assert out.is_contiguous()
     assert out.shape == (*leading, 64)
     if out.numel():
@@ -95,19 +95,19 @@ def test_inputs_that_lie_oddly() -> None:
     packed, weight = packed_of((64, 32))
     wide = torch.randn(16, 9, 64, device="cuda").to(BF16)
     for x in (wide[..., ::2], wide[..., 1:33], wide[:, ::2, :32], wide.transpose(0, 1)[..., 5:37]):
-        out = semi_linear_op(x, packed, None, 64, DEFAULT)
+        out = semi_linear_op(x, packed, None, 64, *DEFAULT)
         assert_near(out, F.linear(x.double(), weight.double()), BF16)
     bias = torch.randn(65, device="cuda").to(BF16)[1:]  # at an odd address
-    out = semi_linear_op(wide[:, 0, :32], packed, bias, 64, DEFAULT)
+    out = semi_linear_op(wide[:, 0, :32], packed, bias, 64, *DEFAULT)
     assert_near(out, F.linear(wide[:, 0, :32].double(), weight.double(), bias.double()), BF16)
 
 
 def test_a_whole_number_of_tokens_is_not_copied() -> None:
     packed, _ = packed_of((512, 512))
     x, bias = torch.randn(64, 512, device="cuda").to(BF16), torch.zeros(512, device="cuda").to(BF16)
-    semi_linear_op(x, packed, bias, 512, DEFAULT)
+    semi_linear_op(x, packed, bias, 512, *DEFAULT)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        semi_linear_op(x, packed, bias, 512, DEFAULT)
+        semi_linear_op(x, packed, bias, 512, *DEFAULT)
     names = {event.name for event in seen.events()}
     assert "aten::_cslt_sparse_mm" in names
     assert not names & {"aten::copy_", "aten::clone", "aten::constant_pad_nd", "aten::contiguous"}
@@ -119,16 +119,16 @@ def test_every_algorithm_is_right_or_refuses(dtype: torch.dtype) -> None:
     x = torch.randn(136, 512, device="cuda").to(dtype)
     exact = F.linear(x.double(), weight.double())
     ran = []
-    for kernel in FAMILY.candidates(NM(2, 4), dtype):
+    for kernel in FAMILY.list_candidates(NM(2, 4), dtype):
         with contextlib.suppress(KernelError):
-            out = semi_linear_op(x, packed, None, 256, kernel.tile)
+            out = semi_linear_op(x, packed, None, 256, *kernel.tile)
             assert_near(out, exact, dtype)
             ran.append(kernel)
     assert ran[0].tile == DEFAULT
-    assert len(FAMILY.candidates(NM(2, 4), dtype)) == algorithms(dtype)
+    assert len(FAMILY.list_candidates(NM(2, 4), dtype)) == count_algorithms(dtype)
     with pytest.raises(KernelError, match="refuses algorithm 9999"):
-        semi_linear_op(x, packed, None, 256, (9999, 1, -1))
-    assert_near(semi_linear_op(x, packed, None, 256, DEFAULT), exact, dtype)  # nothing is broken
+        semi_linear_op(x, packed, None, 256, 9999, 1, -1)
+    assert_near(semi_linear_op(x, packed, None, 256, *DEFAULT), exact, dtype)  # nothing is broken
 
 
 @halves
@@ -147,7 +147,7 @@ def test_weights_come_back_to_the_bit(
     assert again.is_cuda
     assert again.stride() == weight.stride()
     assert_same(again.cpu().view(torch.int16), weight.view(torch.int16))
-    held = FAMILY.portable(packed, shape, FORM)
+    held = FAMILY.to_portable(packed, shape, FORM)
     assert (held.device.type, FAMILY.check(held, shape, FORM)) == ("cpu", dtype)
     assert_same(FAMILY.unpack(held, shape, FORM), weight)
 
@@ -168,8 +168,8 @@ def test_packed_weights_take_nine_sixteenths() -> None:
 def test_the_op_is_sound(tokens: int) -> None:
     packed, weight = packed_of((64, 32))
     x = torch.randn(2, tokens, 32, device="cuda").to(BF16).requires_grad_()
-    opcheck(semi_linear_op, (x, packed, torch.randn(64, device="cuda"), 64, list(DEFAULT)))
-    (ours,) = torch.autograd.grad(semi_linear_op(x, packed, None, 64, DEFAULT).sum(), x)
+    opcheck(semi_linear_op, (x, packed, torch.randn(64, device="cuda"), 64, *DEFAULT))
+    (ours,) = torch.autograd.grad(semi_linear_op(x, packed, None, 64, *DEFAULT).sum(), x)
     (theirs,) = torch.autograd.grad(F.linear(x, weight).sum(), x)
     assert_near(ours, theirs, BF16)
 
@@ -199,7 +199,7 @@ def test_a_cuda_graph_holds_it(tokens: int) -> None:
     x, then = (torch.randn(tokens, 128, device="cuda").to(BF16) for _ in range(2))
 
     def run(x: Tensor) -> Tensor:
-        return semi_linear_op(x, packed, bias, 256, DEFAULT)
+        return semi_linear_op(x, packed, bias, 256, *DEFAULT)
 
     assert_same(replayed(run, x, then), run(then))
 
@@ -216,9 +216,9 @@ def test_a_convolution(dtype: torch.dtype, channels_last: bool, kernel: int) -> 
     work = MatmulProblem(
         tuple(x.shape), dtype, channels_last, kernel=(kernel, kernel), act="silu", **pairs
     )
-    op, how = FAMILY.call(work, FORM, DEFAULT)
+    op, arguments = FAMILY.call(work, FORM, DEFAULT)
     exact = F.conv2d(x.double(), weight.double(), None, *pairs.values())
-    out = op(x, packed, None, 64, *how)
+    out = op(x, packed, None, 64, **arguments)
     assert_near(out, F.silu(exact), dtype)
     dense = F.conv2d(x, weight, None, *pairs.values())
     assert out.stride() == dense.stride()
@@ -228,18 +228,18 @@ def test_a_convolution(dtype: torch.dtype, channels_last: bool, kernel: int) -> 
 @pytest.mark.parametrize("tokens", [5, 64])
 def test_eight_bits_give_what_the_cpu_gives(kind: str, tokens: int) -> None:
     family = QuantizedFamily(kind)
-    if (why := family.unavailable()) is not None:
+    if (why := family.why_unavailable()) is not None:
         pytest.skip(why)
     weight, mask = pruned((96, 128), "2:4", BF16)
     kernel = KernelConfig(family.names[0])
     here = family.pack(weight, mask, NM(2, 4), kernel)
     there = family.pack(weight.cuda(), mask.cuda(), NM(2, 4), kernel)
     x, bias = torch.randn(tokens, 128).to(BF16), torch.randn(96)
-    expected = semi_quantized_linear_op(x, here, bias, 96, kind, DEFAULT)
+    expected = semi_quantized_linear_op(x, here, bias, 96, kind, *DEFAULT)
     beside = bias.cuda()
 
     def run(x: Tensor) -> Tensor:
-        return semi_quantized_linear_op(x, there, beside, 96, kind, DEFAULT)
+        return semi_quantized_linear_op(x, there, beside, 96, kind, *DEFAULT)
 
     out = run(x.cuda())
     assert (out.stride(), out.dtype) == ((96, 1), BF16)

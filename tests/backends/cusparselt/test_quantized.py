@@ -13,7 +13,7 @@ from torch.library import opcheck
 import sparsedm_compiler as sdm
 from sparsedm_compiler import PackError
 from sparsedm_compiler.autotune import measure as measuring
-from sparsedm_compiler.backends.cuda.device import Card
+from sparsedm_compiler.backends.cuda.device import CudaDevice
 from sparsedm_compiler.backends.cusparselt import quantized
 from sparsedm_compiler.backends.cusparselt.ops import DEFAULT
 from sparsedm_compiler.backends.cusparselt.quantized import (
@@ -28,7 +28,7 @@ from tests.backends.cuda.here import kernels_of, pruned, semi_on_cpu
 from tests.oracle import assert_same, oracle_of
 
 kinds = pytest.mark.parametrize("kind", list(KINDS))
-PATTERN, UNAVAILABLE = NM(2, 4), QuantizedFamily.unavailable
+PATTERN, UNAVAILABLE = NM(2, 4), QuantizedFamily.why_unavailable
 RELATIVE = {"int8": 0.02, "fp8": 0.06}
 """Of the largest output: int8 has 7 bits for the largest number, e4m3 has 4 for each."""
 
@@ -46,7 +46,7 @@ def test_quantizing_is_rounding_by_a_scale(kind: str) -> None:
     dtype, largest = KINDS[kind]
     values = torch.randn(5, 64) * torch.tensor([1e-30, 0.0, 1.0, 300.0, 1e30])[:, None]
     for each_row in (False, True):
-        rounded, scales = quantize(values, kind, each_row=each_row)
+        rounded, scales = quantize(values, kind, per_row=each_row)
         assert rounded.dtype is dtype
         assert scales.shape == ((5, 1) if each_row else (1, 1))
         bound = values.abs().amax(1 if each_row else (0, 1), keepdim=True)
@@ -66,12 +66,12 @@ def test_it_is_the_linear_layer_of_rounded_numbers(
 ) -> None:
     packed, weight = packed_of(kind, dtype=dtype)
     x, bias = torch.randn(*leading, 32).to(dtype), torch.randn(64)
-    out = semi_quantized_linear_op(x, packed, bias, 64, kind, DEFAULT)
+    out = semi_quantized_linear_op(x, packed, bias, 64, kind, *DEFAULT)
     assert (out.shape, out.dtype) == ((*leading, 64), dtype)
     if not out.numel():
         return
     q_x, s_x = (each.double() for each in quantize(x.reshape(-1, 32), kind))
-    q_w, s_w = (each.double() for each in quantize(weight, kind, each_row=True))
+    q_w, s_w = (each.double() for each in quantize(weight, kind, per_row=True))
     rounded = ((q_x @ q_w.t()) * s_x * s_w.t() + bias.double()).view(out.shape)
     assert_same(out.double(), rounded, tolerance={torch.float32: 1e-5}.get(dtype, 8e-3))
     dense = F.linear(x.double(), weight.double(), bias.double())
@@ -86,7 +86,7 @@ def test_sums_of_integers_are_exact() -> None:
     packed = family.pack(weight, weight != 0, PATTERN, KernelConfig("cuda_semi_int8"))
     x = torch.full((16, 4096), 127.0)
     x[:, 0] = 126.0
-    out = semi_quantized_linear_op(x, packed, None, 32, "int8", DEFAULT)
+    out = semi_quantized_linear_op(x, packed, None, 32, "int8", *DEFAULT)
     assert_same(out, torch.full((16, 32), float(127 * 127 * 2048 - 127)))
 
 
@@ -94,8 +94,8 @@ def test_sums_of_integers_are_exact() -> None:
 def test_the_op_is_sound(kind: str) -> None:
     packed, weight = packed_of(kind)
     x = torch.randn(2, 5, 32).bfloat16().requires_grad_()
-    opcheck(semi_quantized_linear_op, (x, packed, None, 64, kind, list(DEFAULT)))
-    out = semi_quantized_linear_op(x, packed, None, 64, kind, DEFAULT)
+    opcheck(semi_quantized_linear_op, (x, packed, None, 64, kind, *DEFAULT))
+    out = semi_quantized_linear_op(x, packed, None, 64, kind, *DEFAULT)
     (ours,) = torch.autograd.grad(out.sum(), x)
     (theirs,) = torch.autograd.grad(F.linear(x, weight).sum(), x)
     assert (ours - theirs).abs().max() < RELATIVE[kind] * theirs.abs().max()
@@ -107,22 +107,24 @@ def test_a_convolution(kind: str) -> None:
     x = torch.randn(1, 32, 5, 6).bfloat16()
     geometry = {"kernel": (3, 3), "stride": (1, 2), "padding": (1, 0), "dilation": (1, 1)}
     family = QuantizedFamily(kind)
-    op, how = family.call(
+    op, arguments = family.call(
         MatmulProblem(tuple(x.shape), x.dtype, **geometry), WeightFormat(PATTERN), DEFAULT
     )
     dense = F.conv2d(x, weight, None, (1, 2), (1, 0))
-    assert (op(x, packed, None, 32, *how) - dense).abs().max() < RELATIVE[kind] * dense.abs().max()
+    assert (op(x, packed, None, 32, **arguments) - dense).abs().max() < RELATIVE[
+        kind
+    ] * dense.abs().max()
     again = family.unpack(packed, (32, 32, 3, 3), WeightFormat(PATTERN))
     assert (again - weight).abs().max() < RELATIVE[kind] * weight.abs().max()
 
 
 def test_what_is_refused() -> None:
     family = QuantizedFamily("int8")
-    assert family.refusal(PATTERN, 32, 48, torch.bfloat16) == (
+    assert family.why_refused(PATTERN, 32, 48, torch.bfloat16) == (
         "48 columns are not a multiple of 32, as cuSPARSELt wants"
     )
-    assert "keeps up to 3 of 4" in str(family.refusal(NM(3, 4), 32, 32, torch.bfloat16))
-    assert "float64" in str(family.refusal(PATTERN, 32, 32, torch.float64))
+    assert "keeps up to 3 of 4" in str(family.why_refused(NM(3, 4), 32, 32, torch.bfloat16))
+    assert "float64" in str(family.why_refused(PATTERN, 32, 32, torch.float64))
     with pytest.raises(PackError, match="no file holds weights packed for cuda_semi_int8"):
         family.check(torch.zeros(9, dtype=torch.uint8), (32, 32), WeightFormat(PATTERN))
 
@@ -177,9 +179,9 @@ def sdm_student() -> nn.Module:
 
 def test_why_it_cannot_run_is_said_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     semi_on_cpu(monkeypatch)
-    old = Card("NVIDIA A100", (8, 0), cusparselt=(0, 8, 1))
-    monkeypatch.setattr(quantized, "card", lambda: old)
-    monkeypatch.setattr(QuantizedFamily, "unavailable", UNAVAILABLE)
+    old = CudaDevice("NVIDIA A100", (8, 0), cusparselt=(0, 8, 1))
+    monkeypatch.setattr(quantized, "find_device", lambda: old)
+    monkeypatch.setattr(QuantizedFamily, "why_unavailable", UNAVAILABLE)
     fast = sdm.compile(
         Wide().bfloat16(),
         "2:4",

@@ -13,17 +13,16 @@ from torch import Tensor
 from sparsedm_compiler import KernelError, PackError, Pattern
 from sparsedm_compiler.backends.gather.ops import (
     TYPES,
+    list_tiles,
     pack,
     reference_linear,
-    refusal,
     run_linear,
-    settings,
     unpack,
-    views,
+    view_sections,
+    why_refused,
 )
 from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
-from sparsedm_compiler.patterns import SharedNM
-from sparsedm_compiler.triton_support import interpreted
+from sparsedm_compiler.triton_support import is_interpreted
 from tests.backends.cpu.cases import ACTS, assert_rounded
 from tests.backends.cuda.running import moved, on_cuda, on_device, run_interpreted
 
@@ -46,8 +45,10 @@ class Case:
         self.masked = apply_mask(weight, mask)
         self.packed = pack(weight, mask, self.pattern)
 
-    def how(self, *cut: int) -> tuple[int, ...]:
-        return (self.pattern.n, self.pattern.m, self.pattern.height, *cut)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The pattern as the op takes it."""
+        return self.pattern.n, self.pattern.m, self.pattern.height
 
     def check(self, out: Tensor, x: Tensor, bias: Tensor | None, act: str) -> None:
         """Against float64. The interpreter cuts bits off a bfloat16 where others round."""
@@ -57,13 +58,13 @@ class Case:
             x.double().abs(), self.masked.double().abs(), None if b is None else b.abs()
         )
         count = self.cols * self.pattern.n // self.pattern.m
-        cut = interpreted() and out.dtype == torch.bfloat16
+        cut = is_interpreted() and out.dtype == torch.bfloat16
         assert out.dtype == x.dtype
         assert_rounded(out.cpu(), exact, sums, count, act, cut=cut)
 
-    def run(self, x: Tensor, bias: Tensor | None, act: str, how: tuple[int, ...]) -> Tensor:
+    def run(self, x: Tensor, bias: Tensor | None, act: str, tile: tuple[int, ...]) -> Tensor:
         given = None if bias is None else bias.to(moved(x).device)
-        out = run_linear(moved(x), moved(self.packed), given, self.rows, act, how)
+        out = run_linear(moved(x), moved(self.packed), given, self.rows, act, *self.shape, tile)
         assert out.is_contiguous()
         assert out.shape == (*x.shape[:-1], self.rows)
         self.check(out, x, bias, act)
@@ -98,7 +99,7 @@ def test_unpack_inverts_pack(  # type: ignore[no-untyped-def]
 def test_the_packed_form(dtype: torch.dtype) -> None:
     """Values by share, kept column and row, then the ascending columns: nothing is stored twice."""
     case = Case("2:8x48", 2, 11, dtype)
-    values, columns = views(case.packed, case.rows, case.cols, case.pattern, dtype)
+    values, columns = view_sections(case.packed, case.rows, case.cols, case.pattern, dtype)
     assert case.packed.numel() == case.rows * 22 * dtype.itemsize + 2 * 22 * 4
     assert columns.dtype == torch.int32
     assert (columns.diff() > 0).all()
@@ -113,7 +114,7 @@ def test_the_packed_form(dtype: torch.dtype) -> None:
 def test_sections_begin_at_a_multiple_of_16_bytes_and_so_does_the_end() -> None:
     case = Case("17:19x16", 1, 1, torch.float16)
     assert case.packed.numel() == 16 * 17 * 2 + 80
-    _, columns = views(case.packed, 16, 19, case.pattern, torch.float16)
+    _, columns = view_sections(case.packed, 16, 19, case.pattern, torch.float16)
     assert columns.data_ptr() - case.packed.data_ptr() == 16 * 17 * 2
 
 
@@ -140,7 +141,7 @@ def test_signed_zeros_nan_and_denormals_survive() -> None:
     ],
 )
 def test_refusals(text: str, rows: int, cols: int, dtype: torch.dtype, why: str | None) -> None:
-    assert refusal(Pattern.parse(text), rows, cols, dtype) == why
+    assert why_refused(Pattern.parse(text), rows, cols, dtype) == why
     if why is not None:
         weight = torch.zeros(rows, cols, dtype=dtype)
         with pytest.raises(PackError, match=f"cannot be packed to {text}: {why}"):
@@ -168,7 +169,7 @@ def test_bytes_of_another_size_are_refused() -> None:
         (torch.cat([case.packed[:1], case.packed])[1:], 32, torch.float16),
     ):
         with pytest.raises(PackError, match=f"not one of {rows} x 64 to 2:4x16"):
-            views(packed, rows, 64, case.pattern, dtype)
+            view_sections(packed, rows, 64, case.pattern, dtype)
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -179,7 +180,7 @@ def test_the_reference(dtype: torch.dtype, act: str) -> None:
         case = Case(text, 2, 9, dtype)
         for lead, kind in zip(LEADS, (*TYPES, None, *TYPES), strict=True):
             x, bias = torch.randn(*lead, case.cols).to(dtype), bias_of(case.rows, kind)
-            out = reference_linear(x, case.packed, bias, case.rows, act, case.how())
+            out = reference_linear(x, case.packed, bias, case.rows, act, *case.shape, ())
             case.check(out, x, bias, act)
 
 
@@ -187,11 +188,10 @@ def test_the_reference(dtype: torch.dtype, act: str) -> None:
 @pytest.mark.parametrize("text", PATTERNS)
 def test_settings_are_few_and_fit_the_kernel(text: str, dtype: torch.dtype) -> None:
     pattern = Pattern.parse(text)
-    found = settings(pattern, dtype)
-    assert 1 <= len(found) == len({*found}) <= 6
-    for how in found:
-        assert SharedNM(*how[:3]) == pattern
-        assert all(size >= 16 and size & (size - 1) == 0 for size in how[3:6])
+    tiles = list_tiles(pattern, dtype)
+    assert 1 <= len(tiles) == len({*tiles}) <= 6
+    for tile in tiles:
+        assert all(size >= 16 and size & (size - 1) == 0 for size in tile[:3])
 
 
 @on_device
@@ -200,8 +200,8 @@ def test_settings_are_few_and_fit_the_kernel(text: str, dtype: torch.dtype) -> N
 def test_every_setting(text: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     case = Case(text, 2, 20, dtype)
-    for how in settings(case.pattern, dtype):
-        case.run(torch.randn(70, case.cols).to(dtype), bias_of(case.rows, dtype), "none", how)
+    for tile in list_tiles(case.pattern, dtype):
+        case.run(torch.randn(70, case.cols).to(dtype), bias_of(case.rows, dtype), "none", tile)
 
 
 @on_device
@@ -212,7 +212,7 @@ def test_bias_and_activation(kind: torch.dtype | None, dtype: torch.dtype, act: 
     torch.manual_seed(0)
     case = Case("2:4x48", 2, 10, dtype)
     x = 3 * torch.randn(41, case.cols)
-    case.run(x.to(dtype), bias_of(case.rows, kind), act, case.how(32, 32, 16, 1, 1))
+    case.run(x.to(dtype), bias_of(case.rows, kind), act, (32, 32, 16, 1, 1))
 
 
 @on_device
@@ -222,7 +222,7 @@ def test_the_activation_alone(act: str) -> None:
     pattern, weight, x = Pattern.parse("2:4x16"), torch.zeros(16, 32), torch.zeros(41, 32)
     weight[:, 0], x[:, 0] = 1, torch.linspace(-6, 6, 41)
     packed = moved(pack(weight, nm_mask(weight, pattern), pattern))
-    out = run_linear(moved(x), packed, None, 16, act, (2, 4, 16, 16, 16, 16, 1, 1)).cpu()
+    out = run_linear(moved(x), packed, None, 16, act, 2, 4, 16, (16, 16, 16, 1, 1)).cpu()
     exact = x[:, :1].double().expand(41, 16)
     assert_rounded(out, exact, exact.abs(), 0, act)
 
@@ -232,7 +232,7 @@ def test_the_activation_alone(act: str) -> None:
 def test_any_leading_shape(lead: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     case = Case("2:4x16", 2, 10, torch.float16)
-    case.run(torch.randn(*lead, case.cols).half(), None, "none", case.how(16, 16, 16, 1, 1))
+    case.run(torch.randn(*lead, case.cols).half(), None, "none", (16, 16, 16, 1, 1))
 
 
 @on_device
@@ -255,7 +255,7 @@ def test_any_shape(  # type: ignore[no-untyped-def]
     torch.manual_seed(seed)
     case = Case(text, shares, groups, dtype)
     x = torch.randn(tokens, case.cols).to(dtype)
-    case.run(x, bias_of(case.rows, kind), act, case.how(*cut, 1, 1))
+    case.run(x, bias_of(case.rows, kind), act, (*cut, 1, 1))
 
 
 @on_device
@@ -272,32 +272,35 @@ def test_a_view(way: str) -> None:
         "far": far.copy_(torch.randn(3, 40)),  # 256 tokens of it reach 2^31 elements far
     }[way]
     view = torch.empty_strided(x.shape, x.stride(), dtype=torch.float16).copy_(x)
-    case.run(view, None, "none", case.how(256, 16, 16, 4, 1))
+    case.run(view, None, "none", (256, 16, 16, 4, 1))
 
 
 @on_device
 def test_one_token_many_times() -> None:
     torch.manual_seed(0)
     case = Case("2:4x16", 2, 10, torch.float16)
-    x, how = moved(torch.randn(1, 40).half()).expand(37, 40), case.how(16, 16, 16, 1, 1)
+    x, tile = moved(torch.randn(1, 40).half()).expand(37, 40), (16, 16, 16, 1, 1)
     case.check(
-        run_linear(x, moved(case.packed), None, case.rows, "none", how), x.cpu(), None, "none"
+        run_linear(x, moved(case.packed), None, case.rows, "none", *case.shape, tile),
+        x.cpu(),
+        None,
+        "none",
     )
 
 
 @on_device
 def test_what_is_no_bias_is_refused() -> None:
     case = Case("2:4x16", 1, 8, torch.float32)
-    how, x = case.how(16, 16, 16, 1, 1), torch.randn(3, 32)
+    tile, x = (16, 16, 16, 1, 1), torch.randn(3, 32)
     for bias in (torch.randn(1), torch.randn(16, 1), torch.randn(16).double()):
         with pytest.raises(KernelError, match="not a number for each of 16 rows"):
-            run_linear(moved(x), moved(case.packed), bias, 16, "none", how)
+            run_linear(moved(x), moved(case.packed), bias, 16, "none", *case.shape, tile)
 
 
 @on_device
 def test_a_bias_of_any_stride() -> None:
     case = Case("2:4x16", 1, 8, torch.float32)
-    case.run(torch.randn(3, 32), torch.randn(32)[::2], "silu", case.how(16, 16, 16, 1, 1))
+    case.run(torch.randn(3, 32), torch.randn(32)[::2], "silu", (16, 16, 16, 1, 1))
 
 
 @on_cuda
@@ -306,8 +309,8 @@ def test_more_than_2_to_the_31_elements(dtype: torch.dtype) -> None:
     case = Case("1:8x64", 1, 256, dtype)
     x = torch.zeros(2**20 + 70, case.cols, dtype=dtype, device="cuda")
     x[-70:] = torch.randn(70, case.cols).to(dtype)
-    for how in settings(case.pattern, dtype):
-        out = run_linear(x, case.packed.cuda(), None, case.rows, "none", how)
+    for tile in list_tiles(case.pattern, dtype):
+        out = run_linear(x, case.packed.cuda(), None, case.rows, "none", *case.shape, tile)
         assert not out[:-70].any()
         case.check(out[-70:], x[-70:].cpu(), None, "none")
 
@@ -319,5 +322,7 @@ def test_a_tile_that_reaches_more_than_2_to_the_31_elements_far() -> None:
         (200, 40), (2**24, 1)
     )
     x.copy_(torch.randn(200, 40))
-    out = run_linear(x, case.packed.cuda(), None, case.rows, "none", case.how(256, 16, 16, 4, 1))
+    out = run_linear(
+        x, case.packed.cuda(), None, case.rows, "none", *case.shape, (256, 16, 16, 4, 1)
+    )
     case.check(out, x.cpu(), None, "none")

@@ -4,8 +4,8 @@
 
 namespace emulator {
 
-static Problem problem;
-static void (*kernel)(Problem);
+static LaunchArguments problem;
+static void (*kernel)(LaunchArguments);
 
 static void begin() {
   kernel(problem);
@@ -45,7 +45,7 @@ static void run_block(int count, u32 seed) {
   }
 }
 
-static void run(void (*entry)(Problem), const Problem& given, int wide, int high, int count,
+static void run(void (*entry)(LaunchArguments), const LaunchArguments& given, int wide, int high, int count,
                 u32 seed) {
   kernel = entry, problem = given;
   const u8* x = (const u8*)given.x;
@@ -62,6 +62,6 @@ static void run(void (*entry)(Problem), const Problem& given, int wide, int high
 
 }  // namespace emulator
 
-extern "C" void emulate(int turn, const Problem* problem, int wide, int high, int count, u32 seed) {
+extern "C" void emulate(int turn, const LaunchArguments* problem, int wide, int high, int count, u32 seed) {
   emulator::run(turn ? to_feature_major : vnm_linear, *problem, wide, high, count, seed);
 }

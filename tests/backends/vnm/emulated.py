@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsedm_compiler.backends.cpu.build import find_compiler
-from sparsedm_compiler.backends.vnm.launch import HERE, Build, Problem
+from sparsedm_compiler.backends.cpp_compiler import find_compiler
+from sparsedm_compiler.backends.vnm.launch import HERE, KernelBuild, LaunchArguments
 
 _TESTS = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC")
@@ -44,7 +44,9 @@ def library(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     return loaded
 
 
-def emulate(build: Build, problem: Problem, grid: tuple[int, int], *, seed: int = 1) -> None:
+def emulate(
+    build: KernelBuild, arguments: LaunchArguments, grid: tuple[int, int], *, seed: int = 1
+) -> None:
     """Launch on the emulator: a Launch."""
     turn = int(build.name == "to_feature_major")
-    library(build.macros).emulate(turn, ctypes.byref(problem), *grid, build.threads, seed)
+    library(build.macros).emulate(turn, ctypes.byref(arguments), *grid, build.threads, seed)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsedm_compiler import PackError, Pattern
-from sparsedm_compiler.backends.vnm.format import Layout, check, pack, refusal, unpack
+from sparsedm_compiler.backends.vnm.format import Layout, check, pack, unpack, why_refused
 from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 from tests.backends.vnm.vnm_cases import HALVES, PATTERNS
 
@@ -62,7 +62,7 @@ def test_it_takes_little_memory() -> None:
 )
 def test_refusals(text: str, rows: int, cols: int, dtype: torch.dtype, said: str | None) -> None:
     pattern = Pattern.parse(text)
-    found = refusal(pattern, rows, cols, dtype)
+    found = why_refused(pattern, rows, cols, dtype)
     if said is None:
         assert found is None
         return

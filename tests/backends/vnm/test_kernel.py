@@ -58,10 +58,12 @@ def test_products(
 ) -> None:
     case = held(text, rows, cols, dtype)
     x = torch.randn(tokens, cols).to(dtype)
-    how = case.how(tile, feature_major=(dtype == torch.float16) == (tokens % 2 == 0))
-    out = run_linear(x, case.packed, None, rows, "none", how, emulate)
+    arguments = case.arguments(tile, feature_major=(dtype == torch.float16) == (tokens % 2 == 0))
+    out = run_linear(x, case.packed, None, rows, "none", **arguments, launch=emulate)
     assert_close(out, x, case, None, "none")
-    assert out.stride() == reference_linear(x, case.packed, None, rows, "none", how).stride()
+    assert (
+        out.stride() == reference_linear(x, case.packed, None, rows, "none", **arguments).stride()
+    )
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -71,7 +73,9 @@ def test_bias_and_activation_are_part_of_it(act: str) -> None:
         x, bias = torch.randn(20, 64).to(dtype), torch.randn(128)
         bias = bias if wide else bias.to(dtype)
         for run in (partial(run_linear, launch=emulate), reference_linear):
-            assert_close(run(x, case.packed, bias, 128, act, case.how()), x, case, bias, act)
+            assert_close(
+                run(x, case.packed, bias, 128, act, **case.arguments()), x, case, bias, act
+            )
 
 
 def layouts(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -99,7 +103,7 @@ def test_activations_may_lie_in_any_way(name: str) -> None:
     torch.manual_seed(1)
     case = held("64:2:8", 64, 64, torch.float16)
     x = layouts(torch.float16)[name]
-    out = run_linear(x, case.packed, None, 64, "none", case.how(), emulate)
+    out = run_linear(x, case.packed, None, 64, "none", **case.arguments(), launch=emulate)
     assert out.shape == (2, 15, 64)
     assert_close(out, x, case, None, "none")
 
@@ -113,7 +117,7 @@ def test_feature_major_activations_are_not_copied() -> None:
     case = held("64:2:8", 64, 64, torch.float16)
     for name, x in layouts(torch.float16).items():
         names.clear()
-        run_linear(x, case.packed, None, 64, "none", case.how(), launch)
+        run_linear(x, case.packed, None, 64, "none", **case.arguments(), launch=launch)
         row_major = name in ("row-major", "rows apart", "batches apart", "one for all")
         turned = ["to_feature_major"] * row_major
         assert names == [*turned, "vnm_linear"], name
@@ -122,9 +126,11 @@ def test_feature_major_activations_are_not_copied() -> None:
 def test_a_layer_feeds_the_next_without_a_copy() -> None:
     first, second = held("64:2:8", 64, 64, torch.float16), held("64:2:8", 64, 64, torch.float16, 1)
     x = torch.randn(21, 64).half()
-    middle = run_linear(x, first.packed, None, 64, "silu", first.how(SMALL, True), emulate)
+    middle = run_linear(
+        x, first.packed, None, 64, "silu", **first.arguments(SMALL, True), launch=emulate
+    )
     assert middle.stride() == (1, 24)
-    out = run_linear(middle, second.packed, None, 64, "none", second.how(), emulate)
+    out = run_linear(middle, second.packed, None, 64, "none", **second.arguments(), launch=emulate)
     assert_close(out, middle, second, None, "none")
 
 
@@ -132,7 +138,15 @@ def test_the_order_of_threads_changes_nothing() -> None:
     case = held("64:2:8", 128, 320, torch.bfloat16)
     x = torch.randn(40, 320).bfloat16()
     outs = [
-        run_linear(x, case.packed, None, 128, "none", case.how(), partial(emulate, seed=seed))
+        run_linear(
+            x,
+            case.packed,
+            None,
+            128,
+            "none",
+            **case.arguments(),
+            launch=partial(emulate, seed=seed),
+        )
         for seed in range(4)
     ]
     assert all(torch.equal(out, outs[0]) for out in outs)
@@ -142,18 +156,22 @@ def test_what_no_row_keeps_is_not_read() -> None:
     """Columns that a block did not choose may hold anything."""
     case = held("64:2:8", 64, 64, torch.bfloat16)
     x = torch.randn(9, 64).bfloat16()
-    clean = run_linear(x, case.packed, None, 64, "none", case.how(), emulate)
+    clean = run_linear(x, case.packed, None, 64, "none", **case.arguments(), launch=emulate)
     x[:, case.dense.abs().sum(0) == 0] = float("nan")
-    assert torch.equal(run_linear(x, case.packed, None, 64, "none", case.how(), emulate), clean)
+    assert torch.equal(
+        run_linear(x, case.packed, None, 64, "none", **case.arguments(), launch=emulate), clean
+    )
 
 
 def test_nothing_to_do_and_bad_arguments() -> None:
     case = held("64:2:8", 64, 64, torch.float16)
     empty = torch.empty(0, 64, dtype=torch.float16)
-    assert run_linear(empty, case.packed, None, 64, "none", case.how(), emulate).shape == (0, 64)
+    assert run_linear(
+        empty, case.packed, None, 64, "none", **case.arguments(), launch=emulate
+    ).shape == (0, 64)
     x = torch.randn(3, 64).half()
     with pytest.raises(KernelError, match="is not one of 128 x 64 to 64:2:8"):
-        run_linear(x, case.packed, None, 128, "none", case.how(), emulate)
+        run_linear(x, case.packed, None, 128, "none", **case.arguments(), launch=emulate)
     for bias in (torch.zeros(1).half(), torch.zeros(64).bfloat16()):
         with pytest.raises(KernelError, match="is not one value for each of 64 rows"):
-            run_linear(x, case.packed, bias, 64, "none", case.how(), emulate)
+            run_linear(x, case.packed, bias, 64, "none", **case.arguments(), launch=emulate)

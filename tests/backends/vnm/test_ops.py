@@ -18,17 +18,17 @@ def test_the_op_keeps_its_word(feature_major: bool) -> None:
     case = held("64:2:8", 64, 64, torch.bfloat16)
     x = torch.randn(2, 5, 64).bfloat16().requires_grad_()
     bias = torch.randn(64).bfloat16()
-    how = [*case.how(SMALL, feature_major)]
-    torch.library.opcheck(vnm_linear_op, (x, case.packed, bias, 64, "gelu", how))
+    arguments = {"act": "gelu", **case.arguments(SMALL, feature_major)}
+    torch.library.opcheck(vnm_linear_op, (x, case.packed, bias, 64), arguments)
 
 
 def test_inductor_keeps_the_layout_between_layers() -> None:
     case = held("64:2:8", 64, 64, torch.bfloat16)
-    turned, plain = [*case.how(SMALL, True)], [*case.how(SMALL)]
+    turned, plain = case.arguments(SMALL, True), case.arguments(SMALL)
 
     def run(x: Tensor) -> Any:
-        middle = vnm_linear_op(x, case.packed, None, 64, "silu", turned)
-        return vnm_linear_op(middle * 2, case.packed, None, 64, "none", plain)
+        middle = vnm_linear_op(x, case.packed, None, 64, "silu", **turned)
+        return vnm_linear_op(middle * 2, case.packed, None, 64, "none", **plain)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True)
     for tokens in (6, 13):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsedm_compiler import Pattern
 from sparsedm_compiler.backends.vnm.format import pack
-from sparsedm_compiler.backends.vnm.ops import How
 from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 
 PATTERNS = ("64:2:8", "128:2:16", "16:1:8", "32:2:4", "48:2:16", "32:1:32", "16:2:10")
@@ -26,8 +26,17 @@ class Held:
     packed: Tensor
     pattern: Pattern
 
-    def how(self, tile: tuple[int, int, int, int] = SMALL, feature_major: bool = False) -> How:
-        return How(self.pattern.n, self.pattern.m, self.pattern.height, *tile, feature_major)
+    def arguments(
+        self, tile: tuple[int, int, int, int] = SMALL, feature_major: bool = False
+    ) -> dict[str, Any]:
+        """The arguments of vnm_linear behind ``act``."""
+        return {
+            "n": self.pattern.n,
+            "m": self.pattern.m,
+            "rows_per_block": self.pattern.height,
+            "tile": list(tile),
+            "feature_major": feature_major,
+        }
 
 
 def held(text: str, rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> Held:

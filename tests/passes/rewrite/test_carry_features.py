@@ -16,7 +16,6 @@ from tests.backends.vnm.vnm_cases import held
 from tests.oracle import assert_same
 
 CASE = held("64:2:8", 64, 64, torch.bfloat16)
-HOW = [*CASE.how()]
 Body = Callable[[Callable[..., Tensor], Tensor], Any]
 
 
@@ -25,7 +24,10 @@ def graph_of(body: Body) -> fx.GraphModule:
 
     def product(x: Any) -> Any:
         return x.tracer.create_proxy(
-            "call_function", vnm_linear_op, (x, packed, None, 64, "silu", HOW), {}
+            "call_function",
+            vnm_linear_op,
+            (x, packed, None, 64),
+            {"act": "silu", **CASE.arguments()},
         )
 
     graph = fx.Graph()
@@ -36,9 +38,9 @@ def graph_of(body: Body) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def lines(gm: fx.GraphModule) -> list[int]:
+def list_layouts(gm: fx.GraphModule) -> list[bool]:
     """Which products of a graph write feature-major, in order."""
-    return [node.args[-1][-1] for node in gm.graph.nodes if node.target is vnm_linear_op]
+    return [node.kwargs["feature_major"] for node in gm.graph.nodes if node.target is vnm_linear_op]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_only_what_its_like_reads_is_carried(body: Body, expected: list[int]) ->
     before = gm(x, CASE.packed)
     assert carry_features(gm, ()) == sum(expected)
     gm.recompile()
-    assert lines(gm) == expected
+    assert list_layouts(gm) == expected
     assert (gm.code == code) == (not any(expected))
     after = gm(x, CASE.packed)
     for a, b in zip(*((y if isinstance(y, tuple) else (y,)) for y in (before, after)), strict=True):

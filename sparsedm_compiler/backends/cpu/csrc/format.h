@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-// Mirrored by packed.py: change them together.
+// Mirrored by format.py: change them together.
 struct Header {
   int32_t magic, type, layout;     // type of a value; layout: rows per unit (2 in pairs)
   int32_t rows, cols, n, m;        // cols: every tap of a kernel has its own run of channels

@@ -18,7 +18,7 @@
 
 namespace {
 
-// Mirrored by call.py: change them together.
+// Mirrored by abi.py: change them together.
 struct Call {
   const uint8_t* weight;
   const void* x;
@@ -28,7 +28,7 @@ struct Call {
   int64_t tokens, x_stride, out_stride;
   int64_t images, channels, height, width, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
-  int32_t tile, threads, engine;
+  int32_t tile, threads, isa;
 };
 
 constexpr int MAX_PAIRS_TILE = VEC_REGISTERS == 32 ? 8 : 6;
@@ -340,7 +340,7 @@ void multiply_wide(const Work& work, const float* x, float* acc, int64_t row0, i
     const bf16* w = (const bf16*)(work.call.weight + h.values) +
                     (group0 + g) * wide_values(h, h.cols) + wide_values(h, k0);
     run_wide<T>(x, acc + g * h.group * lanes<T>(), w, index, h.group / UNIT, kept, k0 == 0,
-                (Engine)work.call.engine, panel);
+                (Isa)work.call.isa, panel);
   }
 }
 

@@ -9,7 +9,7 @@
 #include "format.h"
 #include "vec.h"
 
-enum Engine : int32_t { PLAIN = 0, DPBF16 = 1, AMX = 2 };
+enum Isa : int32_t { PLAIN = 0, DPBF16 = 1, AMX = 2 };
 
 constexpr int UNIT = 16;   // rows of a block of weights
 constexpr int DEPTH = 32;  // kept columns of a block of weights: 16 pairs
@@ -142,9 +142,9 @@ __attribute__((target("amx-tile,amx-bf16,avx512f"))) void wide_amx(
 // One group of rows: its index and weights [unit of 16 rows][block][16][32], c: [row][T vectors].
 template <int T>
 void run_wide(const float* x, float* c, const bf16* w, const uint16_t* index, int units, int kept,
-              bool first, Engine engine, uint32_t* panel) {
+              bool first, Isa isa, uint32_t* panel) {
   constexpr int S = T * L;
-  (void)engine;
+  (void)isa;
   const int blocks = blocks_of(kept);
   const int64_t step = (int64_t)blocks * UNIT * DEPTH;
   gather<T>(x, index, kept, panel);
@@ -152,13 +152,13 @@ void run_wide(const float* x, float* c, const bf16* w, const uint16_t* index, in
     float* cu = c + (int64_t)u * UNIT * S;
     const bf16* wu = w + u * step;
 #if defined(__AVX512F__)
-    if (engine == AMX) {
+    if (isa == AMX) {
       const bool two = u + 1 < units;
       wide_amx<T>(panel, wu, two ? wu + step : nullptr, cu, two ? cu + UNIT * S : cu, blocks, first);
       u += two;
       continue;
     }
-    if (engine == DPBF16) {
+    if (isa == DPBF16) {
       wide_dpbf16<T>(panel, wu, cu, blocks, first);
       continue;
     }

@@ -1,0 +1,28 @@
+"""The base of families whose kernels run on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..kernel_family import KernelFamily
+from .device import describe_machine
+from .timer import time_calls
+
+
+class CudaFamily(KernelFamily):
+    """Kernels on NVIDIA GPUs: they are timed on the device, and depend on it and on torch."""
+
+    device = "cuda"
+
+    def describe_machine(self) -> tuple[Any, ...]:
+        return describe_machine()
+
+    def time_calls(
+        self, calls: Mapping[str, Callable[[], Any]], device: torch.device, *, graphs: bool
+    ) -> dict[str, float]:
+        if device.type != "cuda":  # tests run the references of the ops on a CPU
+            return KernelFamily.time_calls(self, calls, device, graphs=graphs)
+        return time_calls(calls, device, graphs=graphs)
