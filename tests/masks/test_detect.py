@@ -26,7 +26,7 @@ def test_a_masked_weight_is_recognised(text: str, kernel: tuple[int, ...], seed:
     found = detect_pattern(weight * nm_mask(weight, pattern))
     assert found is not None
     assert found.density == pattern.density
-    assert found.rows == pattern.height
+    assert found.height == pattern.height
     assert found.m <= pattern.m
     masked = weight * nm_mask(weight, pattern)
     assert_same(masked * nm_mask(masked, found), masked)

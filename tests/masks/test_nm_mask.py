@@ -16,11 +16,10 @@ from sparsedm_compiler.selection import top_n as selection
 from tests.masks.mask_cases import (
     DTYPES,
     LAYOUTS,
-    brute,
+    block_cases,
     channels_last,
-    coarse_cases,
-    free_cases,
-    tile_cases,
+    per_row_cases,
+    transposable_cases,
 )
 from tests.oracle import brute_mask
 
@@ -33,16 +32,16 @@ def groups_of(tensor: Tensor, m: int) -> Tensor:
 
 
 @properties
-@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
+@given(st.one_of(per_row_cases(), block_cases(), transposable_cases()))
 def test_it_is_the_brute_force_mask(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight, pattern)
     assert mask.dtype == torch.bool
-    assert torch.equal(mask, brute(weight, pattern))
+    assert torch.equal(mask, brute_mask(weight, pattern))
 
 
 @properties
-@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
+@given(st.one_of(per_row_cases(), block_cases(), transposable_cases()))
 def test_every_group_keeps_exactly_n(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     counts = groups_of(nm_mask(weight, pattern), pattern.m).sum(1)
@@ -50,7 +49,7 @@ def test_every_group_keeps_exactly_n(case: tuple[Tensor, Pattern]) -> None:
 
 
 @properties
-@given(free_cases())
+@given(per_row_cases())
 def test_the_kept_are_the_largest_and_ties_go_to_the_lowest(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = groups_of(nm_mask(weight, pattern), pattern.m)
@@ -64,7 +63,7 @@ def test_the_kept_are_the_largest_and_ties_go_to_the_lowest(case: tuple[Tensor, 
 
 
 @properties
-@given(st.one_of(free_cases(), tile_cases()))
+@given(st.one_of(per_row_cases(), transposable_cases()))
 def test_masking_the_masked_changes_nothing(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     once = apply_mask(weight, nm_mask(weight, pattern))
@@ -72,7 +71,7 @@ def test_masking_the_masked_changes_nothing(case: tuple[Tensor, Pattern]) -> Non
 
 
 @properties
-@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
+@given(st.one_of(per_row_cases(), block_cases(), transposable_cases()))
 def test_dtype_and_layout_do_not_matter(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight.double().contiguous(), pattern)
@@ -82,7 +81,7 @@ def test_dtype_and_layout_do_not_matter(case: tuple[Tensor, Pattern]) -> None:
 
 
 @properties
-@given(coarse_cases())
+@given(block_cases())
 def test_the_rows_of_a_block_share_columns(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight, pattern).unflatten(0, (-1, pattern.height))
@@ -128,7 +127,7 @@ def test_blocks_of_rows_in_many_parts(text: str) -> None:
     pattern = Pattern.parse(text)
     torch.manual_seed(0)
     weight = torch.randint(-9, 10, (7 * pattern.height, 3 * pattern.m)).float()
-    assert torch.equal(nm_mask(weight, pattern), brute(weight, pattern))
+    assert torch.equal(nm_mask(weight, pattern), brute_mask(weight, pattern))
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:8", "16:32"])
@@ -206,7 +205,7 @@ def test_the_mask_of_a_parameter_is_no_part_of_its_graph() -> None:
 
 
 @properties
-@given(free_cases())
+@given(per_row_cases())
 def test_kept_and_dropped_make_up_the_weight(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight, pattern)

@@ -15,8 +15,14 @@ from sparsedm_compiler.backends.cpu.format import refusal, unpack
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.train.sr_ste import sr_ste
 from tests.autotune.test_select_kernel import Net, X
-from tests.masks.mask_cases import brute_tiles
-from tests.oracle import OPTIONS, ROUNDING, assert_gradients, assert_same, oracle_of
+from tests.oracle import (
+    OPTIONS,
+    ROUNDING,
+    assert_gradients,
+    assert_same,
+    brute_mask,
+    oracle_of,
+)
 from tests.train.cases import short, student_of, teacher
 
 PATTERN = sdm.Pattern.parse("2:4t")
@@ -88,7 +94,7 @@ def test_the_kernels_of_free_masks_pack_it(kernel: tuple[int, ...], dtype: torch
 def test_convolutions_have_a_mask_per_position() -> None:
     weight = torch.randn(8, 12, 3, 2, generator=torch.Generator().manual_seed(0))
     mask = nm_mask(weight, PATTERN)
-    assert torch.equal(mask, brute_tiles(weight, 2))
+    assert torch.equal(mask, brute_mask(weight, "2:4t"))
     for y, x in ((0, 0), (2, 1)):
         assert torch.equal(mask[..., y, x], nm_mask(weight[..., y, x], PATTERN))
         assert torch.equal(mask[..., y, x].T, nm_mask(weight[..., y, x].T, PATTERN))
@@ -151,7 +157,7 @@ def test_sr_ste_decays_what_its_mask_drops() -> None:
     for name, weight in student.named_parameters():
         term = torch.zeros_like(weight)
         if name in WEIGHTS:
-            term = 0.125 * before[name] * ~brute_tiles(before[name], 2)
+            term = 0.125 * before[name] * ~brute_mask(before[name], "2:4t")
         assert_same(weight.detach(), before[name] - term, tolerance=1e-7)
 
 

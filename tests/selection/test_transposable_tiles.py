@@ -11,7 +11,8 @@ from torch import Tensor
 from sparsedm_compiler.masks.nm_mask import apply_mask, compute_mask, nm_mask
 from sparsedm_compiler.patterns import Pattern
 from sparsedm_compiler.selection import transposable_tiles as tiles
-from tests.masks.mask_cases import DTYPES, KERNELS, brute, channels_last, legal_tiles
+from tests.masks.mask_cases import DTYPES, KERNELS, channels_last
+from tests.oracle import brute_mask, list_legal_tiles
 
 properties = settings(deadline=None, max_examples=60)
 every_n = pytest.mark.parametrize("n", [1, 2, 3])
@@ -53,7 +54,7 @@ def test_the_legal_masks_are_all_there(n: int) -> None:
     device = torch.device("cpu")
     found = [tuple(mask) for mask in tiles._plan(n, device).masks.int().tolist()]
     assert {*found} == expected
-    assert len(expected) == COUNTS[n] == len(legal_tiles(n))
+    assert len(expected) == COUNTS[n] == len(list_legal_tiles(n))
 
 
 @properties
@@ -171,7 +172,7 @@ def test_a_weight_of_many_parts(n: int, view: object, monkeypatch: pytest.Monkey
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-9, 10, (36, 12, 1, 2), generator=generator).float()
     pattern = Pattern.parse(f"{n}:4t")
-    expected = brute(weight, pattern)
+    expected = brute_mask(weight, pattern)
     seen = view(weight)  # type: ignore[operator]
     mask = nm_mask(seen, pattern)
     assert torch.equal(mask, expected)
