@@ -106,8 +106,8 @@ SIZES = ["31:32", "3:4", "2:4", "1:2", "2:8", "1:8", "1:16", "1:32", "16:32", "8
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even a small weight into many parts, the last one smaller."""
-    monkeypatch.setattr(selection, "_LANES", 8)
-    monkeypatch.setattr(selection, "_CACHE", 64)
+    monkeypatch.setattr(selection, "_CALL_ELEMENTS", 8)
+    monkeypatch.setattr(selection, "_PART_BYTES", 64)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -165,10 +165,10 @@ def test_the_way_of_accelerators_gives_the_same(
     expected = compute_mask(weight, pattern)
 
     def at_once(part: Tensor, mask: Tensor, columns: Tensor | None, *rest: object) -> None:
-        selection._fill_at_once(part, mask, columns, *rest)  # type: ignore[arg-type]
+        selection._fill_mask_at_once(part, mask, columns, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(selection, "_fill", at_once)
-    monkeypatch.setattr(selection, "_channels_last", lambda tensor: False)
+    monkeypatch.setattr(selection, "_fill_mask", at_once)
+    monkeypatch.setattr(selection, "_is_channels_last", lambda tensor: False)
     assert torch.equal(compute_mask(weight, pattern), expected)
 
 

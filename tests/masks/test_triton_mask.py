@@ -1,4 +1,4 @@
-"""The fused kernel against ``kept(weight, unchecked_nm_mask(weight, pattern))``, to the bit."""
+"""The fused kernel against ``apply_mask(weight, compute_mask(weight, pattern))``, to the bit."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsedm_compiler.masks.mask_ste import _fused, mask_ste, mask_ste_op
+from sparsedm_compiler.masks.mask_ste import _can_fuse, mask_ste, mask_ste_op
 from sparsedm_compiler.masks.nm_mask import apply_inverse_mask, apply_mask, compute_mask
-from sparsedm_compiler.masks.triton_mask import _lanes, _launch, mask_by_triton, refusal
+from sparsedm_compiler.masks.triton_mask import (
+    _launch,
+    _list_lane_dims,
+    explain_refusal,
+    mask_by_triton,
+)
 from sparsedm_compiler.patterns import Pattern
 from sparsedm_compiler.selection.top_n import KEYS
 from tests.backends.cuda.running import moved, on_cuda, on_device, run_interpreted
@@ -40,8 +45,8 @@ def left_out(weight: Tensor, pattern: Pattern) -> Tensor:
 
 def check(weight: Tensor, pattern: Pattern) -> None:
     """The same bits and strides; the oracle runs on the CPU."""
-    for rest, oracle in enumerate((expected(weight, pattern), left_out(weight, pattern))):
-        found = mask_by_triton(moved(weight), pattern, rest=bool(rest))
+    for inverse, oracle in enumerate((expected(weight, pattern), left_out(weight, pattern))):
+        found = mask_by_triton(moved(weight), pattern, inverse=bool(inverse))
         assert (found.dtype, found.shape) == (oracle.dtype, oracle.shape)
         assert found.stride() == oracle.stride()
         assert torch.equal(bits(found.cpu()), bits(oracle))
@@ -172,7 +177,7 @@ def test_lanes_follow_memory_in_as_few_dimensions_as_can_be(
     text: str, layout: object, sizes: list[int]
 ) -> None:
     weight = layout(torch.empty(192, 16, 3, 3))  # type: ignore[operator]
-    dims = _lanes(weight, torch.empty_like(weight), Pattern.parse(text))
+    dims = _list_lane_dims(weight, torch.empty_like(weight), Pattern.parse(text))
     assert [dim.size for dim in dims] == sizes[::-1]
     assert [dim.weight for dim in dims] == sorted(dim.weight for dim in dims)
 
@@ -188,7 +193,7 @@ def test_lanes_follow_memory_in_as_few_dimensions_as_can_be(
     ],
 )
 def test_refusals(text: str, dtype: torch.dtype, why: str | None) -> None:
-    assert refusal(Pattern.parse(text), dtype) == why
+    assert explain_refusal(Pattern.parse(text), dtype) == why
 
 
 def test_the_op_asks_for_triton_on_cuda_alone() -> None:
@@ -197,10 +202,10 @@ def test_the_op_asks_for_triton_on_cuda_alone() -> None:
     def never() -> str | None:
         raise AssertionError("nobody should ask")
 
-    assert not _fused("cpu", torch.float32, pattern, never)
-    assert not _fused("cuda", torch.float64, pattern, never)
-    assert not _fused("cuda", torch.float32, pattern, lambda: "no Triton")
-    assert _fused("cuda", torch.float32, pattern, lambda: None)
+    assert not _can_fuse("cpu", torch.float32, pattern, never)
+    assert not _can_fuse("cuda", torch.float64, pattern, never)
+    assert not _can_fuse("cuda", torch.float32, pattern, lambda: "no Triton")
+    assert _can_fuse("cuda", torch.float32, pattern, lambda: None)
 
 
 @on_cuda

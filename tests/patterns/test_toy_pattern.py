@@ -78,6 +78,10 @@ def diagonal_kind() -> Iterator[type[Pattern]]:
         def height(self) -> int:
             return self.m
 
+        @property
+        def most_n(self) -> int:
+            return self.n
+
         def implied(self) -> tuple[Pattern, ...]:
             return (NM(1, self.m),)
 
@@ -149,6 +153,11 @@ def test_a_toy_pattern_is_read_and_printed(text: str) -> None:
     assert Pattern.parse(f" {text} ") == pattern
     assert pattern.density == 0.25
     assert sdm.Pattern.parse("2:4") == NM(2, 4)
+
+
+def test_relaxations_of_a_toy_pattern_are_of_its_kind() -> None:
+    assert [*map(str, Pattern.parse("1:8u").relaxations())] == ["4:8u", "2:8u"]
+    assert Pattern.parse(DIAGONAL_TEXT).relaxations() == ()
 
 
 def test_a_toy_pattern_is_named_in_errors_until_it_is_unregistered(

@@ -52,7 +52,7 @@ ns = st.integers(1, 3)
 def test_the_legal_masks_are_all_there(n: int) -> None:
     expected = {tuple(mask) for mask in masks_of(n).int().tolist()}
     device = torch.device("cpu")
-    found = [tuple(mask) for mask in tiles._plan(n, device).masks.int().tolist()]
+    found = [tuple(mask) for mask in tiles._build_plan(n, device).masks.int().tolist()]
     assert {*found} == expected
     assert len(expected) == COUNTS[n] == len(list_legal_tiles(n))
 
@@ -168,7 +168,7 @@ def test_what_is_no_number_is_kept_first(n: int, dtype: torch.dtype, broken: flo
 @every_n
 @pytest.mark.parametrize("view", [lambda w: w, channels_last], ids=["plain", "channels_last"])
 def test_a_weight_of_many_parts(n: int, view: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_CACHED", 5)
+    monkeypatch.setattr(tiles, "_CPU_TILES", 5)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-9, 10, (36, 12, 1, 2), generator=generator).float()
     pattern = Pattern.parse(f"{n}:4t")
