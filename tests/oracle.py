@@ -99,7 +99,7 @@ def list_legal_tiles(n: int) -> list[Tile]:
 
 
 def hand_masked(model: nn.Module, patterns: Mapping[str, str | Pattern]) -> nn.Module:
-    """A plain dense copy of ``model`` whose named weights are multiplied by their masks."""
+    """Returns a plain dense copy of ``model`` with the named weights multiplied by their masks."""
     oracle = copy.deepcopy(model)
     for key in ("forward", "_sparsedm"):
         oracle.__dict__.pop(key, None)
@@ -111,26 +111,26 @@ def hand_masked(model: nn.Module, patterns: Mapping[str, str | Pattern]) -> nn.M
 
 
 def masked_patterns(student: nn.Module) -> dict[str, Pattern]:
-    """The patterns of the weights the student masks; there must be some."""
+    """Returns the patterns of the weights that the student masks; there must be some."""
     patterns = {name: pattern for name, (_, pattern) in sdm.masked_parameters(student).items()}
     assert patterns
     return patterns
 
 
 def oracle_of(student: nn.Module) -> nn.Module:
-    """The oracle of a student that has been called at least once."""
+    """Returns the oracle of a student that has been called at least once."""
     return hand_masked(student, masked_patterns(student))
 
 
 def assert_same(a: Tensor, b: Tensor, *, tolerance: float = 0.0) -> None:
-    """Equal to the bit, unless a tolerance (absolute and relative) is earned by the caller."""
+    """Asserts equality to the bit, or within an absolute and relative tolerance."""
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def gradients(
     model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], seed: int = 0
 ) -> dict[str, Tensor]:
-    """Gradients of a fixed scalar of the output, by parameter name; random draws are seeded."""
+    """Returns gradients of a fixed scalar of the output by parameter name, with seeded draws."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
     out = sample_of(model(*call[0], **call[1]))
@@ -148,7 +148,7 @@ def assert_gradients(
     *,
     tolerance: float = 0.0,
 ) -> None:
-    """Every parameter has a gradient, and it is the oracle's (straight-through: unmasked)."""
+    """Asserts that every parameter has the oracle's gradient (straight-through: unmasked)."""
     theirs, ours = gradients(oracle, call), gradients(student, call)
     missing = {name for name, _ in student.named_parameters()} - ours.keys()
     assert missing <= set(unread), f"no gradient: {missing}"
