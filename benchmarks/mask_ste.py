@@ -1,4 +1,4 @@
-"""How a mask should enter a compiled graph: first-compile time and step time of the candidates.
+"""Ways to put a mask into a compiled graph: first-compile time and step time of each.
 
     python benchmarks/mask_ste.py --out mask_ste.json
 
@@ -9,7 +9,7 @@ keys    tensor code that Inductor sees: unique integer keys, one threshold per g
 slices  tensor code that Inductor sees: thresholds, ties and masks slice by slice
 
 A step is forward + backward + SGD. Every first compile starts from empty caches, in this process.
-Times are CPU time unless asked otherwise, so that others at work on the machine count for little.
+Times are CPU time by default, so that other processes on the machine count for little.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MaskAll = Callable[[list[Tensor]], list[Tensor]]
     schema="(Tensor[] weights, str[] patterns) -> Tensor[]",
 )
 def mask_ste_all(weights: list[Tensor], patterns: list[str]) -> list[Tensor]:
-    """All weights masked by one op."""
+    """Masks all weights by one op."""
     return [
         apply_mask(weight, compute_mask(weight, Pattern.parse(text)))
         for weight, text in zip(weights, patterns, strict=True)
@@ -56,13 +56,13 @@ mask_ste_all.register_fake(lambda weights, patterns: [torch.empty_like(w) for w 
 mask_ste_all.register_autograd(lambda ctx, grads: (grads, None))
 
 
-def edge_of(places: list[Tensor], network: tuple[Any, ...], smallest: bool) -> Tensor:
-    """The n-th largest (or m-n-th smallest) of the slices."""
+def find_edge(slots: list[Tensor], network: tuple[Any, ...], smallest: bool) -> Tensor:
+    """Returns the n-th largest (or m-n-th smallest) of the slices."""
     steps, output = network
     high_of, low_of = torch.maximum, torch.minimum
     if smallest:
         high_of, low_of = low_of, high_of
-    wires = dict(enumerate(places))
+    wires = dict(enumerate(slots))
     for a, b, high, low in steps:
         if high is not None:
             wires[high] = high_of(wires[a], wires[b])
@@ -71,8 +71,8 @@ def edge_of(places: list[Tensor], network: tuple[Any, ...], smallest: bool) -> T
     return wires[output]
 
 
-def plain_network(n: int, m: int) -> tuple[tuple[Any, ...], bool]:
-    """The selection network as plain tuples, which Dynamo reads without a guard per field."""
+def flatten_network(n: int, m: int) -> tuple[tuple[Any, ...], bool]:
+    """Returns the selection network as plain tuples, which need no Dynamo guard per field."""
     smallest = m - n < n
     rank = (m - n if smallest else n) - 1
     network = build_selection_network((1,) * m, (rank,))
@@ -80,37 +80,37 @@ def plain_network(n: int, m: int) -> tuple[tuple[Any, ...], bool]:
     return (steps, network.outputs[0]), smallest
 
 
-def keys_mask(weight: Tensor, pattern: Pattern, network: Any, smallest: bool) -> Tensor:
-    """The mask by unique keys: the weight's bits, then the place in the group (float32)."""
+def mask_by_keys(weight: Tensor, pattern: Pattern, network: Any, smallest: bool) -> Tensor:
+    """Returns the mask by unique keys: the weight's bits, then the slot in the group (float32)."""
     m = pattern.m
-    places = torch.arange(m - 1, -1, -1, device=weight.device).view(
+    slots = torch.arange(m - 1, -1, -1, device=weight.device).view(
         1, 1, m, *[1] * (weight.dim() - 2)
     )
     bits = weight.abs().view(torch.int32).to(torch.int64)
-    keys = torch.unflatten(bits << 16, 1, (-1, m)) + places
-    edge = edge_of(list(keys.unbind(2)), network, smallest).unsqueeze(2)
+    keys = torch.unflatten(bits << 16, 1, (-1, m)) + slots
+    edge = find_edge(list(keys.unbind(2)), network, smallest).unsqueeze(2)
     return (keys > edge if smallest else keys >= edge).flatten(1, 2)
 
 
-def slices_mask(weight: Tensor, pattern: Pattern, network: Any, smallest: bool) -> Tensor:
-    """The mask slice by slice, ties by a running count from the end that loses."""
-    places = list(torch.unflatten(weight.abs(), 1, (-1, pattern.m)).unbind(2))
-    edge = edge_of(places, network, smallest)
-    beyond = [place < edge if smallest else place > edge for place in places]
+def mask_by_slices(weight: Tensor, pattern: Pattern, network: Any, smallest: bool) -> Tensor:
+    """Returns the mask slice by slice; a running count from the end that loses breaks ties."""
+    slots = list(torch.unflatten(weight.abs(), 1, (-1, pattern.m)).unbind(2))
+    edge = find_edge(slots, network, smallest)
+    beyond = [slot < edge if smallest else slot > edge for slot in slots]
     count = pattern.m - pattern.n if smallest else pattern.n
     room = count - sum(flag.to(torch.int32) for flag in beyond)
     order = reversed(range(pattern.m)) if smallest else range(pattern.m)
     taken: dict[int, Tensor] = {}
     for i in order:
-        level = places[i] == edge
+        level = slots[i] == edge
         taken[i] = beyond[i] | (level & (room > 0))
         room = room - level.to(torch.int32)
     mask = torch.stack([taken[i] for i in range(pattern.m)], 2).flatten(1, 2)
     return mask.logical_not() if smallest else mask
 
 
-def traced(weights: list[Tensor], mask_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """``w + (m w - w)``, the bracket without gradient: exactly ``m w``, straight through."""
+def mask_in_graph(weights: list[Tensor], mask_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Returns ``w + (m w - w)``, the bracket without gradient: ``m w`` with a gradient of one."""
     out = []
     for weight in weights:
         value = weight.detach()
@@ -118,17 +118,17 @@ def traced(weights: list[Tensor], mask_of: Callable[[Tensor], Tensor]) -> list[T
     return out
 
 
-def candidates(pattern: Pattern) -> dict[str, MaskAll]:
-    """What is compared."""
+def list_candidates(pattern: Pattern) -> dict[str, MaskAll]:
+    """Returns the ways to mask, by name."""
     text = str(pattern)
-    network, smallest = plain_network(pattern.n, pattern.m)
-    how = {"pattern": pattern, "network": network, "smallest": smallest}
+    network, smallest = flatten_network(pattern.n, pattern.m)
+    options = {"pattern": pattern, "network": network, "smallest": smallest}
     return {
         "dense": lambda weights: weights,
         "op": lambda weights: [mask_ste(weight, text) for weight in weights],
         "op-all": lambda weights: mask_ste_all(weights, [text] * len(weights)),
-        "keys": partial(traced, mask_of=partial(keys_mask, **how)),
-        "slices": partial(traced, mask_of=partial(slices_mask, **how)),
+        "keys": partial(mask_in_graph, mask_of=partial(mask_by_keys, **options)),
+        "slices": partial(mask_in_graph, mask_of=partial(mask_by_slices, **options)),
     }
 
 
@@ -174,7 +174,7 @@ class ConvUNet(nn.Module):
 
 
 def build(name: str, device: str) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, nn.Parameter]]:
-    """A model, inputs, and the weights to mask."""
+    """Returns a model, inputs, and the weights to mask."""
     torch.manual_seed(0)
     model: nn.Module
     if name == "uvit":
@@ -189,8 +189,8 @@ def build(name: str, device: str) -> tuple[nn.Module, tuple[Tensor, ...], dict[s
     return model, inputs, weights
 
 
-def stepper(name: str, mask_all: MaskAll, device: str) -> tuple[Callable[[], Tensor], int]:
-    """A training step of a freshly built, compiled model, and the number of masked weights."""
+def build_step(name: str, mask_all: MaskAll, device: str) -> tuple[Callable[[], Tensor], int]:
+    """Returns a training step of a new compiled model, and its number of masked weights."""
     model, inputs, weights = build(name, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
@@ -211,8 +211,8 @@ def stepper(name: str, mask_all: MaskAll, device: str) -> tuple[Callable[[], Ten
     return step, sum(weight.numel() for weight in weights.values())
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of the compilers it has run."""
+def read_cpu_seconds() -> float:
+    """Returns the CPU time of this process and of the compilers it has run."""
     return sum(
         usage.ru_utime + usage.ru_stime
         for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -220,19 +220,19 @@ def cpu_seconds() -> float:
 
 
 def compare(name: str, text: str, args: argparse.Namespace) -> dict[str, Any]:
-    """First compile and step of every candidate, on one model and pattern."""
+    """Times the first compile and the step of every candidate, on one model and pattern."""
     chosen = {
-        k: v for k, v in candidates(Pattern.parse(text)).items() if k in ("dense", *args.only)
+        k: v for k, v in list_candidates(Pattern.parse(text)).items() if k in ("dense", *args.only)
     }
     steps: dict[str, Callable[[], object]] = {}
     compiled, losses, count = {}, {}, 0
     for key, mask_all in chosen.items():
         torch.compiler.reset()
-        steps[key], count = stepper(name, mask_all, args.device)
+        steps[key], count = build_step(name, mask_all, args.device)
         with fresh_cache():
-            before = cpu_seconds()
+            before = read_cpu_seconds()
             losses[key] = float(steps[key]())  # type: ignore[arg-type]
-            compiled[key] = cpu_seconds() - before
+            compiled[key] = read_cpu_seconds() - before
     samples: dict[str, Samples] = interleaved(steps, rounds=args.rounds)
     times = {key: sample.of(args.clock) for key, sample in samples.items()}
     return {
@@ -246,8 +246,8 @@ def compare(name: str, text: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """One line per model, pattern and candidate."""
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Returns one line per model, pattern and candidate."""
     body = [
         (
             row["model"],
@@ -266,7 +266,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Print the table; write JSON where asked."""
+    """Prints the table, and writes it as JSON with --out."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=15)
@@ -284,7 +284,7 @@ def main() -> None:
     for name in args.models:
         for text in args.patterns:
             rows.append(compare(name, text, args))
-            print(table(rows[-1:]), flush=True)
+            print(format_table(rows[-1:]), flush=True)
     if args.out:
         args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 

@@ -1,8 +1,9 @@
-"""What a mask costs: ``nm_mask`` against an argsort and a topk, per pattern.
+"""The cost of a mask: ``nm_mask`` against an argsort and a topk, per pattern.
 
     python benchmarks/masks.py --out masks.json
 
-Coarse patterns are compared with the free n:m of the same n and m: nothing else computes them.
+Shared and transposable patterns are compared with the per-row n:m of the same n and m, since
+nothing else computes them.
 """
 
 from __future__ import annotations
@@ -21,37 +22,41 @@ from sparsedm_compiler.autotune.timer import interleaved, machine, ratio, spread
 from sparsedm_compiler.masks.nm_mask import compute_mask
 from sparsedm_compiler.patterns import Pattern
 
-COARSE = ["2:4t", "1:8x16", "64:2:8"]
-PATTERNS = ["31:32", "3:4", "2:4", "1:4", "2:8", "1:8", "1:16", "1:32", "16:32", *COARSE]
+JOINT = ["2:4t", "1:8x16", "64:2:8"]
+PATTERNS = ["31:32", "3:4", "2:4", "1:4", "2:8", "1:8", "1:16", "1:32", "16:32", *JOINT]
 SHAPES = {"linear": (2048, 512), "conv": (256, 256, 3, 3)}
 
 
-def argsort_mask(weight: Tensor, n: int, m: int) -> Tensor:
-    """The published way: sort every group, drop the m - n smallest."""
+def mask_by_argsort(weight: Tensor, n: int, m: int) -> Tensor:
+    """Sorts every group and drops the m - n smallest, as published code does."""
     groups = weight.abs().movedim(1, -1).reshape(-1, m)
     drop = groups.argsort(dim=1)[:, : m - n]
-    return _back(torch.ones_like(groups, dtype=torch.bool).scatter_(1, drop, False), weight)
+    return _restore_shape(
+        torch.ones_like(groups, dtype=torch.bool).scatter_(1, drop, False), weight
+    )
 
 
-def topk_mask(weight: Tensor, n: int, m: int) -> Tensor:
-    """The n largest of every group."""
+def mask_by_topk(weight: Tensor, n: int, m: int) -> Tensor:
+    """Selects the n largest of every group by topk."""
     groups = weight.abs().movedim(1, -1).reshape(-1, m)
     keep = groups.topk(n, dim=1, sorted=False).indices
-    return _back(torch.zeros_like(groups, dtype=torch.bool).scatter_(1, keep, True), weight)
+    return _restore_shape(
+        torch.zeros_like(groups, dtype=torch.bool).scatter_(1, keep, True), weight
+    )
 
 
-def _back(groups: Tensor, weight: Tensor) -> Tensor:
+def _restore_shape(groups: Tensor, weight: Tensor) -> Tensor:
     shape = weight.movedim(1, -1).shape
     return groups.reshape(shape).movedim(-1, 1)
 
 
 def compare(weight: Tensor, pattern: Pattern, rounds: int) -> dict[str, Any]:
-    """Milliseconds and ratios of one weight and pattern."""
+    """Returns milliseconds and ratios of one weight and pattern."""
     n, m = pattern.n, pattern.m
     calls: dict[str, Callable[[], object]] = {
         "nm_mask": lambda: compute_mask(weight, pattern),
-        "argsort": lambda: argsort_mask(weight, n, m),
-        "topk": lambda: topk_mask(weight, n, m),
+        "argsort": lambda: mask_by_argsort(weight, n, m),
+        "topk": lambda: mask_by_topk(weight, n, m),
         "copy": weight.clone,
     }
     samples = interleaved(calls, rounds=rounds)
@@ -68,8 +73,8 @@ def compare(weight: Tensor, pattern: Pattern, rounds: int) -> dict[str, Any]:
     return row
 
 
-def table(rows: list[dict[str, Any]], clock: str) -> str:
-    """One line per weight and pattern."""
+def format_table(rows: list[dict[str, Any]], clock: str) -> str:
+    """Returns one line per weight and pattern."""
     body = [
         (
             row["pattern"],
@@ -87,7 +92,7 @@ def table(rows: list[dict[str, Any]], clock: str) -> str:
 
 
 def main() -> None:
-    """Print the table; write JSON where asked."""
+    """Prints the table, and writes it as JSON with --out."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=30)
@@ -106,7 +111,7 @@ def main() -> None:
             rows.append(compare(weight, Pattern.parse(text), args.rounds))  # noqa: PERF401
     print(f"{args.dtype} on {args.device}, {args.threads} threads, medians of {args.rounds}, ")
     print(f"{args.clock} time; ratios are medians [quartiles] of the same rounds")
-    print(table(rows, args.clock))
+    print(format_table(rows, args.clock))
     if args.out:
         args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""What training with masks costs: a masked step over a dense step under the same compiler.
+"""The cost of training with masks: a masked step over a dense step under the same compiler.
 
     python benchmarks/train_step.py --out docs/results/train_step.json
 
@@ -33,8 +33,8 @@ MODELS = ("uvit-cifar10-small", "ddpm-cifar10")
 PATTERNS = ("2:4", "1:4", "1:8", "2:4x4")
 
 
-def stepper(student: nn.Module, calls: Any, *, sr_ste: bool) -> Callable[[], None]:
-    """A training step of ``student`` on one batch."""
+def build_step(student: nn.Module, calls: Any, *, sr_ste: bool) -> Callable[[], None]:
+    """Returns a training step of ``student`` on one batch."""
     args, kwargs = calls
     target = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0))
     target = target.to(args[0].device)
@@ -54,17 +54,17 @@ def stepper(student: nn.Module, calls: Any, *, sr_ste: bool) -> Callable[[], Non
 
 
 def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Every pattern of one model against the dense model, in turns."""
+    """Times every pattern of one model against the dense model, in turns."""
     torch.compiler.reset()
     torch.manual_seed(0)
     model, *calls = preset(name, args.device, args.batch)
     dense = torch.compile(model, backend="inductor")
-    steps = {"dense": stepper(dense, calls, sr_ste=False)}
+    steps = {"dense": build_step(dense, calls, sr_ste=False)}
     shares = {}
     for pattern in args.patterns:
         for kind in ("mask", "sr-ste"):
             student = sdm.compile(model, pattern=pattern, mode="train", backend="inductor")
-            steps[f"{pattern} {kind}"] = stepper(student, calls, sr_ste=kind == "sr-ste")
+            steps[f"{pattern} {kind}"] = build_step(student, calls, sr_ste=kind == "sr-ste")
         student(*calls[0], **calls[1])
         masked = sum(w.numel() for w, _ in sdm.masked_parameters(student).values())
         shares[pattern] = masked / sum(w.numel() for w in student.parameters())
@@ -75,13 +75,13 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch,
         "masked_share": shares,
         "step_over_dense": {
-            key: ratio(found, times["dense"]) for key, found in times.items() if key != "dense"
+            key: ratio(values, times["dense"]) for key, values in times.items() if key != "dense"
         },
     }
 
 
-def table(rows: list[dict[str, Any]], patterns: list[str]) -> str:
-    """One line per model and pattern."""
+def format_table(rows: list[dict[str, Any]], patterns: list[str]) -> str:
+    """Returns one line per model and pattern."""
     body = [
         (
             row["model"],
@@ -98,7 +98,7 @@ def table(rows: list[dict[str, Any]], patterns: list[str]) -> str:
 
 
 def main() -> None:
-    """Print the table; write JSON where asked."""
+    """Prints the table, and writes it as JSON with --out."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=9)
@@ -114,12 +114,12 @@ def main() -> None:
     started = time.perf_counter()
     for name in args.models:
         rows.append(compare(name, args))
-        print(table(rows[-1:], args.patterns), flush=True)
+        print(format_table(rows[-1:], args.patterns), flush=True)
     print(f"{time.perf_counter() - started:.0f} s; {args.clock} clock; medians [quartiles]")
     if args.out:
         plain = {key: value for key, value in vars(args).items() if key != "out"}
-        found = {"machine": machine(), "arguments": plain, "rows": rows}
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        record = {"machine": machine(), "arguments": plain, "rows": rows}
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ SECONDS = 400
 
 
 def run_group(function: Callable[[int, Path], None], folder: Path, processes: int = 2) -> None:
-    """``function(rank, folder)`` in each of the processes; raises where one of them fails."""
+    """Runs ``function(rank, folder)`` in each of the processes; raises if one of them fails."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torch.multiprocessing.spawn(
         member, args=(function, folder, processes, store.port), nprocs=processes, join=True
@@ -26,7 +26,7 @@ def run_group(function: Callable[[int, Path], None], folder: Path, processes: in
 def member(
     rank: int, function: Callable[[int, Path], None], folder: Path, processes: int, port: int
 ) -> None:
-    """One process of the group."""
+    """Runs one process of the group."""
     faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang says where it hangs
     torch.set_num_threads(1)
     limit = timedelta(seconds=SECONDS)
@@ -34,7 +34,7 @@ def member(
     os.environ["GLOO_SOCKET_IFNAME"] = next(
         name for _, name in socket.if_nameindex() if name.startswith("lo")
     )
-    # what a launcher sets, for those (Accelerate) who look there
+    # set by launchers, read by Accelerate
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     store = dist.TCPStore("127.0.0.1", port, timeout=limit)

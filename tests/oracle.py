@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from itertools import combinations, product
+from math import prod
 from typing import Any
 
 import torch
@@ -11,8 +14,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
-from sparsedm_compiler.patterns import VNM, TransposableNM
-from tests.masks.mask_cases import brute_tiles
+from sparsedm_compiler.patterns import NM, VNM, SharedNM, TransposableNM
 from tests.zoo import sample_of
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -25,37 +27,79 @@ OPTIONS: dict[str, dict[str, Any]] = {
 ROUNDING = {"train": 0.0, "infer": 0.0, "sparse": 2e-5}
 """Tolerance by way to run: sparse kernels add the same products in another order."""
 
+Tile = tuple[tuple[int, ...], ...]
+"""The columns that each of the 4 rows of a tile keeps."""
+
 
 def brute_mask(weight: Tensor, pattern: str | Pattern) -> Tensor:
-    """The mask of any pattern by stable sorts of every group; shares no code with the package.
+    """Returns the mask of a weight, one group after the other, in plain Python.
 
-    Of a transposable pattern: by trying all masks of every tile.
+    It shares no code with the package, which it takes nothing but the parsed pattern from. Sums of
+    squares are in double precision.
     """
     parsed = Pattern.parse(pattern)
     if isinstance(parsed, TransposableNM):
         return brute_tiles(weight, parsed.n)
-    scores = weight.detach().abs()
-    if parsed.height == 1:
-        return _largest(scores, parsed.n, parsed.m)
-    energy = scores.float().square().unflatten(0, (-1, parsed.height)).sum(1)
-    chosen = _largest(energy, 4 if isinstance(parsed, VNM) else parsed.n, parsed.m)
-    shared = chosen.repeat_interleave(parsed.height, 0)
-    if not isinstance(parsed, VNM):
-        return shared
-    return _largest(scores.masked_fill(~shared, -1), parsed.n, parsed.m)
+    assert isinstance(parsed, (NM, SharedNM, VNM)), f"no brute force for {parsed}"
+    n, m, height = parsed.n, parsed.m, parsed.height
+    scores = weight.detach().double().abs().movedim(1, -1)
+    out, *kernel, width = scores.shape
+    rows = scores.reshape(out, prod(kernel), width).tolist()  # [out][position][in]
+    mask = [[[False] * width for _ in range(prod(kernel))] for _ in range(out)]
+    tops, starts = range(0, out, height), range(0, width, m)
+    for top, position, start in product(tops, range(prod(kernel)), starts):
+        block = range(top, top + height)
+        columns: Sequence[int] = range(start, start + m)
+        if not isinstance(parsed, NM):
+            energy = {c: sum(rows[r][position][c] ** 2 for r in block) for c in columns}
+            columns = pick_largest(columns, energy, 4 if isinstance(parsed, VNM) else n)
+        for r in block:
+            for c in pick_largest(columns, rows[r][position], n):
+                mask[r][position][c] = True
+    marks = torch.tensor(mask, dtype=torch.bool, device=weight.device)
+    return marks.reshape(scores.shape).movedim(-1, 1)
 
 
-def _largest(scores: Tensor, n: int, m: int) -> Tensor:
-    """True for the n largest of every m along dim 1, the first of equal ones."""
-    last = scores.movedim(1, -1)
-    groups = last.reshape(-1, m)
-    order = groups.sort(dim=-1, descending=True, stable=True).indices
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True)
-    return mask.reshape(last.shape).movedim(-1, 1)
+def pick_largest(
+    columns: Sequence[int], scores: Mapping[int, float] | Sequence[float], n: int
+) -> list[int]:
+    """Returns the n columns of largest score, ascending; the lowest of equal ones wins."""
+    return sorted(sorted(columns, key=scores.__getitem__, reverse=True)[:n])
+
+
+def brute_tiles(weight: Tensor, n: int) -> Tensor:
+    """Returns the transposable mask, by trying all masks of every tile.
+
+    Sums of magnitudes are in double precision.
+    """
+    scores = weight.detach().double().abs()
+    marks = torch.zeros(weight.shape, dtype=torch.bool)
+    tops, lefts = range(0, weight.shape[0], 4), range(0, weight.shape[1], 4)
+    for top, left, *position in product(tops, lefts, *map(range, weight.shape[2:])):
+        tile = scores[(slice(top, top + 4), slice(left, left + 4), *position)].tolist()
+        best = max(
+            list_legal_tiles(n), key=lambda kept: sum(tile[r][c] for r in range(4) for c in kept[r])
+        )
+        for row, columns in enumerate(best):
+            for column in columns:
+                marks[(top + row, left + column, *position)] = True
+    return marks.to(weight.device)
+
+
+@cache
+def list_legal_tiles(n: int) -> list[Tile]:
+    """Returns all masks with n in each row and column; the first of equally good ones wins."""
+    rows = list(combinations(range(4), n))
+    tiles = [
+        tile
+        for tile in product(rows, repeat=4)
+        if all(sum(column in row for row in tile) == n for column in range(4))
+    ]
+    return sorted(tiles, key=lambda tile: (sorted(tile[:2]), sorted(tile[2:]), tile))
 
 
 def hand_masked(model: nn.Module, patterns: Mapping[str, str | Pattern]) -> nn.Module:
-    """A plain dense copy of ``model`` whose named weights are multiplied by their masks."""
+    """Returns a plain dense copy of ``model`` with the named weights multiplied by their masks."""
     oracle = copy.deepcopy(model)
     for key in ("forward", "_sparsedm"):
         oracle.__dict__.pop(key, None)
@@ -67,26 +111,26 @@ def hand_masked(model: nn.Module, patterns: Mapping[str, str | Pattern]) -> nn.M
 
 
 def masked_patterns(student: nn.Module) -> dict[str, Pattern]:
-    """The patterns of the weights the student masks; there must be some."""
+    """Returns the patterns of the weights that the student masks; there must be some."""
     patterns = {name: pattern for name, (_, pattern) in sdm.masked_parameters(student).items()}
     assert patterns
     return patterns
 
 
 def oracle_of(student: nn.Module) -> nn.Module:
-    """The oracle of a student that has been called at least once."""
+    """Returns the oracle of a student that has been called at least once."""
     return hand_masked(student, masked_patterns(student))
 
 
 def assert_same(a: Tensor, b: Tensor, *, tolerance: float = 0.0) -> None:
-    """Equal to the bit, unless a tolerance (absolute and relative) is earned by the caller."""
+    """Asserts equality to the bit, or within an absolute and relative tolerance."""
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def gradients(
     model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], seed: int = 0
 ) -> dict[str, Tensor]:
-    """Gradients of a fixed scalar of the output, by parameter name; random draws are seeded."""
+    """Returns gradients of a fixed scalar of the output by parameter name, with seeded draws."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
     out = sample_of(model(*call[0], **call[1]))
@@ -104,7 +148,7 @@ def assert_gradients(
     *,
     tolerance: float = 0.0,
 ) -> None:
-    """Every parameter has a gradient, and it is the oracle's (straight-through: unmasked)."""
+    """Asserts that every parameter has the oracle's gradient (straight-through: unmasked)."""
     theirs, ours = gradients(oracle, call), gradients(student, call)
     missing = {name for name, _ in student.named_parameters()} - ours.keys()
     assert missing <= set(unread), f"no gradient: {missing}"

@@ -27,14 +27,19 @@ FRAMES = 2
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of network and what its forward supports.
+    """A kind of network, with the features that its forward supports.
 
-    ``second_size``: another resolution, None where positions are learned. ``timestep``: position
-    (int) or name (str) of the timestep in a call. ``int_timestep``: a Python int will do there.
-    ``return_dict``: forward takes it, and returns a 1-tuple when it is False.
-    ``checkpointing``: ``model.enable_gradient_checkpointing()`` works. ``random_in_train``: a
-    forward in train() draws random numbers (class dropout). ``unread``: parameters whose value
-    the published architecture computes with and then throws away; they never get a gradient.
+    Attributes:
+        name: Its id in tests.
+        create: Builds the model.
+        timestep: Position (int) or name (str) of the timestep in a call.
+        second_size: Another resolution, None where positions are learned.
+        int_timestep: The timestep may be a Python int.
+        return_dict: The forward takes ``return_dict``, and returns a 1-tuple when it is False.
+        checkpointing: ``model.enable_gradient_checkpointing()`` works.
+        random_in_train: A forward in train() draws random numbers (class dropout).
+        unread: Parameters that the published architecture computes with in vain; they never get a
+            gradient.
     """
 
     name: str
@@ -48,7 +53,7 @@ class Family:
     unread: frozenset[str] = frozenset()
 
     def build(self, seed: int = 0) -> nn.Module:
-        """The model, in eval(); the same weights for the same seed."""
+        """Returns the model, in eval(), with the same weights for the same seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return fill_zeros(self.create()).eval()
@@ -56,7 +61,7 @@ class Family:
     def inputs(
         self, model: nn.Module, batch: int = 1, size: int | None = None, seed: int = 0
     ) -> Call:
-        """(args, kwargs) of a forward on the model's device, the same for the same seed."""
+        """Returns (args, kwargs) of a forward on the model's device, the same for the same seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1000 + seed)
             return example_inputs(
@@ -64,21 +69,21 @@ class Family:
             )
 
     def make(self, batch: int = 1, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...], dict]:
-        """(model, args, kwargs)."""
+        """Returns (model, args, kwargs)."""
         model = self.build(seed)
         return model, *self.inputs(model, batch, seed=seed)
 
     def at(self, call: Call, timestep: Tensor | float) -> Call:
-        """The same call at another timestep."""
+        """Returns the same call at another timestep."""
         args, kwargs = call
         if isinstance(self.timestep, str):
             return args, {**kwargs, self.timestep: timestep}
-        where = self.timestep
-        return (*args[:where], timestep, *args[where + 1 :]), kwargs
+        position = self.timestep
+        return (*args[:position], timestep, *args[position + 1 :]), kwargs
 
 
 def sample_of(output: Any) -> Tensor:
-    """The prediction in what a forward returned: a tensor, a 1-tuple, or an output with .sample."""
+    """Returns the prediction of an output: a tensor, a 1-tuple, or an object with ``sample``."""
     if isinstance(output, Tensor):
         return output
     sample = output[0] if isinstance(output, tuple) else output.sample
@@ -88,7 +93,7 @@ def sample_of(output: Any) -> Tensor:
 
 @torch.no_grad()
 def fill_zeros(model: nn.Module) -> nn.Module:
-    """``model`` with every all-zero parameter redrawn small, in place."""
+    """Draws every all-zero parameter anew with a small scale, in place; returns the model."""
     for param in model.parameters():
         if not param.any():
             param.normal_(std=0.02)

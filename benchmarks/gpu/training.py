@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 import sparsedm_compiler as sdm
-from benchmarks.train_step import stepper
+from benchmarks.train_step import build_step
 
 from .case import Case, Row, Tell
 from .comparing import faster, of_models, typical
@@ -39,7 +39,7 @@ def compare(
     entry = ENTRIES[name]
     row: Row = {"model": entry.title, "batch": batch, "dtype": "bfloat16 autocast", "patterns": {}}
     model, call = opened(name, batch, plan.device, torch.float32)
-    dense = stepper(torch.compile(model, backend=backend(plan)), call, sr_ste=False)
+    dense = build_step(torch.compile(model, backend=backend(plan)), call, sr_ste=False)
     for text in plan.train_patterns:
         crumb = f"{name} batch {batch} at {text}"
         if crumb in avoid or not known(text):
@@ -49,12 +49,12 @@ def compare(
         tell(crumb)
         student = sdm.compile(model, text, backend=backend(plan), policy=entry.policy)
         kinds = {"mask": False, "sr-ste": True}
-        steps = {kind: stepper(student, call, sr_ste=decay) for kind, decay in kinds.items()}
+        steps = {kind: build_step(student, call, sr_ste=decay) for kind, decay in kinds.items()}
         if text in SPARSE:
             pinned = sdm.compile(
                 model, text, backend=backend(plan), policy=entry.policy, kernels={"*": "sparse"}
             )
-            steps["sparse"] = stepper(pinned, call, sr_ste=False)
+            steps["sparse"] = build_step(pinned, call, sr_ste=False)
         times = of_models({"dense": dense, **steps}, plan.seconds)
         masked = sum(weight.numel() for weight, _ in sdm.masked_parameters(student).values())
         row["patterns"][text] = {
@@ -75,9 +75,9 @@ def step_of(plan: Plan, which: tuple[str, int], text: str | None) -> Callable[[]
     name, batch = which
     model, call = opened(name, batch, plan.device, torch.float32)
     if text is None:
-        return stepper(torch.compile(model, backend=backend(plan)), call, sr_ste=False)
+        return build_step(torch.compile(model, backend=backend(plan)), call, sr_ste=False)
     student = sdm.compile(model, text, backend=backend(plan), policy=ENTRIES[name].policy)
-    return stepper(student, call, sr_ste=False)
+    return build_step(student, call, sr_ste=False)
 
 
 def backend(plan: Plan) -> str:

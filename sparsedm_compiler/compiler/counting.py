@@ -10,7 +10,8 @@ from torch import nn
 
 from ..config import CompileConfig
 from ..errors import ConfigError
-from ..graph.capture import capture, map_parameter_names, record_eager_products
+from ..graph.capture import capture, map_parameter_names
+from ..graph.eager_watch import record_eager_products
 from ..passes import count_macs as count_sites
 from ..passes import find_eager_sites, find_sites, mark_eager, mark_prunable, trace_topology
 from ..patterns import Pattern

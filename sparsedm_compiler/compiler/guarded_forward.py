@@ -23,17 +23,15 @@ from ..backends.packing import PackedWeight
 from ..config import CompileConfig
 from ..errors import ConfigError, DenseRunError
 from ..graph.capture import (
-    BROKEN,
-    EagerProduct,
-    EagerWatch,
+    GRAPH_BREAK_ERRORS,
     OwnForward,
+    apply_dynamo_settings,
     bind_parameters,
     copy_forward,
-    dynamo_settings,
-    record_eager_products,
     unwrap_errors,
 )
 from ..graph.diagnostics import describe_graph_break, find_user_line
+from ..graph.eager_watch import EagerProduct, EagerWatch, record_eager_products
 from ..graph.names import strip_adapter_prefix
 from ..passes import (
     Plan,
@@ -108,7 +106,7 @@ class SparseForward(OwnForward):
         before = self._runs
         if self.weights.packed:
             self.weights.settle(self.module)
-        with dynamo_settings(), unwrap_errors():
+        with apply_dynamo_settings(), unwrap_errors():
             try:
                 out = self._call(*args, **kwargs)
             except FailOnRecompileLimitHit as limit:
@@ -134,7 +132,7 @@ class SparseForward(OwnForward):
         if self.broken is None:
             try:
                 return self._compiled(self.module, *args, **kwargs)
-            except BROKEN as unsupported:
+            except GRAPH_BREAK_ERRORS as unsupported:
                 self._go_partial(describe_graph_break(unsupported), *args, **kwargs)
         with EagerWatch(self.module, self._refuse_eager):
             return self._compiled(self.module, *args, **kwargs)

@@ -1,1 +1,1 @@
-"""Captured FX graphs: capture, one flat list of ops, the op table, names and stack traces."""
+"""Captured FX graphs: capture, the flat list of ops, the op table, names and stack traces."""

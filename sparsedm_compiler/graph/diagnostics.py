@@ -1,4 +1,4 @@
-"""Names the user's line of code behind a graph break or an unmasked product."""
+"""The user's line of code behind a graph break or an unmasked product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 def find_user_line() -> str:
-    """The innermost line on the stack that is neither torch's nor ours, as "file:line: code"."""
+    """Returns the innermost line on the stack that is not torch's or ours, as "file:line: code"."""
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith((*_OURS, "<")):
             return f"{frame.filename}:{frame.lineno}: {frame.line}"
@@ -20,9 +20,9 @@ def find_user_line() -> str:
 
 
 def describe_graph_break(error: Exception) -> str:
-    """Dynamo's reason for a graph break in one line, with the user's line that caused it."""
+    """Returns Dynamo's reason for a graph break in one line, with the user's line behind it."""
     text = str(error)
     frames = re.findall(r'File "(.+?)", line (\d+), in .*\n\s+(.+)', text)
     theirs = [frame for frame in frames if not frame[0].startswith(_OURS)]
-    place = " (at {}:{}: {})".format(*theirs[-1]) if theirs else ""
-    return text.strip().splitlines()[0] + place
+    location = " (at {}:{}: {})".format(*theirs[-1]) if theirs else ""
+    return text.strip().splitlines()[0] + location

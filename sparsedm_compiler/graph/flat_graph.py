@@ -1,7 +1,7 @@
-"""Our words for FX: one flat list of ops, sub-graphs inlined, weights traced to parameters.
+"""A captured graph as one flat list of ops, with weights traced to parameters.
 
-Gradient checkpointing, autocast regions and branches put layers into sub-GraphModules. Analyses
-should not care: ``flatten`` inlines them, so that every analysis is a walk along one list.
+Gradient checkpointing, autocast regions and branches put layers into sub-GraphModules. ``flatten``
+inlines them, so that every analysis is a walk along one list.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ _TURNS = {"t", "transpose", "permute", "mT", "T", "swapaxes", "movedim"}
 
 @dataclass(slots=True, eq=False)
 class Op:
-    """One node of the flat graph. ``args``/``kwargs`` hold Ops in the place of nodes.
+    """One node of the flat graph.
 
-    ``name``: the node's name, prefixed by the sub-graph it lies in. ``value``: what the node
-    produces (a FakeTensor with its shape, or whatever the node's metadata holds).
+    Attributes:
+        name: The node's name, prefixed by the names of the sub-graphs around it.
+        node: The node of the FX graph.
+        args: The node's positional arguments, with Ops instead of nodes.
+        kwargs: The node's keyword arguments, with Ops instead of nodes.
+        users: Ops that have this one among their arguments.
     """
 
     name: str
@@ -40,36 +44,36 @@ class Op:
 
     @property
     def value(self) -> Any:
-        """The example value; None where the node has none."""
+        """The example value, e.g. a FakeTensor; None if the node has none."""
         return get_example_value(self.node)
 
     @property
     def inputs(self) -> tuple[Op, ...]:
-        """Every Op among the arguments, in order."""
-        return tuple(_ops_in((self.args, self.kwargs)))
+        """All Ops among the arguments, in order."""
+        return tuple(_iterate_ops((self.args, self.kwargs)))
 
-    def products(self) -> tuple[tuple[Product, tuple[Op, ...]], ...]:
-        """What this op multiplies, each with the Ops that may hold the weight."""
+    def list_products(self) -> tuple[tuple[Product, tuple[Op, ...]], ...]:
+        """Returns the products that this op computes, with the Ops that may hold the weight."""
         entry = OP_TABLE.get(self.node.target)
         if entry is None or self.node.op not in ("call_function", "call_method"):
             return ()
         bound = entry.bind(self.args, self.kwargs)
         values = {name: _map_ops(arg, lambda op: op.value) for name, arg in bound.items()}
-        found = []
+        products = []
         for product in entry.products(values, self.value):
             factors = (bound.get(name) for name in product.factors)
-            found.append((product, tuple(f for f in factors if isinstance(f, Op))))
-        return tuple(found)
+            products.append((product, tuple(f for f in factors if isinstance(f, Op))))
+        return tuple(products)
 
 
 def get_example_value(node: fx.Node) -> Any:
-    """The example value in the metadata of a Dynamo or exported node, or None."""
+    """Returns the example value in the metadata of a Dynamo or exported node, or None."""
     meta = node.meta
     return meta["example_value"] if "example_value" in meta else meta.get("val")
 
 
 def flatten(gm: fx.GraphModule) -> tuple[Op, ...]:
-    """Every op of ``gm`` and of its sub-graphs in execution order; the last one is the output."""
+    """Returns all ops of ``gm`` and its sub-graphs in execution order; the last is the output."""
     ops = tuple(_inline(gm, "", None)[0])
     for op in ops:
         for source in op.inputs:
@@ -80,7 +84,10 @@ def flatten(gm: fx.GraphModule) -> tuple[Op, ...]:
 def _inline(
     gm: fx.GraphModule, prefix: str, bound: Iterable[Any] | None
 ) -> tuple[list[Op], dict[fx.Node, Any]]:
-    """The ops of one graph whose placeholders stand for ``bound`` (None: for themselves)."""
+    """Returns the ops of a graph whose placeholders are bound to ``bound``, and all by node.
+
+    None for ``bound`` keeps the placeholders as ops.
+    """
     ops: list[Op] = []
     env: dict[fx.Node, Any] = {}
     incoming = None if bound is None else iter(bound)
@@ -95,7 +102,7 @@ def _inline(
         if node.op == "output" and bound is not None:
             env[node] = args[0]
             continue
-        inner, args = _enter(gm, node, args, prefix)
+        inner, args = _inline_subgraphs(gm, node, args, prefix)
         ops.extend(inner.ops)
         if inner.result is not None:
             env[node] = inner.result
@@ -106,23 +113,26 @@ def _inline(
 
 
 @dataclass(slots=True)
-class _Inner:
-    """What a node's sub-graphs contribute: their ops, and their output where there is just one."""
+class _Inlined:
+    """The ops of a node's sub-graphs, and their output where there is just one sub-graph."""
 
     ops: list[Op] = field(default_factory=list)
     result: Any = None
 
 
-def _enter(
+def _inline_subgraphs(
     gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...], prefix: str
-) -> tuple[_Inner, tuple[Any, ...]]:
-    """Inline the sub-graphs a higher-order node calls; several (branches) merge in the node."""
+) -> tuple[_Inlined, tuple[Any, ...]]:
+    """Inlines the sub-graphs that a higher-order node calls.
+
+    The outputs of several, such as branches, become arguments of the node.
+    """
     graphs = [] if node.op != "call_function" else list(find_subgraphs(gm, node.args))
     if node.target is torch.ops.higher_order.autograd_function_apply:
         graphs = graphs[:1]  # the second one is the backward
-    inner, results = _Inner(), []
+    inner, results = _Inlined(), []
     for name, graph in graphs:
-        operands = list(_leaves(args))
+        operands = list(_iterate_leaves(args))
         wanted = sum(inner_node.op == "placeholder" for inner_node in graph.graph.nodes)
         if wanted > len(operands):
             continue  # called in a way we do not know: its weights are seen as read by this node
@@ -136,8 +146,8 @@ def _enter(
 
 
 def find_subgraphs(gm: fx.GraphModule, args: Any) -> Iterator[tuple[str, fx.GraphModule]]:
-    """(name, GraphModule) of every sub-graph among a node's arguments."""
-    for arg in _leaves(args):
+    """Yields (name, GraphModule) of the sub-graphs among a node's arguments."""
+    for arg in _iterate_leaves(args):
         if isinstance(arg, fx.Node) and arg.op == "get_attr":
             try:
                 graph = gm.get_submodule(str(arg.target))
@@ -147,20 +157,20 @@ def find_subgraphs(gm: fx.GraphModule, args: Any) -> Iterator[tuple[str, fx.Grap
                 yield str(arg.target), graph
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
+def _iterate_leaves(tree: Any) -> Iterator[Any]:
     if isinstance(tree, (tuple, list)):
         for part in tree:
-            yield from _leaves(part)
+            yield from _iterate_leaves(part)
     elif isinstance(tree, dict):
-        yield from _leaves(list(tree.values()))
+        yield from _iterate_leaves(list(tree.values()))
     elif isinstance(tree, slice):
-        yield from _leaves((tree.start, tree.stop, tree.step))
+        yield from _iterate_leaves((tree.start, tree.stop, tree.step))
     else:
         yield tree
 
 
-def _ops_in(tree: Any) -> Iterator[Op]:
-    return (leaf for leaf in _leaves(tree) if isinstance(leaf, Op))
+def _iterate_ops(tree: Any) -> Iterator[Op]:
+    return (leaf for leaf in _iterate_leaves(tree) if isinstance(leaf, Op))
 
 
 def _map_ops(tree: Any, change: Any) -> Any:
@@ -171,10 +181,12 @@ def _map_ops(tree: Any, change: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ParameterRead:
-    """How an operand comes from a parameter.
+    """An operand that is a cast or view of a parameter.
 
-    ``layout``: "same" (casts, row slices and trailing ones: dimension 1 is still the input
-    channels), "transposed", or "view" (anything else).
+    Attributes:
+        parameter: The parameter.
+        layout: "same" after casts, row slices and trailing ones, where dimension 1 is still the
+            input channels; "transposed"; or "view" for anything else.
     """
 
     parameter: Op
@@ -182,44 +194,44 @@ class ParameterRead:
 
 
 def trace_parameter(operand: Op, parameters: Collection[Op]) -> ParameterRead | None:
-    """The parameter ``operand`` is a cast or view of; None for an activation."""
+    """Returns the parameter that ``operand`` is a cast or view of; None for an activation."""
     turned = False
     op = operand
     while op not in parameters:
-        step = _step(op)
+        step = _name_step(op)
         if step is None:
             return None
         turned |= step in _TURNS
         op = op.inputs[0]
-    return ParameterRead(op, _layout(operand.value, op.value, turned))
+    return ParameterRead(op, _classify_layout(operand.value, op.value, turned))
 
 
-def _step(op: Op) -> str | None:
-    """The name of a cast, view or turn of a single tensor; None for any other op."""
+def _name_step(op: Op) -> str | None:
+    """Returns the name of a cast, view or turn of a single tensor; None for any other op."""
     if op.node.op not in ("call_function", "call_method") or not op.inputs:
         return None
     return classify_step(str(op.args[1]) if op.node.target is getattr else op.node.target)
 
 
 def classify_step(target: Any) -> str | None:
-    """The name of a call target that casts, views or turns one tensor; None for any other."""
+    """Returns the name of a target that casts, views or turns one tensor; None for any other."""
     if isinstance(target, torch._ops.OpOverload):
         target = target._opname
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return name if name in _CASTS | _VIEWS | _TURNS else None
 
 
-def _layout(seen: Any, parameter: Any, turned: bool) -> str:
+def _classify_layout(seen: Any, parameter: Any, turned: bool) -> str:
     if not isinstance(seen, Tensor) or parameter.dim() < 2 or seen.dim() < 2:
         return "view"
     if turned:
         flipped = parameter.dim() == 2 and tuple(seen.shape) == tuple(parameter.shape)[::-1]
         return "transposed" if flipped else "view"
-    return "same" if _inner_shape(seen) == _inner_shape(parameter) else "view"
+    return "same" if _strip_trailing_ones(seen) == _strip_trailing_ones(parameter) else "view"
 
 
-def _inner_shape(weight: Tensor) -> tuple[int, ...]:
-    """The shape behind the rows, without trailing ones: [out, in, 1] and [out, in] agree."""
+def _strip_trailing_ones(weight: Tensor) -> tuple[int, ...]:
+    """Returns the shape after the rows without trailing ones: [out, in, 1] is as [out, in]."""
     shape = list(weight.shape[1:])
     while len(shape) > 1 and shape[-1] == 1:
         shape.pop()
@@ -227,16 +239,16 @@ def _inner_shape(weight: Tensor) -> tuple[int, ...]:
 
 
 def find_readers(parameter: Op) -> Iterator[tuple[Op, Op]]:
-    """(reader, operand) for every op that consumes the parameter or a cast or view of it."""
+    """Yields (reader, operand) for the ops that consume the parameter or a cast or view of it."""
     pending = [parameter]
     while pending:
         operand = pending.pop(0)
         for user in operand.users:
-            if user.node.op != "output" and _step(user) and user.inputs[0] is operand:
+            if user.node.op != "output" and _name_step(user) and user.inputs[0] is operand:
                 pending.append(user)
             elif user.node.op == "output" or _holds_tensor(user.value):
                 yield user, operand
 
 
 def _holds_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in _leaves(value))
+    return any(isinstance(leaf, Tensor) for leaf in _iterate_leaves(value))

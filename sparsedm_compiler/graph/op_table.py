@@ -1,7 +1,7 @@
-"""The op table: what each call target multiplies, and with how many MACs.
+"""The op table: the products that each call target computes, and their MACs.
 
 One entry serves Dynamo graphs (``torch._C._nn.linear``), exported graphs (``aten.linear.default``)
-and eager calls seen by a torch function mode. Adding an op means adding an entry here.
+and eager calls that a torch function mode reports. Adding an op means adding an entry here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ Arguments = Mapping[str, Any]
 class Product:
     """One multiplication inside a call.
 
-    ``factors``: names of the arguments that may hold a weight; ``fixed`` says that the first one
-    is the weight by the op's definition, otherwise the product is of two activations
-    ("attention") unless a factor turns out to be a parameter. ``macs``: exact count, computed on
-    demand (shapes may be symbolic). ``refusal``: why this op's weight is never pruned.
+    Attributes:
+        factors: Names of the arguments that may hold a weight.
+        macs: Computes the exact number of multiply-accumulates on demand, since shapes may be
+            symbolic.
+        kind: "linear", "conv" or "attention".
+        fixed: True if the first factor is the weight by the op's definition. Otherwise the product
+            is of two activations ("attention") unless a factor is a parameter.
+        refusal: Why this op's weight is never pruned, as a sentence; None if it may be.
     """
 
     factors: tuple[str, ...]
@@ -38,22 +42,28 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class OpEntry:
-    """A known op: its name in reports, its argument names in order, and its products."""
+    """A known op.
+
+    Attributes:
+        name: Its name in reports.
+        arguments: Names of its arguments, in order.
+        products: Returns its products from the arguments by name and the result.
+    """
 
     name: str
     arguments: tuple[str, ...]
     products: Callable[[Arguments, Any], tuple[Product, ...]]
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments by name; positional ones beyond the known names are left out."""
+        """Returns the arguments by name, without positional ones beyond the known names."""
         return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
 
 
-def _linear(a: Arguments, out: Any) -> tuple[Product, ...]:
+def _describe_linear(a: Arguments, out: Any) -> tuple[Product, ...]:
     return (Product(("weight",), lambda: out.numel() * a["weight"].shape[1]),)
 
 
-def _conv(a: Arguments, out: Any) -> tuple[Product, ...]:
+def _describe_conv(a: Arguments, out: Any) -> tuple[Product, ...]:
     weight, groups = a["weight"], a.get("groups", 1)
     refusal = None
     if groups != 1:
@@ -63,22 +73,23 @@ def _conv(a: Arguments, out: Any) -> tuple[Product, ...]:
     return (Product(("weight",), macs, "conv", refusal=refusal),)
 
 
-def _conv_transpose(a: Arguments, out: Any) -> tuple[Product, ...]:
+def _describe_conv_transpose(a: Arguments, out: Any) -> tuple[Product, ...]:
     macs = lambda: a["input"].numel() * math.prod(a["weight"].shape[1:])  # noqa: E731
     return (Product(("weight",), macs, "conv", refusal="transposed convolution"),)
 
 
-def _bilinear(a: Arguments, out: Any) -> tuple[Product, ...]:
+def _describe_bilinear(a: Arguments, out: Any) -> tuple[Product, ...]:
     macs = lambda: out.numel() * math.prod(a["weight"].shape[1:])  # noqa: E731
     return (Product(("weight",), macs, refusal="bilinear layer"),)
 
 
-def _matmul(a: Arguments, out: Any) -> tuple[Product, ...]:
+def _describe_matmul(a: Arguments, out: Any) -> tuple[Product, ...]:
     macs = lambda: out.numel() * a["input"].shape[-1]  # noqa: E731
     return (Product(("other", "input"), macs, "attention", fixed=False),)
 
 
-def _einsum_sizes(equation: str, operands: tuple[Any, ...]) -> tuple[dict[str, int], str]:
+def _parse_einsum(equation: str, operands: tuple[Any, ...]) -> tuple[dict[str, int], str]:
+    """Returns the size of each letter, and the letters of the output."""
     inputs, _, output = equation.replace(" ", "").partition("->")
     sizes: dict[str, int] = {}
     for term, operand in zip(inputs.split(","), operands, strict=True):
@@ -91,11 +102,11 @@ def _einsum_sizes(equation: str, operands: tuple[Any, ...]) -> tuple[dict[str, i
     return sizes, output
 
 
-def _einsum(a: Arguments, out: Any) -> tuple[Product, ...]:
+def _describe_einsum(a: Arguments, out: Any) -> tuple[Product, ...]:
     operands = a["input"] if isinstance(a["input"], (tuple, list)) else (a["input"], a.get("other"))
     if len(operands) != 2 or operands[1] is None:
         return ()
-    sizes, output = _einsum_sizes(a["equation"], tuple(operands))
+    sizes, output = _parse_einsum(a["equation"], tuple(operands))
     summed = [size for letter, size in sizes.items() if letter not in output]
     if not summed:
         return ()  # an outer product accumulates nothing
@@ -103,63 +114,69 @@ def _einsum(a: Arguments, out: Any) -> tuple[Product, ...]:
     return (Product(("other", "input"), macs, "attention", fixed=False),)
 
 
-def _attention_macs(query: Any, key: Any, value: Any) -> int:
-    """QK and AV. query [..., L, E], key [..., S, E], value [..., S, Ev]."""
+def _count_attention_macs(query: Any, key: Any, value: Any) -> int:
+    """Returns the MACs of QK and AV. query [..., L, E], key [..., S, E], value [..., S, Ev]."""
     return int(
         query.numel() // query.shape[-1] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     )
 
 
-def _sdpa(a: Arguments, out: Any) -> tuple[Product, ...]:
-    macs = lambda: _attention_macs(a["query"], a["key"], a["value"])  # noqa: E731
+def _describe_sdpa(a: Arguments, out: Any) -> tuple[Product, ...]:
+    macs = lambda: _count_attention_macs(a["query"], a["key"], a["value"])  # noqa: E731
     return (Product((), macs, "attention", fixed=False),)
 
 
-def _tokens(x: Any) -> int:
+def _count_tokens(x: Any) -> int:
     return int(x.numel() // x.shape[-1])
 
 
-def _heads_macs(query: Any, key: Any, extra: int = 0, source: int = -2) -> int:
-    """QK and AV of all heads. query [..., E]; the keys lie along dimension ``source`` of key."""
+def _count_heads_macs(query: Any, key: Any, extra: int = 0, source: int = -2) -> int:
+    """Returns the MACs of QK and AV of all heads.
+
+    query [..., E]; the keys lie along dimension ``source`` of key.
+    """
     width = query.shape[-1]
-    return int(2 * _tokens(query) * (key.shape[source] + extra) * width)
+    return int(2 * _count_tokens(query) * (key.shape[source] + extra) * width)
 
 
-def _multi_head_attention(a: Arguments, out: Any) -> tuple[Product, ...]:
-    """query [L, B, E] or [L, E]; key and value [S, B, E'] or [S, E']."""
+def _describe_multi_head_attention(a: Arguments, out: Any) -> tuple[Product, ...]:
+    """Returns the products of attention with its projections.
+
+    query [L, B, E] or [L, E]; key and value [S, B, E'] or [S, E'].
+    """
     q, k, v = a["query"], a["key"], a["value"]
     width = q.shape[-1]
     extra = (a.get("bias_k") is not None) + bool(a.get("add_zero_attn"))
     projections = {"q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v}
     if not a.get("use_separate_proj_weight"):
-        rows = lambda: sum(map(_tokens, (q, k, v))) * width * width  # noqa: E731
-        found = [Product(("in_proj_weight",), rows)]
+        rows = lambda: sum(map(_count_tokens, (q, k, v))) * width * width  # noqa: E731
+        products = [Product(("in_proj_weight",), rows)]
     else:
-        found = [
+        products = [
             Product((name,), lambda x=x: x.numel() * width)  # type: ignore[misc]
             for name, x in projections.items()
         ]
-    found.append(Product(("out_proj_weight",), lambda: q.numel() * width))
-    attention = lambda: _heads_macs(q, k, extra, source=0)  # noqa: E731
-    return (*found, Product((), attention, "attention", fixed=False))
+    products.append(Product(("out_proj_weight",), lambda: q.numel() * width))
+    attention = lambda: _count_heads_macs(q, k, extra, source=0)  # noqa: E731
+    return (*products, Product((), attention, "attention", fixed=False))
 
 
-def _native_attention(a: Arguments, out: Any) -> tuple[Product, ...]:
-    """The inference fast path of nn.MultiheadAttention. query [B, L, E]."""
+def _describe_native_attention(a: Arguments, out: Any) -> tuple[Product, ...]:
+    """Returns the products of nn.MultiheadAttention's fast path. query [B, L, E]."""
     q, k = a["query"], a["key"]
     width = q.shape[-1]
     return (
         Product(("qkv_weight",), lambda: 3 * q.numel() * width),
         Product(("proj_weight",), lambda: q.numel() * width),
-        Product((), lambda: _heads_macs(q, k), "attention", fixed=False),
+        Product((), lambda: _count_heads_macs(q, k), "attention", fixed=False),
     )
 
 
-def _encoder_layer(a: Arguments, out: Any) -> tuple[Product, ...]:
-    """The inference fast path of nn.TransformerEncoderLayer. query [B, L, E]."""
+def _describe_encoder_layer(a: Arguments, out: Any) -> tuple[Product, ...]:
+    """Returns the products of nn.TransformerEncoderLayer's fast path. query [B, L, E]."""
     q, hidden = a["query"], a["ffn_weight_1"].shape[0]
     return (
-        *_native_attention({**a, "key": q}, out),
+        *_describe_native_attention({**a, "key": q}, out),
         Product(("ffn_weight_1",), lambda: q.numel() * hidden),
         Product(("ffn_weight_2",), lambda: q.numel() * hidden),
     )
@@ -185,34 +202,46 @@ _QKV = ("query", "key", "value")
 _aten = torch.ops.aten
 
 
-def _entries() -> dict[Any, OpEntry]:
+def _build_table() -> dict[Any, OpEntry]:
     table: dict[Any, OpEntry] = {}
 
     def add(name: str, arguments: tuple[str, ...], products: Any, *targets: Any) -> None:
         table.update(dict.fromkeys(targets, OpEntry(name, arguments, products)))
 
-    add("linear", ("input", "weight", "bias"), _linear, F.linear, _aten.linear.default)
+    add("linear", ("input", "weight", "bias"), _describe_linear, F.linear, _aten.linear.default)
     for d in (1, 2, 3):
         aten, name = getattr(_aten, f"conv{d}d"), f"conv{d}d"
-        add(name, _CONV, _conv, getattr(torch, name), aten.default, aten.padding)
-        add(f"conv_transpose{d}d", _TRANSPOSE, _conv_transpose, getattr(F, f"conv_transpose{d}d"))
-    add("bilinear", ("input1", "input2", "weight", "bias"), _bilinear, F.bilinear)
-    add("matmul", _PAIR, _matmul, torch.matmul, operator.matmul, Tensor.matmul, "matmul")
-    add("matmul", _PAIR, _matmul, Tensor.__matmul__, _aten.matmul.default)
-    add("mm", _PAIR, _matmul, torch.mm, Tensor.mm, "mm", torch.mv, Tensor.mv, "mv")
-    add("bmm", _PAIR, _matmul, torch.bmm, Tensor.bmm, "bmm", _aten.bmm.default)
-    add("addmm", _ADDED, _matmul, torch.addmm, Tensor.addmm, "addmm", _aten.addmm.default)
-    add("baddbmm", _ADDED, _matmul, torch.baddbmm, Tensor.baddbmm, "baddbmm")
-    add("einsum", ("equation", "input", "other"), _einsum, torch.einsum)
-    add("attention", _QKV, _sdpa, F.scaled_dot_product_attention)
-    add("attention", _QKV, _sdpa, _aten.scaled_dot_product_attention.default)
-    add("attention", _QKV, _sdpa, torch.ops.higher_order.flex_attention)
-    add("multi_head_attention", _MHA, _multi_head_attention, F.multi_head_attention_forward)
+        add(name, _CONV, _describe_conv, getattr(torch, name), aten.default, aten.padding)
+        add(
+            f"conv_transpose{d}d",
+            _TRANSPOSE,
+            _describe_conv_transpose,
+            getattr(F, f"conv_transpose{d}d"),
+        )
+    add("bilinear", ("input1", "input2", "weight", "bias"), _describe_bilinear, F.bilinear)
+    add("matmul", _PAIR, _describe_matmul, torch.matmul, operator.matmul, Tensor.matmul, "matmul")
+    add("matmul", _PAIR, _describe_matmul, Tensor.__matmul__, _aten.matmul.default)
+    add("mm", _PAIR, _describe_matmul, torch.mm, Tensor.mm, "mm", torch.mv, Tensor.mv, "mv")
+    add("bmm", _PAIR, _describe_matmul, torch.bmm, Tensor.bmm, "bmm", _aten.bmm.default)
+    add("addmm", _ADDED, _describe_matmul, torch.addmm, Tensor.addmm, "addmm", _aten.addmm.default)
+    add("baddbmm", _ADDED, _describe_matmul, torch.baddbmm, Tensor.baddbmm, "baddbmm")
+    add("einsum", ("equation", "input", "other"), _describe_einsum, torch.einsum)
+    add("attention", _QKV, _describe_sdpa, F.scaled_dot_product_attention)
+    add("attention", _QKV, _describe_sdpa, _aten.scaled_dot_product_attention.default)
+    add("attention", _QKV, _describe_sdpa, torch.ops.higher_order.flex_attention)
+    add(
+        "multi_head_attention", _MHA, _describe_multi_head_attention, F.multi_head_attention_forward
+    )
     native = (*_NATIVE, "proj_weight", "proj_bias")
-    add("multi_head_attention", native, _native_attention, torch._native_multi_head_attention)
-    add("encoder_layer", _LAYER, _encoder_layer, torch._transformer_encoder_layer_fwd)
+    add(
+        "multi_head_attention",
+        native,
+        _describe_native_attention,
+        torch._native_multi_head_attention,
+    )
+    add("encoder_layer", _LAYER, _describe_encoder_layer, torch._transformer_encoder_layer_fwd)
     return table
 
 
-OP_TABLE: Mapping[Any, OpEntry] = _entries()
-"""Call target (function, overload or method name) to Entry."""
+OP_TABLE: Mapping[Any, OpEntry] = _build_table()
+"""The entry of each call target: a function, an overload or the name of a method."""

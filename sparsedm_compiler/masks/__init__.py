@@ -1,1 +1,1 @@
-"""N:M masks of weights: selection, masked products with a straight-through gradient, detection."""
+"""N:M masks of weights: masks, masked weights with a straight-through gradient, detection."""

@@ -1,7 +1,7 @@
-"""``mask * weight`` of an N:M pattern in one Triton launch: reads the weight once, writes it once.
+"""``mask * weight`` of an N:M pattern in one Triton launch, which reads the weight only once.
 
 Tiles hold about 2048 elements for 4 warps: 16 per thread, and few enough bytes that a
-multiprocessor keeps a dozen in flight, which is what a pass bound by memory wants. The places of a
+multiprocessor keeps a dozen in flight, which is what a pass bound by memory wants. The slots of a
 group lie innermost, so that a thread loads neighbours (16 bytes where a group has them) and finds
 its group's largest mostly in its own registers. Lanes come in the order of the weight's memory,
 whatever its strides, and neighbouring dimensions that are one line of memory are one to the kernel.
@@ -32,60 +32,60 @@ _PER_WARP = 1 << 9
 
 
 class _Dim(NamedTuple):
-    """A dimension of lanes: how many, and how far from each other in the weight and the output."""
+    """A dimension of lanes: their number, and their strides in the weight and in the output."""
 
     size: int
     weight: int
     out: int
 
 
-def refusal(pattern: Pattern, dtype: torch.dtype) -> str | None:
-    """Why no kernel masks such weights, as a sentence; None where one does.
+def explain_refusal(pattern: Pattern, dtype: torch.dtype) -> str | None:
+    """Returns why no kernel masks such weights, as a sentence; None where one does.
 
-    >>> refusal(Pattern.parse("2:4"), torch.float64)
+    >>> explain_refusal(Pattern.parse("2:4"), torch.float64)
     'no fused mask for float64'
     """
     if dtype not in _FLOATS:
         return f"no fused mask for {str(dtype).removeprefix('torch.')}"
     if not isinstance(pattern, (NM, SharedNM, VNM)):
         return f"no fused mask for a pattern of the kind of {pattern}"
-    if _power(pattern.m) * _power(pattern.height) > _LARGEST_TILE:
+    if _round_to_power(pattern.m) * _round_to_power(pattern.height) > _LARGEST_TILE:
         return f"{pattern} masks more than {_LARGEST_TILE} weights together"
     return None
 
 
-def mask_by_triton(weight: Tensor, pattern: Pattern, *, rest: bool = False) -> Tensor:
-    """``kept(weight, unchecked_nm_mask(weight, pattern))``, to the bit, with the same strides.
+def mask_by_triton(weight: Tensor, pattern: Pattern, *, inverse: bool = False) -> Tensor:
+    """Returns ``apply_mask(weight, compute_mask(weight, pattern))``, to the bit.
 
-    ``rest``: ``dropped`` of the same instead, what the mask leaves out.
+    ``inverse``: ``apply_inverse_mask`` of the same instead, the weights that the mask prunes.
 
-    ``weight``: [out, in] or [out, in, *kernel] that the pattern fits and ``refusal`` does not name.
-    Energies of shared columns are sums in float32: two columns that differ by its rounding alone
-    may be ranked as another order of summation would not.
+    weight: [out, in] or [out, in, *kernel] that the pattern fits and ``explain_refusal`` does not
+    refuse; the result has its strides. Energies of shared columns are sums in float32: two columns
+    that differ by its rounding alone may be ranked as another order of summation would not.
     """
     weight = weight.detach()
     out = torch.empty_like(weight)
     if pattern.is_dense:
-        return out.zero_() if rest else out.copy_(weight)
+        return out.zero_() if inverse else out.copy_(weight)
     if weight.numel():
-        _launch(weight, out, pattern, rest=rest)
+        _launch(weight, out, pattern, inverse=inverse)
     return out
 
 
 def _launch(
-    weight: Tensor, out: Tensor, pattern: Pattern, *, rest: bool = False, wide: bool = False
+    weight: Tensor, out: Tensor, pattern: Pattern, *, inverse: bool = False, wide: bool = False
 ) -> None:
-    """Fill ``out``. ``wide``: count elements in 64 bits even where 32 do."""
+    """Fills ``out``. ``wide``: counts elements in 64 bits even where 32 would do."""
     import triton.language as tl
 
     from .triton_mask_kernels import mask_kernel
 
     lanes = weight.numel() // (pattern.m * pattern.height)
-    dims = _lanes(weight, out, pattern)
+    dims = _list_lane_dims(weight, out, pattern)
     row = (weight.stride(0), out.stride(0)) if pattern.height > 1 else (0, 0)
     align = math.gcd(16, *row, *(stride for dim in dims for stride in dim[1:]))
-    rows, places = _power(pattern.height), _power(pattern.m)
-    block = max(1, min(_TILE // (rows * places), _power(lanes)))
+    rows, slots = _round_to_power(pattern.height), _round_to_power(pattern.m)
+    block = max(1, min(_TILE // (rows * slots), _round_to_power(lanes)))
     per_row, shared = not isinstance(pattern, SharedNM), 0
     if isinstance(pattern, VNM):
         shared = SHARED_COLUMNS
@@ -106,52 +106,52 @@ def _launch(
             M=pattern.m,
             S=pattern.height,
             SHARED=shared,
-            FREE=per_row,
+            PER_ROW=per_row,
             FLOAT=getattr(tl, _FLOATS[weight.dtype]),
-            REST=rest,
+            INVERSE=inverse,
             ALIGN=align,
             ROWS=rows,
             LANES=block,
-            PLACES=places,
-            WIDE=wide or max(_span(weight), _span(out)) + _LARGEST_TILE >= 1 << 31,
-            num_warps=min(16, max(1, rows * block * places // _PER_WARP)),
+            SLOTS=slots,
+            WIDE=wide or max(_count_span(weight), _count_span(out)) + _LARGEST_TILE >= 1 << 31,
+            num_warps=min(16, max(1, rows * block * slots // _PER_WARP)),
             enable_fp_fusion=False,  # squares are rounded before they are added, as torch does
         )
 
 
-def _lanes(weight: Tensor, out: Tensor, pattern: Pattern) -> list[_Dim]:
-    """The dimensions that lanes run through, the fastest in memory first, as few as can be."""
+def _list_lane_dims(weight: Tensor, out: Tensor, pattern: Pattern) -> list[_Dim]:
+    """Returns as few dimensions of lanes as possible, the fastest in memory first."""
     units = (pattern.height, pattern.m, *[1] * (weight.dim() - 2))
     dims = sorted(
         (
-            _Dim(size // unit, stride * unit, to * unit)
-            for size, stride, to, unit in zip(
+            _Dim(size // unit, stride * unit, out_stride * unit)
+            for size, stride, out_stride, unit in zip(
                 weight.shape, weight.stride(), out.stride(), units, strict=True
             )
         ),
         key=lambda dim: dim.weight,
     )
-    return _joined(dim for dim in dims if dim.size > 1)
+    return _join_dims(dim for dim in dims if dim.size > 1)
 
 
-def _joined(dims: Iterable[_Dim]) -> list[_Dim]:
-    """One dimension for neighbours that are one line of memory in both; at least one."""
-    found: list[_Dim] = []
+def _join_dims(dims: Iterable[_Dim]) -> list[_Dim]:
+    """Joins neighbours that are one line of memory in both tensors; returns at least one."""
+    joined: list[_Dim] = []
     for dim in dims:
-        last = found[-1] if found else None
+        last = joined[-1] if joined else None
         if last and (dim.weight, dim.out) == (last.size * last.weight, last.size * last.out):
-            found[-1] = last._replace(size=last.size * dim.size)
+            joined[-1] = last._replace(size=last.size * dim.size)
         else:
-            found.append(dim)
-    return found or [_Dim(1, 0, 0)]
+            joined.append(dim)
+    return joined or [_Dim(1, 0, 0)]
 
 
-def _span(tensor: Tensor) -> int:
-    """Elements from the first to the last of a tensor."""
+def _count_span(tensor: Tensor) -> int:
+    """Returns the number of elements of memory from the first to the last of a tensor."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return 1 + sum((size - 1) * stride for size, stride in steps)
 
 
-def _power(size: int) -> int:
-    """The least power of two that is no less."""
+def _round_to_power(size: int) -> int:
+    """Returns the least power of two that is not below ``size``."""
     return 1 << (size - 1).bit_length()

@@ -1,7 +1,8 @@
-"""The Triton kernel of ``masking``: mask and product of a tile of groups in one pass.
+"""The Triton kernel of ``triton_mask``: mask and product of a tile of groups in one pass.
 
-A *lane* is one group of M neighbours along the input channels of S rows that are masked together
-(S = 1: a row of its own). A tile is [rows, lanes, places], padded to powers of two.
+A *lane* is one group of M neighbours along the input channels, a *slot* each, of S rows that are
+masked together (S = 1: every row on its own). A tile is [rows, lanes, slots], padded to powers of
+two.
 """
 
 from __future__ import annotations
@@ -20,86 +21,88 @@ def mask_kernel(
     out_lane,
     weight_row,
     out_row,
-    weight_place,
-    out_place,
+    weight_slot,
+    out_slot,
     N: tl.constexpr,
     M: tl.constexpr,
     S: tl.constexpr,
     SHARED: tl.constexpr,
-    FREE: tl.constexpr,
+    PER_ROW: tl.constexpr,
     FLOAT: tl.constexpr,
-    REST: tl.constexpr,
+    INVERSE: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
-    PLACES: tl.constexpr,
+    SLOTS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """out = weight where kept (REST: where not), else 0, both read as integers of their bits.
+    """Writes out = weight where kept (INVERSE: where pruned), else 0, as integers of their bits.
 
-    The S rows of a lane choose ``SHARED`` columns of M by energy (0: none), then each row keeps N
-    of those of M or SHARED that are left to it (FREE). ``sizes``: of the dimensions that lanes run
-    through, fastest first. Strides of rows and lanes are in units of ALIGN elements, which tells
-    the compiler how far a vector may reach.
+    The S rows of a lane choose ``SHARED`` columns of M by energy (0: all), then each row keeps N of
+    those columns (PER_ROW). ``sizes``: sizes of the dimensions that lanes run through, fastest
+    first. Strides of rows and lanes are in units of ALIGN elements, which tells the compiler how
+    far a vector may reach.
     """
     lane = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * LANES + tl.arange(0, LANES)
     row = tl.arange(0, ROWS)[:, None, None]
-    place = tl.arange(0, PLACES)[None, None, :]
+    slot = tl.arange(0, SLOTS)[None, None, :]
     inside = (lane < lanes)[None, :, None]
     if ROWS != S:
         inside = inside & (row < S)
-    if PLACES != M:
-        inside = inside & (place < M)
-    source = _at(lane, row, place, sizes, weight_lane, weight_row, weight_place, ALIGN, WIDE)
+    if SLOTS != M:
+        inside = inside & (slot < M)
+    source = _compute_offsets(
+        lane, row, slot, sizes, weight_lane, weight_row, weight_slot, ALIGN, WIDE
+    )
     bits = tl.load(weight + source, mask=inside, other=0)
-    allowed = place < M
+    allowed = slot < M
     if SHARED > 0:
         value = bits.to(FLOAT, bitcast=True).to(tl.float32)
         energy = tl.sum(value * value, axis=0, keep_dims=True).to(tl.int32, bitcast=True)
-        allowed = _kept(energy, place, allowed, SHARED, M, PLACES)
-    if FREE:
-        allowed = _kept(bits, place, allowed, N, SHARED if SHARED > 0 else M, PLACES)
-    target = _at(lane, row, place, sizes, out_lane, out_row, out_place, ALIGN, WIDE)
-    tl.store(out + target, tl.where(allowed != REST, bits, 0), mask=inside)
+        allowed = _keep_largest(energy, slot, allowed, SHARED, M, SLOTS)
+    if PER_ROW:
+        allowed = _keep_largest(bits, slot, allowed, N, SHARED if SHARED > 0 else M, SLOTS)
+    target = _compute_offsets(lane, row, slot, sizes, out_lane, out_row, out_slot, ALIGN, WIDE)
+    tl.store(out + target, tl.where(allowed != INVERSE, bits, 0), mask=inside)
 
 
 @triton.jit
-def _at(lane, row, place, sizes, lane_strides, row_stride, place_stride, ALIGN, WIDE):
-    """[rows, lanes, places]: where elements lie, in elements."""
+def _compute_offsets(lane, row, slot, sizes, lane_strides, row_stride, slot_stride, ALIGN, WIDE):
+    """Returns the offsets [rows, lanes, slots] of elements, in elements."""
     at = tl.zeros_like(lane)
     for d in tl.static_range(len(sizes)):
         at += lane % sizes[d] * lane_strides[d]
         lane = lane // sizes[d]
     at += lane * lane_strides[len(sizes)]
     if WIDE:
-        row, place = row.to(tl.int64), place.to(tl.int64)
-    return (row * row_stride + at[None, :, None]) * ALIGN + place * place_stride
+        row, slot = row.to(tl.int64), slot.to(tl.int64)
+    return (row * row_stride + at[None, :, None]) * ALIGN + slot * slot_stride
 
 
 @triton.jit
-def _kept(bits, place, allowed, N: tl.constexpr, OF: tl.constexpr, PLACES: tl.constexpr):
-    """True for the N largest magnitudes of every group, of which OF places are allowed.
+def _keep_largest(bits, slot, allowed, N: tl.constexpr, OF: tl.constexpr, SLOTS: tl.constexpr):
+    """Returns True for the N largest magnitudes of every group, in which OF slots are allowed.
 
-    The place makes every key another, and the first of equal magnitudes the largest. Where most
-    are kept, the few smallest are looked for instead.
+    The slot makes every key distinct, and the first of equal magnitudes the largest. Where most
+    are kept, the few smallest are selected instead.
     """
     BITS: tl.constexpr = bits.dtype.primitive_bitwidth - 1
     magnitude = bits & ((1 << BITS) - 1)
-    keys = magnitude.to(tl.int64 if BITS > 16 else tl.int32) * PLACES + (PLACES - 1 - place)
+    keys = magnitude.to(tl.int64 if BITS > 16 else tl.int32) * SLOTS + (SLOTS - 1 - slot)
     if N == OF:
         kept = allowed
     elif 2 * N <= OF:
-        kept = _largest(tl.where(allowed, keys, -1), N, BITS, PLACES)
+        kept = _select_largest(tl.where(allowed, keys, -1), N, BITS, SLOTS)
     else:
-        keys = ((1 << BITS) * PLACES - 1) - keys
-        pruned = _largest(tl.where(allowed, keys, -1), OF - N, BITS, PLACES)
+        keys = ((1 << BITS) * SLOTS - 1) - keys
+        pruned = _select_largest(tl.where(allowed, keys, -1), OF - N, BITS, SLOTS)
         kept = allowed & ~pruned
     return kept
 
 
 @triton.jit
-def _largest(keys, COUNT: tl.constexpr, BITS: tl.constexpr, PLACES: tl.constexpr):
-    """True for the COUNT largest of keys >= 0, no two of them equal, along the last axis.
+def _select_largest(keys, COUNT: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr):
+    """Returns True for the COUNT largest of distinct keys >= 0 along the last axis.
 
     One maximum below the last per round, or the edge bit by bit: nothing of M x M is formed, and
     no key changes its thread.
@@ -110,7 +113,7 @@ def _largest(keys, COUNT: tl.constexpr, BITS: tl.constexpr, PLACES: tl.constexpr
             edge = tl.max(tl.where(keys < edge, keys, -1), axis=2, keep_dims=True)
     else:
         edge = tl.zeros_like(edge)
-        bit = (1 << (BITS - 1)) * PLACES
+        bit = (1 << (BITS - 1)) * SLOTS
         while bit > 0:
             above = tl.sum((keys >= edge + bit).to(tl.int32), axis=2, keep_dims=True)
             edge = tl.where(above >= COUNT, edge + bit, edge)

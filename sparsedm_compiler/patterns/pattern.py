@@ -1,11 +1,10 @@
-"""``Pattern``: the parsed value of a string such as "2:4", whatever its kind."""
+"""``Pattern``, the parsed value of a string such as "2:4", and the registry of its kinds."""
 
 from __future__ import annotations
 
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -16,22 +15,25 @@ from torch import Tensor
 from ..errors import PatternError
 
 NUMBER = r"([0-9]{1,6})"
-"""A number in the spelling of a pattern."""
+"""Regular expression of a number in the spelling of a pattern, as one group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern(ABC):
-    """N:M sparsity of one kind: every group of ``m`` weights along the input channels keeps ``n``.
+    """A sparsity pattern of a weight: of every ``m`` weights it keeps ``n``.
 
-    A kind of pattern is one final subclass, decorated with ``register_pattern``. It states its
-    spelling, its mask, and which other patterns its masks satisfy; a kernel family lists the
-    kinds that it runs.
+    A kind of pattern is one final subclass, decorated with ``register_pattern``. It defines its
+    spelling, its mask, the weights that it fits, and the other patterns that its masks satisfy; a
+    kernel family lists the kinds that it runs.
 
     Attributes:
         n: Weights that a group keeps.
         m: Weights of a group.
-        SPELLING: What ``parse`` matches against the whole text.
+        SPELLING: Regular expression that ``parse`` matches against the whole text.
         EXPLANATION: An example with its meaning, for the messages of errors.
+
+    Raises:
+        PatternError: Unless 0 < ``n`` <= ``m``.
 
     Example:
         >>> Pattern.parse("1:8").density
@@ -57,14 +59,18 @@ class Pattern(ABC):
     @classmethod
     @abstractmethod
     def from_match(cls, match: re.Match[str]) -> Pattern:
-        """Returns the pattern that a match of ``SPELLING`` spells. Raises PatternError."""
+        """Returns the pattern of a match of ``SPELLING``. Raises PatternError if it is illegal."""
 
     @abstractmethod
     def compute_mask(self, weight: Tensor) -> Tensor:
-        """Returns the mask of a weight that the pattern fits: True where a weight is kept.
+        """Returns the mask of a weight that the pattern fits.
 
-        weight: [out, in] or [out, in, *kernel], detached, in float16, bfloat16, float32 or
-        float64; NaN and Inf count as the largest magnitudes. The mask is bool, of its shape.
+        Args:
+            weight: [out, in] or [out, in, *kernel], detached, in float16, bfloat16, float32 or
+                float64. NaN and Inf count as the largest magnitudes.
+
+        Returns:
+            A bool tensor of the shape of ``weight``, True where a weight is kept.
         """
 
     @abstractmethod
@@ -72,22 +78,27 @@ class Pattern(ABC):
 
     @staticmethod
     def parse(text: str | Pattern) -> Pattern:
-        """Returns the pattern that a string spells; a ``Pattern`` passes through.
+        """Returns the pattern of a text.
 
         Args:
-            text: "n:m" keeps n of every m weights along the input channels; "n:mxR" shares each
-                mask among R consecutive output rows, "V:n:m" is VENOM's format, and "n:4t" is
-                transposable.
+            text: "n:m" keeps n of every m consecutive input channels in every output row (``NM``).
+                "n:mxR" shares each mask among R consecutive output rows (``SharedNM``). "V:n:m"
+                is the format of VENOM (``VNM``). "n:4t" keeps n of 4 in the rows and in the columns
+                (``TransposableNM``). Spaces around the text are dropped. A ``Pattern`` is returned
+                as it is.
 
         Returns:
-            The frozen value of the kind that ``text`` spells.
+            A frozen value, of the first registered kind whose spelling matches.
 
         Raises:
-            PatternError: If ``text`` is no string or spells no pattern.
+            PatternError: If ``text`` is not a string, matches no spelling, or has illegal numbers,
+                e.g. n > m.
 
         Example:
             >>> Pattern.parse("2:4")
             NM(n=2, m=4)
+            >>> Pattern.parse("1:8x16")
+            SharedNM(n=1, m=8, rows=16)
         """
         if isinstance(text, Pattern):
             return text
@@ -102,39 +113,64 @@ class Pattern(ABC):
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is pruned (n == m)."""
+        """True if nothing is pruned (n == m)."""
         return self.n == self.m
 
     @property
     def height(self) -> int:
-        """Consecutive output rows whose masks are decided together."""
+        """The number of consecutive output rows whose masks are decided together."""
         return 1
 
     @property
+    def height_label(self) -> str:
+        """``height`` in words, for the sentence of ``misfit``."""
+        return str(self.height)
+
+    @property
     def most_n(self) -> int:
-        """The ``n`` that prunes the least a pattern of this kind and ``m`` can prune."""
+        """The ``n`` of a pattern of this kind and ``m`` that prunes as little as possible."""
         return self.m
 
     def misfit(self, out_channels: int, in_channels: int) -> str | None:
-        """Returns why a weight of that size cannot take the pattern, as a sentence, or None."""
+        """Returns why a weight of that size cannot take the pattern, as a sentence; None if it can.
+
+        Args:
+            out_channels: Size of the first dimension of the weight.
+            in_channels: Size of the second dimension.
+
+        Returns:
+            A sentence that names the size that does not fit, or None.
+
+        Example:
+            >>> Pattern.parse("2:4").misfit(8, 6)
+            'input width 6 is not a multiple of 4'
+        """
         if in_channels % self.m:
             return f"input width {in_channels} is not a multiple of {self.m}"
         if out_channels % self.height:
-            return f"output width {out_channels} is not a multiple of {self.height}"
+            return f"output width {out_channels} is not a multiple of {self.height_label}"
         return None
 
     def implied(self) -> tuple[Pattern, ...]:
-        """Returns other patterns that every mask of this one satisfies, whose kernels can run it.
+        """Returns other patterns that every mask of this one satisfies, the strictest first.
 
-        The strictest comes first; none where the kind says nothing.
+        A kernel of one of them can run this pattern. The default is none.
+
+        Example:
+            >>> Pattern.parse("1:8x16").implied()
+            (NM(n=1, m=8),)
         """
         return ()
 
     def relaxations(self) -> tuple[Pattern, ...]:
-        """Returns denser patterns of the same kind on the way to this one, the densest first.
+        """Returns denser patterns of the same kind that lead to this one, the densest first.
 
-        ``n`` doubles from one to the one before. Where no doubling is possible, the only one
-        prunes half of what this pattern prunes; there is none where that is no other pattern.
+        Each has twice the ``n`` of the next. Where ``n`` cannot be doubled below ``most_n``, the
+        only one prunes half of what this pattern prunes, if there is such a pattern.
+
+        Example:
+            >>> [str(pattern) for pattern in Pattern.parse("1:8").relaxations()]
+            ['4:8', '2:8']
         """
         n, counts = self.n, list[int]()
         while 2 * n < self.most_n:
@@ -149,8 +185,8 @@ class Pattern(ABC):
         """Returns the most columns of an aligned group that a mask of this pattern can keep.
 
         Args:
-            group: Columns of a group, aligned to multiples of it; sparse tensor cores take at most
-                2 of 4.
+            group: Columns of a group, which begins at a multiple of it. Sparse tensor cores take
+                at most 2 of 4.
 
         Returns:
             The largest number of kept columns, from 1 to ``group``.
@@ -176,14 +212,44 @@ _kinds: list[type[Pattern]] = []
 
 
 def register_pattern(kind: Kind) -> Kind:
-    """Makes ``Pattern.parse`` know a kind of pattern: a class decorator, put outermost.
+    """Adds a kind of pattern to those that ``Pattern.parse`` tries; the outermost class decorator.
+
+    Nothing else is needed for a new kind: its masks are trained, saved and folded like those of
+    any other. It runs by sparse kernels where ``implied`` names a pattern that they accept, and
+    dense elsewhere.
 
     Args:
         kind: A final subclass of ``Pattern``. Its ``SPELLING`` is tried after those of the kinds
-            registered before.
+            that were registered before.
 
     Returns:
         The same class.
+
+    Example:
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> from typing import final
+        >>> @register_pattern
+        ... @final
+        ... @dataclass(frozen=True, slots=True)
+        ... class FirstN(Pattern):
+        ...     SPELLING = re.compile("first([0-9]+):([0-9]+)")
+        ...     EXPLANATION = "'first2:4' keeps the first 2 of 4"
+        ...
+        ...     @classmethod
+        ...     def from_match(cls, match):
+        ...         return FirstN(int(match[1]), int(match[2]))
+        ...
+        ...     def compute_mask(self, weight):
+        ...         shape = (1, -1, *[1] * (weight.dim() - 2))
+        ...         kept = torch.arange(weight.shape[1], device=weight.device) % self.m < self.n
+        ...         return kept.view(shape).expand(weight.shape)
+        ...
+        ...     def __str__(self):
+        ...         return f"first{self.n}:{self.m}"
+        >>> Pattern.parse("first2:4").compute_mask(torch.ones(1, 4))
+        tensor([[ True,  True, False, False]])
+        >>> unregister_pattern(FirstN)
     """
     _kinds.append(kind)
     _parse_text.cache_clear()
@@ -191,14 +257,16 @@ def register_pattern(kind: Kind) -> Kind:
 
 
 def unregister_pattern(kind: type[Pattern]) -> None:
-    """Makes ``Pattern.parse`` forget a kind of pattern."""
+    """Removes a kind of pattern from those that ``Pattern.parse`` tries.
+
+    Args:
+        kind: A class that ``register_pattern`` has added. Its patterns stay usable as values.
+
+    Raises:
+        ValueError: If ``kind`` is not registered.
+    """
     _kinds.remove(kind)
     _parse_text.cache_clear()
-
-
-def iterate_patterns() -> Iterator[type[Pattern]]:
-    """Yields the registered kinds of pattern, in the order in which they are tried."""
-    yield from _kinds
 
 
 def explain_patterns() -> str:

@@ -1,4 +1,4 @@
-"""``NM``: "n:m", every output row has a mask of its own."""
+"""``NM``, spelled "n:m": every output row has a mask of its own."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ class NM(Pattern):
     Attributes:
         n: Weights that a group keeps.
         m: Consecutive input channels of a group.
+
+    Raises:
+        PatternError: Unless 0 < ``n`` <= ``m``.
+
+    Example:
+        >>> str(NM(2, 4))
+        '2:4'
     """
 
     SPELLING: ClassVar[re.Pattern[str]] = re.compile(rf"{NUMBER}:{NUMBER}")

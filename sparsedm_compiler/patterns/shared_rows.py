@@ -1,4 +1,4 @@
-"""``SharedNM``: "n:mxR", R consecutive output rows share one mask."""
+"""``SharedNM``, spelled "n:mxR": R consecutive output rows share one mask."""
 
 from __future__ import annotations
 
@@ -19,14 +19,22 @@ from .per_row import NM
 @final
 @dataclass(frozen=True, slots=True)
 class SharedNM(Pattern):
-    """N:M sparsity of which consecutive output rows share each mask (vector-wise N:M).
+    """N:M sparsity whose masks are shared by consecutive output rows (vector-wise N:M).
 
-    A group keeps the ``n`` columns whose sums of squares over the rows are the largest.
+    A group keeps the ``n`` columns whose sums of squares over the rows are the largest; of equal
+    sums the lowest index wins. With one row it is ``NM``, as which ``parse`` reads it.
 
     Attributes:
         n: Columns that a group keeps.
         m: Consecutive input channels of a group.
-        rows: Consecutive output rows that share one mask.
+        rows: R, the number of consecutive output rows that share one mask.
+
+    Raises:
+        PatternError: Unless 0 < ``n`` <= ``m`` and ``rows`` >= 1.
+
+    Example:
+        >>> str(SharedNM(1, 8, rows=16))
+        '1:8x16'
     """
 
     rows: int
@@ -51,8 +59,9 @@ class SharedNM(Pattern):
     def height(self) -> int:
         return self.rows
 
-    def misfit(self, out_channels: int, in_channels: int) -> str | None:
-        return name_shared_rows(self, out_channels, Pattern.misfit(self, out_channels, in_channels))
+    @property
+    def height_label(self) -> str:
+        return f"the {self.rows} shared rows"
 
     def implied(self) -> tuple[Pattern, ...]:
         return (NM(self.n, self.m),)
@@ -69,13 +78,9 @@ class SharedNM(Pattern):
 
 
 def sum_column_energy(weight: Tensor, rows: int) -> Tensor:
-    """Returns sums of squares over every ``rows`` output rows: [out / rows, in, *kernel]."""
+    """Returns sums of squares over every ``rows`` output rows: [out / rows, in, *kernel].
+
+    They are float64 for a float64 weight and float32 for any other.
+    """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return torch.unflatten(weight.to(wide).square(), 0, (-1, rows)).sum(1)
-
-
-def name_shared_rows(pattern: Pattern, out_channels: int, reason: str | None) -> str | None:
-    """Returns ``reason``, with the rows called shared where they are what does not fit."""
-    if reason is not None and reason.startswith("output"):
-        return f"output width {out_channels} is not a multiple of the {pattern.height} shared rows"
-    return reason

@@ -1,4 +1,4 @@
-"""``TransposableNM``: "n:4t", the transposed weight is n:4 as well."""
+"""``TransposableNM``, spelled "n:4t": the transposed weight is n:4 as well."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ class TransposableNM(Pattern):
     Attributes:
         n: Weights that each row and each column of a tile keeps: 1, 2 or 3.
         m: 4.
+
+    Raises:
+        PatternError: Unless ``n`` is 1, 2 or 3 and ``m`` is 4.
+
+    Example:
+        >>> str(TransposableNM(2, 4))
+        '2:4t'
     """
 
     SPELLING: ClassVar[re.Pattern[str]] = re.compile(r"[0-9:x]*t[0-9:xt]*")
@@ -35,13 +42,13 @@ class TransposableNM(Pattern):
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m == TILE:
-            raise _refuse(str(self))
+            raise _make_error(str(self))
 
     @classmethod
     def from_match(cls, match: re.Match[str]) -> TransposableNM:
         numbers = _N_M_T.fullmatch(match.group())
         if numbers is None:
-            raise _refuse(match.group())
+            raise _make_error(match.group())
         n, m = map(int, numbers.groups())
         return TransposableNM(n, m)
 
@@ -59,7 +66,8 @@ class TransposableNM(Pattern):
         return f"{self.n}:{self.m}t"
 
 
-def _refuse(text: str) -> PatternError:
+def _make_error(text: str) -> PatternError:
+    """Returns the error for a text that spells no transposable pattern."""
     return PatternError(
         f"pattern {text!r} is not one of '1:4t', '2:4t' and '3:4t', which alone are transposable; "
         f"{explain_patterns()}"

@@ -1,4 +1,4 @@
-"""``VNM``: "V:n:m", V rows share 4 columns of every m and each row keeps n of those 4."""
+"""``VNM``, spelled "V:n:m": V rows share 4 columns of every m, and each row keeps n of those."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..errors import PatternError
 from ..selection.top_n import select_top_n
 from .pattern import NUMBER, Pattern, register_pattern
 from .per_row import NM
-from .shared_rows import name_shared_rows, sum_column_energy
+from .shared_rows import sum_column_energy
 
 SHARED_COLUMNS = 4
-"""Columns of every m that the rows of one V:n:m block share (Castro et al. 2023, VENOM)."""
+"""Columns of every m that the rows of a V:n:m block share (VENOM, Castro et al. 2023)."""
 
 
 @register_pattern
@@ -30,7 +30,14 @@ class VNM(Pattern):
     Attributes:
         n: Weights that a row keeps of its 4 columns.
         m: Consecutive input channels of a group.
-        rows: V, the consecutive output rows that share the choice of columns.
+        rows: V, the number of consecutive output rows that share the choice of columns.
+
+    Raises:
+        PatternError: Unless 0 < ``n`` <= 4 <= ``m`` and ``rows`` >= 1.
+
+    Example:
+        >>> str(VNM(2, 8, rows=64))
+        '64:2:8'
     """
 
     rows: int
@@ -63,8 +70,9 @@ class VNM(Pattern):
     def most_n(self) -> int:
         return SHARED_COLUMNS
 
-    def misfit(self, out_channels: int, in_channels: int) -> str | None:
-        return name_shared_rows(self, out_channels, Pattern.misfit(self, out_channels, in_channels))
+    @property
+    def height_label(self) -> str:
+        return f"the {self.rows} shared rows"
 
     def implied(self) -> tuple[Pattern, ...]:
         return (NM(self.n, self.m),)

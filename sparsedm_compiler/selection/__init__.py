@@ -1,1 +1,1 @@
-"""Selection of the largest of every group of numbers, without a sort."""
+"""Masks of the largest weights of every group, or of every 4x4 tile, without sorting them."""

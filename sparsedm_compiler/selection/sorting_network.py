@@ -1,4 +1,4 @@
-"""Selection networks: the n-th largest of m by the fewest running maxima and minima."""
+"""Selection networks: the n-th largest of m numbers by few running maxima and minima."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Swap = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """``high = max(a, b)`` and ``low = min(a, b)``; None where nobody reads the result."""
+    """``high = max(a, b)`` and ``low = min(a, b)``; None for a result that no later step reads."""
 
     a: int
     b: int
@@ -23,7 +23,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class SortingNetwork:
-    """Steps from the input wires 0..k-1 to the wires ``outputs``.
+    """Steps that compute the wires ``outputs`` from the input wires 0..k-1.
 
     Every wire is written once and read at most once, so a step uses up its ``a`` and ``b``.
     """
@@ -33,43 +33,51 @@ class SortingNetwork:
 
     @property
     def cost(self) -> int:
-        """How many maxima and minima it takes."""
+        """The number of maxima and minima that the network computes."""
         return sum((step.high is not None) + (step.low is not None) for step in self.steps)
 
 
 @cache
 def build_selection_network(sizes: tuple[int, ...], ranks: tuple[int, ...]) -> SortingNetwork:
-    """The network from sorted lists of these sizes to these ranks of them all, 0 the largest.
+    """Returns a network that selects numbers by rank from sorted lists.
 
-    The lists, largest first, lie one behind the other on the input wires; an unsorted wire is a
-    list of one. Lists are merged in pairs (odd-even merge, Batcher 1968) and cut to the ranks that
-    can still matter; then every result that leads to no output is dropped.
+    Lists are merged in pairs (odd-even merge, Batcher 1968) and cut to the ranks that can still
+    matter; then every result that leads to no output is dropped.
 
-    >>> build_selection_network((1, 1, 1, 1), (1, 2)).cost
-    8
+    Args:
+        sizes: Lengths of the lists. They lie one behind the other on the input wires, each with
+            its largest number first; an unsorted wire is a list of one.
+        ranks: Ranks to select among the numbers of all lists; 0 is the largest number.
+
+    Returns:
+        The network, whose ``outputs`` are in the order of ``ranks``.
+
+    Example:
+        >>> build_selection_network((1, 1, 1, 1), (1, 2)).cost
+        8
     """
     swaps: list[Swap] = []
     wires = count()
     lists = [[next(wires) for _ in range(size)] for size in sizes]
-    best = _merged(lists, max(ranks) + 1, swaps, wires)
+    best = _merge_lists(lists, max(ranks) + 1, swaps, wires)
     outputs = tuple(best[rank] for rank in ranks)
-    return SortingNetwork(_pruned(swaps, outputs), outputs)
+    return SortingNetwork(_drop_unread(swaps, outputs), outputs)
 
 
-def _merged(lists: list[Wires], top: int, swaps: list[Swap], wires: Iterator[int]) -> Wires:
-    """The ``top`` first wires of the lists as one sorted list.
+def _merge_lists(lists: list[Wires], top: int, swaps: list[Swap], wires: Iterator[int]) -> Wires:
+    """Merges the lists into one and returns its ``top`` first wires.
 
     One half is done before the other is begun: few wires are in use at a time, and stay cached.
     """
     if len(lists) == 1:
         return lists[0]
     half = (len(lists) + 1) // 2
-    a, b = (_merged(part, top, swaps, wires) for part in (lists[:half], lists[half:]))
+    a, b = (_merge_lists(part, top, swaps, wires) for part in (lists[:half], lists[half:]))
     return _merge(a, b, swaps, wires)[:top]
 
 
 def _merge(a: Wires, b: Wires, swaps: list[Swap], wires: Iterator[int]) -> Wires:
-    """The wires of two sorted lists as one sorted list; the swaps it takes are appended."""
+    """Merges the wires of two sorted lists into one sorted list and appends the swaps it takes."""
     if not a or not b:
         return a or b
     if len(a) == len(b) == 1:
@@ -84,8 +92,8 @@ def _merge(a: Wires, b: Wires, swaps: list[Swap], wires: Iterator[int]) -> Wires
     return out + odd[shared:] + even[1 + shared :]
 
 
-def _pruned(swaps: list[Swap], outputs: tuple[int, ...]) -> tuple[Step, ...]:
-    """The steps that lead to the outputs."""
+def _drop_unread(swaps: list[Swap], outputs: tuple[int, ...]) -> tuple[Step, ...]:
+    """Returns the steps that lead to the outputs."""
     read = set(outputs)
     steps = []
     for a, b, high, low in reversed(swaps):

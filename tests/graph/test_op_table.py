@@ -66,7 +66,7 @@ def counted(function: Any, weight: tuple[int, ...], x: tuple[int, ...]) -> sdm.M
         (lambda x, w: F.bilinear(x, x, w), (3, 4, 4), (2, 4), 2 * 3 * 16, 2 * 3 * 16),
     ],
 )
-def test_weight_products(
+def test_count_macs_of_weight_products(
     function: Any, weight: tuple[int, ...], x: tuple[int, ...], dense: int, sparse: int
 ) -> None:
     report = counted(function, weight, x)
@@ -86,7 +86,7 @@ def test_weight_products(
         (lambda x: torch.baddbmm(x @ x.mT, x, x.mT), 2 * 2 * 5 * 5 * 4),
     ],
 )
-def test_products_of_activations(function: Any, attention: int) -> None:
+def test_count_macs_of_products_of_activations(function: Any, attention: int) -> None:
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return function(x)
@@ -96,7 +96,7 @@ def test_products_of_activations(function: Any, attention: int) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_multi_head_attention_is_counted_in_both_of_its_forms(training: bool) -> None:
+def test_count_macs_of_multi_head_attention_in_train_and_eval(training: bool) -> None:
     """Train keeps F.multi_head_attention_forward, eval the fused encoder layer."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).train(training)
     tokens = 3 * 5
@@ -107,7 +107,7 @@ def test_multi_head_attention_is_counted_in_both_of_its_forms(training: bool) ->
     assert report.attention == 3 * 2 * 5 * 5 * (8 + 8)
 
 
-def test_cross_attention_with_widths_of_its_own() -> None:
+def test_count_macs_of_cross_attention_with_other_key_widths() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,10 +1,8 @@
-"""Weights and patterns for properties of masks, and the mask by brute force."""
+"""Weights and patterns for properties of masks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from itertools import combinations, product
 
 import torch
 from hypothesis import strategies as st
@@ -14,65 +12,6 @@ from sparsedm_compiler.patterns import NM, VNM, Pattern, SharedNM, TransposableN
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KERNELS = ((), (3,), (1, 1), (2, 3), (2, 1, 2))
-
-
-Tile = tuple[tuple[int, ...], ...]
-"""The columns that each of the 4 rows of a tile keeps."""
-
-
-def brute(weight: Tensor, pattern: Pattern) -> Tensor:
-    """The mask, one group after the other, in plain Python."""
-    if isinstance(pattern, TransposableNM):
-        return brute_tiles(weight, pattern.n)
-    scores = weight.detach().double().abs().movedim(1, -1)
-    rows = scores.reshape(len(scores), -1, scores.shape[-1])  # [out, positions, in]
-    marks = torch.zeros(rows.shape, dtype=torch.bool)
-    for first in range(0, rows.shape[0], pattern.height):
-        block = range(first, first + pattern.height)
-        for place in range(rows.shape[1]):
-            for start in range(0, rows.shape[2], pattern.m):
-                group = range(start, start + pattern.m)
-                energy = {i: sum(float(rows[row, place, i]) ** 2 for row in block) for i in group}
-                shared = largest(energy, 4 if isinstance(pattern, VNM) else pattern.n)
-                for row in block:
-                    own = {i: float(rows[row, place, i]) for i in shared}
-                    chosen = largest(own, pattern.n) if isinstance(pattern, VNM) else shared
-                    marks[row, place, chosen] = True
-    return marks.reshape(scores.shape).movedim(-1, 1)
-
-
-def brute_tiles(weight: Tensor, n: int) -> Tensor:
-    """The transposable mask, one tile after the other, of magnitudes whose sums are exact."""
-    scores = weight.detach().double().abs()
-    marks = torch.zeros(weight.shape, dtype=torch.bool)
-    starts = (range(0, weight.shape[0], 4), range(0, weight.shape[1], 4))
-    for first, start, *at in product(*starts, *map(range, weight.shape[2:])):
-        where = (slice(first, first + 4), slice(start, start + 4), *at)
-        tile = scores[where].tolist()
-        best = max(
-            legal_tiles(n), key=lambda kept: sum(tile[r][c] for r in range(4) for c in kept[r])
-        )
-        for row, columns in enumerate(best):
-            for column in columns:
-                marks[(first + row, start + column, *at)] = True
-    return marks
-
-
-@cache
-def legal_tiles(n: int) -> list[Tile]:
-    """All masks with n in each row and column; the first of equal ones is to be taken."""
-    rows = list(combinations(range(4), n))
-    tiles = [
-        tile
-        for tile in product(rows, repeat=4)
-        if all(sum(column in row for row in tile) == n for column in range(4))
-    ]
-    return sorted(tiles, key=lambda tile: (sorted(tile[:2]), sorted(tile[2:]), tile))
-
-
-def largest(scores: dict[int, float], n: int) -> list[int]:
-    """The n places of largest score, the lowest place first among equal ones."""
-    return sorted(sorted(scores, key=lambda place: (-scores[place], place))[:n])
 
 
 def contiguous(weight: Tensor) -> Tensor:
@@ -101,9 +40,9 @@ LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
 
 
 @st.composite
-def sizes(draw: st.DrawFn, largest: int = 32) -> Pattern:
-    """Any 0 < n <= m, free rows."""
-    m = draw(st.integers(1, largest))
+def per_row_patterns(draw: st.DrawFn, largest_m: int = 32) -> Pattern:
+    """Any 0 < n <= m, every row with a mask of its own."""
+    m = draw(st.integers(1, largest_m))
     return NM(draw(st.integers(1, m)), m)
 
 
@@ -121,23 +60,23 @@ def weights(draw: st.DrawFn, pattern: Pattern) -> Tensor:
 
 
 @st.composite
-def free_cases(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
-    pattern = draw(sizes())
+def per_row_cases(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
+    pattern = draw(per_row_patterns())
     return draw(weights(pattern)), pattern
 
 
 @st.composite
-def coarse_cases(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
+def block_cases(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
     rows = draw(st.integers(2, 5))
     if draw(st.booleans()):
         pattern = VNM(draw(st.integers(1, 4)), draw(st.integers(4, 16)), rows)
     else:
-        free = draw(sizes(16))
-        pattern = SharedNM(free.n, free.m, rows)
+        per_row = draw(per_row_patterns(16))
+        pattern = SharedNM(per_row.n, per_row.m, rows)
     return draw(weights(pattern)), pattern
 
 
 @st.composite
-def tile_cases(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
+def transposable_cases(draw: st.DrawFn) -> tuple[Tensor, Pattern]:
     pattern = TransposableNM(draw(st.integers(1, 3)), 4)
     return draw(weights(pattern)), pattern

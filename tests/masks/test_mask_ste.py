@@ -39,7 +39,7 @@ def weights() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", weights())
-def test_forward_is_the_mask_times_the_weight(name: str) -> None:
+def test_mask_ste_forward_is_the_mask_times_the_weight(name: str) -> None:
     weight = weights()[name]
     before = weight.detach().clone()
     masked = mask_ste(weight, "2:4")
@@ -50,7 +50,7 @@ def test_forward_is_the_mask_times_the_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", weights())
-def test_the_gradient_passes_unchanged(name: str) -> None:
+def test_mask_ste_backward_passes_the_gradient_unchanged(name: str) -> None:
     weight = weights()[name]
     masked = mask_ste(weight, "2:4")
     grad = torch.randn_like(masked)
@@ -61,12 +61,12 @@ def test_the_gradient_passes_unchanged(name: str) -> None:
 
 @pytest.mark.parametrize("name", weights())
 @pytest.mark.parametrize("pattern", ["2:4", "1:8", "4:4", "1:4x2", "2:2:8"])
-def test_opcheck(name: str, pattern: str) -> None:
+def test_mask_ste_passes_opcheck(name: str, pattern: str) -> None:
     torch.library.opcheck(mask_ste_op, (weights()[name], pattern))
 
 
 @pytest.mark.parametrize("name", weights())
-def test_the_fake_agrees_in_strides_and_dtype(name: str) -> None:
+def test_mask_ste_of_a_fake_tensor_has_the_real_strides_and_dtype(name: str) -> None:
     weight = weights()[name]
     real = mask_ste(weight, "2:4")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -77,12 +77,12 @@ def test_the_fake_agrees_in_strides_and_dtype(name: str) -> None:
     assert on_meta.shape == (8, 16)
 
 
-def test_it_takes_a_pattern_or_its_text() -> None:
+def test_mask_ste_takes_a_pattern_or_its_text() -> None:
     weight = weights()["linear"]
     assert torch.equal(mask_ste(weight, SharedNM(1, 4, 2)), mask_ste(weight, "1:4x2"))
 
 
-def test_a_layer_gets_the_gradient_of_its_masked_weight() -> None:
+def test_mask_ste_in_a_layer_gives_the_gradient_of_the_masked_weight() -> None:
     """dL/dW = dL/d(m W) and dL/dx = dL/dy (m W), by hand."""
     torch.manual_seed(0)
     x, weight = torch.randn(5, 16, requires_grad=True), leaf(torch.randn(8, 16))
@@ -95,7 +95,7 @@ def test_a_layer_gets_the_gradient_of_its_masked_weight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_leaves_the_weight_its_dtype(dtype: torch.dtype) -> None:
+def test_mask_ste_under_autocast_keeps_the_dtype_of_the_weight(dtype: torch.dtype) -> None:
     weight = weights()["linear"]
     with torch.autocast("cpu", dtype):
         masked = mask_ste(weight, "2:4")
@@ -124,7 +124,7 @@ class Masked(nn.Module):
     ("backend", "autocast"),
     [*product(["eager", "aot_eager"], [False, True]), ("inductor", False)],
 )
-def test_it_compiles_whole_and_gives_eager_values(backend: str, autocast: bool) -> None:
+def test_mask_ste_compiles_in_one_graph_with_eager_values(backend: str, autocast: bool) -> None:
     torch.manual_seed(0)
     model, x = Masked(), torch.randn(3, 8)
     results = []
@@ -140,7 +140,7 @@ def test_it_compiles_whole_and_gives_eager_values(backend: str, autocast: bool) 
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
-def test_a_pattern_that_does_not_fit_is_refused() -> None:
+def test_mask_ste_raises_for_a_pattern_that_does_not_fit() -> None:
     for weight in (torch.randn(4, 6), torch.empty(4, 6, device="meta")):
         with pytest.raises(PatternError, match=r"'2:4' does not fit.*\[4, 6\]: input width 6"):
             mask_ste(weight, "2:4")
@@ -148,7 +148,7 @@ def test_a_pattern_that_does_not_fit_is_refused() -> None:
         mask_ste(torch.randn(4, 8), "4:2")
 
 
-def test_broken_weights_pass_through_so_that_training_shows_them() -> None:
+def test_mask_ste_of_nan_and_inf_keeps_them_or_gives_zero() -> None:
     """What is kept stays broken; what is pruned is zero, not 0 * inf."""
     weight = torch.tensor([[torch.nan, 1.0, torch.nan, torch.inf]])
     masked = mask_ste(weight, "2:4")

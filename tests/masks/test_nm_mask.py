@@ -16,11 +16,10 @@ from sparsedm_compiler.selection import top_n as selection
 from tests.masks.mask_cases import (
     DTYPES,
     LAYOUTS,
-    brute,
+    block_cases,
     channels_last,
-    coarse_cases,
-    free_cases,
-    tile_cases,
+    per_row_cases,
+    transposable_cases,
 )
 from tests.oracle import brute_mask
 
@@ -33,25 +32,27 @@ def groups_of(tensor: Tensor, m: int) -> Tensor:
 
 
 @properties
-@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
-def test_it_is_the_brute_force_mask(case: tuple[Tensor, Pattern]) -> None:
+@given(st.one_of(per_row_cases(), block_cases(), transposable_cases()))
+def test_nm_mask_equals_the_brute_force_mask(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight, pattern)
     assert mask.dtype == torch.bool
-    assert torch.equal(mask, brute(weight, pattern))
+    assert torch.equal(mask, brute_mask(weight, pattern))
 
 
 @properties
-@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
-def test_every_group_keeps_exactly_n(case: tuple[Tensor, Pattern]) -> None:
+@given(st.one_of(per_row_cases(), block_cases(), transposable_cases()))
+def test_nm_mask_keeps_exactly_n_of_every_group(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     counts = groups_of(nm_mask(weight, pattern), pattern.m).sum(1)
     assert bool((counts == pattern.n).all())
 
 
 @properties
-@given(free_cases())
-def test_the_kept_are_the_largest_and_ties_go_to_the_lowest(case: tuple[Tensor, Pattern]) -> None:
+@given(per_row_cases())
+def test_nm_mask_keeps_the_largest_and_the_lowest_index_of_ties(
+    case: tuple[Tensor, Pattern],
+) -> None:
     weight, pattern = case
     mask = groups_of(nm_mask(weight, pattern), pattern.m)
     scores = groups_of(weight.abs().double(), pattern.m)
@@ -64,16 +65,16 @@ def test_the_kept_are_the_largest_and_ties_go_to_the_lowest(case: tuple[Tensor, 
 
 
 @properties
-@given(st.one_of(free_cases(), tile_cases()))
-def test_masking_the_masked_changes_nothing(case: tuple[Tensor, Pattern]) -> None:
+@given(st.one_of(per_row_cases(), transposable_cases()))
+def test_nm_mask_of_a_masked_weight_changes_nothing(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     once = apply_mask(weight, nm_mask(weight, pattern))
     assert torch.equal(apply_mask(once, nm_mask(once, pattern)), once)
 
 
 @properties
-@given(st.one_of(free_cases(), coarse_cases(), tile_cases()))
-def test_dtype_and_layout_do_not_matter(case: tuple[Tensor, Pattern]) -> None:
+@given(st.one_of(per_row_cases(), block_cases(), transposable_cases()))
+def test_nm_mask_is_the_same_for_every_dtype_and_layout(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight.double().contiguous(), pattern)
     for dtype in DTYPES:
@@ -82,8 +83,8 @@ def test_dtype_and_layout_do_not_matter(case: tuple[Tensor, Pattern]) -> None:
 
 
 @properties
-@given(coarse_cases())
-def test_the_rows_of_a_block_share_columns(case: tuple[Tensor, Pattern]) -> None:
+@given(block_cases())
+def test_nm_mask_of_shared_rows_shares_columns(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight, pattern).unflatten(0, (-1, pattern.height))
     if isinstance(pattern, VNM):
@@ -93,7 +94,7 @@ def test_the_rows_of_a_block_share_columns(case: tuple[Tensor, Pattern]) -> None
         assert bool((mask == mask[:, :1]).all())
 
 
-def test_column_energy_is_not_rounded_to_the_dtype_of_the_weight() -> None:
+def test_nm_mask_sums_column_energy_in_float32() -> None:
     """257 against 256 is a tie in bfloat16, 400^2 against 300^2 one of infinities in float16."""
     close = torch.tensor([[16.0, 16.0], [0.0, 1.0]], dtype=torch.bfloat16)
     large = torch.tensor([[300.0, 400.0], [0.0, 0.0]], dtype=torch.float16)
@@ -107,14 +108,16 @@ SIZES = ["31:32", "3:4", "2:4", "1:2", "2:8", "1:8", "1:16", "1:32", "16:32", "8
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even a small weight into many parts, the last one smaller."""
-    monkeypatch.setattr(selection, "_LANES", 8)
-    monkeypatch.setattr(selection, "_CACHE", 64)
+    monkeypatch.setattr(selection, "_CALL_ELEMENTS", 8)
+    monkeypatch.setattr(selection, "_PART_BYTES", 64)
 
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("text", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_weight_of_many_parts(text: str, dtype: torch.dtype) -> None:
+def test_nm_mask_of_a_weight_in_many_parts_equals_brute_force(
+    text: str, dtype: torch.dtype
+) -> None:
     pattern = Pattern.parse(text)
     torch.manual_seed(0)
     weight = torch.randn(37, 3 * pattern.m, 1, 2).to(dtype)
@@ -124,15 +127,15 @@ def test_a_weight_of_many_parts(text: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("text", ["8:2:8", "3:4:6", "5:1:32"])
-def test_blocks_of_rows_in_many_parts(text: str) -> None:
+def test_nm_mask_of_shared_rows_in_many_parts_equals_brute_force(text: str) -> None:
     pattern = Pattern.parse(text)
     torch.manual_seed(0)
     weight = torch.randint(-9, 10, (7 * pattern.height, 3 * pattern.m)).float()
-    assert torch.equal(nm_mask(weight, pattern), brute(weight, pattern))
+    assert torch.equal(nm_mask(weight, pattern), brute_mask(weight, pattern))
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:8", "16:32"])
-def test_a_weight_larger_than_the_cache(text: str) -> None:
+def test_nm_mask_of_a_weight_larger_than_the_cache_equals_brute_force(text: str) -> None:
     torch.manual_seed(0)
     weight = torch.randn(2100, 1024)
     assert torch.equal(nm_mask(weight, text), brute_mask(weight, text))
@@ -143,7 +146,7 @@ def test_a_weight_larger_than_the_cache(text: str) -> None:
     ["2:4", "1:4", "3:4", "1:8", "7:8", "16:32", "31:32", "2:4x2", "2:2:8", "1:4t", "2:4t", "3:4t"],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_broken_weights_still_keep_exactly_n(text: str, dtype: torch.dtype) -> None:
+def test_compute_mask_of_nan_and_inf_keeps_exactly_n(text: str, dtype: torch.dtype) -> None:
     pattern = Pattern.parse(text)
     torch.manual_seed(0)
     weight = torch.randn(64, 64, dtype=dtype)
@@ -156,27 +159,27 @@ def test_broken_weights_still_keep_exactly_n(text: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("text", ["2:4", "5:8", "1:32", "31:32", "16:32", "3:5", "3:2:8", "1:8x4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_way_of_accelerators_gives_the_same(
+def test_compute_mask_on_the_path_of_accelerators_gives_the_same(
     text: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its formula runs on any device; which one is asked is decided by the weight's device."""
+    """The formula runs on any device; the weight's device decides whether it is used."""
     pattern = Pattern.parse(text)
     torch.manual_seed(0)
     weight = (torch.randn(12, 2 * pattern.m, 3) * 2).round().to(dtype)
     expected = compute_mask(weight, pattern)
 
     def at_once(part: Tensor, mask: Tensor, columns: Tensor | None, *rest: object) -> None:
-        selection._fill_at_once(part, mask, columns, *rest)  # type: ignore[arg-type]
+        selection._fill_mask_at_once(part, mask, columns, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(selection, "_fill", at_once)
-    monkeypatch.setattr(selection, "_channels_last", lambda tensor: False)
+    monkeypatch.setattr(selection, "_fill_mask", at_once)
+    monkeypatch.setattr(selection, "_is_channels_last", lambda tensor: False)
     assert torch.equal(compute_mask(weight, pattern), expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("text", [*SIZES, "1:8x16", "64:2:8", "1:4t", "2:4t", "3:4t"])
-def test_a_gpu_gives_the_same(text: str) -> None:
+def test_nm_mask_on_a_gpu_gives_the_same(text: str) -> None:
     pattern = Pattern.parse(text)
     for dtype in DTYPES:
         weight = (torch.randn(128, 4 * pattern.m, 3, 3) * 4).round().to(dtype)
@@ -184,7 +187,7 @@ def test_a_gpu_gives_the_same(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:8x2", "2:2:8", "2:4t"])
-def test_meta_and_fake_tensors_give_the_shape(text: str) -> None:
+def test_nm_mask_of_meta_and_fake_tensors_has_their_shape(text: str) -> None:
     on_meta = nm_mask(torch.empty(4, 8, 3, 3, device="meta"), text)
     assert (on_meta.shape, on_meta.dtype, on_meta.is_meta) == ((4, 8, 3, 3), torch.bool, True)
     with FakeTensorMode():
@@ -192,13 +195,13 @@ def test_meta_and_fake_tensors_give_the_shape(text: str) -> None:
     assert (fake.shape, fake.dtype) == ((4, 8), torch.bool)
 
 
-def test_an_empty_weight_has_an_empty_mask() -> None:
+def test_nm_mask_of_an_empty_weight_is_empty() -> None:
     for text in ("2:4", "2:4t"):
         assert nm_mask(torch.empty(0, 8), text).shape == (0, 8)
         assert nm_mask(torch.empty(8, 0), text).shape == (8, 0)
 
 
-def test_the_mask_of_a_parameter_is_no_part_of_its_graph() -> None:
+def test_nm_mask_of_a_parameter_requires_no_gradient() -> None:
     weight = torch.nn.Parameter(torch.randn(4, 8))
     before = weight.detach().clone()
     assert not nm_mask(weight, "2:4").requires_grad
@@ -206,8 +209,10 @@ def test_the_mask_of_a_parameter_is_no_part_of_its_graph() -> None:
 
 
 @properties
-@given(free_cases())
-def test_kept_and_dropped_make_up_the_weight(case: tuple[Tensor, Pattern]) -> None:
+@given(per_row_cases())
+def test_apply_mask_and_apply_inverse_mask_add_up_to_the_weight(
+    case: tuple[Tensor, Pattern],
+) -> None:
     weight, pattern = case
     mask = nm_mask(weight, pattern)
     zero = torch.zeros((), dtype=weight.dtype)
@@ -215,7 +220,7 @@ def test_kept_and_dropped_make_up_the_weight(case: tuple[Tensor, Pattern]) -> No
     assert torch.equal(apply_inverse_mask(weight, mask), torch.where(mask, zero, weight))
 
 
-def test_what_is_masked_out_is_zero_even_if_it_was_infinite() -> None:
+def test_apply_mask_gives_zero_for_pruned_nan_and_inf() -> None:
     weight = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0]])
     mask = torch.tensor([[False, False, True, True]])
     assert apply_mask(weight, mask).tolist() == [[0.0, 0.0, -torch.inf, 1.0]]
@@ -224,7 +229,9 @@ def test_what_is_masked_out_is_zero_even_if_it_was_infinite() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_broken_weight_is_named_and_located(value: float, dtype: torch.dtype) -> None:
+def test_nm_mask_of_nan_or_inf_raises_with_name_and_position(
+    value: float, dtype: torch.dtype
+) -> None:
     weight = torch.ones(4, 8, 3, 3, dtype=dtype)
     weight[2, 5, 0, 1] = value
     with pytest.raises(MaskError, match=r"'mid\.conv\.weight' holds 1 NaN or Inf.*\[2, 5, 0, 1\]"):
@@ -233,7 +240,7 @@ def test_a_broken_weight_is_named_and_located(value: float, dtype: torch.dtype) 
         nm_mask(weight, "2:4")
 
 
-def test_large_but_finite_weights_are_fine() -> None:
+def test_nm_mask_of_large_finite_weights_does_not_raise() -> None:
     huge = torch.full((64, 64), 60000.0, dtype=torch.float16)
     assert int(nm_mask(huge, "2:4").sum()) == 64 * 32
     assert int(nm_mask(torch.full((64, 64), 3e38), "2:4").sum()) == 64 * 32
@@ -250,7 +257,9 @@ def test_large_but_finite_weights_are_fine() -> None:
         ((8, 6), "2:4t", "input width 6 is not a multiple of 4"),
     ],
 )
-def test_a_pattern_that_does_not_fit_says_why(shape: tuple[int, ...], text: str, why: str) -> None:
+def test_nm_mask_raises_with_the_reason_where_the_pattern_does_not_fit(
+    shape: tuple[int, ...], text: str, why: str
+) -> None:
     with pytest.raises(PatternError, match=rf"'{text}' does not fit parameter 'fc'.*{why}"):
         nm_mask(torch.randn(shape), text, name="fc")
 
@@ -259,6 +268,6 @@ def test_a_pattern_that_does_not_fit_says_why(shape: tuple[int, ...], text: str,
     "weight",
     [torch.ones(8), torch.ones(4, 8, dtype=torch.int32), torch.ones(4, 8, dtype=torch.complex64)],
 )
-def test_what_is_no_weight_is_refused(weight: Tensor) -> None:
+def test_nm_mask_raises_for_other_dtypes_and_dimensions(weight: Tensor) -> None:
     with pytest.raises(MaskError, match=r"the weight is torch\.\w+ of shape"):
         nm_mask(weight, "2:4")

@@ -15,8 +15,14 @@ from sparsedm_compiler.backends.cpu.format import unpack, why_refused
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.train.sr_ste import sr_ste
 from tests.autotune.test_select_kernel import Net, X
-from tests.masks.mask_cases import brute_tiles
-from tests.oracle import OPTIONS, ROUNDING, assert_gradients, assert_same, oracle_of
+from tests.oracle import (
+    OPTIONS,
+    ROUNDING,
+    assert_gradients,
+    assert_same,
+    brute_mask,
+    oracle_of,
+)
 from tests.train.cases import short, student_of, teacher
 
 PATTERN = sdm.Pattern.parse("2:4t")
@@ -34,7 +40,7 @@ def is_transposable(mask: Tensor, n: int) -> bool:
 
 @pytest.mark.parametrize("mode", ["train", "infer", "sparse"])
 @pytest.mark.parametrize("text", ["1:4t", "2:4t", "3:4t"])
-def test_a_model_runs_its_masks(mode: str, text: str) -> None:
+def test_transposable_model_equals_the_oracle_in_every_mode(mode: str, text: str) -> None:
     student = compiled(mode, text)
     with torch.no_grad():
         out = student(X)
@@ -46,13 +52,13 @@ def test_a_model_runs_its_masks(mode: str, text: str) -> None:
     assert f" {text}" in str(sdm.explain(student))
 
 
-def test_gradients_are_those_of_the_oracle() -> None:
+def test_transposable_gradients_equal_those_of_the_oracle() -> None:
     student = compiled()
     student(X)
     assert_gradients(student, oracle_of(student), ((X,), {}))
 
 
-def test_a_saved_student_comes_back(tmp_path: Path) -> None:
+def test_transposable_student_is_saved_and_loaded(tmp_path: Path) -> None:
     student = compiled()
     out = student(X)
     sdm.save(student, tmp_path / "student")
@@ -61,7 +67,7 @@ def test_a_saved_student_comes_back(tmp_path: Path) -> None:
     assert {pattern for _, pattern in sdm.masked_parameters(loaded).values()} == {PATTERN}
 
 
-def test_finalized_weights_come_back(tmp_path: Path) -> None:
+def test_transposable_finalized_weights_are_saved_and_loaded(tmp_path: Path) -> None:
     fast = compiled("sparse", finalize=True)
     with torch.no_grad():
         fast(X)
@@ -73,7 +79,9 @@ def test_finalized_weights_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_kernels_of_free_masks_pack_it(kernel: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_transposable_weight_is_packed_by_the_per_row_kernels(
+    kernel: tuple[int, ...], dtype: torch.dtype
+) -> None:
     weight = torch.randn(20, 64, *kernel).to(dtype)
     mask = nm_mask(weight, PATTERN)
     dense = (weight * mask).movedim(1, -1).flatten(1)
@@ -87,16 +95,16 @@ def test_the_kernels_of_free_masks_pack_it(kernel: tuple[int, ...], dtype: torch
     )
 
 
-def test_convolutions_have_a_mask_per_position() -> None:
+def test_transposable_mask_of_a_convolution_differs_by_position() -> None:
     weight = torch.randn(8, 12, 3, 2, generator=torch.Generator().manual_seed(0))
     mask = nm_mask(weight, PATTERN)
-    assert torch.equal(mask, brute_tiles(weight, 2))
+    assert torch.equal(mask, brute_mask(weight, "2:4t"))
     for y, x in ((0, 0), (2, 1)):
         assert torch.equal(mask[..., y, x], nm_mask(weight[..., y, x], PATTERN))
         assert torch.equal(mask[..., y, x].T, nm_mask(weight[..., y, x].T, PATTERN))
 
 
-def test_what_does_not_fit_stays_dense_with_its_sentence() -> None:
+def test_transposable_pattern_that_does_not_fit_leaves_the_weight_dense() -> None:
     net = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in ((8, 8), (8, 6), (6, 8), (8, 8))))
     student = sdm.compile(net, "2:4t", policy="all", backend="eager")
     student(torch.randn(2, 8))
@@ -109,13 +117,13 @@ def test_what_does_not_fit_stays_dense_with_its_sentence() -> None:
     }
 
 
-def test_macs_are_those_of_the_plain_pattern() -> None:
+def test_count_macs_of_a_transposable_pattern_equals_the_per_row_one() -> None:
     ours, plain = (sdm.count_macs(Net(), X, pattern=text) for text in ("2:4t", "2:4"))
     assert (ours.dense, ours.sparse) == (plain.dense, plain.sparse)
     assert ours.sparse < ours.dense
 
 
-def test_repattern_goes_to_it_and_back() -> None:
+def test_repattern_to_a_transposable_pattern_and_back() -> None:
     student = compiled(pattern="2:4")
     plain = student(X)
     for text in ("3:4t", "2:4t"):
@@ -127,21 +135,21 @@ def test_repattern_goes_to_it_and_back() -> None:
     assert_same(student(X), plain)
 
 
-def test_the_torch_compile_entry_point() -> None:
+def test_torch_compile_backend_takes_a_transposable_pattern() -> None:
     options = {"pattern": "2:4t", "backend": "eager"}
     fast = torch.compile(Net(), backend="sparsedm", options=options)
     with torch.no_grad():
         assert_same(fast(X), compiled("infer")(X), tolerance=1e-5)
 
 
-def test_an_override_may_be_one() -> None:
+def test_override_may_be_a_transposable_pattern() -> None:
     student = compiled(pattern="1:4", overrides={"conv": "2:4t"})
     student(X)
-    found = {name: str(pattern) for name, (_, pattern) in sdm.masked_parameters(student).items()}
-    assert found == {**dict.fromkeys(WEIGHTS, "1:4"), "conv.weight": "2:4t"}
+    patterns = {name: str(pattern) for name, (_, pattern) in sdm.masked_parameters(student).items()}
+    assert patterns == {**dict.fromkeys(WEIGHTS, "1:4"), "conv.weight": "2:4t"}
 
 
-def test_sr_ste_decays_what_its_mask_drops() -> None:
+def test_sr_ste_decays_the_weights_that_a_transposable_mask_prunes() -> None:
     student = compiled()
     student(X)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
@@ -153,12 +161,12 @@ def test_sr_ste_decays_what_its_mask_drops() -> None:
     for name, weight in student.named_parameters():
         term = torch.zeros_like(weight)
         if name in WEIGHTS:
-            term = 0.125 * before[name] * ~brute_tiles(before[name], 2)
+            term = 0.125 * before[name] * ~brute_mask(before[name], "2:4t")
         assert_same(weight.detach(), before[name] - term, tolerance=1e-7)
 
 
 @pytest.mark.parametrize("method", ["sparsedm", "asp", "progressive"])
-def test_it_is_trained(method: str) -> None:
+def test_finetune_with_a_transposable_pattern(method: str) -> None:
     result, student = short(method, student=student_of(teacher(), pattern="2:4t"))
     assert result.losses[-1] > 0
     assert str(result.pattern) == "2:4t"

@@ -1,4 +1,4 @@
-"""The fused kernel against ``kept(weight, unchecked_nm_mask(weight, pattern))``, to the bit."""
+"""The fused kernel against ``apply_mask(weight, compute_mask(weight, pattern))``, to the bit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsedm_compiler.masks.mask_ste import _fused, mask_ste, mask_ste_op
+from sparsedm_compiler.masks.mask_ste import _can_fuse, mask_ste, mask_ste_op
 from sparsedm_compiler.masks.nm_mask import apply_inverse_mask, apply_mask, compute_mask
-from sparsedm_compiler.masks.triton_mask import _lanes, _launch, mask_by_triton, refusal
+from sparsedm_compiler.masks.triton_mask import (
+    _launch,
+    _list_lane_dims,
+    explain_refusal,
+    mask_by_triton,
+)
 from sparsedm_compiler.patterns import Pattern
 from sparsedm_compiler.selection.top_n import KEYS
 from tests.backends.cuda.running import moved, on_cuda, on_device, run_interpreted
-from tests.masks.mask_cases import LAYOUTS, channels_last, coarse_cases, contiguous, free_cases
+from tests.masks.mask_cases import LAYOUTS, block_cases, channels_last, contiguous, per_row_cases
 
 # numpy, in the interpreter: an energy may be infinite.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
@@ -40,11 +45,11 @@ def left_out(weight: Tensor, pattern: Pattern) -> Tensor:
 
 def check(weight: Tensor, pattern: Pattern) -> None:
     """The same bits and strides; the oracle runs on the CPU."""
-    for rest, oracle in enumerate((expected(weight, pattern), left_out(weight, pattern))):
-        found = mask_by_triton(moved(weight), pattern, rest=bool(rest))
-        assert (found.dtype, found.shape) == (oracle.dtype, oracle.shape)
-        assert found.stride() == oracle.stride()
-        assert torch.equal(bits(found.cpu()), bits(oracle))
+    for inverse, oracle in enumerate((expected(weight, pattern), left_out(weight, pattern))):
+        masked = mask_by_triton(moved(weight), pattern, inverse=bool(inverse))
+        assert (masked.dtype, masked.shape) == (oracle.dtype, oracle.shape)
+        assert masked.stride() == oracle.stride()
+        assert torch.equal(bits(masked.cpu()), bits(oracle))
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -64,8 +69,10 @@ def test_in_the_interpreter() -> None:
 
 @on_device
 @settings(deadline=None, max_examples=80)
-@given(st.one_of(free_cases(), coarse_cases()), st.sampled_from(DTYPES))
-def test_any_pattern_and_layout(case: tuple[Tensor, Pattern], dtype: torch.dtype) -> None:
+@given(st.one_of(per_row_cases(), block_cases()), st.sampled_from(DTYPES))
+def test_mask_by_triton_of_any_pattern_and_layout(
+    case: tuple[Tensor, Pattern], dtype: torch.dtype
+) -> None:
     weight, pattern = case
     view = torch.empty_strided(weight.shape, weight.stride(), dtype=dtype).copy_(weight)
     check(view, pattern)
@@ -74,7 +81,7 @@ def test_any_pattern_and_layout(case: tuple[Tensor, Pattern], dtype: torch.dtype
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("text", [*FREE, *COARSE])
-def test_shapes_and_strides(text: str, dtype: torch.dtype) -> None:
+def test_mask_by_triton_of_any_shape_and_strides(text: str, dtype: torch.dtype) -> None:
     pattern = Pattern.parse(text)
     blocks = 1 if pattern.m * pattern.height > 100 else 3
     weight = integers((blocks * pattern.height, 2 * pattern.m, 2, 3), dtype)
@@ -86,14 +93,14 @@ def test_shapes_and_strides(text: str, dtype: torch.dtype) -> None:
 @on_device
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(12, 24), (12, 24, 5), (12, 24, 2, 1, 3)], ids=str)
-def test_any_number_of_dimensions(shape: tuple[int, ...], layout: object) -> None:
+def test_mask_by_triton_of_any_number_of_dimensions(shape: tuple[int, ...], layout: object) -> None:
     for text in ("2:8", "1:4x3", "6:2:8"):
         check(layout(integers(shape, torch.float32)), Pattern.parse(text))  # type: ignore[operator]
 
 
 @on_device
 @pytest.mark.parametrize("text", ["2:4", "1:8", "3:5x2", "16:2:8"])
-def test_many_programs_the_last_one_cut(text: str) -> None:
+def test_mask_by_triton_in_many_programs_with_a_partial_last_one(text: str) -> None:
     pattern = Pattern.parse(text)
     weight = integers((16 * 7, 5 * pattern.m * 7), torch.bfloat16)
     check(weight, pattern)
@@ -103,7 +110,7 @@ def test_many_programs_the_last_one_cut(text: str) -> None:
 @on_device
 @pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "7:8", "16:32", "2:4x2", "2:2:8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_broken_weights_keep_exactly_n_and_the_rest_is_zero(text: str, dtype: torch.dtype) -> None:
+def test_mask_by_triton_of_nan_and_inf_keeps_exactly_n(text: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight = torch.randn(32, 64).to(dtype)
     for value in (torch.nan, torch.inf, -torch.inf, -0.0):
@@ -113,7 +120,7 @@ def test_broken_weights_keep_exactly_n_and_the_rest_is_zero(text: str, dtype: to
 
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_last_bit_of_a_magnitude_counts(dtype: torch.dtype) -> None:
+def test_mask_by_triton_compares_the_last_bit_of_a_magnitude(dtype: torch.dtype) -> None:
     """Groups of neighbouring numbers, denormals among them, in a random order."""
     torch.manual_seed(0)
     first = torch.randint(0, 2**15 - 16, (40, 1)) << 8 * (dtype.itemsize - 2)
@@ -125,7 +132,7 @@ def test_the_last_bit_of_a_magnitude_counts(dtype: torch.dtype) -> None:
 
 
 @on_device
-def test_energies_are_sums_in_float32() -> None:
+def test_mask_by_triton_sums_energies_in_float32() -> None:
     """257 against 256 is a tie in bfloat16, 400^2 against 300^2 one of infinities in float16."""
     close = torch.tensor([[16.0, 16.0], [0.0, 1.0]], dtype=torch.bfloat16)
     large = torch.tensor([[300.0, 400.0], [0.0, 0.0]], dtype=torch.float16)
@@ -136,13 +143,13 @@ def test_energies_are_sums_in_float32() -> None:
 
 @on_device
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (4, 8, 0, 3)], ids=str)
-def test_nothing_to_mask(shape: tuple[int, ...]) -> None:
+def test_mask_by_triton_of_an_empty_weight(shape: tuple[int, ...]) -> None:
     check(torch.empty(shape), Pattern.parse("2:4"))
 
 
 @on_device
 @pytest.mark.parametrize("text", ["2:4", "1:4x3", "6:2:8"])
-def test_offsets_of_64_bits_give_the_same(text: str) -> None:
+def test_mask_by_triton_with_64_bit_offsets_gives_the_same(text: str) -> None:
     pattern = Pattern.parse(text)
     for layout in LAYOUTS:
         weight = moved(layout(integers((12, 24, 2, 3), torch.float16)))
@@ -152,7 +159,7 @@ def test_offsets_of_64_bits_give_the_same(text: str) -> None:
 
 
 @on_device
-def test_the_weight_is_left_alone_and_no_part_of_a_graph() -> None:
+def test_mask_by_triton_leaves_the_weight_and_requires_no_gradient() -> None:
     weight = moved(integers((8, 16), torch.float32)).requires_grad_()
     before = weight.detach().clone()
     assert not mask_by_triton(weight, Pattern.parse("2:4")).requires_grad
@@ -168,11 +175,11 @@ def test_the_weight_is_left_alone_and_no_part_of_a_graph() -> None:
         ("2:4x8", channels_last, [192 // 8, 4 * 9]),
     ],
 )
-def test_lanes_follow_memory_in_as_few_dimensions_as_can_be(
+def test_lane_dims_follow_memory_and_are_joined(
     text: str, layout: object, sizes: list[int]
 ) -> None:
     weight = layout(torch.empty(192, 16, 3, 3))  # type: ignore[operator]
-    dims = _lanes(weight, torch.empty_like(weight), Pattern.parse(text))
+    dims = _list_lane_dims(weight, torch.empty_like(weight), Pattern.parse(text))
     assert [dim.size for dim in dims] == sizes[::-1]
     assert [dim.weight for dim in dims] == sorted(dim.weight for dim in dims)
 
@@ -187,26 +194,26 @@ def test_lanes_follow_memory_in_as_few_dimensions_as_can_be(
         ("3:5", torch.bfloat16, None),
     ],
 )
-def test_refusals(text: str, dtype: torch.dtype, why: str | None) -> None:
-    assert refusal(Pattern.parse(text), dtype) == why
+def test_explain_refusal_says_why_or_none(text: str, dtype: torch.dtype, why: str | None) -> None:
+    assert explain_refusal(Pattern.parse(text), dtype) == why
 
 
-def test_the_op_asks_for_triton_on_cuda_alone() -> None:
+def test_mask_ste_looks_for_triton_on_cuda_alone() -> None:
     pattern = Pattern.parse("2:4")
 
     def never() -> str | None:
         raise AssertionError("nobody should ask")
 
-    assert not _fused("cpu", torch.float32, pattern, never)
-    assert not _fused("cuda", torch.float64, pattern, never)
-    assert not _fused("cuda", torch.float32, pattern, lambda: "no Triton")
-    assert _fused("cuda", torch.float32, pattern, lambda: None)
+    assert not _can_fuse("cpu", torch.float32, pattern, never)
+    assert not _can_fuse("cuda", torch.float64, pattern, never)
+    assert not _can_fuse("cuda", torch.float32, pattern, lambda: "no Triton")
+    assert _can_fuse("cuda", torch.float32, pattern, lambda: None)
 
 
 @on_cuda
 @pytest.mark.parametrize("text", ["2:4", "1:8", "4:4", "1:4x2", "2:2:8"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_op_on_cuda(text: str, layout: object) -> None:
+def test_mask_ste_on_cuda_equals_the_cpu(text: str, layout: object) -> None:
     for dtype in (*DTYPES, torch.float64):
         weight = moved(layout(integers((8, 16, 2, 3), dtype))).requires_grad_()  # type: ignore[operator]
         torch.library.opcheck(mask_ste_op, (weight, text))
@@ -215,9 +222,9 @@ def test_the_op_on_cuda(text: str, layout: object) -> None:
 
 
 @on_cuda
-def test_more_than_2_to_the_31_elements() -> None:
+def test_mask_by_triton_of_more_than_2_to_the_31_elements() -> None:
     pattern = Pattern.parse("2:4")
     weight = torch.randn(2**16 + 8, 2**15, device="cuda", dtype=torch.float16)
-    found = mask_by_triton(weight, pattern)
+    masked = mask_by_triton(weight, pattern)
     for rows in (slice(0, 8), slice(-8, None)):
-        assert torch.equal(found[rows], expected(weight[rows].clone(), pattern))
+        assert torch.equal(masked[rows], expected(weight[rows].clone(), pattern))

@@ -1,4 +1,4 @@
-"""``Pattern``: what strings it reads, what it refuses, and how it prints."""
+"""``Pattern``: the strings it reads and refuses, and its text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def patterns(draw: st.DrawFn) -> Pattern:
 
 @settings(deadline=None)
 @given(patterns())
-def test_its_text_reads_back_as_itself(pattern: Pattern) -> None:
+def test_parse_of_the_text_of_a_pattern_returns_it(pattern: Pattern) -> None:
     assert Pattern.parse(str(pattern)) == pattern
     assert Pattern.parse(f"  {pattern}\n") == pattern
     assert Pattern.parse(pattern) is pattern
@@ -49,7 +49,7 @@ def test_its_text_reads_back_as_itself(pattern: Pattern) -> None:
         ("3:4t", TransposableNM(3, 4)),
     ],
 )
-def test_n_is_kept_and_m_is_the_group(text: str, expected: Pattern) -> None:
+def test_parse_reads_n_as_kept_and_m_as_the_group(text: str, expected: Pattern) -> None:
     assert Pattern.parse(text) == expected
     assert str(expected) == text
 
@@ -60,7 +60,7 @@ NOT_SHARED = ["2:4x", "2:4x0", "1:8x16x2", "2:4x1:2", "0:2:4"]
 
 
 @pytest.mark.parametrize("text", NOT_TWO_NUMBERS + NOT_N_OF_M + NOT_SHARED)
-def test_what_is_no_pattern_is_refused_with_a_way_out(text: str) -> None:
+def test_parse_of_illegal_text_raises_with_an_example(text: str) -> None:
     with pytest.raises(PatternError, match=r"2:4|64:2:8|not >= 1"):
         Pattern.parse(text)
 
@@ -69,25 +69,25 @@ TEXTS_WITH_T = ["2:8t", "4:4t", "0:4t", "5:4t", "1:2t", "2:4tx4", "2:4x4t", "64:
 
 
 @pytest.mark.parametrize("text", TEXTS_WITH_T)
-def test_only_n_of_4_is_transposable(text: str) -> None:
+def test_parse_of_a_transposable_pattern_other_than_n_of_4_raises(text: str) -> None:
     ways = f"'{text}' is not one of '1:4t', '2:4t' and '3:4t', which alone are transposable"
     with pytest.raises(PatternError, match=ways):
         Pattern.parse(text)
 
 
 @pytest.mark.parametrize("options", [{"m": 8}, {"n": 4}, {"n": 0}], ids=str)
-def test_a_transposable_pattern_has_no_other_form(options: dict[str, Any]) -> None:
+def test_transposable_nm_with_illegal_numbers_raises(options: dict[str, Any]) -> None:
     with pytest.raises(PatternError, match="which alone are transposable"):
         TransposableNM(**{"n": 2, "m": 4, **options})
 
 
 @pytest.mark.parametrize("value", [None, 24, 0.5, (2, 4), b"2:4"])
-def test_what_is_no_string_is_refused(value: Any) -> None:
+def test_parse_of_other_types_raises(value: Any) -> None:
     with pytest.raises(PatternError, match="is not a string"):
         Pattern.parse(value)
 
 
-def test_the_error_names_the_value_and_is_a_value_error() -> None:
+def test_pattern_error_is_a_value_error_with_the_value() -> None:
     with pytest.raises(ValueError, match="'4:2'"):
         Pattern.parse("4:2")
     assert issubclass(PatternError, SparseDMError)
@@ -102,7 +102,7 @@ def test_density_is_exact() -> None:
 
 @settings(deadline=None)
 @given(patterns())
-def test_dense_means_that_nothing_is_pruned(pattern: Pattern) -> None:
+def test_is_dense_where_density_is_one(pattern: Pattern) -> None:
     assert pattern.is_dense == (pattern.density == 1)
 
 
@@ -121,11 +121,13 @@ def test_dense_means_that_nothing_is_pruned(pattern: Pattern) -> None:
         ("64:2:8", (128, 8), None),
     ],
 )
-def test_misfit_says_why(text: str, sizes: tuple[int, int], reason: str | None) -> None:
+def test_misfit_returns_the_reason_or_none(
+    text: str, sizes: tuple[int, int], reason: str | None
+) -> None:
     assert Pattern.parse(text).misfit(*sizes) == reason
 
 
-def test_it_is_a_frozen_value() -> None:
+def test_pattern_is_frozen_and_hashable() -> None:
     pattern = Pattern.parse("2:4")
     with pytest.raises(FrozenInstanceError):
         pattern.n = 3  # type: ignore[misc]

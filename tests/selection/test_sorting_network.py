@@ -22,7 +22,7 @@ def run(network: SortingNetwork, values: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("m", range(2, 12))
-def test_it_selects_every_pair_of_neighbouring_ranks(m: int) -> None:
+def test_selection_network_selects_every_pair_of_neighbouring_ranks(m: int) -> None:
     """By the 0-1 principle, right on all inputs of zeros and ones is right on all inputs."""
     for rank in range(1, m):
         network = build_selection_network((1,) * m, (rank - 1, rank))
@@ -32,7 +32,7 @@ def test_it_selects_every_pair_of_neighbouring_ranks(m: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 3, 3), (2, 2, 2, 2), (4, 1), (1, 2, 3)])
-def test_it_merges_sorted_lists(sizes: tuple[int, ...]) -> None:
+def test_selection_network_merges_sorted_lists(sizes: tuple[int, ...]) -> None:
     ranks = tuple(range(sum(sizes)))
     network = build_selection_network(sizes, ranks)
     for ones in product(*(range(size + 1) for size in sizes)):
@@ -54,6 +54,6 @@ COSTS = {
 
 
 @pytest.mark.parametrize("m_and_ranks", COSTS)
-def test_nothing_is_computed_that_nobody_reads(m_and_ranks: tuple[int, ...]) -> None:
+def test_selection_network_cost_is_as_low_as_counted_by_hand(m_and_ranks: tuple[int, ...]) -> None:
     m, *ranks = m_and_ranks
     assert build_selection_network((1,) * m, tuple(ranks)).cost == COSTS[m_and_ranks]

@@ -11,7 +11,8 @@ from torch import Tensor
 from sparsedm_compiler.masks.nm_mask import apply_mask, compute_mask, nm_mask
 from sparsedm_compiler.patterns import Pattern
 from sparsedm_compiler.selection import transposable_tiles as tiles
-from tests.masks.mask_cases import DTYPES, KERNELS, brute, channels_last, legal_tiles
+from tests.masks.mask_cases import DTYPES, KERNELS, channels_last
+from tests.oracle import brute_mask, list_legal_tiles
 
 properties = settings(deadline=None, max_examples=60)
 every_n = pytest.mark.parametrize("n", [1, 2, 3])
@@ -48,17 +49,17 @@ ns = st.integers(1, 3)
 
 
 @every_n
-def test_the_legal_masks_are_all_there(n: int) -> None:
+def test_plan_holds_all_legal_masks(n: int) -> None:
     expected = {tuple(mask) for mask in masks_of(n).int().tolist()}
     device = torch.device("cpu")
-    found = [tuple(mask) for mask in tiles._plan(n, device).masks.int().tolist()]
-    assert {*found} == expected
-    assert len(expected) == COUNTS[n] == len(legal_tiles(n))
+    masks = [tuple(mask) for mask in tiles._build_plan(n, device).masks.int().tolist()]
+    assert {*masks} == expected
+    assert len(expected) == COUNTS[n] == len(list_legal_tiles(n))
 
 
 @properties
 @given(real_weights(), ns)
-def test_rows_and_columns_keep_exactly_n(weight: Tensor, n: int) -> None:
+def test_transposable_mask_keeps_exactly_n_of_rows_and_columns(weight: Tensor, n: int) -> None:
     mask = cut(nm_mask(weight, f"{n}:4t"))
     assert bool((mask.sum(1) == n).all())
     assert bool((mask.sum(2) == n).all())
@@ -66,7 +67,7 @@ def test_rows_and_columns_keep_exactly_n(weight: Tensor, n: int) -> None:
 
 @properties
 @given(real_weights(), ns)
-def test_no_legal_mask_keeps_more(weight: Tensor, n: int) -> None:
+def test_transposable_mask_keeps_as_much_as_any_legal_mask(weight: Tensor, n: int) -> None:
     """To the units that magnitudes are counted in: 12 roundings of 2^-26 of the largest."""
     scores = cut(weight).double().abs().flatten(1)
     ours = (scores * cut(nm_mask(weight, f"{n}:4t")).flatten(1)).sum(1)
@@ -79,7 +80,9 @@ def test_no_legal_mask_keeps_more(weight: Tensor, n: int) -> None:
 
 @properties
 @given(real_weights(), ns, st.integers(0, 2**31))
-def test_random_legal_masks_keep_no_more(weight: Tensor, n: int, seed: int) -> None:
+def test_random_legal_masks_keep_no_more_than_the_transposable_mask(
+    weight: Tensor, n: int, seed: int
+) -> None:
     scores = cut(weight).double().abs()
     ours = (scores * cut(nm_mask(weight, f"{n}:4t"))).sum((1, 2))
     legal, generator = masks_of(n).view(-1, 4, 4), torch.Generator().manual_seed(seed)
@@ -90,7 +93,7 @@ def test_random_legal_masks_keep_no_more(weight: Tensor, n: int, seed: int) -> N
 
 @properties
 @given(ns, st.integers(0, 2**31))
-def test_the_mask_of_the_transposed_is_the_mask_transposed(n: int, seed: int) -> None:
+def test_transposable_mask_of_the_transposed_weight_is_transposed(n: int, seed: int) -> None:
     """Powers of 2 in each tile, so that no two sums are equal."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(6, 16, generator=generator).argsort(1)
@@ -103,7 +106,7 @@ def test_the_mask_of_the_transposed_is_the_mask_transposed(n: int, seed: int) ->
 
 @properties
 @given(real_weights(), ns, st.integers(-8, 8))
-def test_scale_does_not_matter(weight: Tensor, n: int, power: int) -> None:
+def test_transposable_mask_is_the_same_at_any_scale(weight: Tensor, n: int, power: int) -> None:
     wide = weight.double() if weight.dtype == torch.float64 else weight.float()
     assert torch.equal(nm_mask(wide * 2.0**power, f"{n}:4t"), nm_mask(wide, f"{n}:4t"))
     assert torch.equal(nm_mask(wide.neg(), f"{n}:4t"), nm_mask(wide, f"{n}:4t"))
@@ -111,9 +114,10 @@ def test_scale_does_not_matter(weight: Tensor, n: int, power: int) -> None:
 
 @properties
 @given(ns, st.integers(0, 2**31), st.sampled_from((torch.float32, torch.bfloat16, torch.float64)))
-def test_a_masked_weight_keeps_all_it_has(n: int, seed: int, dtype: torch.dtype) -> None:
-    """However small its smallest is, and whatever it was masked by: what trains may vanish in a
-    rounded sum and must not make place for a zero."""
+def test_transposable_mask_of_a_masked_weight_keeps_its_non_zeros(
+    n: int, seed: int, dtype: torch.dtype
+) -> None:
+    """A tiny weight may vanish in a rounded sum, and yet must not lose its slot to a zero."""
     generator = torch.Generator().manual_seed(seed)
     scale = 10.0 ** torch.randint(-36, 37, (32, 32), generator=generator)
     values = torch.randn(32, 32, generator=generator)
@@ -124,7 +128,7 @@ def test_a_masked_weight_keeps_all_it_has(n: int, seed: int, dtype: torch.dtype)
 
 @every_n
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_what_differs_in_the_last_bit_is_told_apart(n: int, dtype: torch.dtype) -> None:
+def test_transposable_mask_compares_the_last_bit(n: int, dtype: torch.dtype) -> None:
     """A sum in that dtype would round the difference away."""
     tile = torch.ones(4, 4, dtype=dtype)
     tile[1, 2] += torch.finfo(dtype).eps
@@ -134,7 +138,7 @@ def test_what_differs_in_the_last_bit_is_told_apart(n: int, dtype: torch.dtype) 
     assert not nm_mask(tile, f"{n}:4t")[1, 0]
 
 
-def test_the_first_of_equal_masks_is_taken() -> None:
+def test_transposable_mask_of_equal_sums_is_the_first() -> None:
     rows = [[c in columns for c in range(4)] for columns in ((0, 1), (0, 1), (2, 3), (2, 3))]
     assert nm_mask(torch.ones(4, 4), "2:4t").tolist() == rows
     assert nm_mask(torch.zeros(4, 4), "2:4t").tolist() == rows
@@ -143,7 +147,7 @@ def test_the_first_of_equal_masks_is_taken() -> None:
 
 @every_n
 @pytest.mark.parametrize(("power", "top"), [(124, 9), (-126, 9), (-149, 1)])
-def test_extremes_of_float32(n: int, power: int, top: int) -> None:
+def test_transposable_mask_at_extremes_of_float32(n: int, power: int, top: int) -> None:
     """Up to 1.9e38, and denormals, which may all count the same."""
     weight = torch.randint(0, top + 1, (16, 16), generator=torch.Generator().manual_seed(0)).float()
     scaled = (weight.double() * 2.0**power).float()
@@ -153,7 +157,9 @@ def test_extremes_of_float32(n: int, power: int, top: int) -> None:
 @every_n
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("broken", [torch.nan, -torch.nan, torch.inf, -torch.inf])
-def test_what_is_no_number_is_kept_first(n: int, dtype: torch.dtype, broken: float) -> None:
+def test_transposable_mask_keeps_nan_and_inf_first(
+    n: int, dtype: torch.dtype, broken: float
+) -> None:
     pattern = Pattern.parse(f"{n}:4t")
     weight = torch.full((8, 8), torch.finfo(dtype).max, dtype=dtype)
     weight[:4, :4] = torch.arange(16).view(4, 4)
@@ -166,12 +172,14 @@ def test_what_is_no_number_is_kept_first(n: int, dtype: torch.dtype, broken: flo
 
 @every_n
 @pytest.mark.parametrize("view", [lambda w: w, channels_last], ids=["plain", "channels_last"])
-def test_a_weight_of_many_parts(n: int, view: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_CACHED", 5)
+def test_transposable_mask_of_a_weight_in_many_parts_equals_brute_force(
+    n: int, view: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "_CPU_TILES", 5)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-9, 10, (36, 12, 1, 2), generator=generator).float()
     pattern = Pattern.parse(f"{n}:4t")
-    expected = brute(weight, pattern)
+    expected = brute_mask(weight, pattern)
     seen = view(weight)  # type: ignore[operator]
     mask = nm_mask(seen, pattern)
     assert torch.equal(mask, expected)
@@ -179,7 +187,7 @@ def test_a_weight_of_many_parts(n: int, view: object, monkeypatch: pytest.Monkey
     assert torch.equal(nm_mask(weight[..., 0, 1], pattern), expected[..., 0, 1])
 
 
-def test_autocast_and_the_precision_of_products_do_not_matter() -> None:
+def test_transposable_mask_is_the_same_under_autocast_and_low_precision() -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     expected, before = nm_mask(weight, "2:4t"), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...graph.capture import CapturedGraph, EagerProduct, Names
+from ...graph.capture import CapturedGraph, Names
+from ...graph.eager_watch import EagerProduct
 from ...graph.flat_graph import Op, ParameterRead, flatten, trace_parameter
 from ...graph.op_table import OP_TABLE, Product
 
@@ -49,11 +50,13 @@ class Sites:
 def find_sites(captured: CapturedGraph) -> Sites:
     """Returns every product in the graph and its sub-graphs, in execution order."""
     ops = flatten(captured.gm)
-    parameters = captured.parameters(ops)
+    parameters = captured.map_parameters(ops)
     placeholders = (op for op in ops if op.node.op == "placeholder" and op not in parameters)
     inputs = frozenset(op for op in placeholders if op.node not in captured.buffers)
     sites = [
-        _site(op, product, factors, parameters) for op in ops for product, factors in op.products()
+        _site(op, product, factors, parameters)
+        for op in ops
+        for product, factors in op.list_products()
     ]
     return Sites(ops, parameters, inputs, tuple(sites))
 
