@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import models as models  # fills diffusion's table of time scales
 from .compiler.api import compile, explain, pattern_of, repattern
 from .compiler.counting import count_macs, topology
 from .compiler.guarded_forward import masked_parameters

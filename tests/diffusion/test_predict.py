@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsedm_compiler.diffusion import predict
-from sparsedm_compiler.diffusion.predict import signature_of
+from sparsedm_compiler.diffusion.predict import read_signature
 from sparsedm_compiler.errors import DataError
 from tests.zoo import FAMILIES, Family, sample_of
 
@@ -133,7 +133,7 @@ def test_a_mapping_may_only_name_what_the_forward_takes() -> None:
     sd3 = next(family for family in FAMILIES if family.name == "sd3").build()
     with pytest.raises(DataError, match="names timestep, not for SD3"):
         predict(sd3, X, T, {"timestep": T})
-    assert signature_of(Passes(nn.Linear(1, 1))).names is None  # nothing is known, all may pass
+    assert read_signature(Passes(nn.Linear(1, 1))).names is None  # nothing is known, all may pass
 
 
 class Late(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.errors import CheckpointError, ConfigError
-from sparsedm_compiler.models import UViT, load_weights, open_called, open_model
+from sparsedm_compiler.models import UViT, load_weights, open_model, open_with_inputs
 from tests.oracle import assert_same
 
 TINY = {"img_size": 8, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -95,16 +95,16 @@ def test_options_are_keywords_of_a_function(own: str) -> None:
 
 
 def test_what_a_model_is_called_with(own: str) -> None:
-    model, args, kwargs = open_called(f"{own}:called", device="meta")
+    model, args, kwargs = open_with_inputs(f"{own}:called", device="meta")
     assert model[0].weight.is_meta
     assert args[0].is_meta
     assert (args[0].shape, kwargs) == ((3, 4), {})
-    _, (zeros,), _ = open_called(f"{own}:net", inputs="2x4")
+    _, (zeros,), _ = open_with_inputs(f"{own}:net", inputs="2x4")
     assert_same(zeros, torch.zeros(2, 4))
-    uvit, (x, t), _ = open_called(f"{own}:uvit")  # of a class whose inputs are known
+    uvit, (x, t), _ = open_with_inputs(f"{own}:uvit")  # of a class whose inputs are known
     assert isinstance(uvit, UViT)
     assert (x.shape, t.shape) == ((1, 1, 8, 8), (1,))
-    _, (x, _), _ = open_called("UViT", options=TINY, batch=3, device="cpu")
+    _, (x, _), _ = open_with_inputs("UViT", options=TINY, batch=3, device="cpu")
     assert (x.shape, x.device.type) == ((3, 1, 8, 8), "cpu")
 
 

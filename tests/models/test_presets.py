@@ -13,7 +13,7 @@ from torch import nn
 from sparsedm_compiler import optional_deps as optional_module
 from sparsedm_compiler.errors import ConfigError, SparseDMError
 from sparsedm_compiler.models import PRESETS, UViT, example_inputs, preset
-from sparsedm_compiler.models.example_inputs import FEEDS
+from sparsedm_compiler.models.model_classes import MODEL_CLASSES
 from sparsedm_compiler.models.presets import from_diffusers
 
 DIT_EXTRA_EMBEDDERS = 27
@@ -211,7 +211,7 @@ def test_a_subclass_is_fed_like_its_base() -> None:
         pass
 
     assert len(example_inputs(Mine(embed_dim=8, depth=0))[0]) == 2
-    assert "Mine" not in FEEDS
+    assert "Mine" not in MODEL_CLASSES
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsedm_compiler.errors import ConfigError, DataError
 from sparsedm_compiler.models import UViT, UViTConfig
-from sparsedm_compiler.models.uvit import batched, sinusoid, unpatchify
+from sparsedm_compiler.models.uvit import embed_timesteps, expand_timesteps, unpatchify
 
 TINY = {"img_size": 8, "in_chans": 3, "embed_dim": 16, "depth": 4, "num_heads": 2, "pos_std": 0.5}
 
@@ -48,7 +48,7 @@ def test_tokens_are_label_time_patches_plus_positions() -> None:
     model(x, torch.tensor([5, 700]), y)
     tokens = seen[0][0] - model.pos_embed
     torch.testing.assert_close(tokens[:, 0], model.label_emb(y))
-    torch.testing.assert_close(tokens[:, 1], sinusoid(torch.tensor([5, 700]), 16))
+    torch.testing.assert_close(tokens[:, 1], embed_timesteps(torch.tensor([5, 700]), 16))
     torch.testing.assert_close(tokens[:, 2:], model.patch_embed(x))
 
 
@@ -58,7 +58,7 @@ def test_tokens_are_time_context_patches_plus_positions() -> None:
     seen = inputs_of(model.mid_block)
     model(x, 5, context=context)
     tokens = seen[0][0] - model.pos_embed
-    torch.testing.assert_close(tokens[:, 0], sinusoid(torch.tensor([5, 5]), 16))
+    torch.testing.assert_close(tokens[:, 0], embed_timesteps(torch.tensor([5, 5]), 16))
     torch.testing.assert_close(tokens[:, 1:6], model.context_embed(context))
     torch.testing.assert_close(tokens[:, 6:], model.patch_embed(x))
 
@@ -71,7 +71,7 @@ def test_patches_are_read_row_by_row() -> None:
 
 
 def test_sinusoid_is_cosines_then_sines() -> None:
-    wave = sinusoid(torch.tensor([0, 37]), 9)
+    wave = embed_timesteps(torch.tensor([0, 37]), 9)
     assert wave.shape == (2, 9)
     assert wave[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0]
     for i in range(4):
@@ -149,7 +149,7 @@ def test_each_sample_has_its_own_timestep() -> None:
 
 
 def test_batched_stays_on_the_device_of_x() -> None:
-    assert batched(3, torch.empty(2, 1, device="meta")).device.type == "meta"
+    assert expand_timesteps(3, torch.empty(2, 1, device="meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize("how", ["option", "method"])
