@@ -10,13 +10,15 @@ from pathlib import Path
 
 
 @contextmanager
-def replace_atomically(path: Path) -> Iterator[Path]:
-    """Where the block is to write: a file that takes the place of ``path`` if the block ends well.
+def replace_atomically(path: Path, *, unique: bool = False) -> Iterator[Path]:
+    """Yields the path of a temporary file that replaces ``path`` if the block ends well.
 
-    Makes the folder. What a kill leaves is written over by whoever writes ``path`` next, so two
-    processes must not write it at once.
+    Makes the folder. A temporary file left by a killed process is overwritten by the next writer,
+    so this is not safe for concurrent writers. ``unique``: the temporary file is this process's
+    own, so that several processes may write ``path`` at once.
     """
-    part = path.with_name(f".{path.name}.part")
+    name = f".{path.name}.{os.getpid()}.part" if unique else f".{path.name}.part"
+    part = path.with_name(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
@@ -47,7 +49,6 @@ def cache_folder(name: str) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, whatever other processes do."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    """Writes a file whole or not at all, also where several processes write it at once."""
+    with replace_atomically(path, unique=True) as part:
+        part.write_bytes(content)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsedm_compiler.data import Wanted, open_data
+from sparsedm_compiler.data import ReadOptions, open_data
 from sparsedm_compiler.data.folder import open_folder
 from sparsedm_compiler.errors import DataError
 from tests.data.cases import expected, pixels, save
@@ -108,7 +108,7 @@ def test_folders_without_images_or_of_splits_are_refused(tmp_path: Path) -> None
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot list .*none"):
-        open_folder(tmp_path / "none", Wanted())
+        open_folder(tmp_path / "none", ReadOptions())
 
 
 def test_linked_folders_are_followed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from torch import Tensor
 
-from sparsedm_compiler.data import HubData, Wanted, open_data
+from sparsedm_compiler.data import HubData, ReadOptions, open_data
 from sparsedm_compiler.errors import DataError
 from tests.data.cases import expected, pixels
 
@@ -104,7 +104,7 @@ def test_columns_of_embeddings_become_named_conditions() -> None:
     for column in (embedded, nested):
         given = rows(clip=column, label=(Value("int64"), LABELS))
         asked = {"context": "clip", "y": "label"}
-        data = HubData(given, conditions=asked, wanted=Wanted(limit=4))
+        data = HubData(given, conditions=asked, options=ReadOptions(limit=4))
         _, found = data.fetch([2, 0])
         assert isinstance(found, dict)
         torch.testing.assert_close(found["context"], torch.from_numpy(EMBEDDED[[2, 0]]))
@@ -141,7 +141,7 @@ def test_datasets_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match="rows of 'clip' differ in shape"):
         HubData(ragged, conditions={"context": "clip"}).fetch([1, 2])
     assert HubData(two, label="coarse").classes == 4
-    assert HubData(two, wanted=Wanted(labels=False)).classes is None
+    assert HubData(two, options=ReadOptions(labels=False)).classes is None
 
 
 def test_broken_and_missing_pictures_are_named_by_their_row(tmp_path: Path) -> None:

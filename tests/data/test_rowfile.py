@@ -10,14 +10,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sparsedm_compiler.data.rowfile import KINDS, RowFile, stored
+from sparsedm_compiler.data.rowfile import TYPE_NAMES, RowFile, read_header
 from sparsedm_compiler.errors import DataError
 
 
 def tensors() -> dict[str, torch.Tensor]:
     """7 rows of every type, of shapes that end at odd bytes."""
     found = {}
-    for dtype, name in KINDS.items():
+    for dtype, name in TYPE_NAMES.items():
         values = torch.randn(7, 3, 5) * 50
         found[name] = (values > 0) if dtype is torch.bool else values.to(dtype)
     return {**found, "labels": torch.arange(7)}
@@ -40,7 +40,7 @@ def test_blocks_of_rows_become_a_file_that_safetensors_reads(tmp_path: Path) -> 
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt", "who": "we"}
     assert [*path.parent.iterdir()] == [path]
-    for name, rows in stored(path)[0].items():
+    for name, rows in read_header(path)[0].items():
         assert rows.start % given[name].itemsize == 0, "not aligned"
 
 
@@ -54,14 +54,14 @@ def test_transposed_rows_and_rows_with_gradients(tmp_path: Path) -> None:
 def test_rows_are_read_as_safetensors_wrote_them(tmp_path: Path) -> None:
     given, path = tensors(), tmp_path / "a.safetensors"
     save_file(given, path, {"who": "we"})
-    found, notes = stored(path)
+    found, notes = read_header(path)
     assert notes["who"] == "we"
     assert found.keys() == given.keys()
     for index in ([6, 0, 6], [3], []):
         rows = torch.tensor(index, dtype=torch.int64)
         for name, tensor in given.items():
             assert found[name].shape == tuple(tensor.shape)
-            torch.testing.assert_close(found[name].at(rows), tensor[rows], rtol=0, atol=0)
+            torch.testing.assert_close(found[name].read_rows(rows), tensor[rows], rtol=0, atol=0)
 
 
 def test_only_the_rows_asked_for_are_read(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_only_the_rows_asked_for_are_read(tmp_path: Path) -> None:
             file.write(struct.pack("<4f", 1, 2, 3, 4))
     except OSError as error:
         pytest.skip(f"no files with holes of this size here: {error}")
-    rows = stored(path)[0]["a"].at(torch.tensor([count - 1, 5]))
+    rows = read_header(path)[0]["a"].read_rows(torch.tensor([count - 1, 5]))
     path.unlink()
     assert rows.tolist() == [[1, 2, 3, 4], [0, 0, 0, 0]]
 
@@ -129,13 +129,13 @@ def test_blocks_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
 def test_files_that_are_cut_off_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     with pytest.raises(DataError, match="cannot read"):
-        stored(path)
+        read_header(path)
     save_file({"a": torch.arange(100)}, path)
     whole = path.read_bytes()
-    found = stored(path)[0]["a"]
+    found = read_header(path)[0]["a"]
     for length in (0, 5, 20, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match="cannot read"):
-            stored(path)
+            read_header(path)
     with pytest.raises(DataError, match="cannot read"):
-        found.at(torch.tensor([0]))
+        found.read_rows(torch.tensor([0]))

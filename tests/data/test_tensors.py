@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparsedm_compiler.data import Condition, TensorData, Wanted, condition_rows
+from sparsedm_compiler.data import Condition, ReadOptions, TensorData, condition_rows
 from sparsedm_compiler.errors import DataError
 from tests.data.cases import expected, ops_of, pixels
 
@@ -122,4 +122,4 @@ def test_labels_of_any_integer_type_become_int64() -> None:
 def test_what_is_wanted_is_positive() -> None:
     for options in ({"size": 0}, {"limit": -1}):
         with pytest.raises(DataError, match="not positive"):
-            Wanted(**options)
+            ReadOptions(**options)
