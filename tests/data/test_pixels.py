@@ -29,7 +29,7 @@ def channels_first(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
-def test_a_whole_multiple_is_averaged_over_boxes() -> None:
+def test_resizing_by_a_whole_multiple_averages_boxes() -> None:
     images = pixels(3, 12, 12, 3)
     expected = images.reshape(3, 4, 3, 4, 3, 3).mean((2, 4))
     found = resize_pixels(channels_first(images), 4)
@@ -40,7 +40,7 @@ def test_a_whole_multiple_is_averaged_over_boxes() -> None:
 
 
 @pytest.mark.parametrize(("side", "size"), [(12, 5), (6, 9), (4, 8)])
-def test_any_other_size_is_lanczos(side: int, size: int) -> None:
+def test_resizing_to_any_other_size_is_lanczos(side: int, size: int) -> None:
     images = pixels(2, side, side, 1) / np.float32(255) - np.float32(0.5)
     matrix = lanczos(side, size)
     expected = np.einsum("ih,nhw,jw->nij", matrix, images[..., 0], matrix)
@@ -54,7 +54,7 @@ def test_any_other_size_is_lanczos(side: int, size: int) -> None:
     )
 
 
-def test_floats_stay_in_range() -> None:
+def test_resized_floats_stay_in_range() -> None:
     edge = torch.ones(1, 1, 8, 8)
     edge[..., :4] = -1
     found = resize_pixels(edge, 6)
@@ -63,14 +63,14 @@ def test_floats_stay_in_range() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 4), (4, 9), (5, 4)])
-def test_the_middle_square_is_what_is_left(height: int, width: int) -> None:
+def test_resizing_crops_the_middle_square(height: int, width: int) -> None:
     images = pixels(2, height, width, 3)
     top, left = (height - 4) // 2, (width - 4) // 2
     expected = channels_first(images[:, top : top + 4, left : left + 4])
     assert torch.equal(resize_pixels(channels_first(images), 4), expected)
 
 
-def test_no_size_and_the_right_size_change_nothing() -> None:
+def test_resizing_to_no_size_or_the_same_size_changes_nothing() -> None:
     images = channels_first(pixels(2, 4, 4, 1))
     assert resize_pixels(images, None) is images
     assert resize_pixels(images, 4) is images
@@ -87,7 +87,7 @@ def test_files_and_tensors_are_resized_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "RGB"])
-def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
+def test_decode_image_of_every_mode_is_rgb(mode: str, tmp_path: Path) -> None:
     image = Image.fromarray(pixels(4, 4, 3)).convert(mode)
     file = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     image.save(file)
@@ -96,7 +96,7 @@ def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(decode_image("a", file, None), truth)
 
 
-def test_what_is_transparent_is_white() -> None:
+def test_decode_image_puts_transparent_parts_on_white() -> None:
     image = np.zeros((2, 2, 4), np.uint8)
     image[0, 0], image[0, 1], image[1, 0] = (9, 8, 7, 255), (9, 8, 7, 0), (0, 0, 0, 51)
     found = decode_image("a", png(Image.fromarray(image)), None)
@@ -112,7 +112,7 @@ def png(image: Image.Image, **options: object) -> BytesIO:
     return BytesIO(file.getvalue())
 
 
-def test_pictures_stand_upright(tmp_path: Path) -> None:
+def test_decode_image_applies_exif_orientation(tmp_path: Path) -> None:
     image = Image.fromarray(pixels(4, 6, 3))
     turned = Image.Exif()
     turned[0x112] = 6  # the camera was turned: rows of the file are columns from the right
@@ -121,7 +121,7 @@ def test_pictures_stand_upright(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, np.rot90(np.array(image), -1))
 
 
-def test_files_that_are_no_pictures_are_named(tmp_path: Path) -> None:
+def test_decode_image_of_a_broken_file_names_it(tmp_path: Path) -> None:
     save(tmp_path / "whole.png", pixels(20, 20, 3))
     save(tmp_path / "whole.jpg", pixels(20, 20, 3))
     (tmp_path / "text.png").write_text("no picture")
@@ -134,14 +134,14 @@ def test_files_that_are_no_pictures_are_named(tmp_path: Path) -> None:
             decode_image(name, tmp_path / name, None)
 
 
-def test_more_than_eight_bits_are_refused(tmp_path: Path) -> None:
+def test_decode_image_of_more_than_eight_bits_raises(tmp_path: Path) -> None:
     Image.fromarray(np.full((2, 2), 4000, np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="8 bits"):
         decode_image("a", tmp_path / "a.png", None)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_keep_the_order_and_pass_errors_on(
+def test_map_in_threads_keeps_order_and_raises_errors(
     threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
