@@ -17,6 +17,9 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
         model: The model whose mode is set.
         training: True for train mode, False for eval mode.
 
+    Yields:
+        Nothing.
+
     Example:
         >>> model = nn.Sequential(nn.Dropout())
         >>> with in_mode(model, training=False):
@@ -40,6 +43,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: The model whose mode is set.
+
+    Yields:
+        Nothing.
 
     Example:
         >>> with evaluating(nn.Dropout()) as _:

@@ -20,7 +20,8 @@ TIME_NAMES = ("timestep", "timesteps", "t")
 TIME_SCALES: dict[str, float] = {}
 """Class name -> factor from the noise level, 0..1000, to the time its forward takes.
 
-Classes that count to 1000 are not listed. ``models.model_classes`` fills it at import, once.
+Classes that count to 1000 are not listed. ``models.model_classes`` fills it when the package is
+imported.
 """
 
 
@@ -164,6 +165,9 @@ def seed_at(*position: int | str) -> int:
     Args:
         *position: Numbers and words that say what is drawn, e.g. seed, "noise", images seen.
 
+    Returns:
+        The seed, the same in every process and on every machine.
+
     Example:
         >>> seed_at(0, "noise", 64) == seed_at(0, "noise", 64) != seed_at(0, "noise", 128)
         True
@@ -178,6 +182,9 @@ def generator_at(*position: int | str) -> torch.Generator:
 
     Args:
         *position: As for ``seed_at``.
+
+    Returns:
+        A new generator.
 
     Example:
         >>> draws = [torch.rand(1, generator=generator_at(0, "noise", 64)) for _ in range(2)]

@@ -272,6 +272,9 @@ def sampler_name(scheduler: Any, steps: int, guidance: Guidance | None = None) -
         steps: Steps of the sampler.
         guidance: Classifier-free guidance; None for none.
 
+    Returns:
+        The scheduler's class, the number of steps and, if any, the guidance scale.
+
     Example:
         >>> from sparsedm_compiler.diffusion import make_scheduler
         >>> sampler_name(make_scheduler("ddim", "eps"), 50, Guidance(2.0, null=10))

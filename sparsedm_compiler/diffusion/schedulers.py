@@ -40,6 +40,9 @@ def make_scheduler(sampler: str, objective: str, *, clip: bool = False) -> Any:
         clip: True clamps every estimate of the clean image to [-1, 1]: right for pixels, wrong for
             latents. Only "ddpm" and "ddim" support it.
 
+    Returns:
+        The scheduler, not yet set to a number of steps.
+
     Raises:
         ConfigError: A name is unknown, the names do not go together, or diffusers is missing.
 

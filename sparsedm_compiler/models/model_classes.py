@@ -19,9 +19,15 @@ MODEL_CLASSES: Mapping[str, ModelClass] = {
 }
 """Every known model class by name."""
 
-TIME_SCALES.update(
-    {row.name: row.time_scale for row in MODEL_CLASSES.values() if row.time_scale != 1}
-)
+
+def register_time_scales() -> None:
+    """Registers the time scale of every known class that has one with ``diffusion.predict``.
+
+    The package does this once, when it is imported.
+    """
+    TIME_SCALES.update(
+        {row.name: row.time_scale for row in MODEL_CLASSES.values() if row.time_scale != 1}
+    )
 
 
 def find_model_class(model: nn.Module) -> ModelClass | None:
