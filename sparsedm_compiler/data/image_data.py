@@ -125,7 +125,7 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def check_labels(labels: Tensor | np.ndarray, count: int, source: str) -> Tensor:
-    """Returns ``labels`` as int64 [count].
+    """Checks that ``labels`` are one class per image, and returns them as int64 [count].
 
     ``source`` names the data in errors. Raises DataError where they are not a class per image.
     """
@@ -154,9 +154,10 @@ def check_labels(labels: Tensor | np.ndarray, count: int, source: str) -> Tensor
 
 
 def check_condition(condition: Condition, count: int, source: str) -> Condition:
-    """Returns the condition of ``count`` images, labels as int64 [count].
+    """Checks that ``condition`` has a row for each of ``count`` images, and returns it.
 
-    ``source`` names the data in errors. Raises DataError where a tensor has another number of rows.
+    Labels become int64 [count]. ``source`` names the data in errors. Raises DataError where a
+    tensor has another number of rows.
     """
     if isinstance(condition, Tensor):
         return check_labels(condition, count, source)

@@ -100,7 +100,7 @@ class LatentData(ImageData):
 def check_latents(
     file: Mapping[str, StoredTensor], options: ReadOptions, path: Path
 ) -> StoredTensor:
-    """Returns the latents of a file.
+    """Checks that the tensors of a file fit one another, and returns its latents.
 
     Raises DataError where there are none, or where the tensors do not fit one another.
     """

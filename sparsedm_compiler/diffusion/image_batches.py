@@ -91,9 +91,10 @@ def image_batches(
 
 
 def check_images(images: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Returns ``images`` unchanged.
+    """Checks that ``images`` are floating-point, finite and as many as ``numbers``.
 
-    Raises DataError unless they are floating-point [len(numbers), C, H, W] and all finite.
+    Returns them unchanged. Raises DataError unless they are [len(numbers), C, H, W] without NaN or
+    Inf.
     """
     if images.ndim != 4 or len(images) != len(numbers) or not images.is_floating_point():
         raise DataError(

@@ -36,7 +36,7 @@ class NoiseScheduler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A training objective by name.
+    """A training objective: its name, and the function that prepares a batch.
 
     ``prepare(x0, noise, u)`` returns (noisy input, time input, target) for uniform draws u [B] in
     [0, 1).
@@ -74,9 +74,10 @@ def make_objective(name: str, scheduler: Any = None, levels: str = "uniform") ->
 
 
 def check_preserves_variance(scheduler: Any) -> NoiseScheduler:
-    """Returns ``scheduler`` unchanged.
+    """Checks that the squares of a scheduler's signal and noise weights add up to 1.
 
-    Raises ConfigError unless its signal and noise weights satisfy abar + (1 - abar) = 1.
+    Returns the scheduler unchanged. Raises ConfigError where they do not, or where it has no
+    ``add_noise``.
     """
     name, remedy = type(scheduler).__name__, "pass a DDPM, DDIM or DPM-Solver++ scheduler"
     if not isinstance(scheduler, NoiseScheduler):

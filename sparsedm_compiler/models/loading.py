@@ -1,4 +1,4 @@
-"""Any diffusion model by one word: a preset, a class, a diffusers config or a function."""
+"""Diffusion models by the name of a preset or class, a diffusers config, or a function."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def open_model(
     weights: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Returns the model that one word describes, with random weights unless it brings its own.
+    """Opens a model by the name of a preset or class, its config file, or a function.
+
+    Its weights are random unless it brings its own.
 
     Args:
         spec: A preset; "UViT" or a known diffusers class, then all options have their defaults; a
@@ -77,7 +79,7 @@ def open_with_inputs(
     inputs: str | None = None,
     device: str | torch.device | None = None,
 ) -> ModelWithInputs:
-    """Returns the model that one word describes, and the inputs of one forward.
+    """Opens a model as ``open_model`` does, together with the inputs of one forward.
 
     No file of weights is read.
 

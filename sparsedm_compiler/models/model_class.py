@@ -69,7 +69,7 @@ class InputRequest:
 
 @dataclass(frozen=True, slots=True)
 class ModelClass:
-    """All that this package knows about one class of models.
+    """The facts about one class of models: example inputs, time scale and presets.
 
     ``name``: "UViT" or a class of diffusers; subclasses count as their base. ``make_inputs``:
     returns (args, kwargs) of a forward for the model's config. ``time_scale``: factor from the
