@@ -32,7 +32,7 @@ from torch._inductor.utils import fresh_cache
 from sparsedm_compiler.autotune.timer import Samples, interleaved, machine, ratio, spread
 from sparsedm_compiler.masks.mask_ste import mask_ste
 from sparsedm_compiler.masks.nm_mask import apply_mask, compute_mask
-from sparsedm_compiler.models.uvit import UViT, UViTConfig
+from sparsedm_compiler.models import UViT, UViTConfig
 from sparsedm_compiler.patterns import Pattern
 from sparsedm_compiler.selection.sorting_network import build_selection_network
 

@@ -28,6 +28,7 @@ from .errors import (
     SparseDMError,
     StoppedError,
 )
+from .models.model_classes import register_time_scales
 from .patterns import Pattern
 from .reports import Choice, Decision, Explanation, MacRow, MacsReport, Topology
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from .train.sr_ste import sr_ste as sr_ste
 
 __version__ = "0.1.0"
+
+register_time_scales()
 
 _TRAIN = ("FinetuneConfig", "FinetuneResult", "finetune", "held_out_loss", "sr_ste")
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 
 @contextmanager
-def replace_atomically(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def replace_atomically(
+    path: Path, *, shared: bool = False, durable: bool = False
+) -> Iterator[Path]:
     """Yields a path to write to; if the block ends well, that file replaces ``path`` at once.
 
     Args:
@@ -19,12 +21,16 @@ def replace_atomically(path: Path, *, shared: bool = False) -> Iterator[Path]:
         shared: Whether other processes may write the same file meanwhile: each then writes a
             temporary file of its own, and the last one to end wins. Without it, a temporary file
             that a killed process left is overwritten by the next writer.
+        durable: Whether to flush the file to the disk first, so that a power cut leaves the old
+            file or the new one.
     """
     owner = f"{os.getpid()}." if shared else ""
     part = path.with_name(f".{path.name}.{owner}part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
+        if durable:
+            flush_to_disk(part)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -32,9 +38,18 @@ def replace_atomically(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all; other processes may write it meanwhile."""
+    """Writes a file whole or not at all, whatever other processes do."""
     with replace_atomically(path, shared=True) as part:
         part.write_bytes(content)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until the file or folder is on the disk (fsync)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def cache_folder(name: str) -> Path:

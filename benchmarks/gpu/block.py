@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from sparsedm_compiler.models.uvit import Block, UViTConfig
+from sparsedm_compiler.models import UViTConfig
+from sparsedm_compiler.models.uvit import Block
 
 from .case import Case, Row, Tell
 from .comparing import bound, dense, faster, of_models, typical

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsedm_compiler.models import UViT, example_inputs
-from sparsedm_compiler.models.presets import find
-from sparsedm_compiler.models.uvit import sinusoid
+from sparsedm_compiler.models.presets import find_preset
+from sparsedm_compiler.models.uvit import embed_timesteps
 
 from .case import Case, Row
 
@@ -72,7 +72,7 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         tokens = self.embed(x).flatten(2).transpose(1, 2) + self.positions
-        condition = self.time(sinusoid(timesteps, WAVES).to(x.dtype)) + self.label(labels)
+        condition = self.time(embed_timesteps(timesteps, WAVES).to(x.dtype)) + self.label(labels)
         for block in self.blocks:
             tokens = block(tokens, condition)
         shift, scale = self.modulation(F.silu(condition)).unsqueeze(1).chunk(2, dim=-1)
@@ -186,12 +186,12 @@ def _known(model: nn.Module, batch: int) -> Call:
 def _dit() -> Entry:
     if find_spec("diffusers") is None:
         return Entry("DiT-XL/2, stand-in", lambda: DiT(1152, 28, 16), _dit_inputs)
-    return Entry("DiT-XL/2", find("dit-xl-2").build, _known)
+    return Entry("DiT-XL/2", find_preset("dit-xl-2").build, _known)
 
 
 ENTRIES = {
-    "uvit-s": Entry("U-ViT-S CIFAR10", find("uvit-cifar10-small").build, _known),
-    "uvit-l": Entry("U-ViT-L ImageNet256", find("uvit-imagenet256-large").build, _known),
+    "uvit-s": Entry("U-ViT-S CIFAR10", find_preset("uvit-cifar10-small").build, _known),
+    "uvit-l": Entry("U-ViT-L ImageNet256", find_preset("uvit-imagenet256-large").build, _known),
     "dit": _dit(),
     "dit-quarter": Entry(
         "7 of DiT-XL/2's 28 blocks, stand-in", lambda: DiT(1152, 7, 16), _dit_inputs
@@ -202,7 +202,7 @@ ENTRIES = {
         _flux_inputs(4096, 512),
         policy="all",
     ),
-    "sdxl": Entry("SDXL UNet", find("sdxl").build, _known),
+    "sdxl": Entry("SDXL UNet", find_preset("sdxl").build, _known),
     "uvit-toy": Entry(
         "toy U-ViT",
         lambda: UViT(img_size=8, embed_dim=128, depth=2, num_heads=2, patch_size=2),

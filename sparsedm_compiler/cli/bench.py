@@ -95,7 +95,7 @@ def prepare(options: argparse.Namespace) -> Job:
     """Check the request; with --dry-run make the model too. Raises SparseDMError."""
     from ..compiler.inner_backend import resolve_backend
     from ..errors import ConfigError
-    from ..models.loading import open_called
+    from ..models.loading import open_with_inputs
 
     subject = subject_of(options)
     for name, value in (("rounds", options.rounds), ("threads", options.threads)):
@@ -104,14 +104,14 @@ def prepare(options: argparse.Namespace) -> Job:
     backend, device = resolve_backend(options.backend), device_of(options)
     given = {"options": subject.options, "batch": options.batch, "inputs": options.inputs}
     if options.dry_run:
-        open_called(subject.name, **given)
+        open_with_inputs(subject.name, **given)
 
     def run() -> None:
         import torch
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        model, args, kwargs = open_called(subject.name, device=device, **given)
+        model, args, kwargs = open_with_inputs(subject.name, device=device, **given)
         calls = candidates(model.eval(), subject, backend)
         with torch.no_grad():
             found = measured(calls, lambda call: call(*args, **kwargs), options.rounds)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..config import CompileConfig
-    from ..models.loading import Called
+    from ..models.loading import ModelWithInputs
     from ..reports import MacsReport
 
 ABOUT = """\
@@ -74,7 +74,7 @@ def real(call: Any, device: torch.device) -> Any:
     return tree_map_only(torch.Tensor, place, call)
 
 
-def counted(example: Called, config: CompileConfig) -> MacsReport:
+def counted(example: ModelWithInputs, config: CompileConfig) -> MacsReport:
     """The MACs of the model as it was pruned."""
     from ..compiler.counting import count_macs
 

@@ -16,7 +16,7 @@ from .job import Job
 from .options import add_model_options, model_options
 
 if TYPE_CHECKING:
-    from ..models.loading import Called
+    from ..models.loading import ModelWithInputs
 
 ABOUT = """\
 count the MACs of models, dense and pruned, without their weights
@@ -67,7 +67,7 @@ def prepare(options: argparse.Namespace) -> Job:
     if options.list:
         return Job(("would print the presets",), print_presets)
     from ..config import CompileConfig
-    from ..models.loading import open_called
+    from ..models.loading import open_with_inputs
 
     patterns = [Pattern.parse(text) for text in options.pattern or ["2:4"]]
     CompileConfig.create(patterns[0], policy=options.policy)
@@ -75,10 +75,10 @@ def prepare(options: argparse.Namespace) -> Job:
     given = {"options": model_options(options), "batch": options.batch, "inputs": options.inputs}
     if options.dry_run:
         for name in names:
-            open_called(name, **given)
+            open_with_inputs(name, **given)
 
     def run() -> None:
-        counts = [count(name, open_called(name, **given), patterns, options) for name in names]
+        counts = [count(name, open_with_inputs(name, **given), patterns, options) for name in names]
         if options.json:
             found = [as_json(entry, options) for entry in counts]
             print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
@@ -97,7 +97,7 @@ def print_presets() -> None:
 
 
 def count(
-    name: str, called: Called, patterns: Sequence[Pattern], options: argparse.Namespace
+    name: str, called: ModelWithInputs, patterns: Sequence[Pattern], options: argparse.Namespace
 ) -> Count:
     """The MACs of the model of that name at every pattern. Raises SparseDMError."""
     from ..compiler.counting import count_macs

@@ -50,9 +50,9 @@ class Source:
 
     def example(self, inputs: str | None = None) -> tuple[nn.Module, tuple[Any, ...], Any]:
         """(model, args, kwargs) to count or to copy: on the meta device where possible."""
-        from ..models import open_called
+        from ..models import open_with_inputs
 
-        return open_called(self.name, options=self.options, inputs=inputs)
+        return open_with_inputs(self.name, options=self.options, inputs=inputs)
 
     @property
     def pattern(self) -> str | None:
@@ -94,14 +94,14 @@ def source_of(options: argparse.Namespace) -> Source:
     """The model that was asked for, checked on the meta device. Raises SparseDMError."""
     from ..compiler.inner_backend import resolve_backend
     from ..models import load_weights, open_model
-    from ..models.loading import may_be_trained
+    from ..models.loading import may_have_weights
 
     name, chosen, weights, run = options.model, model_options(options), options.weights, None
     if (Path(name) / "run.json").exists():
         run = read_run_config(Path(name) / "run.json")
         weights = weights or student_of(Path(name))
         name, chosen = run.model.name, {**run.model.options, **chosen}
-    if weights is None and not may_be_trained(name):
+    if weights is None and not may_have_weights(name):
         raise ConfigError(f"{name} alone has random weights: give --weights FILE")
     model = open_model(name, options=chosen, device="meta")
     pruned = None if weights is None else metadata_of(Path(weights))

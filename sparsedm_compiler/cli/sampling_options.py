@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..diffusion import Condition, Guidance, SamplePlan
-    from ..diffusion.image_batches import Batches
+    from ..diffusion.image_batches import NumberedBatches
 
 SAMPLERS = ("dpm++", "ddim", "ddpm", "euler")
 OBJECTIVES = ("eps", "v", "x0", "flow")
@@ -40,7 +40,7 @@ class Drawing:
 
     def batches(
         self, model: nn.Module, *, skip: Callable[[range], bool] | None = None, progress: bool
-    ) -> Batches:
+    ) -> NumberedBatches:
         """This process's share of the images, chunk by chunk with their numbers."""
         from ..diffusion import sample_batches
         from ..evaluate.process_group import own_share
@@ -205,7 +205,7 @@ def check_call(source: Source, plan: SamplePlan) -> None:
     from ..models.loading import is_function
 
     model = open_model(source.name, options=source.options, device="meta")
-    asked = plan.condition_of(range(1))
+    asked = plan.take_condition(range(1))
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     x = torch.zeros(1, *plan.shape[1:], device="meta", dtype=dtype)
     y = None if asked is None else move_condition(asked, x)

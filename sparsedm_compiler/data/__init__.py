@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ..diffusion.condition import Condition
 from ..diffusion.condition import take_rows as condition_rows
+from ..diffusion.image_batches import Batch
 from .encode_latents import decode_latents, encode_latents, open_autoencoder
 from .hub import HubData
-from .image_data import Batch, ImageData, Wanted
+from .image_data import ImageData, ReadOptions
 from .latents import LatentData
 from .open_data import open_data
 from .tensors import TensorData
@@ -17,8 +18,8 @@ __all__ = [
     "HubData",
     "ImageData",
     "LatentData",
+    "ReadOptions",
     "TensorData",
-    "Wanted",
     "condition_rows",
     "decode_latents",
     "encode_latents",

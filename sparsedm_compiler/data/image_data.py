@@ -1,4 +1,4 @@
-"""``ImageData``: what every source of images is, what conditions are, the checks at the door."""
+"""The base of every source of images, the options of reading one, and checks of its values."""
 
 from __future__ import annotations
 
@@ -16,16 +16,29 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..diffusion.condition import Condition, check_count, take_rows
+from ..diffusion.image_batches import Batch
 from ..errors import ConfigError, DataError
-
-Batch = tuple[Tensor, Condition | None]
-"""Images float32 [B, C, H, W] and what they are conditioned on."""
 
 
 class ImageData(Dataset[tuple[Any, ...]], ABC):
-    """Images, or latents, that are fetched by number, with what they are conditioned on.
+    """Base class of images, or latents, that are fetched by number, with their condition.
 
-    ``shape``: [C, H, W] of one image. ``classes``: how many classes, None without labels.
+    A subclass implements ``__len__`` and ``fetch`` and sets the attributes. It satisfies the
+    protocol ``sparsedm_compiler.diffusion.ImageSource``.
+
+    Attributes:
+        shape: [C, H, W] of one image.
+        classes: Number of classes, None without labels.
+
+    Example:
+        >>> class Black(ImageData):
+        ...     shape, classes = (1, 2, 2), None
+        ...     def __len__(self):
+        ...         return 3
+        ...     def fetch(self, numbers):
+        ...         return torch.full((len(self.check_numbers(numbers)), 1, 2, 2), -1.0), None
+        >>> [image.shape for (image,) in Black()]
+        [torch.Size([1, 2, 2]), torch.Size([1, 2, 2]), torch.Size([1, 2, 2])]
     """
 
     shape: tuple[int, ...]
@@ -33,43 +46,64 @@ class ImageData(Dataset[tuple[Any, ...]], ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many images there are."""
+        """Returns the number of images."""
 
     @abstractmethod
     def fetch(self, numbers: Sequence[int]) -> Batch:
-        """Float32 [B, C, H, W] in [-1, 1] (latents: in any range) and their condition.
+        """Returns the images of those numbers, and their condition.
 
-        Raises DataError for an image that cannot be read, IndexError for a number there is not.
+        Args:
+            numbers: B image numbers, each in 0 .. len - 1, in any order.
+
+        Returns:
+            Float32 [B, C, H, W] in [-1, 1] (latents: in any range), and their condition or None.
+
+        Raises:
+            DataError: An image cannot be read.
+            IndexError: A number is out of range.
         """
 
     def __getitem__(self, number: int) -> tuple[Any, ...]:
-        """``(image,)`` or ``(image, condition)``: what a DataLoader makes batches of."""
+        """Returns ``(image,)`` or ``(image, condition)``, which a DataLoader can collate."""
         images, condition = self.fetch([range(len(self))[number]])
         return (images[0],) if condition is None else (images[0], take_rows(condition, 0))
 
-    def index(self, numbers: Sequence[int]) -> Tensor:
-        """``numbers`` as int64 [B]. Raises IndexError where one is not in 0 .. len - 1."""
-        found = torch.from_numpy(np.array(numbers, dtype=np.int64))
-        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < len(self):
+    def check_numbers(self, numbers: Sequence[int]) -> Tensor:
+        """Returns ``numbers`` as int64 [B].
+
+        Raises IndexError where one is not in 0 .. len - 1.
+        """
+        index = torch.from_numpy(np.array(numbers, dtype=np.int64))
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(self):
             raise IndexError(
-                f"image {int(found.min())} or {int(found.max())} of {len(self)}: "
+                f"image {int(index.min())} or {int(index.max())} of {len(self)}: "
                 f"numbers run from 0 to {len(self) - 1}"
             )
-        return found
+        return index
 
 
-def positive(name: str, value: int | None) -> None:
+def check_positive(name: str, value: int | None) -> None:
     """Raises DataError where ``value`` is neither None nor positive."""
     if value is not None and value < 1:
         raise DataError(f"{name} {value} is not positive")
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is asked of a source.
+class ReadOptions:
+    """The way to read a source of images: size, labels and number of images.
 
-    ``size``: images are cut to their middle square and resized to this side; None leaves them.
-    ``labels``: False leaves any condition out. ``limit``: the first so many images, None for all.
+    Attributes:
+        size: Side in pixels to which the middle square of every image is resized; None leaves the
+            images as they are.
+        labels: False leaves labels and any other condition out.
+        limit: Number of images to keep, the first ones; None keeps all.
+
+    Raises:
+        DataError: ``size`` or ``limit`` is not positive.
+
+    Example:
+        >>> ReadOptions(limit=100).limit_count(360)
+        100
     """
 
     size: int | None = None
@@ -77,65 +111,75 @@ class Wanted:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        positive("size", self.size)
-        positive("limit", self.limit)
+        check_positive("size", self.size)
+        check_positive("limit", self.limit)
 
-    def first(self, count: int) -> int:
-        """How many of ``count`` images are asked for."""
+    def limit_count(self, count: int) -> int:
+        """Returns the number of images to keep of ``count``."""
         return count if self.limit is None else min(count, self.limit)
 
 
-EVERYTHING = Wanted()
+READ_ALL = ReadOptions()
 
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
-def checked_labels(labels: Tensor | np.ndarray, count: int, where: str) -> Tensor:
-    """``labels`` as int64 [count]. Raises DataError where they are not a class per image."""
+def check_labels(labels: Tensor | np.ndarray, count: int, source: str) -> Tensor:
+    """Checks that ``labels`` are one class per image, and returns them as int64 [count].
+
+    ``source`` names the data in errors. Raises DataError where they are not a class per image.
+    """
     if isinstance(labels, np.ndarray):
         whole = labels.dtype.kind in "iu"
-        found = torch.from_numpy(labels.astype(np.int64)) if whole else torch.empty(0)
+        classes = torch.from_numpy(labels.astype(np.int64)) if whole else torch.empty(0)
     else:
-        whole, found = labels.dtype in _INTEGERS, labels
+        whole, classes = labels.dtype in _INTEGERS, labels
     if not whole:
         raise DataError(
-            f"{where}: labels of type {labels.dtype} are not the numbers of classes; "
+            f"{source}: labels of type {labels.dtype} are not the numbers of classes; "
             "give integers from 0, or leave them out (labels=False)"
         )
-    if found.ndim == 2 and found.shape[1] == 1:
-        found = found[:, 0]
-    if found.shape != (count,):
+    if classes.ndim == 2 and classes.shape[1] == 1:
+        classes = classes[:, 0]
+    if classes.shape != (count,):
         raise DataError(
-            f"{where}: labels {list(found.shape)} for {count} images; give one label per image"
+            f"{source}: labels {list(classes.shape)} for {count} images; give one label per image"
         )
-    if count and found.min() < 0:
+    if count and classes.min() < 0:
         raise DataError(
-            f"{where}: label {int(found.min())} is below 0: an image without a class? "
+            f"{source}: label {int(classes.min())} is below 0: an image without a class? "
             "leave the labels out (labels=False)"
         )
-    return found.long()
+    return classes.long()
 
 
-def checked_condition(condition: Condition, count: int, where: str) -> Condition:
-    """``condition`` of ``count`` images. Raises DataError where it is not."""
+def check_condition(condition: Condition, count: int, source: str) -> Condition:
+    """Checks that ``condition`` has a row for each of ``count`` images, and returns it.
+
+    Labels become int64 [count]. ``source`` names the data in errors. Raises DataError where a
+    tensor has another number of rows.
+    """
     if isinstance(condition, Tensor):
-        return checked_labels(condition, count, where)
+        return check_labels(condition, count, source)
     if not condition:
-        raise DataError(f"{where}: an empty mapping is no condition; give None")
+        raise DataError(f"{source}: an empty mapping is no condition; give None")
     try:
         check_count(condition, count)
     except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+        raise DataError(f"{source}: {error}") from None
     return dict(condition)
 
 
 def count_classes(labels: Tensor | None) -> int | None:
-    """One more than the largest label, None without labels."""
+    """Returns one more than the largest label, None without labels."""
     return None if labels is None else int(labels.max()) + 1
 
 
 def require(module: str, package: str) -> ModuleType:
-    """An optional module. Raises ConfigError where its package is not installed."""
+    """Imports an optional module.
+
+    Raises ConfigError, which names the package to install, where it is missing.
+    """
     if find_spec(module.partition(".")[0]) is None:
         raise ConfigError(
             f"these data need {package}, which is not installed: pip install {package}"

@@ -11,34 +11,34 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .decoded import DecodedData, Encoded
-from .image_data import Wanted, checked_labels
+from .decoded_data import DecodedData, NamedFile
+from .image_data import ReadOptions, check_labels
 
 PACK = {"header", "body", "offsets"}
 
 
 class PackData(DecodedData):
-    """JPEG number i is ``header + body[offsets[i]:offsets[i + 1]]``; "labels" [n] may be there.
+    """JPEGs of one pack: number i is ``header + body[offsets[i]:offsets[i + 1]]``.
 
-    A picture is decoded when it is first fetched and kept. Raises DataError where the arrays
-    contradict one another.
+    The array "labels" [n] may be in the pack. An image is decoded when it is first fetched, and
+    then stays in memory. Raises DataError where the arrays contradict one another.
     """
 
-    def __init__(self, path: Path, arrays: Mapping[str, np.ndarray], wanted: Wanted) -> None:
-        check(arrays, path)
+    def __init__(self, path: Path, arrays: Mapping[str, np.ndarray], options: ReadOptions) -> None:
+        check_pack(arrays, path)
         self.path = path
         self.header = arrays["header"].tobytes()
         self.body = arrays["body"].tobytes()
         self.offsets = arrays["offsets"].astype(np.int64)
         count = len(self.offsets) - 1
         labels = None
-        if wanted.labels and "labels" in arrays:
-            labels = checked_labels(arrays["labels"], count, str(path))
-        super().__init__(count, labels, wanted)
-        self.kept = torch.empty(self.count, *self.shape, dtype=torch.uint8)
-        self.known = torch.zeros(self.count, dtype=torch.bool)
+        if options.labels and "labels" in arrays:
+            labels = check_labels(arrays["labels"], count, str(path))
+        super().__init__(count, labels, options)
+        self.decoded = torch.empty(self.count, *self.shape, dtype=torch.uint8)
+        self.is_decoded = torch.zeros(self.count, dtype=torch.bool)
 
-    def encoded(self, numbers: Sequence[int]) -> Sequence[Encoded]:
+    def open_files(self, numbers: Sequence[int]) -> Sequence[NamedFile]:
         return [
             (
                 f"JPEG {number} of {self.path}",
@@ -47,16 +47,16 @@ class PackData(DecodedData):
             for number in numbers
         ]
 
-    def pixels(self, index: Tensor) -> Tensor:
-        new = torch.unique(index[~self.known[index]])
+    def read_pixels(self, index: Tensor) -> Tensor:
+        new = torch.unique(index[~self.is_decoded[index]])
         if len(new):
-            self.kept[new] = super().pixels(new)
-            self.known[new] = True
-        return self.kept[index]
+            self.decoded[new] = super().read_pixels(new)
+            self.is_decoded[new] = True
+        return self.decoded[index]
 
 
-def check(arrays: Mapping[str, np.ndarray], path: Path) -> None:
-    """Raises DataError where ``arrays`` are no whole pack."""
+def check_pack(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Raises DataError unless ``arrays`` are a whole pack."""
     header, body, offsets = (arrays[name] for name in ("header", "body", "offsets"))
     for name, array in (("header", header), ("body", body)):
         if array.dtype != np.uint8 or array.ndim != 1:
@@ -67,11 +67,11 @@ def check(arrays: Mapping[str, np.ndarray], path: Path) -> None:
         raise DataError(
             f"{path}: offsets {list(offsets.shape)} {offsets.dtype} are not integers [n + 1]"
         )
-    places = offsets.astype(np.int64)
-    if places[0] < 0 or (np.diff(places) <= 0).any():
+    starts = offsets.astype(np.int64)
+    if starts[0] < 0 or (np.diff(starts) <= 0).any():
         raise DataError(f"{path}: the offsets do not rise from 0: the pack is damaged")
-    if places[-1] != len(body):
+    if starts[-1] != len(body):
         raise DataError(
-            f"{path}: the offsets end at byte {places[-1]}, the body at {len(body)}: "
+            f"{path}: the offsets end at byte {starts[-1]}, the body at {len(body)}: "
             "the pack is cut off or damaged"
         )

@@ -1,4 +1,4 @@
-"""``LatentData``: latents in safetensors, read from the disk row by row."""
+"""Latents in safetensors files, read from the disk row by row."""
 
 from __future__ import annotations
 
@@ -10,71 +10,100 @@ import torch
 from torch import Tensor
 
 from ..diffusion.condition import Condition
+from ..diffusion.image_batches import Batch
 from ..errors import DataError
-from .image_data import EVERYTHING, Batch, ImageData, Wanted, checked_labels, count_classes
-from .rowfile import Rows, stored
+from .image_data import READ_ALL, ImageData, ReadOptions, check_labels, count_classes
+from .rowfile import StoredTensor, read_header
 
 Value = TypeVar("Value", int, float)
 
 PREFIX = "condition."
-"""Before the keyword of the model's forward, in the names of tensors that condition it."""
+"""Prefix of a keyword of the model's forward in the name of a tensor that conditions it."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class LatentData(ImageData):
     """The latents [n, C, h, w] of a safetensors file, read from the disk as they are fetched.
 
-    "labels" [n] or "condition.NAME" [n, ...] are what they are conditioned on. Where there is a
-    "std" [n, C, h, w], the latents are the means and are given out as such: no fetch draws.
-    ``scaling_factor``, ``shift_factor``, ``vae``: how they were made, None where the file does
-    not say. Raises DataError for a file that holds no such latents.
+    Tensors "labels" [n] or "condition.KEYWORD" [n, ...] are their condition. Where there is a
+    "std" [n, C, h, w], the latents are means, and ``fetch`` returns the means: it draws nothing.
+
+    Args:
+        path: A safetensors file, e.g. of ``encode_latents``.
+        options: Labels and number of latents; the default reads all. A size must be the latents'
+            own.
+
+    Attributes:
+        scaling_factor: Factor that the latents were multiplied by, None where the file does not
+            say.
+        shift_factor: Shift that was subtracted before, None where the file does not say.
+        vae: Name of the autoencoder, None where the file does not say.
+
+    Raises:
+        DataError: The file cannot be read, or holds no such latents.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"latents": torch.ones(3, 4, 2, 2)}, f"{folder}/x.safetensors")
+        ...     LatentData(Path(folder, "x.safetensors")).fetch([2, 0])[0].shape
+        torch.Size([2, 4, 2, 2])
     """
 
-    def __init__(self, path: Path, wanted: Wanted = EVERYTHING) -> None:
+    def __init__(self, path: Path, options: ReadOptions = READ_ALL) -> None:
         self.path = path
-        file, notes = stored(path)
-        self.latents = check(file, wanted, path)
+        file, metadata = read_header(path)
+        self.latents = check_latents(file, options, path)
         total, *shape = self.latents.shape
-        self.count = wanted.first(total)
+        self.count = options.limit_count(total)
         self.shape = tuple(shape)
         self.conditions = {
-            name.removeprefix(PREFIX): rows
-            for name, rows in file.items()
-            if wanted.labels and name.startswith(PREFIX)
+            name.removeprefix(PREFIX): tensor
+            for name, tensor in file.items()
+            if options.labels and name.startswith(PREFIX)
         }
         self.labels: Tensor | None = None
-        if wanted.labels and "labels" in file:
-            rows = file["labels"]
-            self.labels = checked_labels(rows.at(torch.arange(rows.shape[0])), total, str(path))
+        if options.labels and "labels" in file:
+            stored = file["labels"]
+            labels = stored.read_rows(torch.arange(stored.shape[0]))
+            self.labels = check_labels(labels, total, str(path))
         self.classes = None
         if self.labels is not None:
-            self.classes = noted(notes, "classes", int, path) or count_classes(self.labels)
-        self.scaling_factor = noted(notes, "scaling_factor", float, path)
-        self.shift_factor = noted(notes, "shift_factor", float, path)
-        self.vae = notes.get("vae")
+            noted_classes = read_number(metadata, "classes", int, path)
+            self.classes = noted_classes or count_classes(self.labels)
+        self.scaling_factor = read_number(metadata, "scaling_factor", float, path)
+        self.shift_factor = read_number(metadata, "shift_factor", float, path)
+        self.vae = metadata.get("vae")
 
     def __len__(self) -> int:
         return self.count
 
     def fetch(self, numbers: Sequence[int]) -> Batch:
-        index = self.index(numbers)
-        latents = self.latents.at(index).float()
+        index = self.check_numbers(numbers)
+        latents = self.latents.read_rows(index).float()
         if not latents.isfinite().all():
             bad = index[~latents.isfinite().flatten(1).all(1)][0]
             raise DataError(f"{self.path}: latents of image {int(bad)} hold NaN or Inf")
-        return latents, self._condition(index)
+        return latents, self._take_condition(index)
 
-    def _condition(self, index: Tensor) -> Condition | None:
+    def _take_condition(self, index: Tensor) -> Condition | None:
         if self.labels is not None:
             return self.labels[index]
-        found = {name: rows.at(index) for name, rows in self.conditions.items()}
+        tensors = {name: stored.read_rows(index) for name, stored in self.conditions.items()}
         return {
-            name: rows.float() if rows.is_floating_point() else rows for name, rows in found.items()
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
         } or None
 
 
-def check(file: Mapping[str, Rows], wanted: Wanted, path: Path) -> Rows:
-    """The latents. Raises DataError where the tensors do not fit one another."""
+def check_latents(
+    file: Mapping[str, StoredTensor], options: ReadOptions, path: Path
+) -> StoredTensor:
+    """Checks that the tensors of a file fit one another, and returns its latents.
+
+    Raises DataError where there are none, or where the tensors do not fit one another.
+    """
     if "latents" not in file:
         raise DataError(
             f"{path} holds {', '.join(file) or 'nothing'}, no 'latents': weights of a model? "
@@ -82,14 +111,14 @@ def check(file: Mapping[str, Rows], wanted: Wanted, path: Path) -> Rows:
         )
     latents = file["latents"]
     shape = latents.shape
-    if len(shape) != 4 or not latents.readable or latents.kind not in FLOATS:
+    if len(shape) != 4 or not latents.readable or latents.type_name not in FLOATS:
         raise DataError(
-            f"{path}: latents {list(shape)} of type {latents.kind} are not floating-point "
+            f"{path}: latents {list(shape)} of type {latents.type_name} are not floating-point "
             "[n, C, h, w]"
         )
-    if wanted.size is not None and shape[2:] != (wanted.size, wanted.size):
+    if options.size is not None and shape[2:] != (options.size, options.size):
         raise DataError(
-            f"{path}: latents {list(shape)} cannot be resized to {wanted.size}; "
+            f"{path}: latents {list(shape)} cannot be resized to {options.size}; "
             "resize the images, then encode them"
         )
     if "std" in file and file["std"].shape != shape:
@@ -98,10 +127,10 @@ def check(file: Mapping[str, Rows], wanted: Wanted, path: Path) -> Rows:
     for name in (*conditions, *({"labels"} & file.keys())):
         if file[name].shape[:1] != shape[:1] or not file[name].readable:
             raise DataError(
-                f"{path}: {name} {list(file[name].shape)} of type {file[name].kind} does not go "
-                f"with {shape[0]} latents"
+                f"{path}: {name} {list(file[name].shape)} of type {file[name].type_name} does not "
+                f"go with {shape[0]} latents"
             )
-    if wanted.labels and conditions and "labels" in file:
+    if options.labels and conditions and "labels" in file:
         raise DataError(
             f"{path} holds labels and {conditions[0]}: take one out, or write the labels as "
             f"'{PREFIX}KEYWORD' if the model takes both"
@@ -109,13 +138,16 @@ def check(file: Mapping[str, Rows], wanted: Wanted, path: Path) -> Rows:
     return latents
 
 
-def noted(
-    notes: Mapping[str, str], key: str, kind: Callable[[str], Value], path: Path
+def read_number(
+    metadata: Mapping[str, str], key: str, kind: Callable[[str], Value], path: Path
 ) -> Value | None:
-    """The number that the metadata hold under ``key``, None where they hold none."""
-    if key not in notes:
+    """Returns the number under ``key`` in the metadata of a file, None where there is no such key.
+
+    Raises DataError for a value that is no number.
+    """
+    if key not in metadata:
         return None
     try:
-        return kind(notes[key])
+        return kind(metadata[key])
     except ValueError as error:
-        raise DataError(f"{path}: its metadata say {key} = {notes[key]!r}, no number") from error
+        raise DataError(f"{path}: its metadata say {key} = {metadata[key]!r}, no number") from error

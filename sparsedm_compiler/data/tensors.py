@@ -1,4 +1,4 @@
-"""``TensorData``: images that are tensors already, and arrays that become such."""
+"""Images that are tensors in memory, and arrays that become such."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ import torch
 from torch import Tensor
 
 from ..diffusion.condition import Condition, take_rows
+from ..diffusion.image_batches import Batch
 from ..errors import DataError
-from .image_data import Batch, ImageData, Wanted, checked_condition, checked_labels, count_classes
-from .pixels import pixels_of, resized, scaled
+from .image_data import ImageData, ReadOptions, check_condition, check_labels, count_classes
+from .pixels import pixels_from_array, resize_pixels, scale_pixels
 
 
 class TensorData(ImageData):
-    """Images [n, C, H, W] in memory: uint8 of 0..255, or floats that are given out as they are.
+    """Images in memory, with labels or named conditions.
 
-    ``condition``: labels [n] or named tensors, each [n, ...]. Raises DataError where they do not
-    fit or a float is NaN or Inf. Floats may have any range, since latents do.
+    Args:
+        images: [n, C, H, W], uint8 of 0..255, or floating-point, which is returned as it is. Floats
+            may have any range, since latents do.
+        condition: Labels [n] or named tensors, each [n, ...]; None for none.
+        classes: Number of classes; None is one more than the largest label.
+        where: Name of the data in error messages.
 
-    >>> data = TensorData(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
-    >>> data.fetch([1, 0])[0].flatten()
-    tensor([ 1., -1.])
+    Raises:
+        DataError: Shapes or types do not fit, or a float is NaN or Inf.
+
+    Example:
+        >>> data = TensorData(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
+        >>> data.fetch([1, 0])[0].flatten()
+        tensor([ 1., -1.])
     """
 
     def __init__(
@@ -44,7 +53,7 @@ class TensorData(ImageData):
             raise DataError(f"{where}: the images hold NaN or Inf")
         self.images = images
         self.condition = (
-            None if condition is None else checked_condition(condition, len(images), where)
+            None if condition is None else check_condition(condition, len(images), where)
         )
         self.shape = tuple(images.shape[1:])
         labels = self.condition if isinstance(self.condition, Tensor) else None
@@ -54,23 +63,26 @@ class TensorData(ImageData):
         return len(self.images)
 
     def fetch(self, numbers: Sequence[int]) -> Batch:
-        index = self.index(numbers)
-        images = scaled(self.images[index])
+        index = self.check_numbers(numbers)
+        images = scale_pixels(self.images[index])
         return images, None if self.condition is None else take_rows(self.condition, index)
 
 
 def from_arrays(
-    images: np.ndarray, labels: np.ndarray | None, wanted: Wanted, where: str
+    images: np.ndarray, labels: np.ndarray | None, options: ReadOptions, source: str
 ) -> TensorData:
-    """What is ``wanted`` of images as ``pixels_of`` takes them, and of their labels [n]."""
-    pixels = pixels_of(images, where)
-    found = None
-    if labels is not None and wanted.labels:
-        found = checked_labels(labels, len(pixels), where)
-    count = wanted.first(len(pixels))
+    """Builds data from images as ``pixels_from_array`` takes them, and their labels [n].
+
+    ``source`` names the data in errors. Raises DataError where they do not fit.
+    """
+    pixels = pixels_from_array(images, source)
+    classes = None
+    if labels is not None and options.labels:
+        classes = check_labels(labels, len(pixels), source)
+    count = options.limit_count(len(pixels))
     return TensorData(
-        resized(pixels[:count], wanted.size),
-        None if found is None else found[:count],
-        classes=count_classes(found),
-        where=where,
+        resize_pixels(pixels[:count], options.size),
+        None if classes is None else classes[:count],
+        classes=count_classes(classes),
+        where=source,
     )

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..errors import DataError
 from ..optional_deps import mend_torchvision
-from .decoded import FileData
-from .image_data import ImageData, Wanted, require
+from .decoded_data import FileData
+from .image_data import ImageData, ReadOptions, require
 from .tensors import from_arrays
 
 LABELS = {
@@ -23,33 +23,35 @@ LABELS = {
     "SVHN": "labels",
     "USPS": "targets",
 }
-"""Where each dataset that is read into memory keeps its labels; its images are ``data``."""
+"""The attribute with the labels of every dataset that is read into memory; images are ``data``."""
 NAMED_SPLITS = ("CelebA", "STL10", "SVHN")
-"""Those that take split="train"; the others take train=True."""
+"""Datasets that take split="train"; the others take train=True."""
 
 
-def open_torchvision(name: str, root: Path, split: str | None, wanted: Wanted) -> ImageData:
-    """The dataset ``name`` of torchvision below ``root``: its train split, unless one is named.
+def open_torchvision(name: str, root: Path, split: str | None, options: ReadOptions) -> ImageData:
+    """Returns the dataset ``name`` of torchvision below ``root``, by default its train split.
 
     CelebA is decoded when it is fetched and has no classes, the others are in memory.
-    Raises DataError for a name not known here or files not there, ConfigError without torchvision.
+    Raises DataError for an unknown name or missing files, ConfigError without torchvision.
     """
     if name not in LABELS and name != "CelebA":
         raise DataError(
             f"torchvision dataset {name!r} is not among {', '.join(sorted([*LABELS, 'CelebA']))}; "
             "one that is kept as image files opens as a folder: give its path"
         )
-    found = built(name, root, split or "train")
+    dataset = load_dataset(name, root, split or "train")
     if name == "CelebA":
-        folder = root / found.base_folder / "img_align_celeba"
-        return FileData([folder / file for file in found.filename], None, wanted)
-    where = f"torchvision:{name}:{root}"
-    labels = np.asarray(getattr(found, LABELS[name]))
-    return from_arrays(np.asarray(found.data), labels, wanted, where)
+        folder = root / dataset.base_folder / "img_align_celeba"
+        return FileData([folder / file for file in dataset.filename], None, options)
+    labels = np.asarray(getattr(dataset, LABELS[name]))
+    return from_arrays(np.asarray(dataset.data), labels, options, f"torchvision:{name}:{root}")
 
 
-def built(name: str, root: Path, split: str) -> Any:
-    """The torchvision dataset itself."""
+def load_dataset(name: str, root: Path, split: str) -> Any:
+    """Returns the torchvision dataset itself.
+
+    Raises DataError for missing files or an unknown split, ConfigError without torchvision.
+    """
     mend_torchvision()
     kind = getattr(require("torchvision.datasets", "torchvision"), name)
     if name in NAMED_SPLITS:

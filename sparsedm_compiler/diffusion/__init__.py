@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .condition import Condition
 from .guidance import Guidance
-from .image_batches import image_batches
+from .image_batches import ImageSource, image_batches
 from .modes import evaluating, in_mode
 from .predict import generator_at, predict, seed_at
 from .sampling import SamplePlan, sample, sample_batches, sampler_name
@@ -13,6 +13,7 @@ from .schedulers import make_scheduler
 __all__ = [
     "Condition",
     "Guidance",
+    "ImageSource",
     "SamplePlan",
     "evaluating",
     "generator_at",

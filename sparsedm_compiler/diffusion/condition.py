@@ -1,4 +1,4 @@
-"""What a model is told beside its input: class labels, text embeddings, or nothing."""
+"""Conditions of a diffusion model: class labels, named tensors such as text embeddings, or none."""
 
 from __future__ import annotations
 
@@ -14,59 +14,71 @@ from torch import Tensor
 from ..errors import DataError
 
 Condition: TypeAlias = Tensor | Mapping[str, "Condition"]
-"""Class labels [B], or keyword arguments of the model's forward, each a tensor [B, ...].
+"""Class labels [B], or keyword arguments of the model's forward, every tensor of shape [B, ...].
 
 A mapping may hold a mapping, e.g. SDXL's ``added_cond_kwargs``.
 """
 
 
 def read_condition(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file by name. Raises DataError."""
+    """Reads the tensors of a .safetensors file by name.
+
+    Raises DataError for a file that cannot be read or is empty.
+    """
     try:
-        found = load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"cannot read the condition {path}: {error}") from error
-    if not found:
+    if not tensors:
         raise DataError(f"{path} holds no tensors")
-    return found
+    return tensors
 
 
-def map_condition(change: Callable[[Tensor], Tensor], given: Condition) -> Condition:
-    """``given`` with every tensor changed. Raises DataError for anything that is no tensor.
+def map_condition(function: Callable[[Tensor], Tensor], condition: Condition) -> Condition:
+    """Applies ``function`` to every tensor of ``condition``.
+
+    Raises DataError for a condition that is neither a tensor nor a mapping.
 
     >>> map_condition(lambda x: x + 1, {"y": torch.tensor([1, 2])})
     {'y': tensor([2, 3])}
     """
-    if isinstance(given, Tensor):
-        return change(given)
-    if not isinstance(given, Mapping):
+    if isinstance(condition, Tensor):
+        return function(condition)
+    if not isinstance(condition, Mapping):
         raise DataError(
-            f"a condition of type {type(given).__name__} is neither a tensor [B, ...] nor a "
+            f"a condition of type {type(condition).__name__} is neither a tensor [B, ...] nor a "
             "mapping from names of the model's forward to tensors"
         )
-    return {name: map_condition(change, part) for name, part in given.items()}
+    return {name: map_condition(function, part) for name, part in condition.items()}
 
 
-def tensors(given: Condition, place: str = "the condition") -> dict[str, Tensor]:
-    """Every tensor of ``given`` under the words that say where it is."""
-    if isinstance(given, Tensor):
-        return {place: given}
-    map_condition(lambda part: part, given)
-    found: dict[str, Tensor] = {}
-    for name, part in given.items():
-        found |= tensors(part, f"{place} {name!r}")
-    return found
+def list_tensors(condition: Condition, label: str = "the condition") -> dict[str, Tensor]:
+    """Lists every tensor of ``condition`` under a label for error messages.
+
+    >>> list_tensors({"text": torch.zeros(2)})
+    {"the condition 'text'": tensor([0., 0.])}
+    """
+    if isinstance(condition, Tensor):
+        return {label: condition}
+    map_condition(lambda part: part, condition)
+    tensors: dict[str, Tensor] = {}
+    for name, part in condition.items():
+        tensors |= list_tensors(part, f"{label} {name!r}")
+    return tensors
 
 
-def check_count(given: Condition, count: int) -> None:
-    """Raises DataError unless every tensor of ``given`` has ``count`` rows."""
-    for place, part in tensors(given).items():
-        if part.ndim == 0 or len(part) != count:
-            raise DataError(f"{place} {list(part.shape)} has no row for each of {count} images")
+def check_count(condition: Condition, count: int) -> None:
+    """Raises DataError unless every tensor of ``condition`` has ``count`` rows."""
+    for label, tensor in list_tensors(condition).items():
+        if tensor.ndim == 0 or len(tensor) != count:
+            raise DataError(f"{label} {list(tensor.shape)} has no row for each of {count} images")
 
 
 def stack_conditions(first: Condition, second: Condition) -> Condition:
-    """The rows of ``first``, then those of ``second``. Raises DataError where they do not fit."""
+    """Concatenates the rows of two conditions, those of ``first`` in front.
+
+    Raises DataError where names or shapes differ.
+    """
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         if first.shape[1:] != second.shape[1:]:
             raise DataError(
@@ -82,28 +94,40 @@ def stack_conditions(first: Condition, second: Condition) -> Condition:
     return {name: stack_conditions(part, second[name]) for name, part in first.items()}
 
 
-def describe_condition(given: Condition) -> str:
-    """``given`` in the words of an error, e.g. "a tensor [4]" or "{context}"."""
-    if isinstance(given, Tensor):
-        return f"a tensor {list(given.shape)}"
-    return "{" + ", ".join(given) + "}"
+def describe_condition(condition: Condition) -> str:
+    """Describes ``condition`` for an error message, e.g. "a tensor [4]" or "{context}"."""
+    if isinstance(condition, Tensor):
+        return f"a tensor {list(condition.shape)}"
+    return "{" + ", ".join(condition) + "}"
 
 
-def take_rows(given: Condition, at: Tensor | range | slice | int) -> Condition:
-    """The rows ``at`` these places of every tensor of ``given``.
+def take_rows(condition: Condition, rows: Tensor | range | slice | int) -> Condition:
+    """Returns the given rows of every tensor of a condition.
 
-    >>> take_rows(torch.tensor([7, 8, 9]), range(1, 3))
-    tensor([8, 9])
-    >>> take_rows({"context": torch.eye(2)}, 1)
-    {'context': tensor([0., 1.])}
+    Args:
+        condition: Class labels [B], or named tensors, each [B, ...].
+        rows: Row numbers [b], a range or slice of them, or one number, which drops the batch
+            dimension. A range must count up by one.
+
+    Returns:
+        A condition of the same form with only those rows.
+
+    Raises:
+        DataError: The condition is neither a tensor nor a mapping of tensors.
+
+    Example:
+        >>> take_rows(torch.tensor([7, 8, 9]), range(1, 3))
+        tensor([8, 9])
+        >>> take_rows({"context": torch.eye(2)}, 1)
+        {'context': tensor([0., 1.])}
     """
-    index = slice(at.start, at.stop) if isinstance(at, range) else at
-    return map_condition(lambda part: part[index], given)
+    index = slice(rows.start, rows.stop) if isinstance(rows, range) else rows
+    return map_condition(lambda part: part[index], condition)
 
 
-def move_condition(given: Condition, like: Tensor) -> Condition:
-    """``given`` on the device of ``like``, its floating-point numbers in the dtype of ``like``."""
+def move_condition(condition: Condition, like: Tensor) -> Condition:
+    """Moves ``condition`` to the device of ``like``, floating-point tensors also to its dtype."""
     return map_condition(
         lambda part: part.to(like.device, like.dtype if part.is_floating_point() else part.dtype),
-        given,
+        condition,
     )

@@ -21,11 +21,22 @@ from .predict import predict
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """How far to go from "no condition" to the condition: 1 is the condition itself.
+    """Classifier-free guidance: its scale, and the condition that stands for "no condition".
 
-    ``null``: what the model is told for no condition: a class label, or the tensors of one image
-    without their batch, under the names of the condition. Raises ConfigError where ``scale`` is
-    no finite number.
+    The prediction is ``null + scale * (cond - null)`` (Ho & Salimans 2022), computed in one batch
+    of twice the images.
+
+    Attributes:
+        scale: Guidance scale; 0 is unconditional, 1 is the condition itself.
+        null: The class label of "no class" (1000 on ImageNet), or the tensors of one image without
+            a batch dimension, under the same names as the condition.
+
+    Raises:
+        ConfigError: ``scale`` is not a finite number.
+
+    Example:
+        >>> Guidance(2.0, null=10).expand_null(torch.tensor([3, 1]), 2)
+        tensor([10, 10])
     """
 
     scale: float
@@ -35,8 +46,11 @@ class Guidance:
         if not math.isfinite(self.scale):
             raise ConfigError(f"guidance scale {self.scale} is not a finite number")
 
-    def nulls(self, like: Condition, count: int) -> Condition:
-        """``null`` for ``count`` images, in the form of the condition ``like``."""
+    def expand_null(self, like: Condition, count: int) -> Condition:
+        """Repeats ``null`` for ``count`` images, in the form of the condition ``like``.
+
+        Raises DataError for a null label where ``like`` is a mapping.
+        """
         if not isinstance(self.null, int):
             return map_condition(lambda part: part.expand(count, *part.shape), self.null)
         if not isinstance(like, Tensor):
@@ -50,14 +64,19 @@ class Guidance:
 def apply_guidance(
     model: nn.Module, x: Tensor, t: Tensor, y: Condition | None, guidance: Guidance | None
 ) -> Tensor:
-    """What ``model`` predicts, float32, with ``guidance`` in one batch of twice the images."""
+    """Returns the float32 prediction of ``model``, guided where ``guidance`` is not None.
+
+    Guidance runs the model once, on a batch of twice the images. Raises DataError for guidance
+    without a condition, or where the null does not fit the condition.
+    """
     if guidance is None:
         return predict(model, x, t, y).float()
     if y is None:
         raise DataError(
             f"guidance {guidance.scale} without a condition: give labels or a condition"
         )
-    nulls = move_condition(guidance.nulls(y, len(x)), x)
-    both = predict(model, torch.cat([x, x]), torch.cat([t, t]), stack_conditions(y, nulls)).float()
+    null_condition = move_condition(guidance.expand_null(y, len(x)), x)
+    stacked = stack_conditions(y, null_condition)
+    both = predict(model, torch.cat([x, x]), torch.cat([t, t]), stacked).float()
     cond, null = both.chunk(2)
     return null + guidance.scale * (cond - null)

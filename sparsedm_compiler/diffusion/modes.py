@@ -11,7 +11,23 @@ from torch import nn
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Run the block with ``model`` in train or eval mode; every submodule's mode comes back."""
+    """Runs a block with a model in train or eval mode and restores every submodule's mode.
+
+    Args:
+        model: The model whose mode is set.
+        training: True for train mode, False for eval mode.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout())
+        >>> with in_mode(model, training=False):
+        ...     model[0].training
+        False
+        >>> model[0].training
+        True
+    """
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -23,6 +39,18 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode and without gradients; every submodule's mode comes back."""
+    """Runs a block in eval mode and without gradients, and restores every submodule's mode.
+
+    Args:
+        model: The model whose mode is set.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with evaluating(nn.Dropout()) as _:
+        ...     torch.is_grad_enabled()
+        False
+    """
     with in_mode(model, training=False), torch.no_grad():
         yield

@@ -1,4 +1,4 @@
-"""``sample``: draw images from a diffusion model with a scheduler of diffusers."""
+"""Samples from a diffusion model, drawn with a scheduler of diffusers."""
 
 from __future__ import annotations
 
@@ -6,39 +6,60 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError
 from .condition import Condition, check_count, move_condition, take_rows
 from .guidance import Guidance, apply_guidance
-from .image_batches import CHUNK, Batches, Share, chunks
+from .image_batches import CHUNK, NumberedBatches, ProcessShare, iterate_chunks
 from .modes import evaluating
 from .predict import generator_at
 
+if TYPE_CHECKING:
+    from tqdm.auto import tqdm
+
 
 @runtime_checkable
-class Scaling(Protocol):
-    """A scheduler that scales its first noise and what the model is shown."""
+class ScalingScheduler(Protocol):
+    """A scheduler that scales its first noise and the input of the model."""
 
     init_noise_sigma: float
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """What the model is shown for ``sample``."""
+        """Returns the model's input for ``sample``."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplePlan:
-    """What to draw: ``shape`` = (images, channels, height, width) of the model, in ``steps``.
+    """The images to draw and the way to draw them.
 
-    Image i draws all its noise from (``seed``, i), so two models given one seed start from the same
-    noise. ``condition``: a row for each image, or a function from image numbers to the condition
-    of these. ``decode``: from what the model makes [B, ...] to images [B, C, H, W], for latents.
-    Images are made in chunks of ``batch_size``. Raises ConfigError and DataError.
+    Image i draws all its noise from (``seed``, i), so two models with one seed start from the same
+    noise, whatever the batch size, the device and the number of processes.
+
+    Attributes:
+        shape: (images, channels, height, width) of the model, i.e. of the latents for a latent
+            model.
+        steps: Steps of the sampler.
+        seed: Seed of the noise.
+        condition: A row for every image, or a function from image numbers to the condition of
+            these images. None draws without a condition.
+        guidance: Classifier-free guidance, which needs a condition; None for none.
+        decode: A function from the model's samples [B, ...] to images [B, C, H, W], for latents;
+            None leaves the samples as they are.
+        batch_size: Images that are drawn at once.
+
+    Raises:
+        ConfigError: A size or ``steps`` is below 1, or there is guidance without a condition.
+        DataError: ``condition`` does not have a row for every image.
+
+    Example:
+        >>> plan = SamplePlan((10, 3, 32, 32), steps=50, condition=torch.arange(10))
+        >>> plan.take_condition(range(4, 6))
+        tensor([4, 5])
     """
 
     shape: tuple[int, ...]
@@ -60,16 +81,19 @@ class SamplePlan:
         if self.guidance is not None and self.condition is None:
             raise ConfigError(f"guidance {self.guidance.scale} needs labels or a condition")
 
-    def condition_of(self, numbers: range) -> Condition | None:
-        """The condition of these images. Raises DataError where its rows are not as many."""
+    def take_condition(self, numbers: range) -> Condition | None:
+        """Returns the condition of the images ``numbers``.
+
+        Raises DataError where a function returned another number of rows.
+        """
         if self.condition is None:
             return None
         if not callable(self.condition):
             return take_rows(self.condition, numbers)
-        found = self.condition(numbers)
-        if found is not None:
-            check_count(found, len(numbers))
-        return found
+        condition = self.condition(numbers)
+        if condition is not None:
+            check_count(condition, len(numbers))
+        return condition
 
 
 def sample(
@@ -86,12 +110,40 @@ def sample(
     batch_size: int = CHUNK,
     progress: bool = True,
 ) -> Tensor:
-    """Samples ``shape`` = (images, channels, height, width) on the CPU, float32, not clamped.
+    """Draws images from a diffusion model.
 
-    ``scheduler``: any of diffusers (DDPM, DDIM, DPM-Solver++ ...); it is copied, not touched.
-    ``labels``: class labels [images], short for a condition of them; the rest as in ``SamplePlan``.
-    Neither the batch size nor the device changes the noise of an image. The model keeps its mode
-    and gets no gradients. Raises DataError where the labels do not fit.
+    Neither the batch size nor the device changes the noise of an image. The model runs in eval
+    mode and without gradients; its own mode is restored.
+
+    Args:
+        model: The diffusion model, on any device; see ``predict`` for the models it may be.
+        scheduler: A scheduler of diffusers (DDPM, DDIM, DPM-Solver++ ...), e.g. of
+            ``make_scheduler``. It is copied, not changed.
+        shape: (images, channels, height, width) of the model.
+        steps: Steps of the sampler.
+        seed: Seed of the noise; image i draws from (seed, i).
+        labels: Class labels [images], short for a ``condition`` of them.
+        condition: A row for every image, or a function from image numbers to their condition.
+        guidance: Classifier-free guidance; None for none.
+        decode: A function from samples [B, ...] to images [B, C, H, W], for latent models.
+        batch_size: Images that are drawn at once.
+        progress: Whether a progress bar counts the steps.
+
+    Returns:
+        The samples float32 on the CPU, of ``shape`` (or as decoded), not clamped.
+
+    Raises:
+        ConfigError: An option is out of range, or both ``labels`` and ``condition`` are set.
+        DataError: Labels, condition or prediction do not fit the images.
+
+    Example:
+        >>> from sparsedm_compiler.diffusion import make_scheduler
+        >>> class Half(nn.Module):
+        ...     def forward(self, x, t):
+        ...         return x / 2
+        >>> ddim = make_scheduler("ddim", "eps")
+        >>> sample(Half(), ddim, shape=(2, 1, 4, 4), steps=3, progress=False).shape
+        torch.Size([2, 1, 4, 4])
     """
     if labels is not None:
         if condition is not None:
@@ -100,8 +152,8 @@ def sample(
             raise DataError(f"{len(labels)} labels for {shape[0]} images; give one label per image")
         condition = labels
     plan = SamplePlan(shape, steps, seed, condition, guidance, decode, batch_size)
-    made = sample_batches(model, scheduler, plan, progress=progress)
-    return torch.cat([images for _, images in made])
+    batches = sample_batches(model, scheduler, plan, progress=progress)
+    return torch.cat([images for _, images in batches])
 
 
 def sample_batches(
@@ -109,18 +161,46 @@ def sample_batches(
     scheduler: Any,
     plan: SamplePlan,
     *,
-    share: Share = (0, 1),
+    share: ProcessShare = (0, 1),
     skip: Callable[[range], bool] | None = None,
     progress: bool = True,
-) -> Batches:
-    """The images of ``plan`` chunk by chunk with their numbers, as ``sample`` makes them.
+) -> NumberedBatches:
+    """Yields the images of a plan chunk by chunk, as ``sample`` draws them.
 
-    ``share`` = (rank, processes): every process takes whole chunks, so any number of processes
-    makes the same images bit for bit. ``skip``: says of a chunk that it is not needed. Between
-    two chunks the model has its own mode.
+    Every process draws whole chunks, so any number of processes draws the same images bit for bit.
+    Between two chunks the model is in its own mode.
+
+    Args:
+        model: The diffusion model, on any device.
+        scheduler: A scheduler of diffusers. It is copied, not changed.
+        plan: The images to draw.
+        share: (rank, processes) of this process; the default draws all chunks.
+        skip: Returns True for the numbers of a chunk that is not needed; None draws every chunk.
+        progress: Whether a progress bar counts the steps.
+
+    Yields:
+        Image numbers, and these images float32 [B, C, H, W] on the CPU.
+
+    Raises:
+        ConfigError: The share does not exist, or the scheduler cannot take so many steps.
+        DataError: Condition, prediction or decoded images do not fit.
+
+    Example:
+        >>> from sparsedm_compiler.diffusion import make_scheduler
+        >>> class Half(nn.Module):
+        ...     def forward(self, x, t):
+        ...         return x / 2
+        >>> plan = SamplePlan((5, 1, 4, 4), steps=2, batch_size=2)
+        >>> ddim = make_scheduler("ddim", "eps")
+        >>> [n for n, _ in sample_batches(Half(), ddim, plan, share=(1, 2), progress=False)]
+        [range(2, 4)]
     """
+    from tqdm.auto import tqdm
+
     todo = [
-        part for part in chunks(plan.shape[0], plan.batch_size, share) if not (skip and skip(part))
+        numbers
+        for numbers in iterate_chunks(plan.shape[0], plan.batch_size, share)
+        if not (skip and skip(numbers))
     ]
     if isinstance(model, DistributedDataParallel):
         model = model.module  # its own forward waits for processes that have fewer chunks
@@ -136,27 +216,30 @@ def sample_batches(
 def denoise(
     model: nn.Module, scheduler: Any, plan: SamplePlan, numbers: range, *, bar: tqdm[Any]
 ) -> Tensor:
-    """The images that the noise of ``numbers`` becomes, decoded."""
-    place = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    solver = started(scheduler, plan.steps, place.device)
-    sources = [generator_at(plan.seed, "sample", number) for number in numbers]
+    """Draws the images ``numbers`` from their noise, and decodes them."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    solver = start_scheduler(scheduler, plan.steps, like.device)
+    generators = [generator_at(plan.seed, "sample", number) for number in numbers]
     noisy = "generator" in inspect.signature(solver.step).parameters
-    extra = {"generator": sources} if noisy else {}
-    x = torch.stack([torch.randn(plan.shape[1:], generator=source) for source in sources])
-    x = x.to(place.device)
-    x = x * solver.init_noise_sigma if isinstance(solver, Scaling) else x
-    y = plan.condition_of(numbers)
-    y = None if y is None else move_condition(y, place)
+    extra = {"generator": generators} if noisy else {}
+    x = torch.stack([torch.randn(plan.shape[1:], generator=source) for source in generators])
+    x = x.to(like.device)
+    x = x * solver.init_noise_sigma if isinstance(solver, ScalingScheduler) else x
+    y = plan.take_condition(numbers)
+    y = None if y is None else move_condition(y, like)
     for t in solver.timesteps:
-        given = solver.scale_model_input(x, t) if isinstance(solver, Scaling) else x
-        guess = apply_guidance(model, given.to(place.dtype), t.expand(len(x)), y, plan.guidance)
+        scaled = solver.scale_model_input(x, t) if isinstance(solver, ScalingScheduler) else x
+        guess = apply_guidance(model, scaled.to(like.dtype), t.expand(len(x)), y, plan.guidance)
         x = solver.step(guess, t, x, **extra, return_dict=False)[0]
         bar.update()
-    return decoded(x.float(), plan.decode)
+    return decode_samples(x.float(), plan.decode)
 
 
-def started(scheduler: Any, steps: int, device: torch.device) -> Any:
-    """A copy of ``scheduler`` set to ``steps`` steps. Raises ConfigError where it takes fewer."""
+def start_scheduler(scheduler: Any, steps: int, device: torch.device) -> Any:
+    """Returns a copy of ``scheduler`` set to ``steps`` steps.
+
+    Raises ConfigError where the scheduler allows only fewer steps.
+    """
     solver = copy.deepcopy(scheduler)
     try:
         solver.set_timesteps(steps, device=device)
@@ -167,8 +250,11 @@ def started(scheduler: Any, steps: int, device: torch.device) -> Any:
     return solver
 
 
-def decoded(x: Tensor, decode: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """The images of the latents ``x`` [B, ...], float32 on the CPU. Raises DataError."""
+def decode_samples(x: Tensor, decode: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Decodes samples [B, ...] to images float32 on the CPU; None decodes nothing.
+
+    Raises DataError where ``decode`` returns anything but images [B, C, H, W].
+    """
     if decode is None:
         return x.cpu()
     images = decode(x)
@@ -179,6 +265,20 @@ def decoded(x: Tensor, decode: Callable[[Tensor], Tensor] | None) -> Tensor:
 
 
 def sampler_name(scheduler: Any, steps: int, guidance: Guidance | None = None) -> str:
-    """The sampler as results name it, e.g. "DDIMScheduler 50 steps, guidance 2.0"."""
+    """Returns the name of a sampler as results show it.
+
+    Args:
+        scheduler: A scheduler of diffusers.
+        steps: Steps of the sampler.
+        guidance: Classifier-free guidance; None for none.
+
+    Returns:
+        The scheduler's class, the number of steps and, if any, the guidance scale.
+
+    Example:
+        >>> from sparsedm_compiler.diffusion import make_scheduler
+        >>> sampler_name(make_scheduler("ddim", "eps"), 50, Guidance(2.0, null=10))
+        'DDIMScheduler 50 steps, guidance 2.0'
+    """
     name = f"{type(scheduler).__name__} {steps} steps"
     return name if guidance is None else f"{name}, guidance {guidance.scale}"

@@ -1,4 +1,4 @@
-"""``make_scheduler``: the sampler that results name, for what the model predicts."""
+"""Samplers of diffusers by short names, set up for an objective."""
 
 from __future__ import annotations
 
@@ -16,21 +16,39 @@ SAMPLERS = {
 }
 """Our name of a sampler -> the scheduler of diffusers."""
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
-"""Our name of an objective -> diffusers' name of what the model predicts."""
+"""Our name of an objective -> diffusers' name of its prediction type."""
+LINEAR_BETAS = {
+    "num_train_timesteps": LEVELS,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+}
+"""The variance-preserving noise schedule of training and sampling (Ho et al. 2020)."""
 CLIPPING = ("ddpm", "ddim")
 FLOWING = ("euler", "dpm++")
 
 
 def make_scheduler(sampler: str, objective: str, *, clip: bool = False) -> Any:
-    """A scheduler of diffusers that samples with ``sampler`` from a model trained on ``objective``.
+    """Returns a scheduler of diffusers for a model trained on a given objective.
 
-    1000 levels; "eps", "v", "x0": linear betas from 1e-4 to 0.02; "flow": x_s = (1 - s) x_0 + s eps
-    with the target eps - x_0 and the time 1000 s. ``clip``: keep every guess of the clean image in
-    [-1, 1], right for pixels and wrong for latents ("ddpm" and "ddim" alone can). Raises
-    ConfigError for names it does not know, and for pairs that do not go together.
+    There are 1000 noise levels. Objectives "eps", "v" and "x0" use linear betas from 1e-4 to 0.02;
+    "flow" is x_s = (1 - s) x_0 + s eps with the target eps - x_0 and the time 1000 s.
 
-    >>> make_scheduler("ddim", "v").config.prediction_type
-    'v_prediction'
+    Args:
+        sampler: "ddpm", "ddim", "dpm++" or "euler". Only the last two can sample from a flow.
+        objective: The model's prediction: "eps", "v", "x0" or "flow".
+        clip: True clamps every estimate of the clean image to [-1, 1]: right for pixels, wrong for
+            latents. Only "ddpm" and "ddim" support it.
+
+    Returns:
+        The scheduler, not yet set to a number of steps.
+
+    Raises:
+        ConfigError: A name is unknown, the names do not go together, or diffusers is missing.
+
+    Example:
+        >>> make_scheduler("ddim", "v").config.prediction_type
+        'v_prediction'
     """
     for kind, name, known in (
         ("sampler", sampler, SAMPLERS),
@@ -52,10 +70,5 @@ def make_scheduler(sampler: str, objective: str, *, clip: bool = False) -> Any:
     if sampler in CLIPPING:
         options["clip_sample"] = clip
     return getattr(diffusers, SAMPLERS[sampler])(
-        num_train_timesteps=LEVELS,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        prediction_type=PREDICTIONS[objective],
-        **options,
+        **LINEAR_BETAS, prediction_type=PREDICTIONS[objective], **options
     )

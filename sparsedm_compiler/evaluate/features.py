@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.image_batches import checked, rounded
+from ..diffusion.image_batches import check_images, round_to_uint8
 from ..diffusion.modes import evaluating
 from ..errors import ConfigError, DataError
 from ..models.factories import import_function
@@ -81,7 +81,9 @@ def collect(
     kept: list[Tensor] = [torch.zeros(0, 0)]
     numbers: list[int] = []
     for part, images in batches:
-        found = features(network.network, rounded(checked(images, part)), batch_size=BATCH)
+        found = features(
+            network.network, round_to_uint8(check_images(images, part)), batch_size=BATCH
+        )
         moments = Moments.of(found) if moments is None else moments + Moments.of(found)
         few = [number for number in part if number < stored]
         if few:

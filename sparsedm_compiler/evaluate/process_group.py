@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..diffusion.image_batches import Share
+from ..diffusion.image_batches import ProcessShare
 from ..errors import ConfigError
 from .moments import Moments
 
@@ -19,7 +19,7 @@ def running() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def own_share() -> Share:
+def own_share() -> ProcessShare:
     """(rank, processes) of this process; (0, 1) where it is alone.
 
     Raises ConfigError where a launcher started several and nothing has brought them together.

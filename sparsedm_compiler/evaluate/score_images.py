@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..diffusion.image_batches import CHUNK, ImageSource, chunks, image_batches
+from ..diffusion.image_batches import CHUNK, ImageSource, image_batches, iterate_chunks
 from ..errors import ConfigError, DataError
 from .features import Collected, FeatureNetwork, collect
 from .frechet import gaussian_distance
@@ -128,7 +128,7 @@ def reference_of(
     seen = tqdm(
         image_batches(reference, share=share),
         desc=f"{network.name} features",
-        total=sum(1 for _ in chunks(len(reference), CHUNK, share)),
+        total=sum(1 for _ in iterate_chunks(len(reference), CHUNK, share)),
         unit="batch",
         disable=share[0] > 0 or not progress,
     )

@@ -19,7 +19,7 @@ from .. import CheckpointError, ConfigError, compile, count_macs, load
 from ..data import ImageData, open_data
 from ..diffusion.condition import move_condition
 from ..diffusion.modes import evaluating
-from ..diffusion.predict import arguments
+from ..diffusion.predict import build_arguments
 from ..diffusion.sampling import sample_batches, sampler_name
 from ..diffusion.schedulers import make_scheduler
 from ..evaluate.features import FeatureNetwork, load_network
@@ -114,7 +114,7 @@ def counted(teacher: nn.Module, config: RunConfig, opened: Opened) -> dict[str, 
     given = opened.condition(range(1))
     y = None if given is None else move_condition(given, place)
     x, t = torch.zeros(1, *opened.data.shape).to(place), torch.zeros(1, device=place.device)
-    args, kwargs = arguments(teacher, x, t, y)
+    args, kwargs = build_arguments(teacher, x, t, y)
     with evaluating(teacher):
         report = (
             count_macs(teacher, *args, pattern=config.prune.pattern, **pruning(config), **kwargs)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ConfigError, Pattern
-from ..models.loading import may_be_trained
+from ..models.loading import may_have_weights
 from ..train.finetune_config import FinetuneConfig
 from .recipes import recipe
 from .yaml_values import build, merged, put, read_mapping
@@ -116,7 +116,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         name, weights = self.model.name, self.model.weights
-        if self.train.sparse and weights is None and not may_be_trained(name):
+        if self.train.sparse and weights is None and not may_have_weights(name):
             raise ConfigError(
                 f"method {self.train.method!r} prunes a trained model, and {name} has random "
                 "weights: set model.weights, or train the dense model first: train.method=dense"

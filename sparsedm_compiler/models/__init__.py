@@ -1,11 +1,12 @@
-"""The reference U-ViT and the models of the paper."""
+"""The reference U-ViT, published models by name, and inputs to call them."""
 
 from __future__ import annotations
 
 from .example_inputs import example_inputs
-from .loading import open_called, open_model
+from .loading import open_model, open_with_inputs
 from .presets import PRESETS, preset
-from .uvit import UViT, UViTConfig
+from .uvit import UViT
+from .uvit_config import UViTConfig
 from .weights import load_weights
 
 __all__ = [
@@ -14,7 +15,7 @@ __all__ = [
     "UViTConfig",
     "example_inputs",
     "load_weights",
-    "open_called",
     "open_model",
+    "open_with_inputs",
     "preset",
 ]

@@ -1,4 +1,4 @@
-"""Models that a function of the user's makes: "package.module:function", and what calls them."""
+"""Models that a user's function returns: "package.module:function", with or without inputs."""
 
 from __future__ import annotations
 
@@ -14,41 +14,47 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import ConfigError
-from .example_inputs import FEEDS, Call, example_inputs
+from .example_inputs import example_inputs
+from .model_class import ExampleCall
+from .model_classes import find_model_class
 
 CALL = "(model, args, kwargs)"
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """The function "package.module:function", looked for in the working directory too."""
+    """Imports the function "package.module:function", from the working directory too.
+
+    Raises ConfigError where it cannot be imported or called.
+    """
     module, _, attribute = name.partition(":")
     sys.path.insert(0, "")
     try:
-        found = attrgetter(attribute)(import_module(module))
+        imported = attrgetter(attribute)(import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"cannot import {name!r}: {error}") from error
     finally:
         sys.path.remove("")
-    if not callable(found):
-        raise ConfigError(f"{name} is not a function but {found!r}")
-    function: Callable[..., Any] = found
+    if not callable(imported):
+        raise ConfigError(f"{name} is not a function but {imported!r}")
+    function: Callable[..., Any] = imported
     return function
 
 
-def made_by(
+def call_factory(
     name: str, options: Mapping[str, Any], device: str | torch.device | None
-) -> tuple[nn.Module, Call | None]:
-    """The model that the function returns for ``options``, and the (args, kwargs) beside it.
+) -> tuple[nn.Module, ExampleCall | None]:
+    """Calls the function ``name`` with ``options`` for a model and, if any, (args, kwargs).
 
-    On ``device``, or where the function made them. Raises ConfigError for anything else.
+    Both are moved to ``device``; None leaves them on their own. Raises ConfigError where the
+    function cannot be called so, or returns anything else.
     """
     function = import_function(name)
     try:
         inspect.signature(function).bind(**options)
     except TypeError as error:
         raise ConfigError(f"{name} cannot be called with {dict(options)}: {error}") from error
-    made = function(**options)
-    model, *call = made if isinstance(made, tuple) else (made,)
+    result = function(**options)
+    model, *call = result if isinstance(result, tuple) else (result,)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} returned {type(model).__name__} where a model should be")
     args, kwargs = (*call, {})[:2] if call else ((), {})
@@ -60,23 +66,32 @@ def made_by(
     return model, (tuple(args), kwargs) if call else None
 
 
-def inputs_of(name: str, model: nn.Module, call: Call | None, inputs: str | None) -> Call:
-    """(args, kwargs) for the function's model: its own, of the shapes given, or the class's."""
+def choose_inputs(
+    name: str, model: nn.Module, call: ExampleCall | None, inputs: str | None
+) -> ExampleCall:
+    """Returns (args, kwargs) for the model that the function ``name`` returned.
+
+    They are the function's own ``call``, zeros of the shapes in ``inputs``, or the example inputs
+    of a known class. Raises ConfigError for both of the first two, or none of the three.
+    """
     if call is not None and inputs is not None:
         raise ConfigError(f"{name} returns its own inputs: drop --inputs {inputs}")
     if call is not None:
         return call
     if inputs is not None:
-        return tensors(inputs, model), {}
-    if any(base.__name__ in FEEDS for base in type(model).__mro__):
+        return parse_inputs(inputs, model), {}
+    if find_model_class(model) is not None:
         return example_inputs(model)
     raise ConfigError(f"{name} returns no inputs: give --inputs, e.g. 1x3x32x32,1")
 
 
-def tensors(text: str, model: nn.Module) -> tuple[Tensor, ...]:
-    """Zeros of the shapes in "1x3x32x32,1:int64", in the model's dtype unless one is named."""
+def parse_inputs(text: str, model: nn.Module) -> tuple[Tensor, ...]:
+    """Returns zeros of the shapes in "1x3x32x32,1:int64", in the model's dtype by default.
+
+    Raises ConfigError for a shape or a dtype that cannot be read.
+    """
     weight = next(iter(model.parameters()), torch.empty(0))
-    made = []
+    tensors = []
     for part in text.split(","):
         shape, _, kind = part.strip().partition(":")
         dtype = vars(torch).get(kind) if kind else weight.dtype
@@ -86,5 +101,5 @@ def tensors(text: str, model: nn.Module) -> tuple[Tensor, ...]:
             sizes = [0]
         if min(sizes) < 1 or not isinstance(dtype, torch.dtype):
             raise ConfigError(f"input {part!r} is not a shape like 1x3x32x32 or 1:int64")
-        made.append(torch.zeros(sizes, dtype=dtype, device=weight.device))
-    return tuple(made)
+        tensors.append(torch.zeros(sizes, dtype=dtype, device=weight.device))
+    return tuple(tensors)

@@ -1,9 +1,8 @@
-"""``UViT``: the reference U-ViT (Bao et al. 2023, "All are Worth Words"), unconditional to t2i."""
+"""The reference U-ViT (Bao et al. 2023, "All are Worth Words"), from unconditional to text."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,69 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
+from .uvit_config import UViTConfig, resolve
 
 MAX_PERIOD = 10000.0
 
 
-@dataclass(frozen=True, slots=True)
-class UViTConfig:
-    """Every option of a U-ViT; the defaults are the authors' CIFAR10 model.
-
-    ``num_classes`` > 0 adds a class token (count the "no class" label of classifier-free guidance
-    yourself: 1001 on ImageNet). ``clip_dim`` > 0 adds ``num_clip_token`` text tokens of that width.
-    ``skip``: long connections. ``conv``: 3x3 convolution at the end. ``pos_std``: spread of the
-    initial positions (0.02 as published; tiny models learn faster from 0.5).
-    """
-
-    img_size: int = 32
-    patch_size: int = 2
-    in_chans: int = 3
-    embed_dim: int = 512
-    depth: int = 12
-    num_heads: int = 8
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = False
-    mlp_time_embed: bool = False
-    num_classes: int = 0
-    clip_dim: int = 0
-    num_clip_token: int = 77
-    use_checkpoint: bool = False
-    conv: bool = True
-    skip: bool = True
-    pos_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name in ("img_size", "patch_size", "in_chans", "embed_dim", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} {getattr(self, name)} of a U-ViT is not >= 1")
-        if self.depth < 0:
-            raise ConfigError(f"depth {self.depth} of a U-ViT is negative")
-        for size, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
-            if getattr(self, size) % getattr(self, part):
-                raise ConfigError(
-                    f"{size} {getattr(self, size)} of a U-ViT is not a multiple of "
-                    f"{part} {getattr(self, part)}"
-                )
-        if self.num_classes > 0 and self.clip_dim > 0:
-            raise ConfigError(
-                f"a U-ViT takes classes (num_classes {self.num_classes}) or text "
-                f"(clip_dim {self.clip_dim}), not both: set one of them to 0"
-            )
-
-    @property
-    def patches(self) -> int:
-        """Number of image tokens."""
-        return (self.img_size // self.patch_size) ** 2
-
-    @property
-    def extras(self) -> int:
-        """Number of tokens in front of the image: time, and class or text."""
-        return 1 + (self.num_clip_token if self.clip_dim > 0 else int(self.num_classes > 0))
-
-
 class PatchEmbed(nn.Module):
-    """[B, C, H, W] -> [B, patches, D], row by row."""
+    """Patch embedding [B, C, H, W] -> [B, patches, D], row by row."""
 
     def __init__(self, config: UViTConfig) -> None:
         super().__init__()
@@ -104,7 +48,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x)))."""
+    """The MLP fc2(gelu(fc1(x)))."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -139,16 +83,24 @@ class Block(nn.Module):
 
 
 class UViT(nn.Module):
-    """Predicts the noise in ``x`` [B, in_chans, img_size, img_size] at ``timesteps``.
+    """U-ViT: a transformer with long skip connections that predicts the noise in an image.
 
-    Takes a ``UViTConfig``, its fields as keywords, or both (keywords win); ``model.config`` keeps
-    the result. Parameter names and shapes are those of the published checkpoints.
+    Parameter names and shapes are those of the published checkpoints (Bao et al. 2023).
+    ``model.config`` keeps the options.
 
-    >>> model = UViT(img_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=10)
-    >>> model(torch.zeros(3, 1, 8, 8), timesteps=7, y=torch.tensor([0, 1, 9])).shape
-    torch.Size([3, 1, 8, 8])
-    >>> model.config.patches
-    16
+    Args:
+        config: The options; None for the defaults.
+        **options: Fields of ``UViTConfig``, which win over those of ``config``.
+
+    Raises:
+        ConfigError: An option does not exist, or the options do not go together.
+
+    Example:
+        >>> model = UViT(img_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=10)
+        >>> model(torch.zeros(3, 1, 8, 8), timesteps=7, y=torch.tensor([0, 1, 9])).shape
+        torch.Size([3, 1, 8, 8])
+        >>> model.config.patches
+        16
     """
 
     def __init__(self, config: UViTConfig | None = None, **options: Any) -> None:
@@ -177,7 +129,7 @@ class UViT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw positions and linear weights from truncated normals; zero the linear biases."""
+        """Draws positions and linear weights from truncated normals, with biases of zero."""
         nn.init.trunc_normal_(self.pos_embed, std=self.config.pos_std)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -186,11 +138,11 @@ class UViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recomputes every block in the backward pass instead of keeping its activations."""
         self.use_checkpoint = True
 
     def disable_gradient_checkpointing(self) -> None:
-        """Keep the activations of each block again."""
+        """Keeps the activations of every block again."""
         self.use_checkpoint = False
 
     def forward(
@@ -200,10 +152,19 @@ class UViT(nn.Module):
         y: Tensor | None = None,
         context: Tensor | None = None,
     ) -> Tensor:
-        """The prediction, shaped like ``x``.
+        """Predicts the noise in a batch of images.
 
-        ``timesteps``: a number, or a tensor [] or [B]. ``y``: class labels [B]. ``context``: text
-        tokens [B, num_clip_token, clip_dim]. Raises DataError where they do not fit the model.
+        Args:
+            x: Noisy images [B, in_chans, img_size, img_size].
+            timesteps: A number, or a tensor [] or [B], in 0..1000.
+            y: Class labels [B], if and only if the model has classes.
+            context: Text tokens [B, num_clip_token, clip_dim], if and only if the model has text.
+
+        Returns:
+            The prediction, shaped like ``x``.
+
+        Raises:
+            DataError: An input does not fit the model.
         """
         self._check(x, y, context)
         tokens = self._tokens(x, timesteps, y, context) + self.pos_embed
@@ -221,9 +182,11 @@ class UViT(nn.Module):
     def _tokens(
         self, x: Tensor, timesteps: Tensor | float, y: Tensor | None, context: Tensor | None
     ) -> Tensor:
-        """[class, time, patches] or [time, text, patches]."""
+        """Returns the tokens [class, time, patches] or [time, text, patches]."""
         patches = self.patch_embed(x)
-        wave = sinusoid(batched(timesteps, x), self.config.embed_dim).to(self.pos_embed.dtype)
+        wave = embed_timesteps(expand_timesteps(timesteps, x), self.config.embed_dim).to(
+            self.pos_embed.dtype
+        )
         time = self.time_embed(wave).unsqueeze(1)
         if y is not None:
             return torch.cat([self.label_emb(y).unsqueeze(1), time, patches], dim=1)
@@ -247,28 +210,24 @@ class UViT(nn.Module):
         _check_condition("text tokens context", context, config.clip_dim > 0, text)
 
 
-def resolve(config: UViTConfig, options: dict[str, Any]) -> UViTConfig:
-    """``config`` with ``options`` in place of its fields. Raises ConfigError on another name."""
-    known = [field.name for field in fields(UViTConfig)]
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"U-ViT has no option {name!r}; it has {', '.join(known)}")
-    return replace(config, **options)
-
-
-def _check_condition(what: str, given: Tensor | None, wanted: bool, shape: tuple[int, ...]) -> None:
-    if given is None:
-        if wanted:
-            raise DataError(f"this U-ViT needs {what}, a tensor {list(shape)}; got none")
+def _check_condition(
+    label: str, tensor: Tensor | None, needed: bool, shape: tuple[int, ...]
+) -> None:
+    if tensor is None:
+        if needed:
+            raise DataError(f"this U-ViT needs {label}, a tensor {list(shape)}; got none")
         return
-    if not wanted:
-        raise DataError(f"this U-ViT was built without {what}, but the call gives them")
-    if tuple(given.shape) != shape:
-        raise DataError(f"{what} {list(given.shape)} are not {list(shape)}")
+    if not needed:
+        raise DataError(f"this U-ViT was built without {label}, but the call gives them")
+    if tuple(tensor.shape) != shape:
+        raise DataError(f"{label} {list(tensor.shape)} are not {list(shape)}")
 
 
-def batched(timesteps: Tensor | float, x: Tensor) -> Tensor:
-    """``timesteps`` as a tensor [B] on the device of ``x`` [B, ...]. Raises DataError."""
+def expand_timesteps(timesteps: Tensor | float, x: Tensor) -> Tensor:
+    """Expands ``timesteps`` to a tensor [B] on the device of ``x`` [B, ...].
+
+    Raises DataError for a tensor that is neither one number nor [B].
+    """
     batch = x.shape[0]
     if not isinstance(timesteps, Tensor):
         return torch.full((batch,), float(timesteps), device=x.device)
@@ -277,8 +236,11 @@ def batched(timesteps: Tensor | float, x: Tensor) -> Tensor:
     return timesteps.to(x.device).expand(batch)
 
 
-def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
-    """[B] -> [B, dim] in fp32: cosines, then sines, of dim // 2 frequencies from 1 down."""
+def embed_timesteps(timesteps: Tensor, dim: int) -> Tensor:
+    """Returns the sinusoidal embedding [B] -> [B, dim], float32 (Vaswani et al. 2017).
+
+    Cosines, then sines, of dim // 2 frequencies from 1 down.
+    """
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) / half * steps)
@@ -286,7 +248,10 @@ def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, config: UViTConfig) -> Tensor:
-    """[B, patches, p * p * C] -> [B, C, H, W]; a token holds its pixels row by row, C innermost."""
+    """Puts patches back: [B, patches, p * p * C] -> [B, C, H, W].
+
+    A token holds its pixels row by row, C innermost.
+    """
     side, patch = config.img_size // config.patch_size, config.patch_size
     pixels = tokens.reshape(-1, side, side, patch, patch, config.in_chans)
     size = (-1, config.in_chans, config.img_size, config.img_size)

@@ -1,4 +1,4 @@
-"""``load_weights``: a file of weights into a model, with every misfit named."""
+"""Weights from a file into a model, with every misfit named."""
 
 from __future__ import annotations
 
@@ -18,16 +18,36 @@ Model = TypeVar("Model", bound=nn.Module)
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SHOWN = 3
-"""How many names an error lists before it only counts."""
+"""Number of names that an error lists before it only counts."""
 
 
 def load_weights(model: Model, path: str | Path) -> Model:
-    """``model`` itself with the weights at ``path``, which must be all of its own and no others.
+    """Loads a file of weights into a model, in place; the names and shapes must match exactly.
 
-    ``path``: safetensors (what ``sparsedm_compiler.save`` writes included: its latent weights are
-    loaded, not its pattern), or a state_dict in a .pt, .pth, .bin or .ckpt file. Tied weights may
-    be there under one of their names. On the meta device only names and shapes are checked.
-    Raises CheckpointError for a file that cannot be read or does not fit.
+    Tied weights may be in the file under one of their names. On the meta device only names and
+    shapes are checked.
+
+    Args:
+        model: The model to load into.
+        path: A safetensors file (also one that ``sparsedm_compiler.save`` wrote: its latent
+            weights are loaded, not its pattern), or a state_dict in a .pt, .pth, .bin or .ckpt
+            file.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        CheckpointError: The file cannot be read, or its tensors are missing, unknown or of another
+            shape.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"weight": torch.ones(1, 2)}, f"{folder}/w.safetensors")
+        ...     linear = nn.Linear(2, 1, bias=False)
+        ...     load_weights(linear, f"{folder}/w.safetensors").weight.tolist()
+        [[1.0, 1.0]]
     """
     tensors = read_weights(Path(path))
     held: dict[str, Tensor] = model.state_dict(keep_vars=True)
@@ -39,8 +59,8 @@ def load_weights(model: Model, path: str | Path) -> Model:
         for name, tensor in tensors.items()
         if name in held and tensor.shape != held[name].shape
     ]
-    found = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
-    if wrong := [f"{what}: {listed(names)}" for what, names in found if names]:
+    misfits = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
+    if wrong := [f"{kind}: {list_names(names)}" for kind, names in misfits if names]:
         raise CheckpointError(
             f"{path} does not fit this {type(model).__name__}; {'; '.join(wrong)}"
         )
@@ -50,25 +70,35 @@ def load_weights(model: Model, path: str | Path) -> Model:
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """The tensors in a file, by name, on the CPU. Raises CheckpointError."""
+    """Reads the tensors of a file by name, to the CPU.
+
+    Raises CheckpointError for a file that cannot be read or is no state_dict.
+    """
     try:
         if path.suffix in PICKLES:
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
+            tensors: Any = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            found = load_file(path)
+            tensors = load_file(path)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         first = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"cannot read weights from {path}: {first}") from error
-    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
-        what = f"a dict of {listed([*map(str, found)])}" if isinstance(found, dict) else "no dict"
-        raise CheckpointError(
-            f"{path} holds {what}, not a state_dict: save the state_dict in it alone, "
-            "torch.save(found['...'], path)"
-        )
-    return found
+    if not isinstance(tensors, dict):
+        content = "no dict"
+    elif not all(isinstance(value, Tensor) for value in tensors.values()):
+        content = f"a dict of {list_names([*map(str, tensors)])}"
+    else:
+        return tensors
+    raise CheckpointError(
+        f"{path} holds {content}, not a state_dict: save the state_dict in it alone, "
+        "torch.save(found['...'], path)"
+    )
 
 
-def listed(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+def list_names(names: list[str]) -> str:
+    """Lists the first names and counts the others.
+
+    >>> list_names(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
     rest = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..diffusion.image_batches import pixels
+from ..diffusion.image_batches import to_uint8
 from ..errors import DataError
 
 GAP = 4
@@ -52,7 +52,7 @@ def save_grid(
 
 def enlarged(image: Tensor, scale: int) -> Image.Image:
     """``image`` [1 or 3, h, w] in [-1, 1] with each pixel a square of side ``scale``."""
-    values = pixels(image)
+    values = to_uint8(image)
     height, width = values.shape[1:]
     small = Image.fromarray(values.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
     return small.resize((width * scale, height * scale), Image.Resampling.NEAREST)

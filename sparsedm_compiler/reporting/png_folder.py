@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from ..diffusion.image_batches import checked, pixels
+from ..diffusion.image_batches import check_images, to_uint8
 from ..errors import CheckpointError, DataError
 from ..fileio import replace_atomically
 
@@ -32,7 +32,7 @@ def save_images(
     for images that are none, CheckpointError where the disk does not take them.
     """
     folder, numbers = Path(folder), list(numbers)
-    if checked(images, numbers).shape[1] not in (1, 3):
+    if check_images(images, numbers).shape[1] not in (1, 3):
         raise DataError(
             f"images {list(images.shape)} have no 1 or 3 channels: latents must be decoded first"
         )
@@ -48,7 +48,7 @@ def save_images(
 
 def write(path: Path, image: Tensor) -> None:
     """Write ``image`` [1 or 3, h, w] at ``path``, through a file beside it."""
-    rows = pixels(image).permute(1, 2, 0).squeeze(2).contiguous().numpy()
+    rows = to_uint8(image).permute(1, 2, 0).squeeze(2).contiguous().numpy()
     try:
         with replace_atomically(path) as part:
             Image.fromarray(rows).save(part, format="PNG")

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .. import ConfigError, StoppedError
 from ..diffusion.condition import Condition
-from ..diffusion.objective import objective_of
+from ..diffusion.objective import make_objective
 from .batches import Data, Stream
 from .checkpoint import write_whole
 from .distributed import Engine
@@ -81,7 +81,7 @@ def finetune(
         student,
         given=None if config.teacher == "none" else teacher,
         teacher=None,
-        objective=objective_of(config.objective, scheduler, config.levels),
+        objective=make_objective(config.objective, scheduler, config.levels),
         scheduler=scheduler,
         stages=plan(config, student),
         lrs=[group["lr"] for group in optimizer.param_groups],

@@ -38,7 +38,7 @@ def look_once(run: Run) -> None:
     """Call the student once, which captures it: only then is it known what is masked."""
     for images, condition in one_pass(run.data, 1):
         random = draw(run.config, 0, images.shape)
-        x, t, _ = run.objective.ask(images, random.noise, random.u)
+        x, t, _ = run.objective.prepare(images, random.noise, random.u)
         place = run.engine.place
         y = None if condition is None else move_condition(condition, place)
         with torch.no_grad():

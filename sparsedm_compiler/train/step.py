@@ -52,7 +52,9 @@ def loss_terms(run: Run, piece: Piece) -> Tensor:
         x0 = flipped(x0, random.flip)
     condition = dropped(piece.condition, random.drop, config.null_label, run.null)
     y = None if condition is None else move_condition(condition, place)
-    x, t, target = run.objective.ask(x0, random.noise.to(place.device), random.u.to(place.device))
+    x, t, target = run.objective.prepare(
+        x0, random.noise.to(place.device), random.u.to(place.device)
+    )
     x = x.to(place.dtype)
     torch.manual_seed(seed_at(config.seed, "dropout", piece.first))
     with run.engine.autocast():

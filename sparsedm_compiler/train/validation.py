@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..diffusion import evaluating, generator_at, predict
 from ..diffusion.condition import move_condition
-from ..diffusion.objective import Objective, objective_of
+from ..diffusion.objective import Objective, make_objective
 from ..errors import DataError
 from .batches import Data, one_pass
 
@@ -32,7 +32,7 @@ def held_out_loss(
     DataError where there are no data.
     """
     if isinstance(objective, str):
-        objective = objective_of(objective, scheduler)
+        objective = make_objective(objective, scheduler)
     place = next(model.parameters())
     total, values = 0.0, 0
     with evaluating(model):
@@ -43,7 +43,7 @@ def held_out_loss(
                 x0 = images.to(place.device, torch.float32)
                 noise = torch.randn(x0.shape, generator=source).to(place.device)
                 u = spread(len(x0), source).to(place.device)
-                x, t, target = objective.ask(x0, noise, u)
+                x, t, target = objective.prepare(x0, noise, u)
                 y = None if condition is None else move_condition(condition, place)
                 guess = predict(model, x.to(place.dtype), t, y)
                 total += (guess.double() - target.double()).square().sum().item()

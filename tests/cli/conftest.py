@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.cli import main
-from sparsedm_compiler.models import UViT, open_called
+from sparsedm_compiler.models import UViT, open_with_inputs
 
 OWN = """
 import torch
@@ -97,7 +97,7 @@ def shell(
 def student(spec: str = "own:net", pattern: str = "2:4", **options: object) -> UViT:
     """A compiled student of a model in the working directory, called once."""
     torch._dynamo.reset()
-    model, args, kwargs = open_called(spec, options=options, device="cpu")
+    model, args, kwargs = open_with_inputs(spec, options=options, device="cpu")
     made = sdm.compile(model, pattern, backend="eager")
     with torch.no_grad():
         made(*args, **kwargs)

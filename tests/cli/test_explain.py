@@ -83,9 +83,9 @@ def test_bad_requests(shell: Shell, weights: Sequence[str], argv: list[str], say
 
 
 def test_a_model_whose_inputs_are_unknown_needs_them(shell: Shell) -> None:
-    from sparsedm_compiler.models import open_called
+    from sparsedm_compiler.models import open_with_inputs
 
-    model, args, _ = open_called("own:halves", inputs="3x4,1", device="cpu")
+    model, args, _ = open_with_inputs("own:halves", inputs="3x4,1", device="cpu")
     made = sdm.compile(model, "2:4", policy="all", backend="eager")
     made(*args)
     sdm.save(made, shell.folder / "halves.safetensors")

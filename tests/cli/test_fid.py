@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sparsedm_compiler.data import open_data
-from sparsedm_compiler.diffusion.image_batches import rounded
+from sparsedm_compiler.diffusion.image_batches import round_to_uint8
 from sparsedm_compiler.evaluate import (
     Score,
     frechet_distance,
@@ -32,14 +32,14 @@ def images(shell: Shell) -> torch.Tensor:
     data = open_data("digits:test", labels=False)
     found = data.fetch(range(90))[0].flip(-2)
     save_images(shell.folder / "images", range(90), found)
-    return rounded(found).flatten(1)
+    return round_to_uint8(found).flatten(1)
 
 
 @pytest.fixture
 def theirs() -> torch.Tensor:
     """The held-out digits as features [360, 64]."""
     data = open_data("digits:test", labels=False)
-    return rounded(data.fetch(range(len(data)))[0]).flatten(1)
+    return round_to_uint8(data.fetch(range(len(data)))[0]).flatten(1)
 
 
 FOLDER = ("fid", "--images", "images", "--reference", "digits:test", "--gray", *PIXELS)

@@ -20,7 +20,7 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler.cli import main
 from sparsedm_compiler.cli.sampling_options import null_of, own_condition
 from sparsedm_compiler.diffusion import Guidance, make_scheduler, sample
-from sparsedm_compiler.diffusion.image_batches import pixels
+from sparsedm_compiler.diffusion.image_batches import to_uint8
 from sparsedm_compiler.models import open_model
 from tests.cli.conftest import Shell, student
 from tests.group import run_group
@@ -34,7 +34,7 @@ def expected(model: torch.nn.Module, count: int, **options: Any) -> Tensor:
     """What PNGs of the samples hold [count, 1, 8, 8]."""
     scheduler = make_scheduler("ddim", "eps")
     given = {"shape": (count, 1, 8, 8), "steps": 3, "progress": False, **options}
-    return pixels(sample(model, scheduler, **given))
+    return to_uint8(sample(model, scheduler, **given))
 
 
 def found(folder: Path | str) -> Tensor:

@@ -63,7 +63,7 @@ def means(vae: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
-def test_latents_written_read_and_decoded_are_those_of_the_autoencoder(
+def test_encoded_and_decoded_latents_equal_the_autoencoder(
     dtype: torch.dtype, close: float, vae: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "new" / "x.safetensors"
@@ -86,7 +86,9 @@ def test_latents_written_read_and_decoded_are_those_of_the_autoencoder(
         assert file.get_slice("latents").get_dtype() == {4: "F32", 2: "F16"}[dtype.itemsize]
 
 
-def test_the_mode_of_the_autoencoder_comes_back(vae: Any, tmp_path: Path) -> None:
+def test_encoding_and_decoding_restore_the_mode_of_the_autoencoder(
+    vae: Any, tmp_path: Path
+) -> None:
     for training in (True, False):
         vae.train(training)
         encode_latents(vae, images(), tmp_path / "x.safetensors", progress=False)
@@ -95,7 +97,7 @@ def test_the_mode_of_the_autoencoder_comes_back(vae: Any, tmp_path: Path) -> Non
     vae.train()
 
 
-def test_images_decoded_stay_in_range() -> None:
+def test_decode_latents_clamps_images() -> None:
     loud = autoencoder()
     with torch.no_grad():
         loud.decoder.conv_out.weight.mul_(100)
@@ -104,7 +106,7 @@ def test_images_decoded_stay_in_range() -> None:
     assert (found.min(), found.max()) == (-1, 1)
 
 
-def test_an_autoencoder_runs_in_its_own_type(vae: Any, tmp_path: Path) -> None:
+def test_encoding_uses_the_dtype_of_the_autoencoder(vae: Any, tmp_path: Path) -> None:
     half = autoencoder(scaling_factor=SCALE, shift_factor=SHIFT).to(torch.bfloat16)
     path = tmp_path / "x.safetensors"
     encode_latents(half, images(), path, dtype=torch.float32, progress=False)
@@ -116,7 +118,7 @@ def test_an_autoencoder_runs_in_its_own_type(vae: Any, tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
-def test_the_file_says_how_it_was_made_and_names_no_folder(tmp_path: Path) -> None:
+def test_metadata_names_autoencoder_and_scaling_without_folders(tmp_path: Path) -> None:
     for name, noted in (("maker/model", "maker/model"), (str(tmp_path / "my-vae"), "my-vae")):
         model = autoencoder(scaling_factor=SCALE)
         model.register_to_config(_name_or_path=name)
@@ -127,14 +129,14 @@ def test_the_file_says_how_it_was_made_and_names_no_folder(tmp_path: Path) -> No
         assert str(tmp_path).encode() not in path.read_bytes()
 
 
-def test_the_number_of_classes_is_written(vae: Any, tmp_path: Path) -> None:
+def test_encode_latents_writes_the_number_of_classes(vae: Any, tmp_path: Path) -> None:
     data = images()
     data.classes = 10
     encode_latents(vae, data, tmp_path / "x.safetensors", progress=False)
     assert open_data(tmp_path / "x.safetensors").classes == 10
 
 
-def test_conditions_are_written_in_the_labels_place(vae: Any, tmp_path: Path) -> None:
+def test_encode_latents_writes_conditions_instead_of_labels(vae: Any, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     given = {"context": CONTEXT, "y": torch.arange(7)}
     encode_latents(vae, images(False), path, batch_size=3, conditions=given, progress=False)
@@ -148,7 +150,7 @@ def test_conditions_are_written_in_the_labels_place(vae: Any, tmp_path: Path) ->
         encode_latents(vae, images(False), path, conditions={"context": CONTEXT[1:]})
 
 
-def test_nested_conditions_train_but_are_not_written(vae: Any, tmp_path: Path) -> None:
+def test_encode_latents_of_nested_conditions_raises(vae: Any, tmp_path: Path) -> None:
     nested = {"added_cond_kwargs": {"text_embeds": CONTEXT}}
     data = TensorData(images(False).images, nested)
     found = data.fetch([1])[1]
@@ -179,7 +181,7 @@ class Breaks(ImageData):
 
 
 @pytest.mark.parametrize("error", [DataError("image 5 cannot be read"), KeyboardInterrupt()])
-def test_interrupted_writing_leaves_no_half_file(
+def test_interrupted_encoding_leaves_no_file(
     error: BaseException, vae: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(type(error)):
@@ -188,14 +190,14 @@ def test_interrupted_writing_leaves_no_half_file(
     assert vae.training
 
 
-def test_latents_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_encode_latents_to_nan_or_inf_raises(tmp_path: Path) -> None:
     huge = autoencoder(scaling_factor=1e9)
     with pytest.raises(DataError, match=r"among 0 to 4 was encoded to NaN or Inf; .* float32"):
         encode_latents(huge, images(), tmp_path / "x.safetensors", batch_size=5, progress=False)
     assert not [*tmp_path.iterdir()]
 
 
-def test_what_does_not_fit_is_refused(vae: Any, tmp_path: Path) -> None:
+def test_encode_latents_of_a_misfit_raises(vae: Any, tmp_path: Path) -> None:
     def refuses(message: str, model: Any = vae, **change: Any) -> None:
         asked = {"data": images(), "path": tmp_path / "x.safetensors", "progress": False, **change}
         with pytest.raises(DataError, match=message):

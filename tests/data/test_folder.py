@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsedm_compiler.data import Wanted, open_data
+from sparsedm_compiler.data import ReadOptions, open_data
 from sparsedm_compiler.data.folder import open_folder
 from sparsedm_compiler.errors import DataError
 from tests.data.cases import expected, pixels, save
@@ -25,7 +25,7 @@ def filled(root: Path, names: list[str]) -> dict[str, np.ndarray]:
     return found
 
 
-def test_images_come_in_the_order_of_their_paths_with_the_class_of_their_folder(
+def test_folder_images_are_in_path_order_with_their_folder_as_class(
     tmp_path: Path,
 ) -> None:
     images = filled(tmp_path, FILES)
@@ -47,13 +47,13 @@ def test_images_come_in_the_order_of_their_paths_with_the_class_of_their_folder(
     assert data.fetch([])[0].shape == (0, 3, 4, 5)
 
 
-def test_an_image_outside_of_the_classes_leaves_no_classes(tmp_path: Path) -> None:
+def test_folder_with_an_image_outside_of_the_classes_has_none(tmp_path: Path) -> None:
     filled(tmp_path, ["a/1.png", "b/1.png", "1.png"])
     data = open_data(str(tmp_path))
     assert (len(data), data.classes, data.fetch([0])[1]) == (3, None, None)
 
 
-def test_labels_and_limit_and_size(tmp_path: Path) -> None:
+def test_folder_with_labels_limit_and_size(tmp_path: Path) -> None:
     images = filled(tmp_path, FILES)
     data = open_data(tmp_path, labels=False, limit=99)
     assert (len(data), data.classes, data.fetch([1])[1]) == (5, None, None)
@@ -66,7 +66,7 @@ def test_labels_and_limit_and_size(tmp_path: Path) -> None:
         data.fetch([2])
 
 
-def test_grey_and_transparent_files_lie_beside_coloured_ones(tmp_path: Path) -> None:
+def test_folder_of_grey_transparent_and_coloured_files_is_rgb(tmp_path: Path) -> None:
     image = pixels(4, 4, 3)
     save(tmp_path / "a.png", image)
     save(tmp_path / "b.png", image, "L")
@@ -77,7 +77,7 @@ def test_grey_and_transparent_files_lie_beside_coloured_ones(tmp_path: Path) -> 
     assert not torch.equal(grey, colour)
 
 
-def test_a_broken_file_is_named_when_it_is_fetched_and_the_others_still_are(tmp_path: Path) -> None:
+def test_fetch_of_a_broken_file_names_it(tmp_path: Path) -> None:
     filled(tmp_path, ["1.png", "2.png", "3.png"])
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
     data = open_data(tmp_path)
@@ -89,7 +89,7 @@ def test_a_broken_file_is_named_when_it_is_fetched_and_the_others_still_are(tmp_
         open_data(tmp_path)
 
 
-def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
+def test_folder_of_several_sizes_without_a_size_raises(tmp_path: Path) -> None:
     save(tmp_path / "1.png", pixels(4, 5, 3))
     save(tmp_path / "2.png", pixels(4, 6, 3))
     with pytest.raises(DataError, match=r"2\.png is 6 x 4 pixels, .*1\.png 5 x 4: give a size"):
@@ -97,7 +97,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
     assert open_data(tmp_path, size=4).fetch([0, 1])[0].shape == (2, 3, 4, 4)
 
 
-def test_folders_without_images_or_of_splits_are_refused(tmp_path: Path) -> None:
+def test_folder_without_images_or_of_splits_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no images"):
         open_data(tmp_path)
     filled(tmp_path, ["train/a/1.png", "Test/a/1.png"])
@@ -106,12 +106,12 @@ def test_folders_without_images_or_of_splits_are_refused(tmp_path: Path) -> None
     assert open_data(tmp_path / "train").classes == 1
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+def test_open_folder_that_cannot_be_listed_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot list .*none"):
-        open_folder(tmp_path / "none", Wanted())
+        open_folder(tmp_path / "none", ReadOptions())
 
 
-def test_linked_folders_are_followed(tmp_path: Path) -> None:
+def test_folder_links_are_followed(tmp_path: Path) -> None:
     filled(tmp_path / "elsewhere", ["1.png"])
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "a").symlink_to(tmp_path / "elsewhere", target_is_directory=True)

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from torch import Tensor
 
-from sparsedm_compiler.data import HubData, Wanted, open_data
+from sparsedm_compiler.data import HubData, ReadOptions, open_data
 from sparsedm_compiler.errors import DataError
 from tests.data.cases import expected, pixels
 
@@ -45,7 +45,7 @@ def labelled() -> Dataset:
     return rows(width=size, animal=(ClassLabel(names=NAMES), LABELS), label=size)
 
 
-def test_the_columns_are_found_by_their_types(tmp_path: Path) -> None:
+def test_hub_columns_are_chosen_by_their_types(tmp_path: Path) -> None:
     labelled().save_to_disk(tmp_path / "set")
     data = open_data(f"hf:{tmp_path / 'set'}")
     found, labels = data.fetch([3, 0, 3])
@@ -56,7 +56,7 @@ def test_the_columns_are_found_by_their_types(tmp_path: Path) -> None:
     assert data.fetch([])[0].shape == (0, 3, 4, 6)
 
 
-def test_labels_limit_and_size(tmp_path: Path) -> None:
+def test_hub_with_labels_limit_and_size(tmp_path: Path) -> None:
     labelled().save_to_disk(tmp_path / "set")
     data = open_data(f"hf:{tmp_path / 'set'}", labels=False, limit=2, size=2)
     assert (len(data), data.shape, data.classes) == (2, (3, 2, 2), None)
@@ -68,7 +68,7 @@ def test_labels_limit_and_size(tmp_path: Path) -> None:
         data.fetch([2])
 
 
-def test_splits(tmp_path: Path) -> None:
+def test_hub_splits(tmp_path: Path) -> None:
     whole = labelled()
     parts = {"train": whole.select([0, 1, 2]), "test": whole.select([4, 3])}
     path = tmp_path / "sets"
@@ -90,7 +90,7 @@ def test_splits(tmp_path: Path) -> None:
         open_data(f"hf:{tmp_path / 'set'}:test")
 
 
-def test_integers_are_classes_by_their_name_alone() -> None:
+def test_hub_integers_are_labels_by_column_name_only() -> None:
     assert HubData(rows(label=(Value("int32"), LABELS))).classes == 4
     assert HubData(rows(y=(Value("uint8"), LABELS))).classes == 4
     assert HubData(rows(width=(Value("int32"), LABELS))).classes is None
@@ -98,13 +98,13 @@ def test_integers_are_classes_by_their_name_alone() -> None:
     assert HubData(rows(width=(Value("int32"), LABELS)), label="width").classes == 4
 
 
-def test_columns_of_embeddings_become_named_conditions() -> None:
+def test_hub_embeddings_become_named_conditions() -> None:
     embedded = (datasets.Array2D((2, 3), "float32"), [*EMBEDDED])
     nested = (datasets.List(datasets.List(Value("float32"))), EMBEDDED.tolist())
     for column in (embedded, nested):
         given = rows(clip=column, label=(Value("int64"), LABELS))
         asked = {"context": "clip", "y": "label"}
-        data = HubData(given, conditions=asked, wanted=Wanted(limit=4))
+        data = HubData(given, conditions=asked, options=ReadOptions(limit=4))
         _, found = data.fetch([2, 0])
         assert isinstance(found, dict)
         torch.testing.assert_close(found["context"], torch.from_numpy(EMBEDDED[[2, 0]]))
@@ -112,7 +112,7 @@ def test_columns_of_embeddings_become_named_conditions() -> None:
         assert data.classes is None
 
 
-def test_a_format_set_by_the_user_does_not_matter() -> None:
+def test_hub_ignores_the_format_of_the_dataset() -> None:
     for given in (labelled().with_format("numpy"), labelled().with_transform(lambda batch: {})):
         found, labels = HubData(given).fetch([1])
         torch.testing.assert_close(found, expected(IMAGES)[1:2], rtol=0, atol=1e-6)
@@ -120,7 +120,7 @@ def test_a_format_set_by_the_user_does_not_matter() -> None:
         assert labels.tolist() == LABELS[1:2]
 
 
-def test_datasets_that_do_not_fit_are_refused() -> None:
+def test_hub_dataset_that_does_not_fit_raises() -> None:
     whole = labelled()
     two = rows(fine=(ClassLabel(5), LABELS), coarse=(ClassLabel(4), LABELS))
     ragged = rows(clip=(datasets.List(Value("float32")), [[0.0] * n for n in range(5)]))
@@ -141,10 +141,10 @@ def test_datasets_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match="rows of 'clip' differ in shape"):
         HubData(ragged, conditions={"context": "clip"}).fetch([1, 2])
     assert HubData(two, label="coarse").classes == 4
-    assert HubData(two, wanted=Wanted(labels=False)).classes is None
+    assert HubData(two, options=ReadOptions(labels=False)).classes is None
 
 
-def test_broken_and_missing_pictures_are_named_by_their_row(tmp_path: Path) -> None:
+def test_fetch_of_a_broken_hub_image_names_its_row(tmp_path: Path) -> None:
     cells = [{"bytes": None, "path": str(tmp_path / "none.png")}, {"bytes": b"x", "path": None}]
     good = Image.fromarray(IMAGES[0])
     given = Dataset.from_dict(
@@ -156,7 +156,7 @@ def test_broken_and_missing_pictures_are_named_by_their_row(tmp_path: Path) -> N
             data.fetch([0, number])
 
 
-def test_folders_that_hold_no_dataset_are_refused(tmp_path: Path) -> None:
+def test_hub_folder_without_a_dataset_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no folder .*none"):
         open_data(f"hf:{tmp_path}/none")
     with pytest.raises(DataError, match=r"cannot read .* as a dataset"):

@@ -27,7 +27,7 @@ def written(folder: Path, *, notes: dict[str, str] | None = None, **tensors: Ten
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_latents_and_labels(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_latents_and_labels_of_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     data = open_data(written(tmp_path, latents=LATENTS.to(dtype), labels=LABELS))
     found, labels = data.fetch([5, 0, 5, 2])
     torch.testing.assert_close(found, LATENTS.to(dtype).float()[[5, 0, 5, 2]], rtol=0, atol=0)
@@ -37,7 +37,7 @@ def test_latents_and_labels(dtype: torch.dtype, tmp_path: Path) -> None:
     assert ops_of(data, range(6)) == ops_of(data, range(1))
 
 
-def test_named_conditions_and_their_types(tmp_path: Path) -> None:
+def test_latents_with_named_conditions(tmp_path: Path) -> None:
     mask = torch.arange(30).reshape(6, 5) % 2 == 0
     path = written(
         tmp_path, latents=LATENTS, condition__context=CONTEXT.half(), condition__mask=mask
@@ -51,13 +51,13 @@ def test_named_conditions_and_their_types(tmp_path: Path) -> None:
     assert open_data(path, labels=False).fetch([0])[1] is None
 
 
-def test_means_are_given_out_where_there_are_deviations(tmp_path: Path) -> None:
+def test_latents_with_deviations_return_their_means(tmp_path: Path) -> None:
     data = open_data(written(tmp_path, latents=LATENTS, std=torch.ones_like(LATENTS)))
     assert torch.equal(data.fetch([1])[0], LATENTS[1:2])
     assert data.fetch([1])[1] is None
 
 
-def test_labels_and_limit(tmp_path: Path) -> None:
+def test_latents_with_labels_and_limit(tmp_path: Path) -> None:
     path = written(tmp_path, latents=LATENTS, labels=LABELS)
     data = open_data(path, limit=2)
     assert (len(data), data.classes) == (2, 3)
@@ -68,7 +68,7 @@ def test_labels_and_limit(tmp_path: Path) -> None:
     assert (data.classes, data.fetch([0])[1]) == (None, None)
 
 
-def test_the_metadata_say_how_they_were_made(tmp_path: Path) -> None:
+def test_latents_read_scaling_and_classes_from_metadata(tmp_path: Path) -> None:
     notes = {"scaling_factor": "0.18215", "shift_factor": "0.1", "vae": "a", "classes": "10"}
     data = LatentData(Path(written(tmp_path, latents=LATENTS, labels=LABELS, notes=notes)))
     assert (data.scaling_factor, data.shift_factor, data.vae) == (0.18215, 0.1, "a")
@@ -80,7 +80,7 @@ def test_the_metadata_say_how_they_were_made(tmp_path: Path) -> None:
         open_data(written(tmp_path, latents=LATENTS, notes={"scaling_factor": "x"}))
 
 
-def test_data_travel_to_worker_processes_without_their_latents(tmp_path: Path) -> None:
+def test_pickled_latent_data_holds_no_latents(tmp_path: Path) -> None:
     big = torch.zeros(6, 4, 64, 64)
     data = open_data(written(tmp_path, latents=big, labels=LABELS))
     sent = pickle.dumps(data)
@@ -88,7 +88,7 @@ def test_data_travel_to_worker_processes_without_their_latents(tmp_path: Path) -
     assert torch.equal(pickle.loads(sent).fetch([0])[0], big[:1])
 
 
-def test_nan_is_named_when_it_is_fetched(tmp_path: Path) -> None:
+def test_fetch_of_nan_latents_names_the_image(tmp_path: Path) -> None:
     broken = LATENTS.clone()
     broken[4, 0, 0, 0] = torch.inf
     data = open_data(written(tmp_path, latents=broken))
@@ -115,14 +115,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("tensors", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_files_that_do_not_fit_are_refused(
+def test_latents_file_that_does_not_fit_raises(
     tensors: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=message):
         open_data(written(tmp_path, **tensors))
 
 
-def test_latents_are_not_resized(tmp_path: Path) -> None:
+def test_resizing_latents_raises(tmp_path: Path) -> None:
     square = written(tmp_path, latents=LATENTS[..., :2, :].contiguous())
     assert open_data(square, size=2).shape == (4, 2, 2)
     for path, size in ((square, 4), (written(tmp_path, latents=LATENTS), 3)):
@@ -130,7 +130,7 @@ def test_latents_are_not_resized(tmp_path: Path) -> None:
             open_data(path, size=size)
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+def test_latents_file_that_is_cut_off_raises(tmp_path: Path) -> None:
     path = Path(written(tmp_path, latents=LATENTS))
     data = open_data(path)
     path.write_bytes(path.read_bytes()[:-8])

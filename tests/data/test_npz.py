@@ -26,7 +26,7 @@ def written(path: Path, **arrays: Any) -> str:
 
 @pytest.mark.parametrize(("image", "label"), [("x", "y"), ("images", "labels"), ("arr_0", "arr_1")])
 @pytest.mark.parametrize("layout", ["last", "first", "grey", "grey last"])
-def test_arrays_of_every_layout(image: str, label: str, layout: str, tmp_path: Path) -> None:
+def test_npz_arrays_of_every_layout(image: str, label: str, layout: str, tmp_path: Path) -> None:
     arrays = {
         "last": COLOUR,
         "first": COLOUR.transpose(0, 3, 1, 2),
@@ -44,14 +44,14 @@ def test_arrays_of_every_layout(image: str, label: str, layout: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float64])
-def test_floats_in_range(kind: type[np.floating[Any]], tmp_path: Path) -> None:
+def test_npz_floats_in_range_are_kept(kind: type[np.floating[Any]], tmp_path: Path) -> None:
     images = (COLOUR / 127.5 - 1).astype(kind)
     data = open_data(written(tmp_path, x=images))
     assert torch.equal(data.fetch([1])[0], torch.tensor(images[1:2].transpose(0, 3, 1, 2)).float())
     assert (data.classes, data.fetch([1])[1]) == (None, None)
 
 
-def test_named_splits(tmp_path: Path) -> None:
+def test_npz_splits(tmp_path: Path) -> None:
     path = written(
         tmp_path,
         train_images=COLOUR[:4],
@@ -73,7 +73,7 @@ def test_named_splits(tmp_path: Path) -> None:
         open_data(f"{path}:val")
 
 
-def test_labels_limit_and_size(tmp_path: Path) -> None:
+def test_npz_with_labels_limit_and_size(tmp_path: Path) -> None:
     path = written(tmp_path, x=COLOUR, y=LABELS)
     data = open_data(path, labels=False, limit=99)
     assert (len(data), data.classes, data.fetch([0])[1]) == (6, None, None)
@@ -108,7 +108,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arrays", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_arrays_that_are_no_images_are_refused(
+def test_npz_arrays_that_are_no_images_raise(
     arrays: dict[str, np.ndarray], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
@@ -116,7 +116,7 @@ def test_arrays_that_are_no_images_are_refused(
     assert str(caught.value).startswith("cannot read") == (message == "allow_pickle")
 
 
-def test_files_that_are_no_archive_are_refused(tmp_path: Path) -> None:
+def test_npz_file_that_is_no_archive_raises(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     with pytest.raises(DataError, match=r"cannot read .*x\.npz"):
         open_data(str(path))
@@ -138,7 +138,7 @@ def pack() -> tuple[dict[str, np.ndarray], np.ndarray]:
     return jpeg_pack(smooth(6, 16), LABELS)
 
 
-def test_a_jpeg_pack_decodes_to_what_its_files_would(pack: Any, tmp_path: Path) -> None:
+def test_jpeg_pack_decodes_like_its_files(pack: Any, tmp_path: Path) -> None:
     arrays, truth = pack
     data = open_data(written(tmp_path, **arrays))
     assert (len(data), data.shape, data.classes) == (6, (3, 16, 16), 3)
@@ -150,7 +150,7 @@ def test_a_jpeg_pack_decodes_to_what_its_files_would(pack: Any, tmp_path: Path) 
         assert labels.tolist() == LABELS[rows].tolist()
 
 
-def test_a_jpeg_pack_is_decoded_once(pack: Any, tmp_path: Path) -> None:
+def test_jpeg_pack_is_decoded_once(pack: Any, tmp_path: Path) -> None:
     arrays, _ = pack
     data: Any = open_data(written(tmp_path, **arrays))
     first = data.fetch(range(6))[0]
@@ -159,7 +159,7 @@ def test_a_jpeg_pack_is_decoded_once(pack: Any, tmp_path: Path) -> None:
     assert ops_of(data, range(6)) == ops_of(data, range(1))
 
 
-def test_a_jpeg_pack_without_labels_smaller_and_shorter(pack: Any, tmp_path: Path) -> None:
+def test_jpeg_pack_with_labels_limit_and_size(pack: Any, tmp_path: Path) -> None:
     arrays, truth = pack
     path = written(tmp_path, **arrays)
     data = open_data(path, labels=False, size=8, limit=5)
@@ -185,7 +185,7 @@ DAMAGE: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), DAMAGE, ids=[message for _, message in DAMAGE])
-def test_damaged_packs_are_refused(
+def test_damaged_jpeg_pack_raises(
     change: dict[str, Any], message: str, pack: Any, tmp_path: Path
 ) -> None:
     arrays = {**pack[0], **{name: damage(pack[0]) for name, damage in change.items()}}
@@ -193,7 +193,7 @@ def test_damaged_packs_are_refused(
         open_data(written(tmp_path, **arrays))
 
 
-def test_a_picture_that_is_cut_off_inside_a_pack_is_named(pack: Any, tmp_path: Path) -> None:
+def test_jpeg_cut_off_inside_a_pack_is_named(pack: Any, tmp_path: Path) -> None:
     arrays, _ = pack
     starts = arrays["offsets"].astype(int)
     cut = starts[3] - (starts[3] - starts[2]) // 2  # half of picture 2 is lost

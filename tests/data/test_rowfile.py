@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sparsedm_compiler.data.rowfile import KINDS, RowFile, stored
+from sparsedm_compiler.data.rowfile import TYPE_NAMES, RowFile, read_header
 from sparsedm_compiler.errors import DataError
 
 
 def tensors() -> dict[str, torch.Tensor]:
     """7 rows of every type, of shapes that end at odd bytes."""
     found = {}
-    for dtype, name in KINDS.items():
+    for dtype, name in TYPE_NAMES.items():
         values = torch.randn(7, 3, 5) * 50
         found[name] = (values > 0) if dtype is torch.bool else values.to(dtype)
     return {**found, "labels": torch.arange(7)}
@@ -31,7 +33,7 @@ def write(path: Path, *blocks: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_blocks_of_rows_become_a_file_that_safetensors_reads(tmp_path: Path) -> None:
+def test_row_file_is_read_by_safetensors(tmp_path: Path) -> None:
     given, path = tensors(), tmp_path / "new" / "a.safetensors"
     with RowFile(path, 7, {"who": "we"}) as file:
         for first, last in ((0, 3), (3, 4), (4, 7)):
@@ -40,31 +42,31 @@ def test_blocks_of_rows_become_a_file_that_safetensors_reads(tmp_path: Path) -> 
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt", "who": "we"}
     assert [*path.parent.iterdir()] == [path]
-    for name, rows in stored(path)[0].items():
+    for name, rows in read_header(path)[0].items():
         assert rows.start % given[name].itemsize == 0, "not aligned"
 
 
-def test_transposed_rows_and_rows_with_gradients(tmp_path: Path) -> None:
+def test_row_file_of_transposed_rows_with_gradients(tmp_path: Path) -> None:
     given = torch.randn(3, 4, 2, requires_grad=True).transpose(1, 2)
     with RowFile(tmp_path / "a.safetensors", 3, {}) as file:
         file.write({"a": given})
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], given)
 
 
-def test_rows_are_read_as_safetensors_wrote_them(tmp_path: Path) -> None:
+def test_read_rows_equal_what_safetensors_wrote(tmp_path: Path) -> None:
     given, path = tensors(), tmp_path / "a.safetensors"
     save_file(given, path, {"who": "we"})
-    found, notes = stored(path)
+    found, notes = read_header(path)
     assert notes["who"] == "we"
     assert found.keys() == given.keys()
     for index in ([6, 0, 6], [3], []):
         rows = torch.tensor(index, dtype=torch.int64)
         for name, tensor in given.items():
             assert found[name].shape == tuple(tensor.shape)
-            torch.testing.assert_close(found[name].at(rows), tensor[rows], rtol=0, atol=0)
+            torch.testing.assert_close(found[name].read_rows(rows), tensor[rows], rtol=0, atol=0)
 
 
-def test_only_the_rows_asked_for_are_read(tmp_path: Path) -> None:
+def test_read_rows_reads_no_other_rows(tmp_path: Path) -> None:
     """A file far larger than any memory: 2**40 bytes, all but the last row a hole."""
     path, count = tmp_path / "a.safetensors", 2**36
     header = b'{"a":{"dtype":"F32","shape":[%d,4],"data_offsets":[0,%d]}}' % (count, count * 16)
@@ -77,13 +79,13 @@ def test_only_the_rows_asked_for_are_read(tmp_path: Path) -> None:
             file.write(struct.pack("<4f", 1, 2, 3, 4))
     except OSError as error:
         pytest.skip(f"no files with holes of this size here: {error}")
-    rows = stored(path)[0]["a"].at(torch.tensor([count - 1, 5]))
+    rows = read_header(path)[0]["a"].read_rows(torch.tensor([count - 1, 5]))
     path.unlink()
     assert rows.tolist() == [[1, 2, 3, 4], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_interrupted_file_leaves_what_was_there(
+def test_interrupted_row_file_leaves_the_old_file(
     error: type[BaseException], tmp_path: Path
 ) -> None:
     path = tmp_path / "a.safetensors"
@@ -101,13 +103,13 @@ def test_an_interrupted_file_leaves_what_was_there(
     assert path.read_text() == "before"
 
 
-def test_a_file_with_too_few_rows_does_not_appear(tmp_path: Path) -> None:
+def test_row_file_with_too_few_rows_does_not_appear(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2 of 4 rows"):
         write(tmp_path / "a.safetensors", {"a": torch.zeros(2, 3)})
     assert not [*tmp_path.iterdir()]
 
 
-def test_blocks_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+def test_row_file_with_blocks_that_differ_raises(tmp_path: Path) -> None:
     first = {"a": torch.zeros(2, 3), "b": torch.zeros(2)}
     wrong = [
         {"a": torch.zeros(2, 3)},
@@ -126,16 +128,46 @@ def test_blocks_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
 
 
-def test_files_that_are_cut_off_are_refused(tmp_path: Path) -> None:
+def test_reading_a_file_that_is_cut_off_raises(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     with pytest.raises(DataError, match="cannot read"):
-        stored(path)
+        read_header(path)
     save_file({"a": torch.arange(100)}, path)
     whole = path.read_bytes()
-    found = stored(path)[0]["a"]
+    found = read_header(path)[0]["a"]
     for length in (0, 5, 20, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match="cannot read"):
-            stored(path)
+            read_header(path)
     with pytest.raises(DataError, match="cannot read"):
-        found.at(torch.tensor([0]))
+        found.read_rows(torch.tensor([0]))
+
+
+def test_two_writers_of_one_path_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    script = (
+        "import sys, torch; from pathlib import Path; "
+        "from sparsedm_compiler.data.rowfile import RowFile; "
+        "file = RowFile(Path(sys.argv[1]), 4, {}); file.__enter__(); "
+        "file.write({'a': torch.ones(4)}); file.__exit__(None, None, None)"
+    )
+    with RowFile(path, 4, {}) as file:
+        file.write({"a": torch.zeros(2)})
+        subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+        assert load_file(path)["a"].tolist() == [1, 1, 1, 1]
+        file.write({"a": torch.zeros(2)})
+    assert load_file(path)["a"].tolist() == [0, 0, 0, 0]
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_an_os_error_inside_the_block_is_raised_unchanged(tmp_path: Path) -> None:
+    error = OSError("of the caller")
+
+    def interrupted() -> None:
+        with RowFile(tmp_path / "a.safetensors", 4, {}):
+            raise error
+
+    with pytest.raises(OSError, match="of the caller") as caught:
+        interrupted()
+    assert caught.value is error
+    assert not [*tmp_path.iterdir()]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparsedm_compiler.data import Condition, TensorData, Wanted, condition_rows
+from sparsedm_compiler.data import Condition, ReadOptions, TensorData, condition_rows
+from sparsedm_compiler.diffusion import ImageSource
 from sparsedm_compiler.errors import DataError
 from tests.data.cases import expected, ops_of, pixels
 
@@ -18,7 +19,7 @@ def uint8(count: int) -> tuple[np.ndarray, Tensor]:
     return array, torch.from_numpy(array.transpose(0, 3, 1, 2).copy())
 
 
-def test_bytes_become_floats_in_range_in_the_order_asked_for() -> None:
+def test_fetch_scales_bytes_in_the_order_of_the_numbers() -> None:
     array, images = uint8(6)
     array[2, 0, 0], images[2, :, 0, 0] = (0, 255, 51), torch.tensor([0, 255, 51])
     data = TensorData(images, torch.tensor([5, 4, 3, 2, 1, 0]))
@@ -31,7 +32,7 @@ def test_bytes_become_floats_in_range_in_the_order_asked_for() -> None:
     assert (len(data), data.shape, data.classes) == (6, (3, 3, 5), 6)
 
 
-def test_floats_are_given_out_as_they_are() -> None:
+def test_fetch_returns_floats_unchanged() -> None:
     latents = 7 * torch.randn(4, 4, 2, 2, dtype=torch.float64)
     found, condition = TensorData(latents).fetch(range(4))
     assert condition is None
@@ -40,14 +41,14 @@ def test_floats_are_given_out_as_they_are() -> None:
     assert latents.any()
 
 
-def test_the_tensor_itself_stays_as_it_is() -> None:
+def test_fetch_does_not_share_memory_with_the_tensor() -> None:
     _, images = uint8(4)
     before = images.clone()
     TensorData(images).fetch(range(4))[0].zero_()
     assert torch.equal(images, before)
 
 
-def test_numbers_are_those_of_a_sequence() -> None:
+def test_image_numbers_index_like_a_sequence() -> None:
     data = TensorData(torch.arange(4.0).reshape(4, 1, 1, 1))
     assert [float(image) for (image,) in data] == [0, 1, 2, 3]
     assert float(data[-1][0]) == 3
@@ -60,7 +61,7 @@ def test_numbers_are_those_of_a_sequence() -> None:
             data[number]
 
 
-def test_a_data_loader_makes_batches_of_it() -> None:
+def test_data_loader_collates_tensor_data() -> None:
     images, labels = torch.arange(4.0).reshape(4, 1, 1, 1), torch.tensor([3, 2, 1, 0])
     ((x,), _) = DataLoader(TensorData(images), batch_size=3)
     assert torch.equal(x, images[:3])
@@ -70,7 +71,7 @@ def test_a_data_loader_makes_batches_of_it() -> None:
         torch.testing.assert_close(y, condition_rows(condition, slice(3)))
 
 
-def test_named_conditions_go_with_their_images() -> None:
+def test_fetch_returns_named_conditions_of_the_images() -> None:
     context, pooled = torch.randn(5, 7, 3), torch.randn(5, 2)
     data = TensorData(torch.zeros(5, 1, 2, 2), {"context": context, "pooled": pooled})
     _, found = data.fetch([4, 1])
@@ -79,7 +80,7 @@ def test_named_conditions_go_with_their_images() -> None:
     assert data.classes is None
 
 
-def test_a_fetch_does_no_work_per_image() -> None:
+def test_fetch_does_no_work_per_image() -> None:
     _, images = uint8(64)
     data = TensorData(images, torch.zeros(64, dtype=torch.int64))
     assert ops_of(data, range(64)) == ops_of(data, range(2))
@@ -105,7 +106,7 @@ WRONG: list[tuple[Tensor, Condition | None, str]] = [
 
 
 @pytest.mark.parametrize(("images", "condition", "message"), WRONG, ids=lambda each: str(each)[:20])
-def test_tensors_that_are_no_data_are_refused(
+def test_tensor_data_that_does_not_fit_raises(
     images: Tensor, condition: Condition | None, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
@@ -119,7 +120,12 @@ def test_labels_of_any_integer_type_become_int64() -> None:
     assert (found.dtype, found.tolist()) == (torch.int64, [2, 0])
 
 
-def test_what_is_wanted_is_positive() -> None:
+def test_read_options_below_one_raise() -> None:
     for options in ({"size": 0}, {"limit": -1}):
         with pytest.raises(DataError, match="not positive"):
-            Wanted(**options)
+            ReadOptions(**options)
+
+
+def test_tensor_data_is_an_image_source() -> None:
+    assert isinstance(TensorData(torch.zeros(1, 1, 2, 2)), ImageSource)
+    assert not isinstance(torch.zeros(1, 1, 2, 2), ImageSource)

@@ -120,7 +120,7 @@ def test_celeba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(open_data(f"torchvision:CelebA:{tmp_path}:test")) == 2
 
 
-def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_missing_torchvision_dataset_raises(tmp_path: Path) -> None:
     for name in ("MNIST", "CIFAR10", "SVHN", "STL10", "CelebA"):
         with pytest.raises(DataError, match=rf"{name} in .*download=True\) on a machine"):
             open_data(f"torchvision:{name}:{tmp_path}")

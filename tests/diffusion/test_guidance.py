@@ -39,7 +39,7 @@ X, T = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 4.0]]), torch.tensor([1.0, 2
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
-def test_guidance_goes_from_the_null_label_past_the_condition_in_one_batch(scale: float) -> None:
+def test_guidance_with_a_null_label_equals_its_formula_in_one_batch(scale: float) -> None:
     model, y = Counting(), torch.tensor([1, 2, 3])
     found = apply_guidance(model, X, T, y, Guidance(scale, null=7))
     null = X * 7 + T[:, None]
@@ -48,7 +48,7 @@ def test_guidance_goes_from_the_null_label_past_the_condition_in_one_batch(scale
     assert model.seen == [6]
 
 
-def test_guidance_of_named_tensors() -> None:
+def test_guidance_with_named_null_tensors_equals_its_formula() -> None:
     model = Counting()
     text = torch.arange(12.0).reshape(3, 2, 2)
     guidance = Guidance(3.0, null={"text": torch.full((2, 2), -1.0)})
@@ -58,7 +58,7 @@ def test_guidance_of_named_tensors() -> None:
     assert model.seen == [6]
 
 
-def test_guidance_of_a_real_unet_equals_two_calls() -> None:
+def test_guidance_of_a_unet_equals_two_separate_calls() -> None:
     family = next(family for family in FAMILIES if family.name == "unet_condition")
     model, (x, t, text), _ = family.make(batch=2)
     null = torch.zeros_like(text[0])
@@ -70,14 +70,14 @@ def test_guidance_of_a_real_unet_equals_two_calls() -> None:
     torch.testing.assert_close(found, free + 4 * (cond - free), rtol=1e-4, atol=1e-5)
 
 
-def test_the_prediction_is_float32_whatever_the_model_computes_in() -> None:
+def test_apply_guidance_of_a_bfloat16_model_returns_float32() -> None:
     y = torch.tensor([1, 2, 3])
     half = X.bfloat16(), T.bfloat16(), y
     assert apply_guidance(Counting(), *half, None).dtype == torch.float32
     assert apply_guidance(Counting(), *half, Guidance(2.0, null=0)).dtype == torch.float32
 
 
-def test_guidance_that_cannot_be_is_refused() -> None:
+def test_guidance_that_does_not_fit_raises() -> None:
     for scale in (float("nan"), float("inf")):
         with pytest.raises(ConfigError, match=f"guidance scale {scale}"):
             Guidance(scale, null=0)
@@ -96,7 +96,7 @@ def test_guidance_that_cannot_be_is_refused() -> None:
 NESTED = {"a": torch.arange(4), "more": {"b": torch.arange(8.0).reshape(4, 2)}}
 
 
-def test_rows_places_and_stacks_reach_into_nested_mappings() -> None:
+def test_rows_moves_and_stacks_of_a_nested_condition() -> None:
     part = take_rows(NESTED, range(1, 3))
     assert torch.equal(part["a"], torch.tensor([1, 2]))
     assert torch.equal(part["more"]["b"], torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
@@ -107,7 +107,7 @@ def test_rows_places_and_stacks_reach_into_nested_mappings() -> None:
     assert both["more"]["b"].shape == (3, 2)
 
 
-def test_conditions_that_are_none_are_refused() -> None:
+def test_conditions_of_a_wrong_type_or_count_raise() -> None:
     check_count(NESTED, 4)
     with pytest.raises(DataError, match=r"the condition 'more' 'b' \[4, 2\] has no row .* 3"):
         check_count({"a": torch.arange(3), "more": NESTED["more"]}, 3)

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
-from sparsedm_compiler.diffusion.objective import objective_of
+from sparsedm_compiler.diffusion.objective import make_objective
 from sparsedm_compiler.diffusion.sampling import sample
 from sparsedm_compiler.diffusion.schedulers import make_scheduler
 from sparsedm_compiler.errors import ConfigError
@@ -22,8 +22,8 @@ U = torch.tensor([0.0, 0.2504, 0.99999], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", ["eps", "v", "x0"])
-def test_variance_preserving_targets(name: str) -> None:
-    x, t, target = objective_of(name).ask(X0, NOISE, U)
+def test_variance_preserving_targets_equal_their_formulas(name: str) -> None:
+    x, t, target = make_objective(name).prepare(X0, NOISE, U)
     assert t.tolist() == [0, 250, 999]
     signal, rest = ABAR[t].sqrt(), (1 - ABAR[t]).sqrt()
     torch.testing.assert_close(x, signal * X0 + rest * NOISE)
@@ -31,17 +31,17 @@ def test_variance_preserving_targets(name: str) -> None:
     torch.testing.assert_close(target, wanted)
 
 
-def test_flow_matching_targets() -> None:
-    x, t, target = objective_of("flow").ask(X0, NOISE, U)
+def test_flow_matching_targets_equal_their_formulas() -> None:
+    x, t, target = make_objective("flow").prepare(X0, NOISE, U)
     s = U.float()[:, None, None, None]
     torch.testing.assert_close(x, (1 - s) * X0 + s * NOISE)
     torch.testing.assert_close(t, 1000 * U.float())
     torch.testing.assert_close(target, NOISE - X0)
 
 
-def test_logit_normal_levels() -> None:
+def test_logit_normal_levels_have_mean_0_and_deviation_1() -> None:
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    _, t, _ = objective_of("flow", levels="logit-normal").ask(
+    _, t, _ = make_objective("flow", levels="logit-normal").prepare(
         torch.zeros(20_000, 1), torch.zeros(20_000, 1), u
     )
     z = torch.logit(t.double() / 1000)
@@ -67,7 +67,7 @@ class Ideal(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # DPM-Solver
 @pytest.mark.parametrize("name", ["eps", "v", "x0", "flow"])
-def test_training_and_sampling_speak_of_the_same_thing(name: str) -> None:
+def test_a_perfect_model_has_no_loss_and_samples_its_image(name: str) -> None:
     """The ideal model has no loss and draws the image it knows."""
     model = Ideal(name)
     assert held_out_loss(model, torch.zeros(8, 1, 2, 2), objective=name) < 1e-6
@@ -85,18 +85,18 @@ def test_training_and_sampling_speak_of_the_same_thing(name: str) -> None:
         ("eps", DDIMScheduler(prediction_type="v_prediction"), "'v_prediction', not 'epsilon'"),
     ],
 )
-def test_a_scheduler_of_another_objective_is_refused(name: str, scheduler: Any, words: str) -> None:
+def test_a_scheduler_of_another_objective_raises(name: str, scheduler: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        objective_of(name, scheduler)
+        make_objective(name, scheduler)
 
 
-def test_levels_are_for_flow_alone() -> None:
+def test_logit_normal_levels_without_flow_raise() -> None:
     with pytest.raises(ConfigError, match="for objective 'flow' alone"):
         FinetuneConfig.create(levels="logit-normal")
 
 
 @pytest.mark.parametrize("name", ["v", "x0", "flow"])
-def test_each_objective_trains(name: str) -> None:
+def test_finetuning_on_any_objective_lowers_the_loss(name: str) -> None:
     class Linear(nn.Module):
         def __init__(self) -> None:
             super().__init__()

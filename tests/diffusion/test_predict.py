@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsedm_compiler.diffusion import predict
-from sparsedm_compiler.diffusion.predict import signature_of
+from sparsedm_compiler.diffusion.predict import read_signature
 from sparsedm_compiler.errors import DataError
 from tests.zoo import FAMILIES, Family, sample_of
 
@@ -34,7 +36,7 @@ def called(family: Family) -> tuple[nn.Module, Tensor, Tensor, dict[str, Any], T
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_mapping_calls_every_family_as_by_hand(family: Family) -> None:
+def test_predict_with_a_mapping_equals_a_call_by_hand(family: Family) -> None:
     model, x, t, named, expected = called(family)
     with torch.no_grad():
         found = predict(model, x, t, named)
@@ -43,7 +45,7 @@ def test_a_mapping_calls_every_family_as_by_hand(family: Family) -> None:
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in ("uvit", "dit")])
-def test_a_tensor_is_the_class_of_each_image(family: Family) -> None:
+def test_predict_with_a_tensor_passes_class_labels(family: Family) -> None:
     model, x, t, named, expected = called(family)
     with torch.no_grad():
         found = predict(model, x, t, *named.values())
@@ -62,14 +64,14 @@ class Passes(nn.Module):
 
 
 @pytest.mark.parametrize("wrap", [AveragedModel, Passes, lambda m: Passes(AveragedModel(m))])
-def test_a_wrapper_is_called_like_what_it_wraps(wrap: Any) -> None:
+def test_predict_of_a_wrapper_equals_the_wrapped_model(wrap: Any) -> None:
     family = next(family for family in FAMILIES if family.name == "sd3")
     model, x, t, named, expected = called(family)
     with torch.no_grad():
         torch.testing.assert_close(predict(wrap(model), x, t, named), expected, rtol=0, atol=0)
 
 
-def test_a_forward_set_on_the_instance_keeps_the_signature_of_the_class() -> None:
+def test_predict_of_an_instance_forward_uses_the_signature_of_the_class() -> None:
     family = next(family for family in FAMILIES if family.name == "sd3")
     model, x, t, named, expected = called(family)
     inner = copy.copy(model)
@@ -103,7 +105,7 @@ X, T = torch.arange(12.0).reshape(2, 2, 3), torch.zeros(2)
         lambda x: (torch.cat([x, -x], dim=1),),
     ],
 )
-def test_what_a_model_may_return(answer: Any) -> None:
+def test_predict_accepts_tensors_tuples_and_outputs_with_sample(answer: Any) -> None:
     assert torch.equal(predict(Answers(answer), X, T), X)
 
 
@@ -119,12 +121,12 @@ def test_what_a_model_may_return(answer: Any) -> None:
         (lambda x: (), "returned a tuple"),
     ],
 )
-def test_what_is_no_prediction_is_refused(answer: Any, words: str) -> None:
+def test_predict_of_a_wrong_shape_or_type_raises(answer: Any, words: str) -> None:
     with pytest.raises(DataError, match=words):
         predict(Answers(answer), X, T)
 
 
-def test_a_mapping_may_only_name_what_the_forward_takes() -> None:
+def test_predict_with_a_name_the_forward_does_not_take_raises() -> None:
     model = Answers(lambda x: x)
     with pytest.raises(DataError, match=r"names context, text, not for Answers; .* takes y"):
         predict(model, X, T, {"text": T, "y": T, "context": T})
@@ -133,7 +135,7 @@ def test_a_mapping_may_only_name_what_the_forward_takes() -> None:
     sd3 = next(family for family in FAMILIES if family.name == "sd3").build()
     with pytest.raises(DataError, match="names timestep, not for SD3"):
         predict(sd3, X, T, {"timestep": T})
-    assert signature_of(Passes(nn.Linear(1, 1))).names is None  # nothing is known, all may pass
+    assert read_signature(Passes(nn.Linear(1, 1))).names is None  # nothing is known, all may pass
 
 
 class Late(nn.Module):
@@ -143,6 +145,16 @@ class Late(nn.Module):
         return x + t[:, None, None] if c is None else x + c[:, None, None]
 
 
-def test_a_time_that_comes_late_goes_by_name_and_the_tensor_takes_its_place() -> None:
+def test_predict_passes_a_late_time_by_name() -> None:
     assert torch.equal(predict(Late(), X, T, torch.ones(2)), X + 1)
     assert torch.equal(predict(Late(), X, T + 5, {"c": None}), X + 5)
+
+
+def test_time_scales_are_known_without_importing_models() -> None:
+    code = (
+        "from sparsedm_compiler.diffusion.predict import TIME_SCALES; "
+        "print(sorted(TIME_SCALES.items()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    classes = ("AuraFlowTransformer2DModel", "FluxTransformer2DModel")
+    assert run.stdout.strip() == str([(name, 1e-3) for name in classes])

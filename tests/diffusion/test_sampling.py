@@ -44,7 +44,7 @@ def drawn(scheduler: Any = None, **options: Any) -> Tensor:
     return sample(Halves(), scheduler or DDIMScheduler(), **options)
 
 
-def test_ddim_samples_equal_hand_written_ones() -> None:
+def test_ddim_samples_equal_a_hand_written_sampler() -> None:
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
     x = torch.stack(
         [torch.randn(1, 2, 2, generator=generator_at(7, "sample", i)) for i in range(5)]
@@ -69,7 +69,7 @@ def test_a_sample_depends_on_its_seed_and_number_alone(scheduler: Any) -> None:
     assert not torch.allclose(together[0], together[1])
 
 
-def test_the_model_and_the_scheduler_stay_as_they_were() -> None:
+def test_sampling_restores_model_scheduler_and_random_state() -> None:
     model, scheduler = Halves(), DDPMScheduler()
     model.eval()
     model.dropout.train()
@@ -80,12 +80,12 @@ def test_the_model_and_the_scheduler_stay_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_labels_must_be_as_many_as_images() -> None:
+def test_sample_with_too_few_labels_raises() -> None:
     with pytest.raises(DataError, match="3 labels for 5 images"):
         drawn(labels=torch.arange(3))
 
 
-def test_labels_and_a_condition_are_one_too_many() -> None:
+def test_sample_with_labels_and_a_condition_raises() -> None:
     with pytest.raises(ConfigError, match="both labels and a condition"):
         drawn(labels=torch.arange(5), condition=torch.arange(5))
 
@@ -117,14 +117,14 @@ def test_any_number_of_processes_makes_the_same_images_bit_for_bit(scheduler: An
     assert torch.equal(torch.cat([*alone.values()]), whole)
 
 
-def test_chunks_that_are_not_needed_are_left_out() -> None:
+def test_sample_batches_leaves_out_skipped_chunks() -> None:
     everything = batched(DDIMScheduler(), plan())
     some = batched(DDIMScheduler(), plan(), skip=lambda numbers: numbers.start < 6)
     assert [*some] == [range(6, 8), range(8, 10), range(10, 11)]
     assert all(torch.equal(images, everything[numbers]) for numbers, images in some.items())
 
 
-def test_between_two_chunks_the_model_trains_and_has_gradients() -> None:
+def test_between_two_chunks_the_model_is_in_its_own_mode() -> None:
     model = Halves().train()
     for _ in sample_batches(model, DDIMScheduler(), plan(), progress=False):
         assert model.training
@@ -132,7 +132,7 @@ def test_between_two_chunks_the_model_trains_and_has_gradients() -> None:
         assert torch.is_grad_enabled()
 
 
-def test_a_condition_may_be_fetched_by_number() -> None:
+def test_a_condition_function_is_called_with_image_numbers() -> None:
     asked = []
 
     def fetch(numbers: range) -> Tensor:
@@ -147,7 +147,7 @@ def test_a_condition_may_be_fetched_by_number() -> None:
         drawn(condition=lambda numbers: torch.zeros(1))
 
 
-def test_guidance_pushes_every_step() -> None:
+def test_samples_with_guidance_equal_guided_labels() -> None:
     y = torch.arange(5)
     by_hand = drawn(DDIMScheduler(clip_sample=False), labels=3 * y - 2 * 4)  # Halves adds its class
     found = drawn(DDIMScheduler(clip_sample=False), labels=y, guidance=Guidance(3.0, null=4))
@@ -156,7 +156,7 @@ def test_guidance_pushes_every_step() -> None:
         drawn(guidance=Guidance(3.0, null=4))
 
 
-def test_latents_are_decoded() -> None:
+def test_sample_decodes_latents() -> None:
     latents = drawn()
     images = drawn(decode=lambda x: x.repeat(1, 3, 2, 2).double())
     assert images.dtype == torch.float32
@@ -166,7 +166,7 @@ def test_latents_are_decoded() -> None:
             drawn(decode=wrong)
 
 
-def test_what_cannot_be_drawn_is_refused() -> None:
+def test_sample_with_options_out_of_range_raises() -> None:
     for shape in ((0, 1, 2, 2), (), (3, 0)):
         with pytest.raises(ConfigError, match="shape"):
             drawn(shape=shape)
@@ -182,13 +182,13 @@ def test_what_cannot_be_drawn_is_refused() -> None:
             batched(DDIMScheduler(), plan(), share=share)
 
 
-def test_the_name_of_a_sampler_says_what_it_depends_on() -> None:
+def test_sampler_name_contains_steps_and_guidance() -> None:
     assert sampler_name(DDIMScheduler(), 50) == "DDIMScheduler 50 steps"
     guidance = Guidance(1.5, null=10)
     assert sampler_name(DDIMScheduler(), 50, guidance) == "DDIMScheduler 50 steps, guidance 1.5"
 
 
-def test_the_bar_counts_the_steps_of_the_share(capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_counts_the_steps_of_the_share(capfd: pytest.CaptureFixture[str]) -> None:
     for _ in sample_batches(Halves(), DDIMScheduler(), plan(), share=(0, 2)):
         pass
     assert "sample DDIMScheduler 3 steps: 100%" in (text := capfd.readouterr().err)
@@ -199,9 +199,7 @@ def test_the_bar_counts_the_steps_of_the_share(capfd: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("name", "objective"), [("euler", "eps"), ("euler", "flow"), ("ddim", "v")]
 )
-def test_the_first_thing_a_model_is_shown_is_the_noise_of_the_seed(
-    name: str, objective: str
-) -> None:
+def test_the_first_model_input_is_the_noise_of_the_seed(name: str, objective: str) -> None:
     seen: list[Tensor] = []
 
     class Sees(Halves):

@@ -39,7 +39,7 @@ class Knows(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # DPM-Solver
 @pytest.mark.parametrize(("sampler", "objective"), PAIRS)
-def test_a_sampler_reaches_the_data_of_a_perfect_model(sampler: str, objective: str) -> None:
+def test_every_sampler_reaches_the_data_of_a_perfect_model(sampler: str, objective: str) -> None:
     scheduler = make_scheduler(sampler, objective)
     assert scheduler.config.num_train_timesteps == 1000
     found = sample(Knows(objective), scheduler, shape=(2, 1, 2, 2), steps=12, progress=False)
@@ -48,12 +48,12 @@ def test_a_sampler_reaches_the_data_of_a_perfect_model(sampler: str, objective: 
 
 
 @pytest.mark.parametrize(("sampler", "objective"), [p for p in PAIRS if p[1] != "flow"])
-def test_the_levels_are_those_of_training(sampler: str, objective: str) -> None:
+def test_scheduler_levels_equal_those_of_training(sampler: str, objective: str) -> None:
     found = make_scheduler(sampler, objective).alphas_cumprod.double()
     torch.testing.assert_close(found, ABAR, rtol=1e-4, atol=1e-6)
 
 
-def test_names_that_do_not_exist_or_do_not_go_together_are_refused() -> None:
+def test_make_scheduler_with_unknown_or_mismatched_names_raises() -> None:
     with pytest.raises(ConfigError, match=r"no sampler is called 'plms'; known: ddpm, ddim, dpm"):
         make_scheduler("plms", "eps")
     with pytest.raises(ConfigError, match=r"no objective is called 'epsilon'; known: eps, v, x0"):

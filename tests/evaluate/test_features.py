@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsedm_compiler.diffusion import generator_at, image_batches
-from sparsedm_compiler.diffusion.image_batches import rounded
+from sparsedm_compiler.diffusion.image_batches import round_to_uint8
 from sparsedm_compiler.errors import ConfigError, DataError
 from sparsedm_compiler.evaluate import FeatureNetwork, features, load_network
 from sparsedm_compiler.evaluate.features import collect
@@ -52,7 +52,7 @@ def test_a_function_runs_without_gradients() -> None:
 
 def test_a_stream_leaves_its_moments_and_its_first_features() -> None:
     pixels = FeatureNetwork("Pixels", lambda x: x.flatten(1))
-    shown = rounded(IMAGES).flatten(1)
+    shown = round_to_uint8(IMAGES).flatten(1)
     found = collect(pixels, image_batches(IMAGES, batch_size=4), stored=6)
     assert found.moments is not None
     assert found.moments.count == 10

@@ -16,7 +16,7 @@ from sparsedm_compiler.diffusion import (
     make_scheduler,
     sample_batches,
 )
-from sparsedm_compiler.diffusion.image_batches import Share
+from sparsedm_compiler.diffusion.image_batches import ProcessShare
 from sparsedm_compiler.errors import ConfigError
 from sparsedm_compiler.evaluate import FeatureNetwork, Metrics, Moments, Score, score_images
 from sparsedm_compiler.evaluate.process_group import gathered, own_share, total, total_moments
@@ -29,7 +29,7 @@ def images(name: str) -> Tensor:
     return torch.rand(50, 1, 2, 3, generator=generator_at(name)) * 2 - 1
 
 
-def scores(share: Share, last: int = 50) -> tuple[Score, ...]:
+def scores(share: ProcessShare, last: int = 50) -> tuple[Score, ...]:
     network = FeatureNetwork("Pixels", lambda x: x.flatten(1))
     batches = image_batches(images("ours")[:last], batch_size=8, share=share)
     return score_images(
@@ -50,7 +50,7 @@ class Shifts(nn.Module):
         return found
 
 
-def drawn(model: nn.Module, share: Share) -> dict[range, Tensor]:
+def drawn(model: nn.Module, share: ProcessShare) -> dict[range, Tensor]:
     """Five images in three chunks: two processes have two and one of them."""
     plan = SamplePlan((5, 1, 2, 2), steps=2, batch_size=2)
     scheduler = make_scheduler("ddpm", "eps")

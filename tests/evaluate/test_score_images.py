@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsedm_compiler.data import open_data
 from sparsedm_compiler.diffusion import generator_at, image_batches
-from sparsedm_compiler.diffusion.image_batches import rounded
+from sparsedm_compiler.diffusion.image_batches import round_to_uint8
 from sparsedm_compiler.errors import ConfigError, DataError
 from sparsedm_compiler.evaluate import (
     FeatureNetwork,
@@ -45,7 +45,7 @@ def scored(ours: Tensor, theirs: object, **options: object) -> tuple[Score, ...]
 
 def test_every_metric_equals_itself_on_all_features_at_once() -> None:
     ours, theirs = images("a"), images("b", 30)
-    x, y = (rounded(side).flatten(1) for side in (ours, theirs))
+    x, y = (round_to_uint8(side).flatten(1) for side in (ours, theirs))
     found = scored(ours, theirs, metrics=ALL)
     assert [score.metric for score in found] == ["FD", "KID", "precision", "recall"]
     kid, spread = kernel_distance(x[:20], y[:20], subsets=3, size=12, seed=1)
@@ -99,7 +99,7 @@ def test_a_reference_smaller_than_what_is_stored_is_taken_whole() -> None:
 
 def test_any_data_are_a_reference(tmp_path: Path) -> None:
     theirs = images("b")
-    held = ((rounded(theirs) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    held = ((round_to_uint8(theirs) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "images.npz", images=held)
     expected = scored(images("a"), theirs)[0].value
     for reference in (tmp_path / "images.npz", open_data(tmp_path / "images.npz")):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.errors import CheckpointError, ConfigError
-from sparsedm_compiler.models import UViT, load_weights, open_called, open_model
+from sparsedm_compiler.models import UViT, load_weights, open_model, open_with_inputs
 from tests.oracle import assert_same
 
 TINY = {"img_size": 8, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -62,7 +62,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def test_a_preset_a_class_and_a_config_with_options_on_top(tmp_path: Path) -> None:
+def test_open_model_of_a_preset_class_or_config_applies_options(tmp_path: Path) -> None:
     preset = open_model("uvit-cifar10-small", options={"depth": 0}, device="meta")
     assert (preset.config.depth, preset.config.embed_dim) == (0, 512)
     assert next(preset.parameters()).is_meta
@@ -75,7 +75,7 @@ def test_a_preset_a_class_and_a_config_with_options_on_top(tmp_path: Path) -> No
         assert (unet.config.in_channels, unet.config.out_channels) == (1, 2)
 
 
-def test_options_no_model_has_are_refused(tmp_path: Path) -> None:
+def test_open_model_with_an_unknown_option_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="U-ViT has no option 'width'"):
         open_model("UViT", options={"width": 8})
     with pytest.raises(ConfigError, match="UNet2DModel has no option 'width'; it has sample_size"):
@@ -84,7 +84,7 @@ def test_options_no_model_has_are_refused(tmp_path: Path) -> None:
     assert open_model(str(tmp_path / "own.json")).config.sample_size == 8
 
 
-def test_options_are_keywords_of_a_function(own: str) -> None:
+def test_open_model_passes_options_to_a_function(own: str) -> None:
     model = open_model(f"{own}:net", options={"width": 6, "depth": 2}, device="meta")
     assert [tuple(layer.weight.shape) for layer in model] == [(6, 6), (6, 6)]
     assert model[0].weight.is_meta
@@ -94,21 +94,21 @@ def test_options_are_keywords_of_a_function(own: str) -> None:
         open_model(f"{own}:made")
 
 
-def test_what_a_model_is_called_with(own: str) -> None:
-    model, args, kwargs = open_called(f"{own}:called", device="meta")
+def test_open_with_inputs_returns_model_and_inputs(own: str) -> None:
+    model, args, kwargs = open_with_inputs(f"{own}:called", device="meta")
     assert model[0].weight.is_meta
     assert args[0].is_meta
     assert (args[0].shape, kwargs) == ((3, 4), {})
-    _, (zeros,), _ = open_called(f"{own}:net", inputs="2x4")
+    _, (zeros,), _ = open_with_inputs(f"{own}:net", inputs="2x4")
     assert_same(zeros, torch.zeros(2, 4))
-    uvit, (x, t), _ = open_called(f"{own}:uvit")  # of a class whose inputs are known
+    uvit, (x, t), _ = open_with_inputs(f"{own}:uvit")  # of a class whose inputs are known
     assert isinstance(uvit, UViT)
     assert (x.shape, t.shape) == ((1, 1, 8, 8), (1,))
-    _, (x, _), _ = open_called("UViT", options=TINY, batch=3, device="cpu")
+    _, (x, _), _ = open_with_inputs("UViT", options=TINY, batch=3, device="cpu")
     assert (x.shape, x.device.type) == ((3, 1, 8, 8), "cpu")
 
 
-def test_weights_of_every_kind_of_file(tmp_path: Path) -> None:
+def test_open_model_loads_weights_of_every_file_type(tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = tensors(UViT(**TINY))
     save_file(expected, tmp_path / "w.safetensors")
@@ -120,7 +120,7 @@ def test_weights_of_every_kind_of_file(tmp_path: Path) -> None:
             assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_the_latent_weights_of_a_saved_student(tmp_path: Path) -> None:
+def test_open_model_loads_the_latent_weights_of_a_saved_student(tmp_path: Path) -> None:
     student = sdm.compile(UViT(**TINY), "2:4", backend="eager")
     sdm.save(student, tmp_path / "s.safetensors")
     found = tensors(open_model("UViT", options=TINY, weights=tmp_path / "s.safetensors"))
@@ -136,7 +136,7 @@ class Tied(nn.Module):
         self.register_buffer("count", torch.tensor(3))
 
 
-def test_tied_weights_may_be_there_once(tmp_path: Path) -> None:
+def test_load_weights_accepts_tied_weights_under_one_name(tmp_path: Path) -> None:
     weight, count = torch.ones(2, 2), torch.tensor(5)
     save_file({"b.weight": weight, "count": count}, tmp_path / "w.safetensors")
     model = load_weights(Tied(), tmp_path / "w.safetensors")
@@ -147,7 +147,7 @@ def test_tied_weights_may_be_there_once(tmp_path: Path) -> None:
         load_weights(Tied(), tmp_path / "w.safetensors")
 
 
-def test_a_file_that_does_not_fit_says_where(tmp_path: Path) -> None:
+def test_load_weights_of_a_misfit_names_the_tensors(tmp_path: Path) -> None:
     given = tensors(UViT(**TINY))
     given["extra"] = given.pop("pos_embed")
     given["norm.weight"] = torch.zeros(3)
@@ -164,7 +164,7 @@ def test_a_file_that_does_not_fit_says_where(tmp_path: Path) -> None:
         open_model("UViT", options=TINY, weights=tmp_path / "w.safetensors")
 
 
-def test_files_that_hold_no_weights(tmp_path: Path) -> None:
+def test_load_weights_of_a_file_without_weights_raises(tmp_path: Path) -> None:
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
     (tmp_path / "noise.pth").write_bytes(b"noise")
     torch.save({"ema": {"a": torch.zeros(1)}, "step": 3}, tmp_path / "nested.pth")
@@ -183,7 +183,7 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
             open_model("UViT", options=TINY, weights=tmp_path / name)
 
 
-def test_a_diffusers_directory_brings_its_weights(tmp_path: Path) -> None:
+def test_open_model_of_a_diffusers_directory_loads_its_weights(tmp_path: Path) -> None:
     from diffusers import UNet2DModel
 
     torch.manual_seed(1)
@@ -204,7 +204,7 @@ def test_a_diffusers_directory_brings_its_weights(tmp_path: Path) -> None:
     open_model(str(tmp_path), weights=tmp_path / "other.safetensors")  # nor here those
 
 
-def test_a_directory_of_a_uvit(tmp_path: Path) -> None:
+def test_open_model_of_a_uvit_directory_loads_its_weights(tmp_path: Path) -> None:
     expected = tensors(UViT(**TINY))
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UViT", **TINY}))
     save_file(expected, tmp_path / "diffusion_pytorch_model.safetensors")

@@ -13,7 +13,7 @@ from torch import nn
 from sparsedm_compiler import optional_deps as optional_module
 from sparsedm_compiler.errors import ConfigError, SparseDMError
 from sparsedm_compiler.models import PRESETS, UViT, example_inputs, preset
-from sparsedm_compiler.models.example_inputs import FEEDS
+from sparsedm_compiler.models.model_classes import MODEL_CLASSES
 from sparsedm_compiler.models.presets import from_diffusers
 
 DIT_EXTRA_EMBEDDERS = 27
@@ -52,7 +52,7 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_size_and_shape_are_the_published_ones(name: str) -> None:
+def test_preset_has_the_published_size_and_output_shape(name: str) -> None:
     model, args, kwargs = preset(name, batch=2)
     count = sum(param.numel() for param in model.parameters())
     if name == "dit-xl-2":
@@ -65,7 +65,7 @@ def test_size_and_shape_are_the_published_ones(name: str) -> None:
     assert sample.shape == OUTPUTS[name]
 
 
-def test_a_preset_can_be_real() -> None:
+def test_preset_on_the_cpu_computes_finite_values() -> None:
     torch.manual_seed(0)
     model, args, kwargs = preset("uvit-cifar10-small", device="cpu")
     assert {param.device.type for param in model.parameters()} == {"cpu"}
@@ -73,14 +73,14 @@ def test_a_preset_can_be_real() -> None:
         assert model(*args, **kwargs).isfinite().all()
 
 
-def test_unknown_preset_suggests_close_ones() -> None:
+def test_preset_of_an_unknown_name_suggests_close_ones() -> None:
     with pytest.raises(ConfigError, match="'uvit-cifar10-smal'; did you mean uvit-cifar10-small"):
         preset("uvit-cifar10-smal")
     with pytest.raises(ConfigError, match="known: uvit-cifar10-small, uvit-celeba64-small"):
         preset("zzz")
 
 
-def test_flux_positions_count_rows_and_columns() -> None:
+def test_flux_inputs_have_row_and_column_positions() -> None:
     _, _, kwargs = preset("flux1", device="meta")
     assert kwargs["img_ids"].shape == (4096, 3)
     assert kwargs["txt_ids"].shape == (512, 3)
@@ -93,7 +93,7 @@ def test_flux_positions_count_rows_and_columns() -> None:
     assert "guidance" not in kwargs
 
 
-def test_inputs_follow_what_is_asked_and_the_models_dtype() -> None:
+def test_example_inputs_follow_sizes_and_dtype() -> None:
     model, _, _ = preset("sd15")
     (image, steps, text), _ = example_inputs(model.bfloat16(), batch=3, size=16, tokens=5)
     assert image.shape == (3, 4, 16, 16)
@@ -159,7 +159,9 @@ TINY_TEXT = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_families_without_a_preset_are_fed_too(family: str, config: dict[str, Any]) -> None:
+def test_example_inputs_of_classes_without_a_preset_fit(
+    family: str, config: dict[str, Any]
+) -> None:
     with torch.device("meta"):
         model = from_diffusers(family, config)
     args, kwargs = example_inputs(model, batch=2)
@@ -194,43 +196,45 @@ def test_families_without_a_preset_are_fed_too(family: str, config: dict[str, An
     ],
     ids=["class", "addition", "size", "image"],
 )
-def test_configs_that_cannot_be_fed_say_so(family: str, config: dict[str, Any], says: str) -> None:
+def test_example_inputs_of_an_unsupported_config_raise(
+    family: str, config: dict[str, Any], says: str
+) -> None:
     with torch.device("meta"):
         model = from_diffusers(family, config)
     with pytest.raises(ConfigError, match=says):
         example_inputs(model)
 
 
-def test_unknown_class_cannot_be_fed() -> None:
+def test_example_inputs_of_an_unknown_class_raise() -> None:
     with pytest.raises(ConfigError, match=r"how to call a Linear is not known.*Known: UViT"):
         example_inputs(nn.Linear(2, 2))
 
 
-def test_a_subclass_is_fed_like_its_base() -> None:
+def test_example_inputs_of_a_subclass_are_those_of_its_base() -> None:
     class Mine(UViT):
         pass
 
     assert len(example_inputs(Mine(embed_dim=8, depth=0))[0]) == 2
-    assert "Mine" not in FEEDS
+    assert "Mine" not in MODEL_CLASSES
 
 
 @pytest.mark.parametrize(
     ("family", "says"),
     [("NoSuchModel", "has no class 'NoSuchModel'"), ("DDPMScheduler", "is not a model")],
 )
-def test_unknown_diffusers_class(family: str, says: str) -> None:
+def test_from_diffusers_of_an_unknown_class_raises(family: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         from_diffusers(family, {})
 
 
-def test_without_diffusers_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preset_without_diffusers_names_the_pip_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optional_module, "find_spec", lambda name: None)
     with pytest.raises(SparseDMError, match=r'pip install "sparsedm-compiler\[diffusers\]"'):
         preset("sd15")
     preset("uvit-cifar10-small")
 
 
-def test_importing_the_models_imports_no_diffusers() -> None:
+def test_importing_models_imports_no_diffusers() -> None:
     code = (
         "import sys, sparsedm_compiler.models as m; m.preset('uvit-cifar10-small'); "
         "sys.exit('diffusers' in sys.modules)"

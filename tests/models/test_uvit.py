@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsedm_compiler.errors import ConfigError, DataError
 from sparsedm_compiler.models import UViT, UViTConfig
-from sparsedm_compiler.models.uvit import batched, sinusoid, unpatchify
+from sparsedm_compiler.models.uvit import embed_timesteps, expand_timesteps, unpatchify
 
 TINY = {"img_size": 8, "in_chans": 3, "embed_dim": 16, "depth": 4, "num_heads": 2, "pos_std": 0.5}
 
@@ -48,7 +48,7 @@ def test_tokens_are_label_time_patches_plus_positions() -> None:
     model(x, torch.tensor([5, 700]), y)
     tokens = seen[0][0] - model.pos_embed
     torch.testing.assert_close(tokens[:, 0], model.label_emb(y))
-    torch.testing.assert_close(tokens[:, 1], sinusoid(torch.tensor([5, 700]), 16))
+    torch.testing.assert_close(tokens[:, 1], embed_timesteps(torch.tensor([5, 700]), 16))
     torch.testing.assert_close(tokens[:, 2:], model.patch_embed(x))
 
 
@@ -58,7 +58,7 @@ def test_tokens_are_time_context_patches_plus_positions() -> None:
     seen = inputs_of(model.mid_block)
     model(x, 5, context=context)
     tokens = seen[0][0] - model.pos_embed
-    torch.testing.assert_close(tokens[:, 0], sinusoid(torch.tensor([5, 5]), 16))
+    torch.testing.assert_close(tokens[:, 0], embed_timesteps(torch.tensor([5, 5]), 16))
     torch.testing.assert_close(tokens[:, 1:6], model.context_embed(context))
     torch.testing.assert_close(tokens[:, 6:], model.patch_embed(x))
 
@@ -70,8 +70,8 @@ def test_patches_are_read_row_by_row() -> None:
     torch.testing.assert_close(model.patch_embed(x)[:, 1 * 4 + 3], expected)
 
 
-def test_sinusoid_is_cosines_then_sines() -> None:
-    wave = sinusoid(torch.tensor([0, 37]), 9)
+def test_embed_timesteps_is_cosines_then_sines() -> None:
+    wave = embed_timesteps(torch.tensor([0, 37]), 9)
     assert wave.shape == (2, 9)
     assert wave[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0]
     for i in range(4):
@@ -118,7 +118,7 @@ def test_long_skips_are_last_in_first_out_and_come_second() -> None:
     assert torch.equal(merged[1][0][0], torch.cat([out0, in0], dim=-1))
 
 
-def test_the_end_is_norm_decoder_image_conv() -> None:
+def test_the_last_layers_are_norm_decoder_and_conv() -> None:
     model = tiny(num_classes=10)
     last, ending = outputs_of(model.out_blocks[-1]), inputs_of(model.final_layer)
     result = model(images(), 3, torch.tensor([0, 1]))
@@ -134,7 +134,7 @@ def test_the_end_is_norm_decoder_image_conv() -> None:
     [7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor([7]), torch.tensor([7, 7])],
     ids=str,
 )
-def test_every_spelling_of_a_timestep(timestep: Tensor | float) -> None:
+def test_a_timestep_may_be_a_number_or_a_tensor(timestep: Tensor | float) -> None:
     model, x = tiny(), images()
     expected = model(x, torch.tensor([7.0, 7.0], dtype=torch.float64))
     assert torch.equal(model(x, timestep), expected)
@@ -148,12 +148,12 @@ def test_each_sample_has_its_own_timestep() -> None:
     torch.testing.assert_close(both[1:], model(x[1:], 900))
 
 
-def test_batched_stays_on_the_device_of_x() -> None:
-    assert batched(3, torch.empty(2, 1, device="meta")).device.type == "meta"
+def test_expand_timesteps_stays_on_the_device_of_x() -> None:
+    assert expand_timesteps(3, torch.empty(2, 1, device="meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize("how", ["option", "method"])
-def test_checkpointing_equals_plain_and_recomputes(how: str) -> None:
+def test_gradient_checkpointing_equals_plain_and_recomputes(how: str) -> None:
     plain, x = tiny(mlp_time_embed=True), images()
     saver = tiny(mlp_time_embed=True, use_checkpoint=how == "option")
     if how == "method":
@@ -184,12 +184,12 @@ def test_config_rebuilds_the_model() -> None:
     assert [blk.skip_linear for blk in model.out_blocks] == [None, None]
 
 
-def test_positions_have_the_asked_spread() -> None:
+def test_initial_positions_have_the_deviation_pos_std() -> None:
     for std in (0.02, 0.5):
         assert tiny(img_size=32, pos_std=std).pos_embed.std().item() == pytest.approx(std, rel=0.1)
 
 
-def test_dtypes_follow_the_model() -> None:
+def test_output_dtype_follows_the_model() -> None:
     assert tiny(mlp_time_embed=True).bfloat16()(images().bfloat16(), 3).dtype == torch.bfloat16
     assert tiny(mlp_time_embed=True).double()(images().double(), 3).dtype == torch.float64
 
@@ -206,7 +206,7 @@ def test_dtypes_follow_the_model() -> None:
     ],
     ids=str,
 )
-def test_bad_options(options: dict[str, Any], says: str) -> None:
+def test_uvit_with_bad_options_raises(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         tiny(**options)
 
@@ -228,11 +228,13 @@ def test_bad_options(options: dict[str, Any], says: str) -> None:
     ],
     ids=str,
 )
-def test_bad_inputs(options: dict[str, Any], call: dict[str, Any], says: str) -> None:
+def test_uvit_with_bad_inputs_raises(
+    options: dict[str, Any], call: dict[str, Any], says: str
+) -> None:
     with pytest.raises(DataError, match=says):
         tiny(**options)(**{"x": images(), "timesteps": 3, **call})
 
 
-def test_out_block_without_its_skip() -> None:
+def test_an_out_block_without_its_skip_raises() -> None:
     with pytest.raises(DataError, match="without its skip"):
         tiny().out_blocks[0](torch.zeros(1, 4, 16))

@@ -60,14 +60,14 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_names_and_shapes_of_the_published_checkpoints(name: str) -> None:
+def test_uvit_has_names_and_shapes_of_published_checkpoints(name: str) -> None:
     model, _, _ = preset(name)
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == (
         CHECKPOINTS[name]
     )
 
 
-def test_time_mlp_has_the_published_names() -> None:
+def test_uvit_time_mlp_has_published_names() -> None:
     plain, timed = (UViT(embed_dim=8, depth=0, mlp_time_embed=flag) for flag in (False, True))
     added = timed.state_dict().keys() - plain.state_dict().keys()
     assert added == {f"time_embed.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}

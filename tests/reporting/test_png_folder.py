@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsedm_compiler.data import open_data
 from sparsedm_compiler.diffusion import generator_at, image_batches
-from sparsedm_compiler.diffusion.image_batches import chunks, rounded
+from sparsedm_compiler.diffusion.image_batches import iterate_chunks, round_to_uint8
 from sparsedm_compiler.errors import CheckpointError, ConfigError, DataError
 from sparsedm_compiler.reporting import save_images, saved
 
@@ -42,8 +42,8 @@ def test_bytes_are_those_of_the_formula_and_names_those_of_the_numbers(
 def test_what_is_read_back_is_what_rounded_says(tmp_path: Path) -> None:
     save_images(tmp_path, range(4), images(4))
     found = torch.cat([part for _, part in image_batches(open_data(tmp_path), batch_size=3)])
-    assert torch.equal(found, rounded(images(4)))
-    assert torch.equal(rounded(found), found)
+    assert torch.equal(found, round_to_uint8(images(4)))
+    assert torch.equal(round_to_uint8(found), found)
 
 
 def test_images_that_are_there_stay_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -86,15 +86,15 @@ def test_a_disk_that_takes_no_more_is_an_error_that_leaves_no_torn_file(tmp_path
 
 
 def test_chunks_do_not_depend_on_the_share() -> None:
-    whole = [*chunks(23, 4)]
+    whole = [*iterate_chunks(23, 4)]
     assert [number for part in whole for number in part] == [*range(23)]
     for processes in (1, 2, 3, 9):
-        shares = [[*chunks(23, 4, (rank, processes))] for rank in range(processes)]
+        shares = [[*iterate_chunks(23, 4, (rank, processes))] for rank in range(processes)]
         assert sorted((part for share in shares for part in share), key=lambda p: p.start) == whole
         assert all(share == whole[rank::processes] for rank, share in enumerate(shares))
-    assert not [*chunks(0, 4)]
+    assert not [*iterate_chunks(0, 4)]
     with pytest.raises(ConfigError, match="a batch holds at least 1 image"):
-        [*chunks(5, 0)]
+        [*iterate_chunks(5, 0)]
 
 
 def test_data_that_fetch_something_else_are_refused() -> None:
