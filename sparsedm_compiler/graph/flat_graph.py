@@ -158,6 +158,7 @@ def find_subgraphs(gm: fx.GraphModule, args: Any) -> Iterator[tuple[str, fx.Grap
 
 
 def _iterate_leaves(tree: Any) -> Iterator[Any]:
+    """Yields the leaves of nested tuples, lists, dictionaries and slices, in order."""
     if isinstance(tree, (tuple, list)):
         for part in tree:
             yield from _iterate_leaves(part)
@@ -170,10 +171,12 @@ def _iterate_leaves(tree: Any) -> Iterator[Any]:
 
 
 def _iterate_ops(tree: Any) -> Iterator[Op]:
+    """Yields the Ops among the leaves."""
     return (leaf for leaf in _iterate_leaves(tree) if isinstance(leaf, Op))
 
 
 def _map_ops(tree: Any, change: Any) -> Any:
+    """Returns nested tuples and lists with ``change(op)`` for every Op in them."""
     if isinstance(tree, (tuple, list)):
         return type(tree)(_map_ops(part, change) for part in tree)
     return change(tree) if isinstance(tree, Op) else tree

@@ -203,6 +203,7 @@ _aten = torch.ops.aten
 
 
 def _build_table() -> dict[Any, OpEntry]:
+    """Returns the entries of all known ops, by call target."""
     table: dict[Any, OpEntry] = {}
 
     def add(name: str, arguments: tuple[str, ...], products: Any, *targets: Any) -> None:

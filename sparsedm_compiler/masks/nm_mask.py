@@ -84,6 +84,7 @@ def _multiply_bits(weight: Tensor, bits: Tensor) -> Tensor:
 
 
 def _require_finite(weight: Tensor, subject: str) -> None:
+    """Raises MaskError with the first position of NaN or Inf, if there is one."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if math.isfinite(weight.sum(dtype=wide).item()):
         return

@@ -103,15 +103,18 @@ class _Scratch:
         self._unused: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
 
     def take(self, shape: torch.Size) -> Tensor:
+        """Returns a buffer of that shape, with any contents."""
         unused = self._unused[shape]
         return unused.pop() if unused else torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def put_back(self, *buffers: Tensor) -> None:
+        """Lets ``take`` return the buffers again."""
         for buffer in buffers:
             self._unused[buffer.shape].append(buffer)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
+    """Returns whether the input channels lie side by side in memory, rows outermost."""
     return tensor.movedim(1, -1).is_contiguous()
 
 

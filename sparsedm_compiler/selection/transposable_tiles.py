@@ -137,6 +137,7 @@ def _sum_lanes(lanes: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _build_plan(n: int, device: torch.device) -> _Plan:
+    """Returns the plan of n:4 masks, with its tensors on a device."""
     choices, pairs, lanes = _list_choices(n)
 
     def index_choices(row: int, which: int) -> Tensor:

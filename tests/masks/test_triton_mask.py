@@ -25,11 +25,11 @@ from tests.masks.mask_cases import LAYOUTS, block_cases, channels_last, contiguo
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-FREE = (
+PER_ROW = (
     *("1:2", "2:4", "1:4", "3:4", "2:8", "1:8", "7:8", "8:16", "1:16", "1:32", "16:32", "31:32"),
     *("3:5", "7:13", "5:6", "8:64", "32:64", "60:64", "5:128", "64:128", "100:257", "4:4"),
 )
-COARSE = (
+JOINT = (
     *("1:8x16", "2:4x3", "2:4x128", "3:5x7", "6:8x48", "5:64x2", "4:4x2"),
     *("64:2:8", "3:4:6", "5:1:7", "2:3:16", "128:2:32", "4:4:8"),
 )
@@ -80,7 +80,7 @@ def test_mask_by_triton_of_any_pattern_and_layout(
 
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("text", [*FREE, *COARSE])
+@pytest.mark.parametrize("text", [*PER_ROW, *JOINT])
 def test_mask_by_triton_of_any_shape_and_strides(text: str, dtype: torch.dtype) -> None:
     pattern = Pattern.parse(text)
     blocks = 1 if pattern.m * pattern.height > 100 else 3

@@ -73,9 +73,9 @@ def test_transposable_mask_keeps_as_much_as_any_legal_mask(weight: Tensor, n: in
     ours = (scores * cut(nm_mask(weight, f"{n}:4t")).flatten(1)).sum(1)
     best = (scores @ masks_of(n).double().T).amax(1)
     assert bool((ours >= best - 12 * 2**-26 * scores.amax(1)).all())
-    free = (scores * cut(nm_mask(weight, f"{n}:4")).flatten(1)).sum(1)
-    assert bool((ours >= free / 2).all())
-    assert bool((ours <= free).all())
+    per_row = (scores * cut(nm_mask(weight, f"{n}:4")).flatten(1)).sum(1)
+    assert bool((ours >= per_row / 2).all())
+    assert bool((ours <= per_row).all())
 
 
 @properties
