@@ -5,8 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..diffusion.condition import Condition, check_count, take_rows
-from ..errors import ConfigError, DataError
+from ..errors import DataError
+from ..optional_deps import import_optional
 
 Batch = tuple[Tensor, Condition | None]
 """Images float32 [B, C, H, W] and what they are conditioned on."""
@@ -135,9 +134,5 @@ def count_classes(labels: Tensor | None) -> int | None:
 
 
 def require(module: str, package: str) -> ModuleType:
-    """An optional module. Raises ConfigError where its package is not installed."""
-    if find_spec(module.partition(".")[0]) is None:
-        raise ConfigError(
-            f"these data need {package}, which is not installed: pip install {package}"
-        )
-    return import_module(module)
+    """Imports an optional module. Raises ConfigError if its ``package`` is not installed."""
+    return import_optional(module, reason=f"these data need {package}", install=package)

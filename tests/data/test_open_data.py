@@ -89,9 +89,9 @@ def test_a_source_whose_package_is_missing_says_which(monkeypatch: pytest.Monkey
     def without(name: str, package: str | None = None) -> object:
         return None if name in ("sklearn", "datasets", "torchvision") else found(name, package)
 
-    for module in ("base", "hub", "vision"):
+    for module in ("image_data", "hub", "vision"):
         importlib.import_module(f"sparsedm_compiler.data.{module}")
-    monkeypatch.setattr("sparsedm_compiler.data.image_data.find_spec", without)
+    monkeypatch.setattr("sparsedm_compiler.optional_deps.find_spec", without)
     for spec, name in (
         ("digits", "scikit-learn"),
         ("hf:x", "datasets"),
