@@ -10,20 +10,32 @@ from pathlib import Path
 
 
 @contextmanager
-def replace_atomically(path: Path) -> Iterator[Path]:
-    """Where the block is to write: a file that takes the place of ``path`` if the block ends well.
+def replace_atomically(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yields the path of a temporary file that replaces ``path`` if the block ends well.
 
-    Makes the folder. What a kill leaves is written over by whoever writes ``path`` next, so two
-    processes must not write it at once.
+    Makes the folder. A temporary file left by a killed process is overwritten by the next writer,
+    so this is not safe for concurrent writers. ``durable``: flush the file to the disk first, so
+    that a power cut leaves the old file or the new one.
     """
     part = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
+        if durable:
+            flush_to_disk(part)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until the file or folder is on the disk (fsync)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def cache_folder(name: str) -> Path:

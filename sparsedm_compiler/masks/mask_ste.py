@@ -63,7 +63,19 @@ def mask_ste(weight: Tensor, pattern: str | Pattern) -> Tensor:
 
 
 def zero_kept(weight: Tensor, pattern: Pattern) -> Tensor:
-    """``(1 - mask) * weight`` of a weight known to fit; zero where the mask keeps it."""
+    """Returns ``(1 - mask) * weight``: the pruned weights, and zero where the mask keeps one.
+
+    Args:
+        weight: [out, in] or [out, in, *kernel], known to fit ``pattern``; nothing is checked.
+        pattern: The pattern of the mask.
+
+    Returns:
+        A new tensor of the weight's shape and dtype, without a gradient.
+
+    Example:
+        >>> zero_kept(torch.tensor([[3.0, -4.0, 1.0, 3.0]]), Pattern.parse("2:4"))
+        tensor([[0., 0., 1., 3.]])
+    """
     if _fused(weight.device.type, weight.dtype, pattern, masking.unavailable):
         return masking.mask_by_triton(weight, pattern, rest=True)
     return apply_inverse_mask(weight, compute_mask(weight, pattern))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sparsedm_compiler import ConfigError, SparseDMError
-from sparsedm_compiler.experiment.recipes import RECIPES, recipe
+from sparsedm_compiler.experiment.recipes import RECIPES, find_recipe
 from sparsedm_compiler.experiment.run_config import RunConfig
-from sparsedm_compiler.experiment.yaml_values import merged, parse, put
+from sparsedm_compiler.experiment.yaml_values import assign, merge, parse_yaml
 from sparsedm_compiler.models import PRESETS
 
 FULL = """
@@ -44,7 +44,7 @@ LEAST: dict[str, Any] = {"data": {"train": "digits"}, "train": {"method": "dense
     ],
 )
 def test_values_are_read_as_people_mean_them(text: str, value: object) -> None:
-    found = parse(text, "a test")
+    found = parse_yaml(text, "a test")
     assert found == value
     assert type(found) is type(value)
 
@@ -65,16 +65,16 @@ def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
 
 def test_sections_are_merged_value_by_value() -> None:
     below = {"train": {"lr": 1, "seed": 2}, "out": "a"}
-    found = merged(below, {"train": {"lr": 3}, "data": {"train": "digits"}})
+    found = merge(below, {"train": {"lr": 3}, "data": {"train": "digits"}})
     assert found == {"train": {"lr": 3, "seed": 2}, "out": "a", "data": {"train": "digits"}}
     assert below == {"train": {"lr": 1, "seed": 2}, "out": "a"}
-    assert merged({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
+    assert merge({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
 
 
 def test_assignments_make_the_sections_they_need() -> None:
     values: dict[str, Any] = {}
-    put(values, "model.options.depth=4")
-    put(values, "out = runs/a=b")
+    assign(values, "model.options.depth=4")
+    assign(values, "out = runs/a=b")
     assert values == {"model": {"options": {"depth": 4}}, "out": "runs/a=b"}
 
 
@@ -116,7 +116,7 @@ def test_bad_files_are_refused(text: str, says: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("assignment", ["lr", "=3", "train..lr=3", "out.x=3", "train.lr=[1"])
 def test_bad_assignments_are_refused(assignment: str) -> None:
     with pytest.raises(ConfigError, match=r"is not section|looks into out|is not YAML"):
-        put({"out": "a"}, assignment)
+        assign({"out": "a"}, assignment)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -129,15 +129,15 @@ def test_every_recipe_makes_a_configuration(name: str) -> None:
     assert config.train.sr_ste_lambda == (2e-4 if paper else 0)
     assert config.train.warmup_images < config.train.images
     assert config.data.train == "x"
-    assert recipe(None) == {}
+    assert find_recipe(None) == {}
     assert "recipe" in values
 
 
 def test_recipes_go_on_top_of_each_other() -> None:
     below, above = RECIPES["cifar10-uvit"], RECIPES["short"]
-    found = recipe("cifar10-uvit+short")
+    found = find_recipe("cifar10-uvit+short")
     assert found["train"] == {**below["train"], **above["train"]}
     assert found["model"] == below["model"]
-    assert recipe("short+cifar10-uvit")["train"]["warmup_images"] == 320_000
+    assert find_recipe("short+cifar10-uvit")["train"]["warmup_images"] == 320_000
     with pytest.raises(ConfigError, match="there is no recipe 'shot'; there is short"):
-        recipe("cifar10-uvit+shot")
+        find_recipe("cifar10-uvit+shot")

@@ -15,7 +15,14 @@ from sparsedm_compiler import ConfigError
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.train import finetune
 from sparsedm_compiler.train.checkpoint import list_checkpoints
-from sparsedm_compiler.train.fsdp import here, mask_here, put, rows_of, shard, whole
+from sparsedm_compiler.train.fsdp import (
+    compute_local_mask,
+    copy_rows_into,
+    gather_rows,
+    get_local_rows,
+    shard_parameters,
+    slice_local_rows,
+)
 from tests.group import run_group
 from tests.train.cases import SPARSE, short, student_of, teacher, weights
 
@@ -80,7 +87,7 @@ def interrupted(rank: int, folder: Path) -> None:
         torch.randn(40, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
         torch.arange(40) % 3,
     )
-    real = loop.step
+    real = loop.take_step
 
     def step(run: Any, pieces: Any, **given: Any) -> Any:
         if run.progress.seen == 32:
@@ -89,7 +96,7 @@ def interrupted(rank: int, folder: Path) -> None:
 
     for name, interrupt in (("whole", False), ("parts", True), ("parts", False)):
         student = sdm.compile(model, pattern="2:4x4", backend="eager")
-        loop.step = step if interrupt else real
+        loop.take_step = step if interrupt else real
         try:
             result = finetune(student, model, data, out=folder / name, **options)
         except KeyboardInterrupt:
@@ -114,16 +121,16 @@ def masks(rank: int, folder: Path) -> None:
     with torch.no_grad():
         model.weight.copy_(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)))
     full = model.weight.detach().clone()
-    shard(model, 2)
+    shard_parameters(model, 2)
     weight = model.weight
-    assert here(weight).shape == (6, 8)
-    assert torch.equal(whole(weight), full)
+    assert get_local_rows(weight).shape == (6, 8)
+    assert torch.equal(gather_rows(weight), full)
     for text in ("2:4", "1:8", "2:4x4", "4:2:8", "2:4t"):
         pattern = sdm.Pattern.parse(text)
-        expected = rows_of(nm_mask(full, pattern), weight)
-        assert torch.equal(mask_here(weight, pattern), expected)
-    put(weight, full + 1)
-    assert torch.equal(whole(weight), full + 1)
+        expected = slice_local_rows(nm_mask(full, pattern), weight)
+        assert torch.equal(compute_local_mask(weight, pattern), expected)
+    copy_rows_into(weight, full + 1)
+    assert torch.equal(gather_rows(weight), full + 1)
 
 
 def test_masks_of_sharded_weights(tmp_path: Path) -> None:

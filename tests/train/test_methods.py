@@ -10,23 +10,24 @@ from torch import nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError, Pattern
+from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.train import METHODS, FinetuneConfig, loop
 from sparsedm_compiler.train import stage_switch as staging
 from sparsedm_compiler.train import step as steps
-from sparsedm_compiler.train.methods import stages_towards
+from sparsedm_compiler.train.methods import plan_patterns
 from tests.train.cases import SPARSE, short, student_of, teacher, weights
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, look: Any) -> list[Any]:
     """What ``look(run)`` says before every step."""
     seen: list[Any] = []
-    real = loop.step
+    real = loop.take_step
 
-    def step(run: Any, pieces: Any, **options: Any) -> Any:
+    def step(run: Any, batch: Any, **options: Any) -> Any:
         seen.append(look(run))
-        return real(run, pieces, **options)
+        return real(run, batch, **options)
 
-    monkeypatch.setattr(loop, "step", step)
+    monkeypatch.setattr(loop, "take_step", step)
     return seen
 
 
@@ -53,7 +54,7 @@ def test_a_method_brings_its_options_and_explicit_ones_win() -> None:
     ],
 )
 def test_stages_halve_what_is_kept(pattern: str, stages: list[str]) -> None:
-    assert [str(stage) for stage in stages_towards(Pattern.parse(pattern))] == stages
+    assert [str(stage) for stage in plan_patterns(Pattern.parse(pattern))] == stages
 
 
 def test_sparsedm_and_sr_ste_differ_by_the_teacher_alone() -> None:
@@ -68,7 +69,7 @@ def test_asp_never_changes_its_mask() -> None:
     with torch.no_grad():
         before(torch.zeros(1, 1, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     kept = {
-        name: sdm.masks.nm_mask(weight, pattern)
+        name: nm_mask(weight, pattern)
         for name, (weight, pattern) in sdm.masked_parameters(before).items()
     }
     _, student = short("asp", weight_decay=0.1)
@@ -111,7 +112,7 @@ def test_in_a_transfer_each_student_teaches_the_next(monkeypatch: pytest.MonkeyP
     real = staging.begin_stage
 
     def begin(run: Any) -> None:
-        average = [value.clone() for value in run.average.state().values()]
+        average = [value.clone() for value in run.ema.state_dict().values()]
         real(run)
         taught.append((run, average))
         assert str(sdm.pattern_of(run.teacher)) == "2:4"
@@ -122,10 +123,10 @@ def test_in_a_transfer_each_student_teaches_the_next(monkeypatch: pytest.MonkeyP
             assert torch.equal(ours, old)
             assert torch.equal(theirs, old)
             assert not theirs.requires_grad
-        assert not run.engine.optimizer.state
+        assert not run.process.optimizer.state
 
     monkeypatch.setattr(loop, "begin_stage", begin)
-    rates = recorded(monkeypatch, lambda run: run.engine.optimizer.param_groups[0]["lr"])
+    rates = recorded(monkeypatch, lambda run: run.process.optimizer.param_groups[0]["lr"])
     short("transfer")
     assert len(taught) == 1
     run, average = taught[0]
@@ -166,14 +167,14 @@ def test_all_methods_end_apart() -> None:
 
 def test_losses_of_the_log_are_the_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     terms: list[list[float]] = []
-    real = steps.loss_terms
+    real = steps.compute_losses
 
-    def spy(run: Any, piece: Any) -> Any:
-        found = real(run, piece)
-        terms.append(found.tolist())
-        return found
+    def spy(run: Any, micro_batch: Any) -> Any:
+        losses = real(run, micro_batch)
+        terms.append(losses.tolist())
+        return losses
 
-    monkeypatch.setattr(steps, "loss_terms", spy)
+    monkeypatch.setattr(steps, "compute_losses", spy)
     result, _ = short("sparsedm", alpha=0.5, beta=0.25)
     for (total, noise, taught), loss in zip(terms, result.losses, strict=True):
         assert total == pytest.approx(0.5 * noise + 0.25 * taught, rel=1e-6)

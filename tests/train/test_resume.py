@@ -27,7 +27,7 @@ class Killed(BaseException):
 
 def short_until(step: int, monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> None:
     """``short``, killed before that step of the process."""
-    real, count = loop.step, 0
+    real, count = loop.take_step, 0
 
     def counted(run: Any, pieces: Any, **given: Any) -> Any:
         nonlocal count
@@ -37,7 +37,7 @@ def short_until(step: int, monkeypatch: pytest.MonkeyPatch, *args: Any, **option
         return real(run, pieces, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "step", counted)
+        patch.setattr(loop, "take_step", counted)
         with pytest.raises(Killed):
             short(*args, **options)
 
@@ -63,7 +63,7 @@ def test_a_finished_run_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = short(out=tmp_path)
-    monkeypatch.setattr(loop, "step", None)
+    monkeypatch.setattr(loop, "take_step", None)
     again, student = short(out=tmp_path)
     assert (again.losses, again.held_out) == (first.losses, first.held_out)
     loaded = sdm.load(tmp_path / "student.safetensors", teacher())
@@ -77,7 +77,7 @@ def test_a_finished_run_is_not_trained_again(
 def test_a_signal_saves_and_stops(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, before = loop.step, signal.getsignal(number)
+    real, before = loop.take_step, signal.getsignal(number)
 
     def step(run: Any, pieces: Any, **given: Any) -> Any:
         if run.progress.seen == 32:
@@ -85,7 +85,7 @@ def test_a_signal_saves_and_stops(
         return real(run, pieces, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "step", step)
+        patch.setattr(loop, "take_step", step)
         with pytest.raises(StoppedError, match="stopped after 40 of 96 images"):
             short(out=tmp_path)
     assert signal.getsignal(number) == before
@@ -206,9 +206,9 @@ def test_checkpoints_hold_no_pickle(tmp_path: Path) -> None:
 def test_plain_values_survive_the_round_trip() -> None:
     tensors: dict[str, torch.Tensor] = {}
     state = {"state": {0: {"step": torch.tensor(3.0)}}, "groups": [{"betas": (0.9, 1), "x": None}]}
-    plain = json.loads(json.dumps(checkpoint.flattened(state, "o", tensors)))
-    back = checkpoint.restored(plain, tensors)
+    plain = json.loads(json.dumps(checkpoint.flatten_state(state, "o", tensors)))
+    back = checkpoint.unflatten_state(plain, tensors)
     assert back == state
     assert isinstance(back["groups"][0]["betas"], tuple)
     with pytest.raises(CheckpointError, match="keeps a set"):
-        checkpoint.flattened({"a": {1}}, "o", {})
+        checkpoint.flatten_state({"a": {1}}, "o", {})
