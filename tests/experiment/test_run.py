@@ -59,7 +59,7 @@ def changed(config: RunConfig, **sections: Any) -> RunConfig:
     return RunConfig.create(merge(config.as_dict(), sections))
 
 
-def test_a_run_leaves_everything_that_is_needed(config: RunConfig) -> None:
+def test_run_writes_weights_grids_scores_and_macs(config: RunConfig) -> None:
     values = run(config, progress=False)
     assert json.loads(Path("run/results.json").read_text()) == values
     assert RunConfig.read("run/run.json") == config
@@ -89,7 +89,7 @@ def test_a_run_leaves_everything_that_is_needed(config: RunConfig) -> None:
     assert run(config, progress=False) == values
 
 
-def test_scores_can_be_added_to_a_finished_training(
+def test_run_with_other_scores_scores_a_finished_training_again(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = run(config, progress=False)
@@ -99,7 +99,7 @@ def test_scores_can_be_added_to_a_finished_training(
     assert after["held_out"] == before["held_out"]
 
 
-def test_a_run_killed_while_it_is_scored_goes_on_there(
+def test_run_killed_while_scoring_resumes_with_the_scores(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(changed(config, out="whole"), progress=False)
@@ -117,7 +117,7 @@ def test_a_run_killed_while_it_is_scored_goes_on_there(
     assert found["scores"] == whole["scores"]
 
 
-def test_a_run_is_foretold(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_previews_a_run(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     told = describe(config)
     assert not Path("run").exists()
     for part in ("1:4, MACs", "sparsedm: ", "1,437 images [1, 8, 8]", "64 images", "a new run"):
@@ -137,7 +137,7 @@ def test_a_run_is_foretold(config: RunConfig, capsys: pytest.CaptureFixture[str]
     ],
     ids=["no-reference", "function", "inception", "reference"],
 )
-def test_what_cannot_be_scored_is_refused_before_the_training(
+def test_run_with_invalid_scores_raises_before_training(
     config: RunConfig, sections: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "finetune", None)
@@ -156,7 +156,7 @@ def group_member(rank: int, folder: Path) -> None:
         run(changed(RunConfig.read("config.json"), out=out, train=train), progress=False)
 
 
-def test_two_processes_end_with_the_same_scores(config: RunConfig, tmp_path: Path) -> None:
+def test_run_in_two_processes_ends_with_the_same_scores(config: RunConfig, tmp_path: Path) -> None:
     alone = run(config, progress=False)
     Path("config.json").write_text(json.dumps(config.as_dict()), encoding="utf-8")
     run_group(group_member, tmp_path)
@@ -208,7 +208,9 @@ def text_to_image(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("null", [False, True], ids=["zeros", "null"])
-def test_text_and_latents(config: RunConfig, tmp_path: Path, null: bool) -> None:
+def test_run_on_latents_with_text_conditions_trains_and_samples(
+    config: RunConfig, tmp_path: Path, null: bool
+) -> None:
     sections = text_to_image(tmp_path)
     if null:
         save_file({"encoder_hidden_states": torch.ones(5, 8)}, "null.safetensors")

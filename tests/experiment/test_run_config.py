@@ -43,13 +43,13 @@ LEAST: dict[str, Any] = {"data": {"train": "digits"}, "train": {"method": "dense
         ('"5"', "5"),
     ],
 )
-def test_values_are_read_as_people_mean_them(text: str, value: object) -> None:
+def test_parse_yaml_reads_patterns_as_text_and_numbers_as_decimal(text: str, value: object) -> None:
     found = parse_yaml(text, "a test")
     assert found == value
     assert type(found) is type(value)
 
 
-def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
+def test_run_config_from_a_file_round_trips(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(FULL, encoding="utf-8")
     config = RunConfig.read(tmp_path / "run.yaml")
     assert config.prune.pattern == "2:4x4"
@@ -63,7 +63,7 @@ def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
     assert RunConfig.read(tmp_path / "run.json", ["train.lr=1"]) != config
 
 
-def test_sections_are_merged_value_by_value() -> None:
+def test_merge_merges_sections_value_by_value() -> None:
     below = {"train": {"lr": 1, "seed": 2}, "out": "a"}
     found = merge(below, {"train": {"lr": 3}, "data": {"train": "digits"}})
     assert found == {"train": {"lr": 3, "seed": 2}, "out": "a", "data": {"train": "digits"}}
@@ -71,7 +71,7 @@ def test_sections_are_merged_value_by_value() -> None:
     assert merge({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
 
 
-def test_assignments_make_the_sections_they_need() -> None:
+def test_assign_creates_missing_sections() -> None:
     values: dict[str, Any] = {}
     assign(values, "model.options.depth=4")
     assign(values, "out = runs/a=b")
@@ -93,7 +93,7 @@ def test_assignments_make_the_sections_they_need() -> None:
         ({"recipe": "cifar10"}, "there is cifar10-uvit and cifar10-ddpm"),
     ],
 )
-def test_bad_configurations_say_what_is_wrong(change: dict[str, Any], says: str) -> None:
+def test_run_config_with_invalid_values_raises(change: dict[str, Any], says: str) -> None:
     with pytest.raises(SparseDMError, match=says):
         RunConfig.create({**LEAST, **change})
 
@@ -107,20 +107,20 @@ def test_bad_configurations_say_what_is_wrong(change: dict[str, Any], says: str)
         ("!!python/object/apply:os.getcwd []", "is not YAML"),
     ],
 )
-def test_bad_files_are_refused(text: str, says: str, tmp_path: Path) -> None:
+def test_run_config_from_an_invalid_file_raises(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=says):
         RunConfig.read(tmp_path / "run.yaml", ["data.train=digits", "out=a", "train.method=dense"])
 
 
 @pytest.mark.parametrize("assignment", ["lr", "=3", "train..lr=3", "out.x=3", "train.lr=[1"])
-def test_bad_assignments_are_refused(assignment: str) -> None:
+def test_assign_with_invalid_assignment_raises(assignment: str) -> None:
     with pytest.raises(ConfigError, match=r"is not section|looks into out|is not YAML"):
         assign({"out": "a"}, assignment)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_makes_a_configuration(name: str) -> None:
+def test_run_config_from_every_recipe_is_valid(name: str) -> None:
     values = {"recipe": name, "data": {"train": "x"}, "model": {"weights": "w"}, "out": "a"}
     config = RunConfig.create(values)
     assert config.model.name in PRESETS
@@ -133,7 +133,7 @@ def test_every_recipe_makes_a_configuration(name: str) -> None:
     assert "recipe" in values
 
 
-def test_recipes_go_on_top_of_each_other() -> None:
+def test_find_recipe_joins_recipes_in_order() -> None:
     below, above = RECIPES["cifar10-uvit"], RECIPES["short"]
     found = find_recipe("cifar10-uvit+short")
     assert found["train"] == {**below["train"], **above["train"]}

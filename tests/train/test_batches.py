@@ -31,7 +31,7 @@ def flat(found: list[list[tuple[int, list[int]]]]) -> list[int]:
     return [number for pieces in found for _, images in pieces for number in images]
 
 
-def test_an_epoch_shows_every_image_once_whatever_the_batch() -> None:
+def test_stream_for_any_batch_size_shows_every_image_once_per_epoch() -> None:
     by_four = flat(numbers(Stream(IMAGES, 4, 0), 0, 5))
     by_five = flat(numbers(Stream(IMAGES, 5, 0), 0, 4))
     assert by_four == by_five
@@ -41,13 +41,13 @@ def test_an_epoch_shows_every_image_once_whatever_the_batch() -> None:
 
 
 @pytest.mark.parametrize("seen", [4, 8, 12, 40])
-def test_a_stream_begins_anywhere(seen: int) -> None:
+def test_stream_started_after_some_images_continues_the_same_order(seen: int) -> None:
     whole = numbers(Stream(IMAGES, 4, 0), 0, 12)
     assert numbers(Stream(IMAGES, 4, 0), seen, 2) == whole[seen // 4 :][:2]
 
 
 @pytest.mark.parametrize("data", [IMAGES, "loader"])
-def test_shares_are_the_batch_in_order(data: Any) -> None:
+def test_batch_share_of_two_processes_splits_the_batch_in_order(data: Any) -> None:
     if data == "loader":
         data = DataLoader(TensorDataset(IMAGES), batch_size=8, drop_last=True)
     whole = numbers(Stream(data, 8, 0), 0, 3)
@@ -58,14 +58,14 @@ def test_shares_are_the_batch_in_order(data: Any) -> None:
         assert [number for _, part in pieces for number in part] == images
 
 
-def test_an_iterable_begins_in_its_middle_by_reading_on() -> None:
+def test_stream_of_an_iterable_started_in_the_middle_reads_on() -> None:
     loader = DataLoader(TensorDataset(IMAGES), batch_size=4)
     whole = numbers(Stream(loader, 0, 0), 0, 6)
     assert [len(pieces[0][1]) for pieces in whole] == [4, 4, 2, 4, 4, 2]
     assert numbers(Stream(loader, 0, 0), 14, 2) == whole[4:]
 
 
-def test_workers_bring_the_same_batches() -> None:
+def test_stream_with_workers_yields_the_same_batches() -> None:
     class Fetching:
         def __len__(self) -> int:
             return 10
@@ -78,14 +78,14 @@ def test_workers_bring_the_same_batches() -> None:
     assert numbers(worked, 8, 3) == numbers(plain, 8, 3)
 
 
-def test_batches_too_small_to_share_are_refused() -> None:
+def test_stream_with_batches_too_small_to_share_raises() -> None:
     with pytest.raises(DataError, match="2 images cannot be shared by 4 processes"):
         next(Stream(IMAGES, 2, 0, BatchShare(0, 4)).start_at())
     with pytest.raises(DataError, match="no row for each of 10 images"):
         next(Stream([(IMAGES, torch.zeros(9))], 10, 0).start_at())
 
 
-def test_draws_depend_on_seed_and_position_alone() -> None:
+def test_draw_values_depends_on_seed_and_position_alone() -> None:
     config = FinetuneConfig(drop_condition=0.5)
     whole = draw_values(config, 0, torch.Size((8, 1, 2, 2)))
     part = draw_values(config, 3, torch.Size((2, 1, 2, 2)))
@@ -100,7 +100,7 @@ def vars_of(draws: Any, name: str) -> Tensor:
     return found
 
 
-def test_draws_are_what_they_say() -> None:
+def test_draw_values_has_the_documented_distributions() -> None:
     found = draw_values(FinetuneConfig(drop_condition=0.25), 0, torch.Size((4000, 4)))
     assert found.noise.mean().item() == pytest.approx(0, abs=0.03)
     assert found.noise.std().item() == pytest.approx(1, abs=0.03)
@@ -112,12 +112,12 @@ def test_draws_are_what_they_say() -> None:
     assert (joint - torch.eye(3)).abs().max() < 0.06
 
 
-def test_flips_mirror_the_last_axis() -> None:
+def test_flip_images_mirrors_the_last_axis() -> None:
     images = torch.arange(4.0).reshape(2, 1, 1, 2)
     assert flip_images(images, torch.tensor([True, False])).flatten().tolist() == [1, 0, 2, 3]
 
 
-def test_dropped_conditions() -> None:
+def test_drop_conditions_replaces_labels_and_text_by_the_null_condition() -> None:
     drop = torch.tensor([False, True])
     labels = torch.tensor([4, 5])
     assert drop_conditions(labels, drop, 9, None).tolist() == [4, 9]  # type: ignore[union-attr]

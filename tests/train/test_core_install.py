@@ -45,7 +45,7 @@ def run_core(code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_public_names_when_only_the_core_is_installed_then_all_are_listed_and_resolve() -> None:
+def test_public_names_with_core_packages_alone_are_listed_and_resolve() -> None:
     code = """
 print(sorted({*sdm.__all__} - {*dir(sdm)}))
 print(sorted(name for name in sdm.__all__ if not callable(getattr(sdm, name))))
@@ -56,7 +56,7 @@ print(sorted({*sdm.__all__} - {*namespace}))
     assert run_core(code) == ["[]", "[]", "[]"]
 
 
-def test_sr_ste_when_only_the_core_is_installed_then_it_trains() -> None:
+def test_sr_ste_with_core_packages_alone_trains() -> None:
     code = """
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
 handle = sdm.sr_ste(optimizer, student, lam=10.0)
@@ -76,9 +76,7 @@ print(int((student[1].weight == 0).sum()))
     assert run_core(code) == ["True", "32"]
 
 
-def test_finetune_and_held_out_loss_when_an_extra_is_missing_then_they_name_package_and_extra() -> (
-    None
-):
+def test_finetune_and_held_out_loss_without_the_extra_name_it() -> None:
     code = """
 config = sdm.FinetuneConfig.create("ste", images=8)
 for call in (

@@ -62,7 +62,9 @@ def final(folder: Path, method: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("cases", [DDP, SHARDED], ids=["ddp", "fsdp2"])
-def test_two_processes_train_what_one_does(cases: tuple[Case, ...], tmp_path: Path) -> None:
+def test_finetune_by_two_processes_equals_one_process(
+    cases: tuple[Case, ...], tmp_path: Path
+) -> None:
     run_group(partial(train, cases=cases), tmp_path)
     for number, (method, options) in enumerate(cases):
         alone = {name: value for name, value in options.items() if name != "shard"}
@@ -106,7 +108,7 @@ def interrupted(rank: int, folder: Path) -> None:
             torch.save(result.losses, folder / f"{name}.pt")
 
 
-def test_a_sharded_run_resumes(tmp_path: Path) -> None:
+def test_finetune_sharded_and_interrupted_resumes(tmp_path: Path) -> None:
     run_group(interrupted, tmp_path)
     whole_losses, parts = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "parts"))
     assert whole_losses == parts
@@ -133,11 +135,11 @@ def masks(rank: int, folder: Path) -> None:
     assert torch.equal(gather_rows(weight), full + 1)
 
 
-def test_masks_of_sharded_weights(tmp_path: Path) -> None:
+def test_compute_local_mask_of_sharded_weights_is_the_rows_of_the_mask(tmp_path: Path) -> None:
     run_group(masks, tmp_path)
 
 
-def test_sharding_refuses_what_it_cannot() -> None:
+def test_finetune_with_unsupported_sharding_raises() -> None:
     with pytest.raises(ConfigError, match="needs several processes"):
         short("sparsedm", shard=True)
     with pytest.raises(ConfigError, match="neither teacher 'previous' nor fp16"):

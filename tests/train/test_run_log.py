@@ -29,7 +29,7 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     }
 
 
-def test_tensorboard_shows_what_the_log_says(tmp_path: Path) -> None:
+def test_tensorboard_holds_the_values_of_the_log(tmp_path: Path) -> None:
     _, student = short("sparsedm", tmp_path, log_every=32)
     shown = scalars(tmp_path)
     lines = [line for line in log_of(tmp_path) if "loss" in line]
@@ -46,26 +46,26 @@ def test_tensorboard_shows_what_the_log_says(tmp_path: Path) -> None:
     assert [*shown["train/held_out_ema"]] == held == [0, 24, 48, 72, 96]
 
 
-def test_short_runs_have_a_line_per_step(tmp_path: Path) -> None:
+def test_log_of_a_short_run_has_a_line_per_step(tmp_path: Path) -> None:
     short("ste", tmp_path, log_every=None)
     assert [line["images"] for line in log_of(tmp_path) if "loss" in line] == [*range(8, 97, 8)]
 
 
-def test_the_losses_of_a_line_are_the_mean_since_the_line_before(tmp_path: Path) -> None:
+def test_log_line_holds_the_mean_losses_since_the_line_before(tmp_path: Path) -> None:
     result, _ = short("sparsedm", tmp_path, log_every=32)
     lines = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
     means = [sum(result.losses[k : k + 4]) / 4 for k in (0, 4, 8)]
     assert lines == pytest.approx(means)
 
 
-def test_curves_are_a_picture(tmp_path: Path) -> None:
+def test_curves_png_is_drawn(tmp_path: Path) -> None:
     short("sparsedm", tmp_path)
     curves = matplotlib.image.imread(tmp_path / "curves.png")
     assert curves.shape[0] > 400
     assert curves.std() > 0.02
 
 
-def test_flips_are_counted() -> None:
+def test_mask_watch_counts_changed_masks() -> None:
     model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 4))
     student = sdm.compile(model, pattern="2:4", policy="all", backend="eager")
     student(torch.randn(1, 8))
@@ -81,12 +81,12 @@ def test_flips_are_counted() -> None:
     assert watch.measure().rate == pytest.approx(32 / 48)
 
 
-def test_dense_models_have_no_flips() -> None:
+def test_mask_watch_of_a_dense_model_has_no_rate() -> None:
     assert MaskWatch(nn.Linear(2, 2)).measure() == (found := MaskWatch(nn.Linear(2, 2)).measure())
     assert (found.rate, found.density) == (None, {})
 
 
-def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
+def test_run_log_when_resumed_drops_later_lines(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     for images in (8, 16, 24):
         log.write_losses(images, (1.0, 0.5, 0.5), lr=0.1)
@@ -100,7 +100,7 @@ def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
     assert scalars(tmp_path)["train/loss"] == {8: 1.0, 16: 1.0, 20: 3.0}
 
 
-def test_pictures_are_of_the_average_at_fixed_seeds(tmp_path: Path) -> None:
+def test_sample_grids_of_a_run_show_the_ema_at_fixed_seeds(tmp_path: Path) -> None:
     grids = SampleGrids(
         (1, 4, 4), count=12, sampler="ddim", steps=2, condition=torch.arange(12) % CLASSES
     )
@@ -117,7 +117,7 @@ def test_pictures_are_of_the_average_at_fixed_seeds(tmp_path: Path) -> None:
     assert (tmp_path / "other.png").read_bytes() != again
 
 
-def test_a_grid_holds_each_sample_in_its_place(tmp_path: Path) -> None:
+def test_sample_grids_draw_samples_that_do_not_depend_on_the_count(tmp_path: Path) -> None:
     model = student_of(teacher())
     drawn = SampleGrids(
         (1, 4, 4), count=12, sampler="ddim", steps=2, condition=torch.zeros(12).long()
