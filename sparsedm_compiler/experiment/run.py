@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +92,16 @@ def get_final_model(
 
 
 def get_compile_options(config: RunConfig) -> dict[str, Any]:
-    """Returns the options of ``compile`` that hold in every mode."""
-    return {**get_pruning_options(config), "backend": config.prune.backend}
+    """Returns the options of ``compile`` that hold in every mode, besides the pattern."""
+    names = (field.name for field in fields(config.prune) if field.name != "pattern")
+    return {name: getattr(config.prune, name) for name in names}
 
 
 def get_pruning_options(config: RunConfig) -> dict[str, Any]:
     """Returns the options of ``compile`` that decide which weights are pruned."""
-    prune = config.prune
-    return {
-        "policy": prune.policy,
-        "keep_dense": prune.keep_dense,
-        "overrides": prune.overrides,
-    }
+    options = get_compile_options(config)
+    del options["backend"]
+    return options
 
 
 def count_run_macs(teacher: nn.Module, config: RunConfig, inputs: OpenedInputs) -> dict[str, int]:
