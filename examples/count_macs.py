@@ -1,4 +1,4 @@
-"""Count the MACs of diffusion models, dense and at N:M sparsity, without their weights.
+"""Counts the MACs of diffusion models, dense and at N:M sparsity, without their weights.
 
     python examples/count_macs.py --model uvit-cifar10-small --pattern 2:4 --pattern 1:8
     python examples/count_macs.py --model path/to/unet --per-layer
@@ -19,7 +19,7 @@ __all__ = ["PRESETS", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status (2 with one line on stderr: a bad request)."""
+    """Runs the command line; returns the exit status: 0, or 2 for a bad request."""
     return run_command(macs, argv, "count_macs")
 
 

@@ -1,4 +1,4 @@
-"""The whole story on handwritten digits: prune a dense U-ViT, fine-tune it, look at it.
+"""Prunes a dense U-ViT of handwritten digits, fine-tunes it, and compares samples and scores.
 
     python examples/demo.py
 
@@ -22,7 +22,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else a busy machine takes
 
 import diffusers
 import torch
-from digits import CLASSES, TEACHER, Digits, DigitsCNN, agreement, digits_uvit, train_judge
+from digits import (
+    CLASSES,
+    TEACHER,
+    Digits,
+    DigitsCNN,
+    digits_uvit,
+    measure_agreement,
+    train_judge,
+)
 from safetensors.torch import load_file
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -33,7 +41,6 @@ from sparsedm_compiler.diffusion import sample, sampler_name
 from sparsedm_compiler.evaluate import frechet_score
 from sparsedm_compiler.models import UViT
 from sparsedm_compiler.reporting import save_grid
-from sparsedm_compiler.train import finetune, held_out_loss
 
 RECIPES: Mapping[str, Mapping[str, float]] = {
     "2:4": {"sr_ste_lambda": 2e-4},
@@ -44,7 +51,7 @@ RECIPES: Mapping[str, Mapping[str, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How much work the demo does."""
+    """The amount of work that the demo does."""
 
     teacher_images: int = TEACHER_IMAGES
     images: int = 1000 * 64
@@ -55,7 +62,7 @@ class Budget:
 
     @staticmethod
     def quick() -> Budget:
-        """Enough to run every line."""
+        """Returns a budget that is just enough to run every line."""
         return Budget(128, images=3 * 64, samples=20, steps=2, judge_epochs=1, draws=1)
 
 
@@ -73,7 +80,7 @@ class Row:
 
 
 class Judge:
-    """Measures models, all on the same questions: same noise, same labels, same real images."""
+    """Measures models under equal conditions: same noise, same labels, same real images."""
 
     def __init__(self, digits: Digits, network: DigitsCNN, budget: Budget, seed: int) -> None:
         self.digits, self.network, self.budget, self.seed = digits, network, budget, seed
@@ -81,8 +88,8 @@ class Judge:
         self.scheduler = diffusers.DPMSolverMultistepScheduler()
         self.sampler = sampler_name(self.scheduler, budget.steps)
 
-    def row(self, name: str, model: nn.Module, macs: int, seconds: float = 0.0) -> Row:
-        """The measured row of ``model``."""
+    def measure(self, name: str, model: nn.Module, macs: int, seconds: float = 0.0) -> Row:
+        """Samples and scores ``model``; returns its row of the table."""
         images = sample(
             model,
             self.scheduler,
@@ -92,13 +99,15 @@ class Judge:
             labels=self.labels,
             batch_size=self.budget.samples,
         )
-        held, draws = self.digits.test, self.budget.draws
-        loss = held_out_loss(model, held, draws=draws, seed=self.seed, batch_size=len(held[0]))
-        agree = agreement(self.network, images, self.labels)
-        return Row(name, macs, loss, self.distance(images), agree, seconds, images)
+        held = self.digits.test
+        loss = sdm.held_out_loss(
+            model, held, draws=self.budget.draws, seed=self.seed, batch_size=len(held[0])
+        )
+        agreement = measure_agreement(self.network, images, self.labels)
+        return Row(name, macs, loss, self.measure_distance(images), agreement, seconds, images)
 
-    def distance(self, images: Tensor) -> float:
-        """The Fréchet distance of ``images`` to the held-out digits on the judge's features."""
+    def measure_distance(self, images: Tensor) -> float:
+        """Returns the Fréchet distance of ``images`` to the held-out digits, by the classifier."""
         return frechet_score(
             self.network.features,
             images.clamp(-1, 1),
@@ -107,22 +116,22 @@ class Judge:
             sampler=self.sampler,
         ).value
 
-    def floor(self) -> float:
-        """The distance that as many real training digits have: about as near as samples can get."""
-        return self.distance(self.digits.train[0][: self.budget.samples])
+    def measure_floor(self) -> float:
+        """Returns the distance of as many real training digits, about the best of any sample."""
+        return self.measure_distance(self.digits.train[0][: self.budget.samples])
 
 
-def pruned_rows(
+def make_pruned_rows(
     teacher: UViT, pattern: str, judge: Judge, options: argparse.Namespace
 ) -> Iterator[Row]:
-    """Two rows: ``teacher`` pruned to ``pattern``, before and after its fine-tune."""
+    """Yields two rows: ``teacher`` pruned to ``pattern``, before and after its fine-tune."""
     example = torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     macs = sdm.count_macs(teacher, *example, pattern=pattern).sparse
     student = sdm.compile(teacher, pattern=pattern, mode="train", backend=options.backend)
     print(f"\n{pattern}: prune the teacher, then fine-tune")
-    yield judge.row(f"{pattern} untrained", student, macs)
+    yield judge.measure(f"{pattern} untrained", student, macs)
     print(sdm.explain(student))
-    result = finetune(
+    result = sdm.finetune(
         student,
         teacher,
         judge.digits.train,
@@ -140,28 +149,28 @@ def pruned_rows(
     )
     student.load_state_dict(result.ema.state_dict())
     sdm.save(student, options.out / f"student-{pattern.replace(':', '-')}.safetensors")
-    yield judge.row(f"{pattern} fine-tuned", student, macs, result.seconds)
+    yield judge.measure(f"{pattern} fine-tuned", student, macs, result.seconds)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Do everything, write the three files, and return what results.json holds."""
+    """Runs the demo, writes its files, and returns the contents of results.json."""
     start, budget = time.perf_counter(), Budget.quick() if options.quick else Budget()
     digits = Digits.load()
     network = train_judge(digits, epochs=budget.judge_epochs)
     judge = Judge(digits, network, budget, options.seed)
-    teacher = dense_teacher(digits, budget, options)
+    teacher = load_teacher(digits, budget, options)
     example = torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     macs = sdm.count_macs(teacher, *example, pattern="2:4")
     print(macs)
-    rows = [judge.row("dense teacher", teacher, macs.dense)]
+    rows = [judge.measure("dense teacher", teacher, macs.dense)]
     for pattern in RECIPES:
-        rows.extend(pruned_rows(teacher, pattern, judge, options))
-    picture(options.out / "samples.png", judge, rows)
-    return report(options, judge, rows, time.perf_counter() - start)
+        rows.extend(make_pruned_rows(teacher, pattern, judge, options))
+    save_samples(options.out / "samples.png", judge, rows)
+    return write_report(options, judge, rows, time.perf_counter() - start)
 
 
-def dense_teacher(digits: Digits, budget: Budget, options: argparse.Namespace) -> UViT:
-    """The committed teacher, or one trained here and now."""
+def load_teacher(digits: Digits, budget: Budget, options: argparse.Namespace) -> UViT:
+    """Loads the committed teacher, or trains one if the options say so."""
     if options.train_teacher:
         return train_teacher(digits, images=budget.teacher_images, seed=options.seed)
     teacher = digits_uvit()
@@ -169,8 +178,8 @@ def dense_teacher(digits: Digits, budget: Budget, options: argparse.Namespace) -
     return teacher
 
 
-def picture(path: Path, judge: Judge, rows: list[Row]) -> None:
-    """Two samples of each class per model, the same noise in every row, under real digits."""
+def save_samples(path: Path, judge: Judge, rows: list[Row]) -> None:
+    """Saves a grid: real digits, and two samples per class and model, from the same noise."""
     x, y = judge.digits.test
     order = [image for label in range(CLASSES) for image in (y == label).nonzero()[:2, 0].tolist()]
     drawn = [number for label in range(CLASSES) for number in (label, label + CLASSES)]
@@ -178,10 +187,10 @@ def picture(path: Path, judge: Judge, rows: list[Row]) -> None:
     save_grid(path, grid, columns=[str(number % CLASSES) for number in drawn], scale=8)
 
 
-def report(
+def write_report(
     options: argparse.Namespace, judge: Judge, rows: list[Row], seconds: float
 ) -> dict[str, Any]:
-    """Print the table, write it as markdown and as JSON beside everything it depends on."""
+    """Prints the table, and writes it as markdown and JSON with everything it depends on."""
     network, (x, y) = judge.network, judge.digits.test
     facts = {
         "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads",
@@ -191,8 +200,8 @@ def report(
         "sampler": judge.sampler,
         "samples": judge.budget.samples,
         "held-out digits": len(x),
-        "FD-DigitsCNN of real training digits": judge.floor(),
-        "DigitsCNN accuracy": agreement(network, x, y),
+        "FD-DigitsCNN of real training digits": judge.measure_floor(),
+        "DigitsCNN accuracy": measure_agreement(network, x, y),
         "seconds": seconds,
     }
     table = [
@@ -216,7 +225,7 @@ def report(
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Read the command line and run."""
+    """Reads the command line and runs the demo."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="seconds, not minutes; no quality")
     parser.add_argument("--train-teacher", action="store_true", help="train the teacher anew")

@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's handwritten digits, a U-ViT for them, a judge."""
+"""Parts that the examples share: scikit-learn's digits, a U-ViT for them, and a classifier."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Digits:
 
     @staticmethod
     def load() -> Digits:
-        """The bundled 1797 digits in a fixed split: 1437 to train on, 360 held out."""
-        found = load_digits()
+        """Loads the bundled 1797 digits in a fixed split: 1437 to train on, 360 held out."""
+        bundled = load_digits()
         parts = train_test_split(
-            found.images, found.target, test_size=360, stratify=found.target, random_state=0
+            bundled.images, bundled.target, test_size=360, stratify=bundled.target, random_state=0
         )
         x, held_x = (torch.tensor(part, dtype=torch.float32)[:, None] / 8 - 1 for part in parts[:2])
         y, held_y = (torch.tensor(part) for part in parts[2:])
@@ -39,7 +39,7 @@ class Digits:
 
 
 def digits_uvit() -> UViT:
-    """The U-ViT of the examples, 0.67 M parameters, at random weights."""
+    """Returns the U-ViT of the examples, 0.67 M parameters, with random weights."""
     return UViT(
         img_size=8,
         patch_size=2,
@@ -55,7 +55,7 @@ def digits_uvit() -> UViT:
 
 
 class DigitsCNN(nn.Module):
-    """A small classifier of the digits: ``features`` gives the 64 numbers its last layer reads."""
+    """A small classifier of the digits; ``features`` returns the 64 inputs of its last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,14 +73,14 @@ class DigitsCNN(nn.Module):
         self.classes = nn.Linear(64, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, 10] of images [B, 1, 8, 8]."""
+        """Returns logits [B, 10] of images [B, 1, 8, 8]."""
         return self.classes(self.features(x))
 
 
 def train_judge(digits: Digits, *, epochs: int = 30, progress: bool = True) -> DigitsCNN:
-    """A DigitsCNN trained on the train split, in eval mode; a few seconds.
+    """Trains a DigitsCNN on the train split, in a few seconds; returns it in eval mode.
 
-    Noise, shifts by one pixel and smoothed labels keep it from knowing its training digits by
+    Noise, shifts by one pixel and smoothed labels keep it from learning its training digits by
     heart, which would put them farther from the held-out ones than they are.
     """
     (x, y), batch = digits.train, 64
@@ -91,7 +91,7 @@ def train_judge(digits: Digits, *, epochs: int = 30, progress: bool = True) -> D
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, epochs * -(-len(x) // batch))
         for _ in tqdm(range(epochs), desc="train DigitsCNN", unit="epoch", disable=not progress):
             for rows in torch.randperm(len(x)).split(batch):
-                seen = shifted(x[rows]) + 0.3 * torch.randn_like(x[rows])
+                seen = shift_images(x[rows]) + 0.3 * torch.randn_like(x[rows])
                 optimizer.zero_grad()
                 F.cross_entropy(judge(seen), y[rows], label_smoothing=0.1).backward()
                 optimizer.step()
@@ -99,13 +99,13 @@ def train_judge(digits: Digits, *, epochs: int = 30, progress: bool = True) -> D
     return judge.eval()
 
 
-def shifted(images: Tensor) -> Tensor:
-    """``images`` [B, 1, 8, 8] moved by at most one pixel, all alike."""
+def shift_images(images: Tensor) -> Tensor:
+    """Shifts ``images`` [B, 1, 8, 8] by at most one pixel, all alike."""
     down, right = torch.randint(3, (2,)).tolist()
     return F.pad(images, (1, 1, 1, 1), value=-1.0)[:, :, down : down + 8, right : right + 8]
 
 
 @torch.no_grad()
-def agreement(judge: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
-    """The share of ``images`` that ``judge`` puts into the class they were drawn for."""
+def measure_agreement(judge: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
+    """Returns the share of ``images`` that ``judge`` classifies as their ``labels``."""
     return (judge(images.clamp(-1, 1)).argmax(1) == labels).float().mean().item()

@@ -1,4 +1,4 @@
-"""Encode images to latents once, so that training and scoring need no autoencoder.
+"""Encodes images to latents once, so that training and scoring need no autoencoder.
 
     python examples/encode_latents.py --vae vae/ --data photos/ --size 256 --out photos.safetensors
     sparsedm finetune --recipe imagenet256-uvit --data photos.safetensors --set data.vae=vae/ ...
@@ -20,7 +20,7 @@ from sparsedm_compiler.data import encode_latents, open_autoencoder, open_data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status (2 with one line on stderr: a bad request)."""
+    """Runs the command line; returns the exit status: 0, or 2 for a bad request."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--vae", required=True, help="folder of a diffusers AutoencoderKL")

@@ -1,4 +1,4 @@
-"""Train the dense teacher of the demo from scratch and save it beside this script.
+"""Trains the dense teacher of the demo from scratch and saves it beside this script.
 
     python examples/train_teacher.py
 
@@ -16,16 +16,16 @@ import torch
 from digits import TEACHER, Digits, digits_uvit
 from safetensors.torch import save_file
 
+import sparsedm_compiler as sdm
 from sparsedm_compiler.models import UViT
-from sparsedm_compiler.train import finetune
 
 TEACHER_IMAGES = 4000 * 64
 
 
 def train_teacher(digits: Digits, *, images: int = TEACHER_IMAGES, seed: int = 0) -> UViT:
-    """A U-ViT trained on the train split alone: the same loop as a student's, with no teacher."""
+    """Trains a U-ViT on the train split: the same loop as a student's, without a teacher."""
     torch.manual_seed(seed)
-    result = finetune(
+    result = sdm.finetune(
         digits_uvit(),
         None,
         digits.train,
@@ -40,11 +40,12 @@ def train_teacher(digits: Digits, *, images: int = TEACHER_IMAGES, seed: int = 0
         seed=seed,
     )
     first, last = result.held_out[0], result.held_out[-1]
-    print(f"held-out loss {first.student:.4f} -> {last.student:.4f}, average {last.ema:.4f}")
+    print(f"held-out loss {first.student:.4f} -> {last.student:.4f}, EMA {last.ema:.4f}")
     return result.ema
 
 
 def main() -> None:
+    """Reads the command line, trains and saves."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=TEACHER_IMAGES)
     parser.add_argument("--seed", type=int, default=0)

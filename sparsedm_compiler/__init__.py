@@ -28,30 +28,18 @@ from .errors import (
     SparseDMError,
     StoppedError,
 )
+from .masks.mask_ste import zero_kept
 from .models.model_classes import register_time_scales
 from .patterns import Pattern
 from .reports import Choice, Decision, Explanation, MacRow, MacsReport, Topology
 
 if TYPE_CHECKING:
-    from .train import FinetuneConfig as FinetuneConfig
-    from .train import FinetuneResult as FinetuneResult
-    from .train import finetune as finetune
-    from .train import held_out_loss as held_out_loss
-    from .train.sr_ste import sr_ste as sr_ste
+    from .train import FinetuneConfig, FinetuneResult, finetune, held_out_loss
+    from .train.sr_ste import sr_ste
 
 __version__ = "0.1.0"
 
 register_time_scales()
-
-_TRAIN = ("FinetuneConfig", "FinetuneResult", "finetune", "held_out_loss", "sr_ste")
-
-
-def __getattr__(name: str) -> Any:
-    """The harness, imported on first use: it needs the extra "train"."""
-    if name in _TRAIN:
-        return getattr(import_module(".train", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 __all__ = [
     "CaptureError",
@@ -62,6 +50,8 @@ __all__ = [
     "Decision",
     "DenseRunError",
     "Explanation",
+    "FinetuneConfig",
+    "FinetuneResult",
     "GraphError",
     "KernelError",
     "MacRow",
@@ -76,10 +66,25 @@ __all__ = [
     "compile",
     "count_macs",
     "explain",
+    "finetune",
+    "held_out_loss",
     "load",
     "masked_parameters",
     "pattern_of",
     "repattern",
     "save",
+    "sr_ste",
     "topology",
+    "zero_kept",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name that is not here yet, one of ``train``'s, at its first use."""
+    if name in __all__:
+        return getattr(import_module(".train", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

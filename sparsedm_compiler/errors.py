@@ -1,4 +1,4 @@
-"""Every error of this package: one base, one subclass per door."""
+"""The errors of this package: one base class, and one subclass per kind of cause."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from difflib import get_close_matches
 
 
 class SparseDMError(Exception):
-    """Base of every error raised here; the message names the value, the place and the way out."""
+    """Base of every error of this package.
+
+    The message names the wrong value, where it is, and how to go on.
+    """
 
 
 class PatternError(SparseDMError, ValueError):
-    """A sparsity pattern that cannot be read, or does not fit the weight it is applied to."""
+    """A sparsity pattern that is not valid, or does not fit the weight it is applied to."""
 
 
 class ConfigError(SparseDMError, ValueError):
-    """An option that does not exist, or that names nothing in the model."""
+    """An option that does not exist, is out of range, or needs something that is not there."""
 
 
 class MaskError(SparseDMError, ValueError):
@@ -27,11 +30,11 @@ class CaptureError(SparseDMError, RuntimeError):
 
 
 class DenseRunError(SparseDMError, RuntimeError):
-    """A call that would have run, or has run, without its masks."""
+    """A call of a compiled model that would run, or has run, without its masks."""
 
 
 class GraphError(SparseDMError, RuntimeError):
-    """A rewritten graph that is not legal: a bug of this package, worth a report."""
+    """A rewritten graph that is not valid: a bug of this package, please report it."""
 
 
 class CheckpointError(SparseDMError, RuntimeError):
@@ -39,11 +42,11 @@ class CheckpointError(SparseDMError, RuntimeError):
 
 
 class KernelError(SparseDMError, RuntimeError):
-    """A kernel that cannot be built, loaded or run here."""
+    """A kernel that cannot be built, loaded or run on this machine."""
 
 
 class PackError(SparseDMError, ValueError):
-    """Bytes that are no packed weight, or not one of this version."""
+    """Bytes that are not a packed weight, or are one of another version of the format."""
 
 
 class DataError(SparseDMError, ValueError):
@@ -51,11 +54,11 @@ class DataError(SparseDMError, ValueError):
 
 
 class StoppedError(SparseDMError, RuntimeError):
-    """A run that was asked to stop (SIGTERM, Ctrl-C) and has saved itself; it can be resumed."""
+    """A run stopped by a signal (SIGTERM, Ctrl-C); it has been saved and can be resumed."""
 
 
 def suggest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of a message about an unknown ``name``: those it is close to, else all there are.
+    """Returns the end of a message about an unknown ``name``: the closest names, else all.
 
     >>> suggest("lrr", ["lr", "beta"], "it has"), suggest("size", ["lr", "beta"], "it has")
     ('did you mean lr?', 'it has lr, beta')

@@ -19,7 +19,7 @@ from sparsedm_compiler.diffusion.sampling import SamplePlan, sample_batches, sam
 from sparsedm_compiler.diffusion.schedulers import make_scheduler
 from sparsedm_compiler.evaluate.features import FeatureNetwork
 from sparsedm_compiler.evaluate.score_images import reference_of, score_images
-from sparsedm_compiler.train import Pictures, finetune
+from sparsedm_compiler.train import SampleGrids, finetune
 
 from .judge import accuracy, features_of, judge
 from .plan import GROUPS, Setting, Study
@@ -152,8 +152,8 @@ def draw_grid(study: Study, folder: Path, model: nn.Module) -> str:
     data = study.train()
     assert data.classes is not None
     labels = torch.arange(2 * data.classes) % data.classes
-    pictures = Pictures(data.shape, 2 * data.classes, data.classes, condition=labels)
-    pictures.save(folder / "samples" / "final.png", pictures.draw(model, "eps"))
+    grids = SampleGrids(data.shape, 2 * data.classes, data.classes, condition=labels)
+    grids.save(folder / "samples" / "final.png", grids.draw(model, "eps"))
     return "samples/final.png"
 
 

@@ -77,7 +77,7 @@ def subject_of(options: argparse.Namespace) -> Subject:
     if not (folder / "run.json").exists():
         found = Subject(options.model, own, asked or ["2:4"], prune)
     else:
-        from ..experiment.run import pruning
+        from ..experiment.run import get_pruning_options
 
         run = read_run_config(folder / "run.json")
         if not run.train.sparse:
@@ -86,7 +86,9 @@ def subject_of(options: argparse.Namespace) -> Subject:
         as_run = not asked and not prune and not own
         results = folder / "results.json" if as_run else None
         given = {**run.model.options, **own}
-        found = Subject(run.model.name, given, patterns, {**pruning(run), **prune}, results)
+        found = Subject(
+            run.model.name, given, patterns, {**get_pruning_options(run), **prune}, results
+        )
     CompileConfig.create(found.patterns[0], **found.prune)
     return found
 
@@ -171,14 +173,14 @@ def note(results: Path, ratios: Mapping[str, Mapping[str, Any]], batch: int) -> 
     """Write into a run's results how many times faster it is than the fastest dense model."""
     from ..autotune.timer import machine
     from ..backends.processor import read_cpu_name
-    from ..train.checkpoint import write_whole
+    from ..train.checkpoint import replace_text
 
     (found,) = ratios.values()
     name, (_, middle, _) = min(found.items(), key=lambda item: item[1][1])
     about = named({"processor": read_cpu_name(), **machine()}).rpartition(", load")[0]
     values = json.loads(results.read_text(encoding="utf-8"))
     values["speed"] = {"ratio": middle, "baseline": f"{name}, batch {batch}, {about}"}
-    write_whole(results, json.dumps(values, indent=1) + "\n")
+    replace_text(results, json.dumps(values, indent=1) + "\n")
 
 
 def show(

@@ -69,10 +69,10 @@ def model_options(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of the model's configuration that were given. Raises ConfigError."""
     found: dict[str, Any] = {}
     if options.option:
-        from ..experiment.yaml_values import put
+        from ..experiment.yaml_values import assign
 
         for assignment in options.option:
-            put(found, assignment)
+            assign(found, assignment)
     return found
 
 

@@ -91,14 +91,14 @@ def draw_grid(drawing: Drawing, model: nn.Module, out: Path, columns: int, main:
     import torch
 
     from ..evaluate.process_group import gathered
-    from ..train import Pictures
+    from ..train import SampleGrids
 
     parts = dict(drawing.batches(model, progress=main))
     whole = {numbers: images for part in gathered(parts) for numbers, images in part.items()}
     images = torch.cat([whole[numbers] for numbers in sorted(whole, key=lambda part: part.start)])
     if main:
         columns = min(columns, len(images))
-        Pictures(tuple(images.shape[1:]), columns=columns).save(out, images)
+        SampleGrids(tuple(images.shape[1:]), columns=columns).save(out, images)
 
 
 def notes_of(drawing: Drawing) -> dict[str, Any]:

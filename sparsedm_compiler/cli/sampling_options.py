@@ -125,10 +125,10 @@ def asked_of(options: argparse.Namespace, source: Source) -> tuple[Asked | None,
         run = source.run
         if scale is not None:
             run = replace(run, sample=replace(run.sample, guidance=scale))
-        opened = opening.open_all(run, source.device)
-        asked = None if opened.condition(range(1)) is None else opened.condition
+        opened = opening.open_inputs(run, source.device)
+        asked = None if opened.make_condition(range(1)) is None else opened.make_condition
         if options.null is None and options.null_label is None:
-            return asked, opening.guidance_of(run, opened)
+            return asked, opening.make_guidance(run, opened)
     null = null_of(options, asked)
     if scale is None:
         return asked, None
@@ -185,11 +185,11 @@ def null_of(options: argparse.Namespace, asked: Asked | None) -> int | Condition
 
 def decoder_of(folder: str, source: Source) -> Callable[[torch.Tensor], torch.Tensor]:
     """Latents to images."""
-    from ..experiment.inputs import decoder
+    from ..experiment.inputs import open_decoder
 
     if not (Path(folder) / "config.json").exists():
         raise ConfigError(f"--vae {folder} holds no AutoencoderKL of diffusers: no config.json")
-    return decoder(folder, source.device)
+    return open_decoder(folder, source.device)
 
 
 def check_call(source: Source, plan: SamplePlan) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +15,8 @@ from torch.utils.data import Dataset
 
 from ..diffusion.condition import Condition, check_count, take_rows
 from ..diffusion.image_batches import Batch
-from ..errors import ConfigError, DataError
+from ..errors import DataError
+from ..optional_deps import import_optional
 
 
 class ImageData(Dataset[tuple[Any, ...]], ABC):
@@ -176,12 +175,5 @@ def count_classes(labels: Tensor | None) -> int | None:
 
 
 def require(module: str, package: str) -> ModuleType:
-    """Imports an optional module.
-
-    Raises ConfigError, which names the package to install, where it is missing.
-    """
-    if find_spec(module.partition(".")[0]) is None:
-        raise ConfigError(
-            f"these data need {package}, which is not installed: pip install {package}"
-        )
-    return import_module(module)
+    """Imports an optional module. Raises ConfigError if its ``package`` is not installed."""
+    return import_optional(module, reason=f"these data need {package}", install=package)

@@ -1,1 +1,1 @@
-"""Whole experiments from one configuration: open, compile, train, sample, score."""
+"""Whole experiments from one configuration: open, compile, train, sample and score."""

@@ -1,4 +1,4 @@
-"""What a configuration names, opened: data, conditions, decoder; and how samples are drawn."""
+"""The inputs that a configuration names: data, conditions, decoder, and plans for samples."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ..data import ImageData, decode_latents, open_autoencoder, open_data
 from ..diffusion.condition import Condition, map_condition, read_condition, take_rows
 from ..diffusion.guidance import Guidance
 from ..diffusion.sampling import SamplePlan
-from ..train.sample_grids import Pictures
+from ..train import SampleGrids
 from .run_config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """What a configuration names; ``null``: the condition, one row, that stands for none."""
+class OpenedInputs:
+    """The opened inputs of a run; ``null``: the condition, one row, that stands for none."""
 
     data: ImageData
     held_out: ImageData | None
     null: Condition | None
     decode: Callable[[Tensor], Tensor] | None
 
-    def condition(self, numbers: range) -> Condition | None:
-        """What samples of those numbers are asked for: classes in turn, or the data's texts."""
+    def make_condition(self, numbers: range) -> Condition | None:
+        """Returns the condition of samples by number: classes in turn, or the texts of the data."""
         if self.data.classes is not None:
             return torch.tensor([number % self.data.classes for number in numbers])
         return self.data.fetch([number % len(self.data) for number in numbers])[1]
 
 
-def open_all(config: RunConfig, device: torch.device) -> Opened:
-    """Data, null condition and decoder. Raises DataError, ConfigError."""
+def open_inputs(config: RunConfig, device: torch.device) -> OpenedInputs:
+    """Opens data, null condition and decoder. Raises DataError, ConfigError."""
     spec = config.data
     data = open_data(spec.train, size=spec.size, labels=spec.labels)
     held_out = None
@@ -49,54 +49,55 @@ def open_all(config: RunConfig, device: torch.device) -> Opened:
     null = None
     if spec.null is not None:
         null = map_condition(lambda part: part[None], read_condition(spec.null))
-    return Opened(data, held_out, null, None if spec.vae is None else decoder(spec.vae, device))
+    decode = None if spec.vae is None else open_decoder(spec.vae, device)
+    return OpenedInputs(data, held_out, null, decode)
 
 
-def decoder(folder: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Latents -> images by the AutoencoderKL in ``folder``. Raises ConfigError."""
+def open_decoder(folder: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Returns latents -> images by the AutoencoderKL in ``folder``. Raises ConfigError."""
     vae = open_autoencoder(folder, device)
     return lambda latents: decode_latents(vae, latents.to(device))
 
 
-def guidance_of(config: RunConfig, opened: Opened) -> Guidance | None:
-    """The guidance of samples. Raises ConfigError where nothing stands for no condition."""
+def make_guidance(config: RunConfig, inputs: OpenedInputs) -> Guidance | None:
+    """Returns the guidance of samples. Raises ConfigError if nothing stands for no condition."""
     scale, label = config.sample.guidance, config.train.null_label
     if scale is None:
         return None
-    if opened.null is not None:
-        return Guidance(scale, take_rows(opened.null, 0))
+    if inputs.null is not None:
+        return Guidance(scale, take_rows(inputs.null, 0))
     if label is not None:
         return Guidance(scale, label)
-    given = opened.condition(range(1))
-    if given is None or isinstance(given, Tensor):
+    condition = inputs.make_condition(range(1))
+    if condition is None or isinstance(condition, Tensor):
         raise ConfigError(f"sample.guidance {scale} needs train.null_label and labelled data")
-    return Guidance(scale, map_condition(lambda part: torch.zeros_like(part[0]), given))
+    return Guidance(scale, map_condition(lambda part: torch.zeros_like(part[0]), condition))
 
 
-def pictures_of(config: RunConfig, opened: Opened) -> Pictures:
-    """The grids of a run."""
+def make_sample_grids(config: RunConfig, inputs: OpenedInputs) -> SampleGrids:
+    """Returns the sample grids of a run."""
     spec = config.sample
-    return Pictures(
-        opened.data.shape,
+    return SampleGrids(
+        inputs.data.shape,
         count=spec.grid,
         sampler=spec.sampler,
         steps=spec.steps,
         seed=spec.seed,
-        condition=opened.condition(range(spec.grid)),
-        guidance=guidance_of(config, opened),
-        decode=opened.decode,
+        condition=inputs.make_condition(range(spec.grid)),
+        guidance=make_guidance(config, inputs),
+        decode=inputs.decode,
     )
 
 
-def plan_of(config: RunConfig, opened: Opened) -> SamplePlan:
-    """The samples that are scored."""
-    draw = config.sample
+def make_sample_plan(config: RunConfig, inputs: OpenedInputs) -> SamplePlan:
+    """Returns the plan of the samples that are scored."""
+    spec = config.sample
     return SamplePlan(
-        (config.score.count, *opened.data.shape),
-        draw.steps,
-        draw.seed,
-        None if opened.condition(range(1)) is None else opened.condition,
-        guidance_of(config, opened),
-        opened.decode,
-        draw.batch_size,
+        (config.score.count, *inputs.data.shape),
+        spec.steps,
+        spec.seed,
+        None if inputs.make_condition(range(1)) is None else inputs.make_condition,
+        make_guidance(config, inputs),
+        inputs.decode,
+        spec.batch_size,
     )

@@ -1,4 +1,4 @@
-"""``RECIPES``: how the paper trained its models, as configurations to start from.
+"""``RECIPES``: the settings that the paper trained its models with, to start from.
 
 SparseDM trains with the settings of the dense models: U-ViT's own (Bao et al. 2023, its published
 configurations) and DDPM's (Ho et al. 2020). Steps and warm-ups are given in images. They are for
@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from .. import ConfigError
-from .yaml_values import merged
+from .yaml_values import merge
 
 _ADAMW: Mapping[str, Any] = {
     "lr": 2e-4,
@@ -111,18 +111,18 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "score": {"count": 50_000},
     },
 }
-"""Every value of ``recipe``. U-ViT's guidance s is ``guidance`` 1 + s here."""
+"""Every value of a configuration's ``recipe``. U-ViT's guidance s is ``guidance`` 1 + s here."""
 
 
-def recipe(name: str | None) -> Mapping[str, Any]:
-    """The recipe of that name, or several joined by "+", the last on top; nothing for None.
+def find_recipe(name: str | None) -> Mapping[str, Any]:
+    """Returns the recipe of that name, or several joined by "+", the last on top; {} for None.
 
-    Raises ConfigError.
+    Raises ConfigError for an unknown name.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for part in [] if name is None else str(name).split("+"):
         if part not in RECIPES:
             close = get_close_matches(part, RECIPES, n=3) or [*RECIPES]
             raise ConfigError(f"there is no recipe {part!r}; there is {' and '.join(close)}")
-        found = merged(found, RECIPES[part])
-    return found
+        values = merge(values, RECIPES[part])
+    return values

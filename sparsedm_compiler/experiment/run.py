@@ -1,4 +1,4 @@
-"""``run``: one configuration from the dense model to scored samples; ``describe`` foretells it.
+"""``run``: one configuration, from the dense model to scored samples; ``describe`` previews it.
 
 open model and data -> compile -> finetune (resumed where it stopped) -> sample -> score
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from .. import CheckpointError, ConfigError, compile, count_macs, load
+from .. import CheckpointError, ConfigError, FinetuneResult, compile, count_macs, finetune, load
 from ..data import ImageData, open_data
 from ..diffusion.condition import move_condition
 from ..diffusion.modes import evaluating
@@ -26,65 +26,63 @@ from ..evaluate.features import FeatureNetwork, load_network
 from ..evaluate.process_group import own_share
 from ..evaluate.score_images import Metrics, is_statistics, reference_of, score_images
 from ..models import load_weights, open_model
-from ..train.checkpoint import list_checkpoints, write_whole
-from ..train.loop import finetune
-from ..train.methods import method_of
-from ..train.result import FinetuneResult
-from .inputs import Opened, open_all, pictures_of, plan_of
+from ..train.checkpoint import list_checkpoints, replace_text
+from ..train.methods import find_method
+from .inputs import OpenedInputs, make_sample_grids, make_sample_plan, open_inputs
 from .run_config import RunConfig
 
 
 def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
-    """Do what ``config`` says and return what its results.json holds.
+    """Runs a configuration and returns the contents of its results.json.
 
-    A run that was interrupted goes on where it was; of a finished one the results are returned.
-    Under ``accelerate launch`` every process calls this. Raises SparseDMError.
+    A run that was interrupted is resumed; of a finished one the results are returned. Under
+    ``accelerate launch`` every process calls this. Raises SparseDMError.
     """
     folder, state = Path(config.out), PartialState()
-    if (found := finished(folder, config)) is not None:
-        return found
-    opened = open_all(config, state.device)
-    scorer(config, torch.device("cpu"))  # what is wrong with it is said now, not after the training
-    teacher = dense_model(config, state.device)
-    student = student_of(teacher, config)
-    macs = counted(teacher, config, opened)
+    if (results := read_finished_results(folder, config)) is not None:
+        return results
+    inputs = open_inputs(config, state.device)
+    open_scorer(config, torch.device("cpu"))  # so that its errors come before the training
+    teacher = open_dense_model(config, state.device)
+    student = make_student(teacher, config)
+    macs = count_run_macs(teacher, config, inputs)
     if progress and state.is_main_process:
-        print(described(config, opened, teacher, macs), flush=True)
+        print(format_description(config, inputs, teacher, macs), flush=True)
     if state.is_main_process:
-        write_whole(folder / "run.json", json.dumps(config.as_dict(), indent=2) + "\n")
+        replace_text(folder / "run.json", json.dumps(config.as_dict(), indent=2) + "\n")
     result = finetune(
         student,
         None if student is teacher else teacher,
-        opened.data,
+        inputs.data,
         config=config.train,
-        held_out=opened.held_out,
-        null=opened.null,
-        pictures=pictures_of(config, opened),
+        held_out=inputs.held_out,
+        null=inputs.null,
+        sample_grids=make_sample_grids(config, inputs),
         out=folder,
         progress=progress,
     )
-    model = trained(config, teacher, student, result)
+    model = get_final_model(config, teacher, student, result)
     progress = progress and state.is_main_process
-    return concluded(config, opened, result, model, macs, progress=progress)
+    return write_results(config, inputs, result, model, macs, progress=progress)
 
 
-def dense_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """The model to prune, with its weights. Raises ConfigError and CheckpointError."""
+def open_dense_model(config: RunConfig, device: torch.device) -> nn.Module:
+    """Opens the model to prune, with its weights. Raises ConfigError and CheckpointError."""
     spec = config.model
     return open_model(spec.name, options=spec.options, weights=spec.weights, device=device)
 
 
-def student_of(teacher: nn.Module, config: RunConfig) -> nn.Module:
-    """The model to train: ``teacher`` itself where nobody teaches and nothing is pruned."""
+def make_student(teacher: nn.Module, config: RunConfig) -> nn.Module:
+    """Returns the model to train: ``teacher`` itself without pruning and without a teacher."""
     if config.train.sparse:
-        return compile(teacher, config.prune.pattern, mode="train", **options_of(config))
+        return compile(teacher, config.prune.pattern, mode="train", **get_compile_options(config))
     return teacher if config.train.teacher == "none" else copy.deepcopy(teacher)
 
 
-def trained(
+def get_final_model(
     config: RunConfig, teacher: nn.Module, student: nn.Module, result: FinetuneResult
 ) -> nn.Module:
-    """The model to sample from: the average where there is one, whole in every process."""
+    """Returns the model to sample from: with EMA weights if there are any, unsharded."""
     if not config.train.shard:
         return student if result.ema is None else result.ema
     saved = Path(config.out) / "student.safetensors"
@@ -93,81 +91,78 @@ def trained(
     return load_weights(copy.deepcopy(teacher), saved)
 
 
-def options_of(config: RunConfig) -> dict[str, Any]:
-    """Options of ``compile`` in every mode."""
-    return {**pruning(config), "backend": config.prune.backend}
+def get_compile_options(config: RunConfig) -> dict[str, Any]:
+    """Returns the options of ``compile`` that hold in every mode, besides the pattern."""
+    names = (field.name for field in fields(config.prune) if field.name != "pattern")
+    return {name: getattr(config.prune, name) for name in names}
 
 
-def pruning(config: RunConfig) -> dict[str, Any]:
-    """Options of ``compile`` that say which weights are pruned."""
-    prune = config.prune
-    return {
-        "policy": prune.policy,
-        "keep_dense": prune.keep_dense,
-        "overrides": prune.overrides,
-    }
+def get_pruning_options(config: RunConfig) -> dict[str, Any]:
+    """Returns the options of ``compile`` that decide which weights are pruned."""
+    options = get_compile_options(config)
+    del options["backend"]
+    return options
 
 
-def counted(teacher: nn.Module, config: RunConfig, opened: Opened) -> dict[str, int]:
-    """Exact MACs of one image, dense and as this run prunes. Raises DataError, CaptureError."""
-    place = next(teacher.parameters())
-    given = opened.condition(range(1))
-    y = None if given is None else move_condition(given, place)
-    x, t = torch.zeros(1, *opened.data.shape).to(place), torch.zeros(1, device=place.device)
+def count_run_macs(teacher: nn.Module, config: RunConfig, inputs: OpenedInputs) -> dict[str, int]:
+    """Counts the MACs of one image, dense and pruned. Raises DataError, CaptureError."""
+    parameter = next(teacher.parameters())
+    condition = inputs.make_condition(range(1))
+    y = None if condition is None else move_condition(condition, parameter)
+    x = torch.zeros(1, *inputs.data.shape).to(parameter)
+    t = torch.zeros(1, device=parameter.device)
     args, kwargs = build_arguments(teacher, x, t, y)
+    options: dict[str, Any] = {"pattern": "1:1"}
+    if config.train.sparse:
+        options = {"pattern": config.prune.pattern, **get_pruning_options(config)}
     with evaluating(teacher):
-        report = (
-            count_macs(teacher, *args, pattern=config.prune.pattern, **pruning(config), **kwargs)
-            if config.train.sparse
-            else count_macs(teacher, *args, pattern="1:1", **kwargs)
-        )
-    return report.totals
+        return count_macs(teacher, *args, **options, **kwargs).totals
 
 
-def concluded(
+def write_results(
     config: RunConfig,
-    opened: Opened,
+    inputs: OpenedInputs,
     result: FinetuneResult,
     model: nn.Module,
     macs: dict[str, int],
     *,
     progress: bool,
 ) -> dict[str, Any]:
-    """Draw the last grid, score samples of ``model``, and write results.json for good."""
+    """Draws the last sample grid, scores samples of ``model`` and completes results.json."""
     folder, main = Path(config.out), PartialState().is_main_process
     values = result.as_dict(folder.name)
-    fast = folded(model, config)
-    pictures = pictures_of(config, opened)
-    images = pictures.draw(fast, config.train.objective)
+    fast = compile_for_inference(model, config)
+    grids = make_sample_grids(config, inputs)
+    images = grids.draw(fast, config.train.objective)
     values["macs"] = macs
     values["samples"] = f"samples/{result.images:012d}.png"
-    values["scores"] = scores_of(config, opened, fast, progress=progress)
+    values["scores"] = score_samples(config, inputs, fast, progress=progress)
     values["complete"] = True
     if main:
-        pictures.save(folder / values["samples"], images)
-        write_whole(folder / "results.json", json.dumps(values, indent=1) + "\n")
+        grids.save(folder / values["samples"], images)
+        replace_text(folder / "results.json", json.dumps(values, indent=1) + "\n")
     PartialState().wait_for_everyone()
     return values
 
 
-def folded(model: nn.Module, config: RunConfig) -> nn.Module:
-    """``model`` with its masks folded once. Dense kernels alone: they are the same everywhere."""
+def compile_for_inference(model: nn.Module, config: RunConfig) -> nn.Module:
+    """Returns ``model`` masked once, on dense kernels alone, which are the same everywhere."""
     if not config.train.sparse:
         return model
-    options = options_of(config)
+    options = get_compile_options(config)
     return compile(model, config.prune.pattern, mode="infer", kernels={"*": "dense"}, **options)
 
 
-def scores_of(
-    config: RunConfig, opened: Opened, model: nn.Module, *, progress: bool
+def score_samples(
+    config: RunConfig, inputs: OpenedInputs, model: nn.Module, *, progress: bool
 ) -> list[dict[str, Any]]:
-    """The scores that ``config.score`` asks for, as plain values."""
-    found = scorer(config, PartialState().device)
-    if found is None:
+    """Draws samples and returns their scores, as ``config.score`` defines, as plain values."""
+    scorer = open_scorer(config, PartialState().device)
+    if scorer is None:
         return []
-    network, reference = found
+    network, reference = scorer
     scheduler = make_scheduler(config.sample.sampler, config.train.objective)
-    plan, spec = plan_of(config, opened), config.score
+    plan, spec = make_sample_plan(config, inputs), config.score
     metrics = Metrics(kid=spec.kid, precision_recall=spec.precision_recall)
     known = reference_of(network, reference, keep=metrics.keep, progress=progress)
     scores = score_images(
@@ -180,12 +175,12 @@ def scores_of(
     return [asdict(score) for score in scores]
 
 
-def scorer(
+def open_scorer(
     config: RunConfig, device: torch.device
 ) -> tuple[FeatureNetwork, ImageData | Path] | None:
-    """The network and the images (or statistics) that score a run, None where nothing does.
+    """Opens the network and the reference images (or statistics) of a run's scores.
 
-    Raises ConfigError and DataError.
+    None for a run without scores. Raises ConfigError and DataError.
     """
     spec = config.score
     if spec.network is None:
@@ -199,8 +194,8 @@ def scorer(
     return network, open_data(reference, size=config.data.size, labels=False)
 
 
-def finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """The results of this run if it is finished, else None. Raises CheckpointError."""
+def read_finished_results(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    """Returns the results of this run if it is finished, else None. Raises CheckpointError."""
     try:
         values: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -214,15 +209,17 @@ def finished(folder: Path, config: RunConfig) -> dict[str, Any] | None:
 
 
 def describe(config: RunConfig) -> str:
-    """What ``run`` would do, in lines for people; opens everything and writes nothing."""
-    opened = open_all(config, torch.device("cpu"))
-    scorer(config, torch.device("cpu"))
-    model = dense_model(config, torch.device("cpu"))
-    return described(config, opened, model, counted(model, config, opened))
+    """Describes in lines of text what ``run`` would do; opens everything and writes nothing."""
+    inputs = open_inputs(config, torch.device("cpu"))
+    open_scorer(config, torch.device("cpu"))
+    model = open_dense_model(config, torch.device("cpu"))
+    return format_description(config, inputs, model, count_run_macs(model, config, inputs))
 
 
-def described(config: RunConfig, opened: Opened, model: nn.Module, macs: dict[str, int]) -> str:
-    """``describe`` of what has been opened."""
+def format_description(
+    config: RunConfig, inputs: OpenedInputs, model: nn.Module, macs: dict[str, int]
+) -> str:
+    """Returns the text of ``describe`` for inputs that are open."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     train, folder = config.train, Path(config.out)
     saved = list_checkpoints(folder)
@@ -231,10 +228,10 @@ def described(config: RunConfig, opened: Opened, model: nn.Module, macs: dict[st
     lines = [
         f"model      {config.model.name}, {parameters:,} parameters, weights "
         f"{config.model.weights or 'its own or random'}",
-        f"method     {train.method}: {method_of(train.method).about}",
+        f"method     {train.method}: {find_method(train.method).about}",
         f"pattern    {pattern}, MACs {macs['dense']:,} -> {macs['sparse']:,} "
         f"(attention {macs['attention']:,})",
-        f"data       {len(opened.data):,} images {list(opened.data.shape)} from "
+        f"data       {len(inputs.data):,} images {list(inputs.data.shape)} from "
         f"{config.data.train}",
         f"training   {train.images:,} images in batches of {train.batch_size}, objective "
         f"{train.objective}; {state}",

@@ -1,4 +1,4 @@
-"""``RunConfig``: everything one fine-tune needs, from the model to the score, as one file."""
+"""``RunConfig``: all settings of one run, from the model to the score, as one file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from typing import Any
 from .. import ConfigError, Pattern
 from ..models.loading import may_have_weights
 from ..train.finetune_config import FinetuneConfig
-from .recipes import recipe
-from .yaml_values import build, merged, put, read_mapping
+from .recipes import find_recipe
+from .yaml_values import assign, build, merge, read_mapping
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The dense model: ``name`` as ``open_model`` takes it, with ``options`` and ``weights``.
+    """The dense model.
 
-    ``weights`` may be left out to train from random weights with method "dense" alone.
+    Attributes:
+        name: A preset, a diffusers folder or "package.module:function", as ``open_model`` takes it.
+        options: Keyword arguments of the model's class or function.
+        weights: A file of weights. None keeps those the model comes with; random weights can be
+            trained with method "dense" alone.
     """
 
     name: str = "uvit-cifar10-small"
@@ -29,10 +33,17 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class DataSpec:
-    """Images to train on and to hold out, as ``open_data`` takes them, resized to ``size``.
+    """The images to train on and to hold out.
 
-    ``null``: a .safetensors with the condition that stands for none. ``held_out_limit``: the first
-    so many. ``vae``: folder of a diffusers AutoencoderKL that decodes latents for samples.
+    Attributes:
+        train: Images to train on, as ``open_data`` takes them: a folder, an .npz, ... Required.
+        held_out: Images to measure the loss on, likewise. None holds out none.
+        size: Side in pixels to which images are resized; None keeps their size.
+        labels: Whether labels or texts are used, if there are any.
+        held_out_limit: Number of held-out images to use, from the first; None is all.
+        null: A .safetensors file with the condition that stands for none; None has none.
+        vae: Folder of a diffusers AutoencoderKL that decodes latents for samples. None is for
+            images.
     """
 
     train: str = ""
@@ -53,7 +64,15 @@ class DataSpec:
 
 @dataclass(frozen=True, slots=True)
 class PruneSpec:
-    """What is pruned to which pattern: options of ``compile``."""
+    """The options of ``compile`` that a run sets; see there for their meaning.
+
+    Attributes:
+        pattern: The pattern of the student, e.g. "2:4".
+        policy: The rule that chooses layers to prune.
+        keep_dense: Names and globs of layers that stay dense.
+        overrides: Pattern by glob, for layers with another pattern.
+        backend: The compiler of the rewritten graph.
+    """
 
     pattern: str = "2:4"
     policy: str = "structural"
@@ -67,7 +86,16 @@ class PruneSpec:
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """How samples are drawn, for the grids (``grid`` images) and for scores."""
+    """The settings of samples, for grids and for scores.
+
+    Attributes:
+        sampler: The sampler, as ``make_scheduler`` names it.
+        steps: Sampling steps.
+        guidance: Scale of classifier-free guidance; None samples without.
+        seed: The seed; sample i is drawn from (seed, i) alone.
+        grid: Samples in a grid.
+        batch_size: Samples drawn at once for scores.
+    """
 
     sampler: str = "dpm++"
     steps: int = 20
@@ -79,11 +107,15 @@ class SampleSpec:
 
 @dataclass(frozen=True, slots=True)
 class ScoreSpec:
-    """What is scored in the end: ``count`` samples on a ``network``; None scores nothing.
+    """The scores of a finished run.
 
-    ``network``: as ``load_network`` takes it: "inception", "inception:FILE", or
-    "package.module:function". ``reference``: images or a file of statistics; the held-out
-    images by default.
+    Attributes:
+        network: The feature network, as ``load_network`` takes it: "inception", "inception:FILE",
+            or "package.module:function". None scores nothing.
+        reference: Images, or a file of statistics, to compare with; None is the held-out images.
+        count: Number of samples to score.
+        kid: Whether to compute KID.
+        precision_recall: Whether to compute precision and recall.
     """
 
     network: str | None = None
@@ -104,7 +136,17 @@ SECTIONS: Mapping[str, type[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """One run: its sections, and the folder ``out``."""
+    """All settings of one run, by section.
+
+    Attributes:
+        model: The dense model.
+        data: Images to train on and to hold out.
+        prune: Options of ``compile``.
+        train: Options of ``finetune``.
+        sample: Settings of samples.
+        score: Scores of the finished run; by default none.
+        out: The folder of the run.
+    """
 
     model: ModelSpec
     data: DataSpec
@@ -124,14 +166,16 @@ class RunConfig:
 
     @staticmethod
     def create(values: Mapping[str, Any]) -> RunConfig:
-        """The configuration of plain values, on top of its ``recipe``. Raises ConfigError.
+        """Returns the configuration of plain values, on top of its ``recipe``.
+
+        Raises ConfigError for unknown names and for values out of range.
 
         >>> values = {"data": {"train": "digits"}, "train": {"method": "dense"}, "out": "runs/a"}
         >>> RunConfig.create(values).prune.pattern
         '2:4'
         """
         plain = copy.deepcopy(dict(values))
-        plain = merged(recipe(plain.pop("recipe", None)), plain)
+        plain = merge(find_recipe(plain.pop("recipe", None)), plain)
         out = plain.pop("out", None)
         if not isinstance(out, str) or not out:
             raise ConfigError("no folder to write to: set out, e.g. to runs/first")
@@ -149,19 +193,19 @@ class RunConfig:
     def read(
         path: str | Path | None, assignments: Iterable[str] = (), **sections: Any
     ) -> RunConfig:
-        """The configuration of a YAML or JSON file with "section.name=value" assignments on top.
+        """Reads a YAML or JSON file, with "section.name=value" assignments on top.
 
         ``sections``: plain values below the file's, e.g. ``recipe=...``. Raises ConfigError.
         """
-        values = merged(sections, {} if path is None else read_mapping(Path(path)))
+        values = merge(sections, {} if path is None else read_mapping(Path(path)))
         for assignment in assignments:
-            put(values, assignment)
+            assign(values, assignment)
         return RunConfig.create(values)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON and YAML; ``of`` reads them back."""
-        found = {name: _plain(asdict(getattr(self, name))) for name in SECTIONS}
-        return {**found, "train": self.train.as_dict(), "out": self.out}
+        """Returns plain values for JSON and YAML; ``create`` reads them back."""
+        sections = {name: _plain(asdict(getattr(self, name))) for name in SECTIONS}
+        return {**sections, "train": self.train.as_dict(), "out": self.out}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""YAML and JSON as people write them, into frozen dataclasses and back."""
+"""YAML and JSON files, read into plain values and frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,20
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are decimal: "2:4" stays text (YAML 1.1 reads 124), 1e-3 is a number."""
+    """A YAML loader with decimal numbers: "2:4" is text (YAML 1.1 reads 124), 1e-3 is a number."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, form) for tag, form in found if tag not in _NUMBERS]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: [(tag, form) for tag, form in resolvers if tag not in _NUMBERS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
@@ -36,10 +36,10 @@ for _tag, _form in (("int", _WHOLE), ("float", _REAL)):
     )
 
 
-def parse(text: str, where: str) -> Any:
-    """The value that YAML (or JSON) ``text`` spells. Raises ConfigError that names ``where``.
+def parse_yaml(text: str, where: str) -> Any:
+    """Parses YAML (or JSON) text. Raises ConfigError that names ``where`` it comes from.
 
-    >>> parse("{pattern: 2:4, lr: 1e-3}", "a test")
+    >>> parse_yaml("{pattern: 2:4, lr: 1e-3}", "a test")
     {'pattern': '2:4', 'lr': 0.001}
     """
     try:
@@ -49,21 +49,21 @@ def parse(text: str, where: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file. Raises ConfigError."""
+    """Reads a YAML or JSON file that holds a mapping. Raises ConfigError."""
     try:
-        found = parse(path.read_text(encoding="utf-8"), str(path))
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds {type(found).__name__}, not sections such as train:")
-    return found
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, not sections such as train:")
+    return values
 
 
-def put(values: dict[str, Any], assignment: str) -> None:
-    """Set what "section.name=value" says in ``values``; the value is YAML. Raises ConfigError.
+def assign(values: dict[str, Any], assignment: str) -> None:
+    """Carries out "section.name=value" in ``values``; the value is YAML. Raises ConfigError.
 
-    >>> found = {"train": {"lr": 1.0}}
-    >>> put(found, "train.betas=[0.9, 0.99]"); found
+    >>> values = {"train": {"lr": 1.0}}
+    >>> assign(values, "train.betas=[0.9, 0.99]"); values
     {'train': {'lr': 1.0, 'betas': [0.9, 0.99]}}
     """
     name, equals, text = assignment.partition("=")
@@ -75,25 +75,25 @@ def put(values: dict[str, Any], assignment: str) -> None:
         inner = inner.setdefault(part, {})
         if not isinstance(inner, dict):
             raise ConfigError(f"{assignment!r} looks into {part}, which is {inner!r}")
-    inner[path[-1]] = parse(text, f"the value of {name}")
+    inner[path[-1]] = parse_yaml(text, f"the value of {name}")
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` on top of ``below``, section by section.
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``above`` on top of ``below``, section by section.
 
-    >>> merged({"train": {"lr": 1, "seed": 2}}, {"train": {"lr": 3}})
+    >>> merge({"train": {"lr": 1, "seed": 2}}, {"train": {"lr": 3}})
     {'train': {'lr': 3, 'seed': 2}}
     """
-    found = dict(below)
+    values = dict(below)
     for name, value in above.items():
-        inner = found.get(name)
+        inner = values.get(name)
         both = isinstance(inner, Mapping) and isinstance(value, Mapping)
-        found[name] = merged(inner, value) if both else value  # type: ignore[arg-type]
-    return found
+        values[name] = merge(inner, value) if both else value  # type: ignore[arg-type]
+    return values
 
 
 def build(cls: type[T], values: Any, where: str) -> T:
-    """``cls(**values)``, lists as tuples. Raises ConfigError for names it does not have."""
+    """Returns ``cls(**values)``, lists as tuples. Raises ConfigError for unknown names."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} is {values!r}, not names and values")
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]

@@ -76,7 +76,19 @@ def mask_ste(weight: Tensor, pattern: str | Pattern) -> Tensor:
 
 
 def zero_kept(weight: Tensor, pattern: Pattern) -> Tensor:
-    """Returns ``(1 - mask) * weight`` of a weight that the pattern fits."""
+    """Returns ``(1 - mask) * weight``: the pruned weights, and zero where the mask keeps one.
+
+    Args:
+        weight: [out, in] or [out, in, *kernel], known to fit ``pattern``; nothing is checked.
+        pattern: The pattern of the mask.
+
+    Returns:
+        A new tensor of the weight's shape and dtype, without a gradient.
+
+    Example:
+        >>> zero_kept(torch.tensor([[3.0, -4.0, 1.0, 3.0]]), Pattern.parse("2:4"))
+        tensor([[0., 0., 1., 3.]])
+    """
     if _can_fuse(weight.device.type, weight.dtype, pattern, triton_mask.why_unavailable):
         return triton_mask.mask_by_triton(weight, pattern, inverse=True)
     return apply_inverse_mask(weight, compute_mask(weight, pattern))

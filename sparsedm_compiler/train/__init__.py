@@ -1,13 +1,17 @@
-"""The harness: fine-tune a sparse student against its dense teacher."""
+"""The training harness: fine-tunes a sparse student against its dense teacher.
+
+Importing it needs no optional package; ``finetune``, ``held_out_loss`` and ``SampleGrids`` need the
+extra "train" when they are called.
+"""
 
 from __future__ import annotations
 
+from .api import finetune
 from .finetune_config import FinetuneConfig
 from .fixed_mask import static_mask
-from .loop import finetune
 from .methods import METHODS, Method
-from .result import FinetuneResult, HeldOut
-from .sample_grids import Pictures
+from .result import FinetuneResult, HeldOutLoss
+from .sample_grids import SampleGrids
 from .sr_ste import sr_ste
 from .validation import held_out_loss
 
@@ -15,9 +19,9 @@ __all__ = [
     "METHODS",
     "FinetuneConfig",
     "FinetuneResult",
-    "HeldOut",
+    "HeldOutLoss",
     "Method",
-    "Pictures",
+    "SampleGrids",
     "finetune",
     "held_out_loss",
     "sr_ste",

@@ -1,4 +1,4 @@
-"""Training data of any make as one stream of (images, condition) batches, known by position."""
+"""Training data of any form as one stream of (images, condition) batches, indexed by position."""
 
 from __future__ import annotations
 
@@ -27,25 +27,28 @@ class Fetches(Protocol):
     """Data that hand out many images at once, e.g. ``sparsedm_compiler.data.ImageData``."""
 
     def __len__(self) -> int:
-        """The number of images."""
+        """Returns the number of images."""
 
     def fetch(self, numbers: Sequence[int]) -> Batch:
-        """The images of those numbers, with their condition."""
+        """Returns the images with those numbers, and their condition."""
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """The part of every batch that is this process's: of ``world * parts`` equal ones, ``parts``.
+class BatchShare:
+    """One process's share of every batch: ``parts`` of its ``world * parts`` equal parts.
 
-    ``parts``: how many pieces this process takes its share in (gradient accumulation).
+    ``parts``: how many micro-batches the process takes its share in (gradient accumulation).
     """
 
     rank: int = 0
     world: int = 1
     parts: int = 1
 
-    def pieces(self, total: int) -> list[range]:
-        """The rows of a batch of ``total`` that this process trains on, piece by piece."""
+    def split(self, total: int) -> list[range]:
+        """Returns the rows of a batch of ``total`` that this process trains on, per micro-batch.
+
+        Raises DataError where there are fewer images than parts.
+        """
         count = self.world * self.parts
         if total < count:
             raise DataError(
@@ -58,8 +61,8 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Part of the batch of ``total`` images: those from position ``first`` of the stream."""
+class MicroBatch:
+    """Part of a batch of ``total`` images: those from position ``first`` of the stream."""
 
     images: Tensor
     condition: Condition | None
@@ -69,7 +72,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Where a run's images come from and in what order; ``begin(seen)`` starts anywhere.
+    """The images of a run in their order, which ``start_at(seen)`` can enter anywhere.
 
     Images and map-style datasets are shuffled: image number k of the stream is number k % n of
     the order drawn from (seed, epoch k // n), whatever ``size``, and every batch is full. An
@@ -80,48 +83,54 @@ class Stream:
     data: Data
     size: int
     seed: int
-    share: Share = Share()
+    share: BatchShare = BatchShare()
     workers: int = 0
 
-    def begin(self, seen: int = 0) -> Iterator[list[Piece]]:
-        """This process's pieces, batch after batch, after ``seen`` images. Raises DataError."""
-        if (source := indexed(self.data)) is not None:
-            return self._indexed(*source, seen)
-        return self._iterated(seen)
+    def start_at(self, seen: int = 0) -> Iterator[list[MicroBatch]]:
+        """Yields this process's micro-batches, batch after batch, after ``seen`` images.
 
-    def _indexed(self, count: int, fetch: Fetch, seen: int) -> Iterator[list[Piece]]:
-        parts = self.share.pieces(self.size)
-        order = Order(count, self.seed)
+        Raises DataError for data of the wrong form, and for iterables that cannot start over.
+        """
+        if (source := index_data(self.data)) is not None:
+            return self._start_indexed(*source, seen)
+        return self._start_iterable(seen)
+
+    def _start_indexed(self, count: int, fetch: Fetch, seen: int) -> Iterator[list[MicroBatch]]:
+        parts = self.share.split(self.size)
+        order = ShuffledOrder(count, self.seed)
         numbers = (
-            order.numbers(first + piece.start, len(piece))
+            order.take(first + part.start, len(part))
             for first in itertools.count(seen, self.size)
-            for piece in parts
+            for part in parts
         )
         fetched: Iterable[Any] = map(fetch, numbers)
         if self.workers:
             fetched = DataLoader(
                 _ByNumbers(fetch), batch_size=None, sampler=numbers, num_workers=self.workers
             )
-        found = iter(fetched)
+        batches = iter(fetched)
         for first in itertools.count(seen, self.size):
-            yield [Piece(*checked(next(found)), first + piece.start, self.size) for piece in parts]
+            yield [
+                MicroBatch(*check_batch(next(batches)), first + part.start, self.size)
+                for part in parts
+            ]
 
-    def _iterated(self, seen: int) -> Iterator[list[Piece]]:
+    def _start_iterable(self, seen: int) -> Iterator[list[MicroBatch]]:
         first = 0
         for start in itertools.count():
             empty = True
-            for batch in iterated(self.data):
+            for batch in iterate_batches(self.data):
                 empty = False
-                images, condition = checked(batch)
+                images, condition = check_batch(batch)
                 if first >= seen:
                     yield [
-                        Piece(
+                        MicroBatch(
                             images[part.start : part.stop],
                             None if condition is None else take_rows(condition, part),
                             first + part.start,
                             len(images),
                         )
-                        for part in self.share.pieces(len(images))
+                        for part in self.share.split(len(images))
                     ]
                 first += len(images)
             if empty:
@@ -132,7 +141,7 @@ class Stream:
 
 
 class _ByNumbers(Dataset[Any]):
-    """What a worker process reads from: an "index" is the numbers of a whole batch."""
+    """The dataset of a worker process: an "index" is the numbers of a whole batch."""
 
     def __init__(self, fetch: Fetch) -> None:
         self.fetch = fetch
@@ -141,40 +150,43 @@ class _ByNumbers(Dataset[Any]):
         return self.fetch(numbers)
 
 
-class Order:
+class ShuffledOrder:
     """Numbers below ``count``, epoch after epoch, each epoch in the order of (seed, epoch)."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
         self._epoch, self._numbers = -1, torch.empty(0)
 
-    def numbers(self, first: int, size: int) -> list[int]:
-        """The numbers at positions ``first`` to ``first + size - 1`` of the stream."""
-        found: list[int] = []
-        while len(found) < size:
-            epoch, within = divmod(first + len(found), self.count)
+    def take(self, first: int, size: int) -> list[int]:
+        """Returns the numbers at positions ``first`` to ``first + size - 1`` of the stream."""
+        numbers: list[int] = []
+        while len(numbers) < size:
+            epoch, within = divmod(first + len(numbers), self.count)
             if epoch != self._epoch:
                 source = generator_at(self.seed, "order", epoch)
                 self._epoch, self._numbers = epoch, torch.randperm(self.count, generator=source)
-            found += self._numbers[within : within + size - len(found)].tolist()
-        return found
+            numbers += self._numbers[within : within + size - len(numbers)].tolist()
+        return numbers
 
 
-def one_pass(data: Data, size: int) -> Iterator[Batch]:
-    """The batches of ``data`` once, in order, the last one as small as it comes."""
-    if (source := indexed(data)) is not None:
+def iterate_once(data: Data, size: int) -> Iterator[Batch]:
+    """Yields the batches of ``data`` once, in order; the last one may be smaller than ``size``."""
+    if (source := index_data(data)) is not None:
         count, fetch = source
         for first in range(0, count, size):
-            yield checked(fetch(list(range(first, min(first + size, count)))))
+            yield check_batch(fetch(list(range(first, min(first + size, count)))))
         return
-    for batch in iterated(data):
-        yield checked(batch)
+    for batch in iterate_batches(data):
+        yield check_batch(batch)
 
 
-def indexed(data: Data) -> tuple[int, Fetch] | None:
-    """Length and ``fetch(numbers) -> batch`` of data that can be indexed, None for iterables."""
+def index_data(data: Data) -> tuple[int, Fetch] | None:
+    """Returns length and ``fetch(numbers) -> batch`` of indexable data, None for iterables.
+
+    Raises DataError for data that hold no images, and for labels of another count.
+    """
     if isinstance(data, Fetches):
-        return full(len(data)), data.fetch
+        return check_not_empty(len(data)), data.fetch
     if isinstance(data, Tensor):
         images, labels = data, None
     elif isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):
@@ -185,24 +197,26 @@ def indexed(data: Data) -> tuple[int, Fetch] | None:
         if isinstance(data, IterableDataset):
             return None
         items: Any = data
-        return full(len(data)), lambda numbers: default_collate([items[n] for n in numbers])
+        return check_not_empty(len(data)), lambda numbers: default_collate(
+            [items[n] for n in numbers]
+        )
     else:
         return None
     fixed = images, labels
-    return full(len(images)), lambda numbers: tuple(
+    return check_not_empty(len(images)), lambda numbers: tuple(
         None if part is None else part[torch.tensor(numbers, device=part.device)] for part in fixed
     )
 
 
-def full(count: int) -> int:
-    """``count``, which must not be 0."""
+def check_not_empty(count: int) -> int:
+    """Returns ``count``. Raises DataError if it is 0."""
     if count == 0:
         raise DataError("the data hold no images")
     return count
 
 
-def iterated(data: Data) -> Iterator[Any]:
-    """The batches that ``data`` yields by itself. Raises DataError where it yields none."""
+def iterate_batches(data: Data) -> Iterator[Any]:
+    """Yields the batches that ``data`` itself yields. Raises DataError if it is no iterable."""
     if isinstance(data, tuple | dict | str) or not isinstance(data, Iterable):
         raise DataError(
             f"data of type {type(data).__name__} are neither images, (images, labels), "
@@ -211,8 +225,8 @@ def iterated(data: Data) -> Iterator[Any]:
     return iter(data)
 
 
-def checked(batch: Any) -> Batch:
-    """``batch`` as (images, condition or None). Raises DataError where it is not."""
+def check_batch(batch: Any) -> Batch:
+    """Returns ``batch`` as (images, condition or None). Raises DataError if it is no batch."""
     images, condition = (
         batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
     )

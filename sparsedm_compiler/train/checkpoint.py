@@ -2,20 +2,19 @@
 
     checkpoints/000000064000/      after 64000 images
         student.safetensors        sdm.save's format where the student is masked, else plain
-        ema.safetensors            the average, by parameter name
+        ema.safetensors            the EMA weights, by parameter name
         optimizer.safetensors      tensors of the optimizer's state_dict
         teacher.safetensors        where the teacher is a student of this run
         state.json                 everything else; the last file written
 
-A checkpoint is written into a folder of another name, flushed to the disk and renamed. What a kill
-leaves behind is such a folder, which the next save removes.
+A checkpoint is written into a folder of another name, flushed to the disk and renamed. A killed
+process leaves such a folder behind, which the next save removes.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import CheckpointError, ConfigError, masked_parameters, save
-from ..fileio import replace_atomically
-from .fsdp import here, put, whole
+from ..fileio import flush_to_disk, replace_atomically
+from .fsdp import copy_rows_into, gather_rows, get_local_rows
 
 VERSION = 1
 PART = ".part"
@@ -44,20 +43,20 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
-def folder_of(run: Path, images: int) -> Path:
-    """Where the checkpoint after ``images`` of a run lies."""
+def checkpoint_folder(run: Path, images: int) -> Path:
+    """Returns the folder of a run's checkpoint after ``images``."""
     return run / "checkpoints" / f"{images:012d}"
 
 
-def write(
+def write_checkpoint(
     run: Path, images: int, state: Mapping[str, Any], files: Mapping[str, Callable[[Path], None]]
 ) -> None:
-    """Write the checkpoint of a run after ``images``, unless there is one.
+    """Writes the checkpoint of a run after ``images``, unless it exists.
 
-    ``files``: what writes each file, by its name. Checkpoints that were interrupted are removed
+    ``files``: by file name, the function that writes the file. Interrupted checkpoints are removed
     first. Raises CheckpointError, and then the earlier checkpoints are still there.
     """
-    target = folder_of(run, images)
+    target = checkpoint_folder(run, images)
     part = target.with_name(target.name + PART)
     if target.exists():
         return
@@ -66,57 +65,46 @@ def write(
         for left in target.parent.glob("*" + PART):
             shutil.rmtree(left)
         part.mkdir()
-        for name, save in files.items():
-            save(part / name)
-            flush(part / name)
+        for name, save_to in files.items():
+            save_to(part / name)
+            flush_to_disk(part / name)
         write_text(part / "state.json", json.dumps({"version": VERSION, **state}))
-        flush(part)
+        flush_to_disk(part)
         part.rename(target)
-        flush(target.parent)
+        flush_to_disk(target.parent)
     except (OSError, SafetensorError, CheckpointError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise CheckpointError(unwritable(target, error)) from error
+        raise CheckpointError(explain_write_error(target, error)) from error
 
 
-def unwritable(path: Path, error: Exception) -> str:
-    """The sentence for a checkpoint that cannot be written."""
+def explain_write_error(path: Path, error: Exception) -> str:
+    """Returns the message about a file of a run that cannot be written."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     full = full or "No space left" in str(error)
-    what = "the disk is full" if full else str(error)
+    cause = "the disk is full" if full else str(error)
     return (
-        f"cannot write {path}: {what}. The checkpoints before it are whole; make room (keep=1 "
+        f"cannot write {path}: {cause}. The checkpoints before it are whole; make room (keep=1 "
         "keeps fewer) and run the same command again to resume"
     )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that the file is on the disk when this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes ``text`` to a file and waits until it is on the disk."""
+    path.write_text(text, encoding="utf-8")
+    flush_to_disk(path)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace the file at ``path`` by ``text``, whole or not at all. Raises CheckpointError."""
+def replace_text(path: Path, text: str) -> None:
+    """Replaces the file at ``path`` by ``text``, whole or not at all. Raises CheckpointError."""
     try:
-        with replace_atomically(path) as part:
-            write_text(part, text)
+        with replace_atomically(path, durable=True) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(unwritable(path, error)) from error
-
-
-def flush(path: Path) -> None:
-    """Have the file or folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        raise CheckpointError(explain_write_error(path, error)) from error
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors, each with memory of its own."""
+    """Writes tensors as safetensors, each with memory of its own."""
     own = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -125,15 +113,15 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def save_model(model: nn.Module, path: Path) -> None:
-    """Write a model's weights: as ``save`` does where it was compiled, else plain."""
+    """Writes a model's weights: in ``save``'s format if it was compiled, else plain."""
     if is_compiled(model):
         save(model, path)
     else:
-        save_tensors(weights_of(model), path)
+        save_tensors(get_unique_weights(model), path)
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether ``compile`` made ``model``."""
+    """Returns whether ``model`` was compiled by this package."""
     try:
         masked_parameters(model)
     except ConfigError:
@@ -142,14 +130,14 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def list_checkpoints(run: Path) -> list[int]:
-    """The images of every whole checkpoint of the run, fewest first."""
-    found = (run / "checkpoints").glob("*/state.json")
-    return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
+    """Returns the images of every whole checkpoint of the run, fewest first."""
+    files = (run / "checkpoints").glob("*/state.json")
+    return sorted(int(path.parent.name) for path in files if path.parent.name.isdigit())
 
 
-def read(run: Path, images: int) -> Checkpoint:
-    """The checkpoint after ``images``. Raises CheckpointError where it is damaged."""
-    folder = folder_of(run, images)
+def read_checkpoint(run: Path, images: int) -> Checkpoint:
+    """Reads the checkpoint after ``images``. Raises CheckpointError where it is damaged."""
+    folder = checkpoint_folder(run, images)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
@@ -165,58 +153,63 @@ def read(run: Path, images: int) -> Checkpoint:
     return Checkpoint(images, tensors, state)
 
 
-def prune(run: Path, keep: int, best: int | None) -> None:
-    """Remove all checkpoints but the last ``keep`` and the best."""
+def remove_old_checkpoints(run: Path, keep: int, best: int | None) -> None:
+    """Removes all checkpoints but the last ``keep`` and the one after ``best`` images."""
     for images in list_checkpoints(run)[:-keep]:
         if images != best:
-            folder = folder_of(run, images)
-            gone = folder.rename(folder.with_name(folder.name + PART))
-            shutil.rmtree(gone)
+            folder = checkpoint_folder(run, images)
+            removed = folder.rename(folder.with_name(folder.name + PART))
+            shutil.rmtree(removed)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of ``model`` with every tensor once, under its first name."""
-    seen: dict[tuple[Any, ...], str] = {}
-    found = {}
+def get_unique_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the state_dict of ``model`` with every tensor once, under its first name."""
+    first_names: dict[tuple[Any, ...], str] = {}
+    unique = {}
     for name, tensor in model.state_dict().items():
-        where = (here(tensor).data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if not tensor.numel() or where not in seen:
-            seen[where] = name
-            found[name] = tensor
-    return found
+        where = (get_local_rows(tensor).data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if not tensor.numel() or where not in first_names:
+            first_names[where] = name
+            unique[name] = tensor
+    return unique
 
 
-def put_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load what ``weights_of`` gave. Raises CheckpointError where it does not fit."""
-    wanted = weights_of(model)
+def load_unique_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Loads the result of ``get_unique_weights``. Raises CheckpointError if it does not fit."""
+    targets = get_unique_weights(model)
     try:
-        missing = [name for name in wanted if name not in tensors]
+        missing = [name for name in targets if name not in tensors]
         if missing:
             raise RuntimeError(f"it lacks {', '.join(missing[:3])}")
-        for name, target in wanted.items():
+        for name, target in targets.items():
             if target.shape != tensors[name].shape:
                 raise RuntimeError(
                     f"{name} is {list(target.shape)}, not {list(tensors[name].shape)}"
                 )
-            put(target, tensors[name])
+            copy_rows_into(target, tensors[name])
     except RuntimeError as error:
         raise CheckpointError(
             f"the checkpoint does not fit this {type(model).__name__}: {error}"
         ) from error
 
 
-def flattened(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as plain JSON values, its tensors moved into ``tensors`` under their paths."""
+def flatten_state(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Returns ``value`` as plain JSON values and adds its tensors to ``tensors`` by their paths.
+
+    Raises CheckpointError for a value that is neither a tensor nor plain.
+    """
     if isinstance(value, Tensor):
-        tensors[path] = whole(value)
+        tensors[path] = gather_rows(value)
         return {"$tensor": path}
     if isinstance(value, Mapping):
-        pairs = [[key, flattened(part, f"{path}.{key}", tensors)] for key, part in value.items()]
+        pairs = [
+            [key, flatten_state(part, f"{path}.{key}", tensors)] for key, part in value.items()
+        ]
         return {"$map": pairs}
     if isinstance(value, tuple):
-        return {"$tuple": flattened([*value], path, tensors)}
+        return {"$tuple": flatten_state([*value], path, tensors)}
     if isinstance(value, list):
-        return [flattened(part, f"{path}.{n}", tensors) for n, part in enumerate(value)]
+        return [flatten_state(part, f"{path}.{n}", tensors) for n, part in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise CheckpointError(
@@ -224,14 +217,14 @@ def flattened(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What ``flattened`` was given."""
+def unflatten_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Returns the value that ``flatten_state`` made ``value`` and ``tensors`` from."""
     if isinstance(value, dict) and "$tensor" in value:
         return tensors[value["$tensor"]]
     if isinstance(value, dict) and "$tuple" in value:
-        return tuple(restored(value["$tuple"], tensors))
+        return tuple(unflatten_state(value["$tuple"], tensors))
     if isinstance(value, dict):
-        return {key: restored(part, tensors) for key, part in value["$map"]}
+        return {key: unflatten_state(part, tensors) for key, part in value["$map"]}
     if isinstance(value, list):
-        return [restored(part, tensors) for part in value]
+        return [unflatten_state(part, tensors) for part in value]
     return value

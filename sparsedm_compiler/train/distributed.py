@@ -1,4 +1,4 @@
-"""``Engine``: one process or many, behind one face; Accelerate does the work."""
+"""``TrainingProcess``: one process of a run, alone or in a group; Accelerate does the work."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from torch.nn.utils import clip_grad_norm_
 from .. import ConfigError
 from ..diffusion import predict
 from ..diffusion.condition import Condition
-from .batches import Share
+from .batches import BatchShare
 from .finetune_config import FinetuneConfig
-from .fsdp import shard, whole
+from .fsdp import gather_rows, shard_parameters
 
 
-class Predicting(nn.Module):
-    """The student as what Accelerate wraps (DDP, autocast): the student itself stays as it is."""
+class StudentCall(nn.Module):
+    """A module that calls the student, for Accelerate to wrap (DDP, autocast) in its stead."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student = student
 
     def forward(self, x: Tensor, t: Tensor, y: Condition | None = None) -> Tensor:
-        """The student's prediction."""
+        """Returns the student's prediction."""
         return predict(self.student, x, t, y)
 
 
-class Engine:
-    """Steps of a student over however many processes there are, launched by ``accelerate launch``.
+class TrainingProcess:
+    """This process of a run: its device, its share of each batch, its student and optimizer.
 
-    ``optimizer``: the one to zero, step and save. ``share``: this process's part of a batch.
-    ``template``: on the main process, an unsharded copy to write files from, if ``config.shard``.
-    Raises ConfigError where the batch cannot be shared, and for fp16 on a CPU.
+    ``like``: a parameter of the student, whose device and dtype inputs take. ``optimizer``: the
+    one to zero, step and save. ``share``: this process's share of a batch. ``template``: on the
+    main process, an unsharded copy to write files from, if ``config.shard``. Raises ConfigError
+    where the batch cannot be shared, and for fp16 on a CPU.
     """
 
     def __init__(self, student: nn.Module, config: FinetuneConfig) -> None:
-        self.place = next(student.parameters())
-        self.accelerator = accelerator_for(self.place, config.mixed_precision)
-        self.share = Share(
+        self.like = next(student.parameters())
+        self.accelerator = make_accelerator(self.like, config.mixed_precision)
+        self.share = BatchShare(
             self.accelerator.process_index, self.accelerator.num_processes, config.accumulation
         )
         count = self.share.world * self.share.parts
@@ -56,90 +57,93 @@ class Engine:
         self.student = student
         self.sharded: Any = None
         self.template: nn.Module | None = None
-        self.predict: nn.Module = Predicting(student)
+        self.predict: nn.Module = StudentCall(student)
         self.optimizer: Any = None
         if config.shard:
-            self.template = copy.deepcopy(student).cpu() if self.main else None
-            shard(student, self.share.world)
+            self.template = copy.deepcopy(student).cpu() if self.is_main else None
+            shard_parameters(student, self.share.world)
             self.sharded = student
-            self.place = next(student.parameters())
+            self.like = next(student.parameters())
 
-    def take(self, optimizer: torch.optim.Optimizer) -> None:
-        """Wrap student and optimizer for what there is: processes, precision, devices."""
+    def wrap(self, optimizer: torch.optim.Optimizer) -> None:
+        """Wraps student and optimizer for the processes, the precision and the device."""
         if self.sharded is not None:
             self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         else:
             self.predict, self.optimizer = self.accelerator.prepare(self.predict, optimizer)
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and shows progress."""
         return bool(self.accelerator.is_main_process)
 
     def syncing(self, last: bool) -> AbstractContextManager[Any]:
-        """Around a backward pass: gradients are averaged over processes in the ``last`` one."""
+        """Returns the context of a backward pass; the ``last`` averages gradients over processes.
+
+        ``last``: whether it is the last micro-batch of the step.
+        """
         if self.sharded is not None:
             self.sharded.set_requires_gradient_sync(last)
             return nullcontext()
         if last or self.share.world == 1:
             return nullcontext()
-        found: AbstractContextManager[Any] = self.accelerator.no_sync(self.predict)
-        return found
+        no_sync: AbstractContextManager[Any] = self.accelerator.no_sync(self.predict)
+        return no_sync
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision, for student and teacher alike."""
-        found: AbstractContextManager[Any] = self.accelerator.autocast()
-        return found
+        """Returns the context of mixed precision, for student and teacher alike."""
+        autocast: AbstractContextManager[Any] = self.accelerator.autocast()
+        return autocast
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of ``loss``, scaled where fp16 needs it."""
+        """Computes the gradients of ``loss``, scaled where fp16 needs it."""
         self.accelerator.backward(loss)
 
-    def norm(self, limit: float | None) -> Tensor:
-        """The norm of the unscaled gradient before it is clipped to ``limit``."""
+    def clip_gradient(self, limit: float | None) -> Tensor:
+        """Clips the unscaled gradient to norm ``limit``; returns its norm before that."""
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
         parameters = [p for p in self.student.parameters() if p.grad is not None]
-        return whole(clip_grad_norm_(parameters, math.inf if limit is None else limit))
+        return gather_rows(clip_grad_norm_(parameters, math.inf if limit is None else limit))
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of ``value`` over all processes."""
+    def average(self, value: Tensor) -> Tensor:
+        """Returns the mean of ``value`` over all processes."""
         if self.share.world == 1:
             return value
-        found: Tensor = self.accelerator.reduce(value, "mean")
-        return found
+        mean: Tensor = self.accelerator.reduce(value, "mean")
+        return mean
 
-    def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in any process."""
+    def is_any(self, flag: bool) -> bool:
+        """Returns whether ``flag`` is set in any process."""
         if self.share.world == 1:
             return flag
-        return bool(self.mean(torch.tensor(float(flag), device=self.place.device)) > 0)
+        return bool(self.average(torch.tensor(float(flag), device=self.like.device)) > 0)
 
-    def wait(self) -> None:
-        """Wait until every process is here."""
+    def wait_for_all(self) -> None:
+        """Waits until every process has come this far."""
         self.accelerator.wait_for_everyone()
 
-    def scaler_state(self) -> dict[str, Any]:
-        """Of the gradient scaler, for a checkpoint; empty without one."""
+    def get_scaler_state(self) -> dict[str, Any]:
+        """Returns the gradient scaler's state for a checkpoint; empty without a scaler."""
         return {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
-    def load_scaler(self, state: dict[str, Any]) -> None:
-        """Go on from ``scaler_state``."""
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Restores the gradient scaler from ``get_scaler_state``'s result."""
         if self.accelerator.scaler is not None and state:
             self.accelerator.scaler.load_state_dict(state)
 
     def release(self) -> None:
-        """Take the wrappers off again."""
+        """Takes Accelerate's wrappers off again."""
         self.accelerator.free_memory()
 
 
-def accelerator_for(place: Tensor, precision: str) -> Accelerator:
-    """An Accelerator of that precision on the device of ``place``.
+def make_accelerator(like: Tensor, precision: str) -> Accelerator:
+    """Returns an Accelerator of that precision on the device of ``like``.
 
-    Accelerate keeps the first precision and device of a process for ever; a second run in one
-    process may want others. Raises ConfigError for fp16 on a CPU.
+    Accelerate keeps the first precision and device of a process for its lifetime; a second run in
+    one process may need others. Raises ConfigError for fp16 on a CPU.
     """
-    cpu = place.device.type == "cpu"
+    cpu = like.device.type == "cpu"
     if cpu and precision == "fp16":  # which Accelerate would run in float32 without a word
         raise ConfigError("mixed_precision 'fp16' needs a GPU; 'bf16' runs on a CPU too")
     if PartialState._shared_state and PartialState().num_processes == 1:

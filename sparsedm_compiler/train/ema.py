@@ -1,4 +1,4 @@
-"""``Average``: the moving average of a model's parameters, beside the model."""
+"""``Ema``: the exponential moving average of a model's parameters, held beside the model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .fsdp import put
+from .fsdp import copy_rows_into
 
 
-class Average:
-    """``average <- decay average + (1 - decay) weights``, from the weights of now.
+class Ema:
+    """``ema <- decay ema + (1 - decay) weights``, starting from the current weights.
 
     ``decay`` warms up: after n updates it is ``min(decay, (1 + n) / (10 + n))``. One tensor per
     parameter, laid out (and sharded) as the parameter; buffers are those of the model.
@@ -27,42 +27,42 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights of now."""
+        """Moves the average towards the model's current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._values, [w.detach() for w in self._weights], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Run the block with the average in the model; the weights come back."""
+        """Runs the block with the average in the model; the weights come back afterwards."""
         own = [weight.detach().clone() for weight in self._weights]
-        self._put(self._values)
+        self._copy_to_model(self._values)
         try:
             yield
         finally:
-            self._put(own)
+            self._copy_to_model(own)
 
     @torch.no_grad()
-    def _put(self, values: list[Tensor]) -> None:
+    def _copy_to_model(self, values: list[Tensor]) -> None:
         for weight, value in zip(self._weights, values, strict=True):
             weight.copy_(value)
 
-    def put(self) -> None:
-        """Make the average the weights of the model."""
-        self._put(self._values)
+    def copy_to_model(self) -> None:
+        """Overwrites the model's weights with the average."""
+        self._copy_to_model(self._values)
 
-    def module(self, model: nn.Module) -> nn.Module:
-        """A copy of ``model`` (whose average this is) that holds the average."""
+    def copy_model(self, model: nn.Module) -> nn.Module:
+        """Returns a copy of ``model`` (the one that is averaged) that holds the average."""
         with self.applied():
             return copy.deepcopy(model)
 
-    def state(self) -> dict[str, Tensor]:
-        """The average by parameter name."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the average by parameter name."""
         return dict(zip(self._names, self._values, strict=True))
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Go on from what ``state`` and ``updates`` were."""
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Restores the average from ``state`` after ``updates`` updates."""
         for name, value in zip(self._names, self._values, strict=True):
-            put(value, state[name])
+            copy_rows_into(value, state[name])
         self.updates = updates

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..errors import ConfigError, suggest
-from .methods import TEACHERS, method_of
+from .methods import TEACHERS, find_method
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "schedule": ("cosine", "constant"),
@@ -20,40 +20,61 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 NOT_NEGATIVE = ("images", "alpha", "beta", "lr", "weight_decay", "warmup_images", "sr_ste_lambda")
 POSITIVE = ("batch_size", "accumulation", "keep")
 OPTIONAL = ("max_grad_norm", "held_out_every", "save_every", "log_every", "sample_every")
-FREE = ("keep", "workers", "save_every", "sample_every")
+MAY_CHANGE = ("keep", "workers", "save_every", "sample_every")
 """Options a resumed run may change: what is written and how fast, not what is learnt."""
 
 
 @dataclass(frozen=True, slots=True)
 class FinetuneConfig:
-    """How to train a student; optimizer, lambda and EMA default to the paper's CIFAR10 recipe.
+    """All options of a fine-tune; optimizer, lambda and EMA default to the paper's CIFAR10 recipe.
 
-    What and how long. ``method``: one of METHODS; ``FinetuneConfig.create`` starts from its
-    options. ``images``: how many to train on, epochs and all, rounded up to whole batches.
-    ``batch_size``: images per optimizer step, over all processes and ``accumulation`` parts; unused
-    where the data come in batches of their own.
+    ``FinetuneConfig.create`` starts from the options of a method. Every count of images is of
+    images trained on, epochs and all. Raises ConfigError for values that are out of range or do not
+    go together.
 
-    Loss. ``objective``: what the models predict: "eps" the noise, "v" the velocity, "x0" the image,
-    "flow" noise minus image (flow matching). ``levels``: how noise levels are drawn, "logit-normal"
-    for flow matching alone. ``alpha``, ``beta``: weights of the loss against the truth and against
-    the teacher. ``teacher``: "given", "none", or "previous": the student of the stage before.
-
-    Masks. ``sr_ste_lambda``, ``sr_ste_form``: of SR-STE (``sr_ste``); 0 is plain STE.
-    ``static_mask``: the first mask for ever. ``staged``: pass through ``stages`` (patterns, each
-    for an equal share of the images; none: those of ``stages_towards``).
-
-    Steps. ``lr`` rises linearly over ``warmup_images``, then follows ``schedule``. ``ema_decay``:
-    per step, ``min(ema_decay, (1 + n) / (10 + n))`` after n steps; None keeps no average.
-    ``max_grad_norm``: clips the gradient of the loss. ``mixed_precision``: "bf16" or "fp16" casts
-    under autocast, parameters stay what they are. ``shard``: FSDP2, a share of every parameter,
-    gradient and optimizer state per process.
-
-    Data. ``flip``: mirror every other image. ``drop_condition``: share of images that lose their
-    condition, for classifier-free guidance; they get ``null_label``, or zeros in place of text.
-    ``workers``: processes that load data. ``seed``: of order, noise, flips, drops and dropout.
-
-    Records, in images (None: never; ``log_every`` None: 50 batches, fewer in short runs).
-    ``held_out_every``: besides the first and the last. ``keep``: checkpoints besides the best.
+    Attributes:
+        method: How to train, one of METHODS.
+        images: Images to train on, rounded up to whole batches.
+        batch_size: Images per optimizer step, over all processes and accumulation steps; unused
+            where the data come in batches of their own.
+        accumulation: Forward and backward passes per optimizer step and process.
+        objective: What the models predict: "eps" the noise, "v" the velocity, "x0" the image,
+            "flow" noise minus image (flow matching).
+        levels: Distribution of noise levels, "uniform" or, for flow matching alone,
+            "logit-normal".
+        alpha: Weight of the loss against the truth.
+        beta: Weight of the loss against the teacher.
+        teacher: "given" is the teacher passed to ``finetune``, "none" no teacher, "previous" the
+            student of the stage before.
+        sr_ste_lambda: Lambda of SR-STE (see ``sr_ste``); 0 is plain STE.
+        sr_ste_form: Form of SR-STE, "paper" or "decoupled".
+        static_mask: Whether the first mask is kept to the end.
+        staged: Whether the run passes through ``stages``.
+        stages: Patterns, each for an equal share of the images, the last the student's own. Empty:
+            those of ``plan_patterns``.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of AdamW.
+        betas: Betas of AdamW.
+        warmup_images: Images over which the learning rate rises linearly from 0.
+        schedule: Learning rate after the warm-up, "cosine" (down to 0 at the end) or "constant".
+        ema_decay: Decay of the EMA per step; after n steps it is
+            ``min(ema_decay, (1 + n) / (10 + n))``. None keeps no EMA.
+        max_grad_norm: Norm to which the gradient of the loss is clipped; None does not clip.
+        mixed_precision: "no", or "bf16" or "fp16" for autocast; parameters keep their dtype.
+        shard: Whether each process keeps only a share of every parameter, gradient and optimizer
+            state (FSDP2).
+        flip: Whether images are mirrored, each with probability 1/2.
+        drop_condition: Share of images, in [0, 1], that lose their condition, for classifier-free
+            guidance; they get ``null_label``, or zeros in place of text.
+        null_label: The class that stands for "no class"; None where there is none.
+        workers: Processes that load data; 0 loads in the training process.
+        seed: Seed of order, noise, flips, drops and dropout.
+        held_out_every: Images between held-out losses, besides the first and the last; None
+            measures only those two.
+        save_every: Images between checkpoints; None makes ten of them.
+        log_every: Images between lines of the log; None is 50 batches, fewer in short runs.
+        sample_every: Images between sample grids; None draws none.
+        keep: Checkpoints to keep, besides the best.
     """
 
     method: str = "sparsedm"
@@ -91,7 +112,7 @@ class FinetuneConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        method_of(self.method)
+        find_method(self.method)
         for name in (*NOT_NEGATIVE, *POSITIVE, *OPTIONAL, "drop_condition", "workers"):
             self._check_number(name)
         for name, known in CHOICES.items():
@@ -112,7 +133,7 @@ class FinetuneConfig:
             raise ConfigError("teacher 'previous' is the student of the stage before: staged=True")
 
     def _check_number(self, name: str) -> None:
-        """Raise ConfigError where that option is no finite number of its range."""
+        """Raises ConfigError if that option is no finite number in its range."""
         value = getattr(self, name)
         if value is None and name in OPTIONAL:
             return
@@ -127,43 +148,70 @@ class FinetuneConfig:
 
     @staticmethod
     def create(method: str = "sparsedm", **options: Any) -> FinetuneConfig:
-        """The config of a method, with ``options`` in place of its own. Raises ConfigError.
+        """Returns the config of a method.
 
-        >>> FinetuneConfig.create("ste", lr=1e-3).beta
-        0.0
+        Args:
+            method: One of METHODS.
+            **options: Fields of FinetuneConfig by name, in place of the method's own.
+
+        Returns:
+            The config; what neither the method nor ``options`` sets has its default.
+
+        Raises:
+            ConfigError: There is no such method or option, or a value is out of range.
+
+        Example:
+            >>> FinetuneConfig.create("ste", lr=1e-3).beta
+            0.0
         """
         return FinetuneConfig().with_options({"method": method, **options})
 
     def with_options(self, options: Mapping[str, Any]) -> FinetuneConfig:
-        """This config with ``options`` in place of its fields; a method brings its own options.
+        """Returns a copy with other options.
 
-        Raises ConfigError.
+        Args:
+            options: Values by field name. With "method" come the method's own options; those that
+                are named beside it win.
 
-        >>> FinetuneConfig().with_options({"lr": 1e-3}).lr
-        0.001
+        Returns:
+            The new config.
+
+        Raises:
+            ConfigError: There is no such method or option, or a value is out of range.
+
+        Example:
+            >>> FinetuneConfig().with_options({"lr": 1e-3}).lr
+            0.001
         """
         known = [field.name for field in fields(self)]
         for name in options:
             if name not in known:
                 hint = suggest(name, known, "it has")
                 raise ConfigError(f"finetune has no option {name!r}; {hint}")
-        theirs = method_of(options["method"]).options if "method" in options else {}
+        theirs = find_method(options["method"]).options if "method" in options else {}
         lists = {name: tuple(v) for name, v in options.items() if isinstance(v, list)}
         return replace(self, **{**theirs, **options, **lists})
 
     @property
     def sparse(self) -> bool:
-        """Whether its method runs the student masked at all."""
-        return method_of(self.method).sparse
+        """Whether the method runs the student masked at all."""
+        return find_method(self.method).sparse
 
-    def lr_scale(self, seen: int, batch: int, images: int | None = None) -> float:
-        """The share of ``lr`` for the step that takes the images seen to ``seen + batch``.
+    def compute_lr_scale(self, seen: int, batch: int, images: int | None = None) -> float:
+        """Returns the factor of ``lr`` for one step: linear warm-up, then the schedule.
 
-        ``images``: of the run, or of a stage whose rate starts anew.
+        Args:
+            seen: Images trained on before the step.
+            batch: Images of the step.
+            images: Images of the whole schedule; None is those of the run.
 
-        >>> config = FinetuneConfig(images=1000, warmup_images=200)
-        >>> [round(config.lr_scale(seen, 100), 2) for seen in (0, 100, 200, 600, 900)]
-        [0.5, 1.0, 1.0, 0.5, 0.04]
+        Returns:
+            A factor in [0, 1].
+
+        Example:
+            >>> config = FinetuneConfig(images=1000, warmup_images=200)
+            >>> [round(config.compute_lr_scale(seen, 100), 2) for seen in (0, 100, 200, 600, 900)]
+            [0.5, 1.0, 1.0, 0.5, 0.04]
         """
         if seen < self.warmup_images:
             return min(1.0, (seen + batch) / self.warmup_images)
@@ -172,15 +220,15 @@ class FinetuneConfig:
         span = max((self.images if images is None else images) - self.warmup_images, 1)
         return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (seen - self.warmup_images) / span))
 
-    def due(self, every: int | None, before: int, seen: int) -> bool:
-        """Whether the step from ``before`` to ``seen`` images passes a multiple of ``every``.
+    def is_due(self, every: int | None, before: int, seen: int) -> bool:
+        """Returns whether a step from ``before`` to ``seen`` images passes a multiple of ``every``.
 
-        The last step of the run does, whatever ``every`` is.
+        The last step of the run always does, also with ``every`` None.
         """
         return seen >= self.images or (every is not None and seen // every != before // every)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Parameters that lie in rows on several processes (FSDP2), and masks of the rows that lie here.
+"""Parameters whose rows are spread over several processes (FSDP2), and masks of the local rows.
 
 Groups of m run along the input channels, inside a row, so a process masks its own rows alone.
 Only masks decided for several rows together (n:mxR, V:n:m, n:4t) need the rows of other processes.
@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from .. import ConfigError, Pattern
-from ..masks.mask_ste import zero_kept
-from ..masks.nm_mask import apply_inverse_mask, compute_mask
+from .. import ConfigError, Pattern, zero_kept
 
 
-def shard(student: nn.Module, processes: int) -> None:
-    """Keep a share of every parameter on each process; a call gathers them, then lets go again.
+def shard_parameters(student: nn.Module, processes: int) -> None:
+    """Keeps a share of every parameter per process; each call gathers them and frees them again.
 
-    The whole student is one unit. Its class becomes torch's FSDP sub-class of its own.
+    The whole student is one unit. Its class becomes torch's FSDP sub-class of its own. Raises
+    ConfigError for one process, and for a student that is sharded already.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -34,18 +33,18 @@ def shard(student: nn.Module, processes: int) -> None:
     fully_shard(student, mesh=init_device_mesh(device, (processes,)), reshard_after_forward=True)
 
 
-def here(tensor: Tensor) -> Tensor:
-    """The rows of ``tensor`` on this process: all of them where it is not sharded."""
+def get_local_rows(tensor: Tensor) -> Tensor:
+    """Returns the rows of ``tensor`` on this process: all of them if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All rows of ``tensor``; every process must ask."""
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Returns all rows of ``tensor``; a collective that every process must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def rows_of(full: Tensor, like: Tensor) -> Tensor:
-    """Those rows of ``full`` that ``like`` has here."""
+def slice_local_rows(full: Tensor, like: Tensor) -> Tensor:
+    """Returns the rows of ``full`` that this process holds of ``like``."""
     if not isinstance(like, DTensor):
         return full
     placement = like.placements[0]
@@ -57,51 +56,54 @@ def rows_of(full: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def put(target: Tensor, full: Tensor) -> None:
-    """Make ``full`` the values of ``target``."""
-    here(target).copy_(rows_of(full, target))
+def copy_rows_into(target: Tensor, full: Tensor) -> None:
+    """Copies the values of ``full`` into ``target``, which may be sharded."""
+    get_local_rows(target).copy_(slice_local_rows(full, target))
 
 
-def sharded_like(full: Tensor, like: Tensor) -> Tensor:
-    """``full`` laid out as ``like``, if it is of its shape."""
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """Returns ``full`` sharded as ``like`` is, if the shapes are equal; else ``full``."""
     if not isinstance(like, DTensor) or full.shape != like.shape:
         return full
-    local = rows_of(full, like).to(like.device).contiguous()
+    local = slice_local_rows(full, like).to(like.device).contiguous()
     return DTensor.from_local(
         local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
     )
 
 
-def state_like(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state_dict of whole tensors, laid out as the parameters of ``optimizer``."""
+def shard_optimizer_state(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Returns an optimizer's state_dict of full tensors, sharded as the optimizer's parameters."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    found = {
+    sharded = {
         number: {
-            name: sharded_like(value, weights[number]) if isinstance(value, Tensor) else value
+            name: shard_like(value, weights[number]) if isinstance(value, Tensor) else value
             for name, value in values.items()
         }
         for number, values in state["state"].items()
     }
-    return {**state, "state": found}
+    return {**state, "state": sharded}
 
 
-def mask_here(weight: Tensor, pattern: Pattern) -> Tensor:
-    """The mask of ``weight``, of the rows on this process.
+def compute_local_mask(weight: Tensor, pattern: Pattern) -> Tensor:
+    """Returns the mask of the rows of ``weight`` on this process.
 
-    Where masks are decided for several rows together, all processes must ask at the same time.
+    Where masks are decided for several rows together, every process must call this.
     """
     if isinstance(weight, DTensor) and pattern.height > 1:
-        return rows_of(compute_mask(whole(weight.detach()), pattern), weight)
-    return compute_mask(here(weight.detach()), pattern)
+        return slice_local_rows(pattern.compute_mask(gather_rows(weight.detach())), weight)
+    return pattern.compute_mask(get_local_rows(weight.detach()))
 
 
-def pruned_here(weight: Tensor, pattern: Pattern) -> Tensor:
-    """``(1 - mask) * weight`` of the rows on this process; else as ``mask_here``."""
+def zero_kept_locally(weight: Tensor, pattern: Pattern) -> Tensor:
+    """Returns ``(1 - mask) * weight`` of the rows on this process; see ``compute_local_mask``."""
     if isinstance(weight, DTensor) and pattern.height > 1:
-        return apply_inverse_mask(here(weight), mask_here(weight, pattern))
-    return zero_kept(here(weight), pattern)
+        rows = get_local_rows(weight.detach())
+        return rows.masked_fill(compute_local_mask(weight, pattern), 0)
+    return zero_kept(get_local_rows(weight), pattern)
 
 
-def whole_state(model: nn.Module) -> Mapping[str, Tensor]:
-    """The state_dict of ``model`` with all rows of everything; every process must ask."""
-    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+def gather_state(model: nn.Module) -> Mapping[str, Tensor]:
+    """Returns the state_dict of ``model`` with full tensors; every process must call this."""
+    return {name: gather_rows(tensor) for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""``METHODS``: the ways to train an N:M student, as data."""
+"""``METHODS``: the ways to train an N:M student, each a set of options of FinetuneConfig."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ TEACHERS = ("given", "previous", "none")
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to train: what it is, and the options of FinetuneConfig it begins from.
+    """A way to train.
 
-    ``sparse``: whether the student runs masked at all.
+    Attributes:
+        about: One line that says how it trains, and where it comes from.
+        options: The options of FinetuneConfig that it starts from.
+        sparse: Whether the student runs masked at all.
     """
 
     about: str
@@ -74,21 +77,21 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 """Every value of ``FinetuneConfig.method``."""
 
 
-def method_of(name: str) -> Method:
-    """The method of that name. Raises ConfigError that lists them."""
+def find_method(name: str) -> Method:
+    """Returns the method of that name. Raises ConfigError with all names if there is none."""
     if name not in METHODS:
         raise ConfigError(f"method {name!r} is none of {', '.join(METHODS)}")
     return METHODS[name]
 
 
-def stages_towards(pattern: Pattern) -> tuple[Pattern, ...]:
-    """The patterns a staged method passes through: n halved at every stage down to ``pattern``.
+def plan_patterns(pattern: Pattern) -> tuple[Pattern, ...]:
+    """Returns the patterns of a staged method: n is halved at every stage, down to ``pattern``.
 
     Where that leaves one stage alone, half of what ``pattern`` prunes is pruned first.
 
-    >>> [str(stage) for stage in stages_towards(Pattern.parse("1:8"))]
+    >>> [str(stage) for stage in plan_patterns(Pattern.parse("1:8"))]
     ['4:8', '2:8', '1:8']
-    >>> [str(stage) for stage in stages_towards(Pattern.parse("2:4"))]
+    >>> [str(stage) for stage in plan_patterns(Pattern.parse("2:4"))]
     ['3:4', '2:4']
     """
     return (*pattern.relaxations(), pattern)

@@ -1,4 +1,4 @@
-"""Everything random about image k of a run, from (seed, k) alone.
+"""Every random value for image k of a run, drawn from (seed, k) alone.
 
 So neither the batch size, nor the number of processes, nor an interruption changes it.
 """
@@ -17,8 +17,8 @@ from .finetune_config import FinetuneConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
-    """For each of B images: noise like it, a level u in [0, 1) (float64), flip and drop or not."""
+class RandomValues:
+    """For B images: noise of their shape, a level u in [0, 1) (float64), flip and drop or not."""
 
     noise: Tensor
     u: Tensor
@@ -26,8 +26,11 @@ class Draws:
     drop: Tensor
 
 
-def draw(config: FinetuneConfig, first: int, shape: torch.Size) -> Draws:
-    """The draws of images ``first`` to ``first + shape[0] - 1``, on the CPU; ``shape``: of all."""
+def draw_values(config: FinetuneConfig, first: int, shape: torch.Size) -> RandomValues:
+    """Draws the values of images ``first`` to ``first + shape[0] - 1``, on the CPU.
+
+    ``shape``: [B, C, H, W], of all these images together.
+    """
     noise = torch.empty(shape)
     three = torch.empty(shape[0], 3, dtype=torch.float64)
     for row in range(shape[0]):
@@ -35,22 +38,22 @@ def draw(config: FinetuneConfig, first: int, shape: torch.Size) -> Draws:
         torch.rand(3, generator=source, dtype=torch.float64, out=three[row])
         torch.randn(shape[1:], generator=source, out=noise[row])
     u, flip, drop = three.unbind(1)
-    return Draws(noise, u, flip < 0.5, drop < config.drop_condition)
+    return RandomValues(noise, u, flip < 0.5, drop < config.drop_condition)
 
 
-def flipped(images: Tensor, flip: Tensor) -> Tensor:
-    """``images`` [B, ..., W] with those mirrored that ``flip`` [B] names."""
+def flip_images(images: Tensor, flip: Tensor) -> Tensor:
+    """Mirrors those of ``images`` [B, ..., W] for which ``flip`` [B] is True."""
     where = flip.to(images.device).reshape(-1, *[1] * (images.dim() - 1))
     return torch.where(where, images.flip(-1), images)
 
 
-def dropped(
+def drop_conditions(
     condition: Condition | None,
     drop: Tensor,
     null_label: int | None,
     null: Condition | None,
 ) -> Condition | None:
-    """``condition`` with that of the images ``drop`` [B] names replaced by "none".
+    """Replaces the condition of the images for which ``drop`` [B] is True by "none".
 
     That is ``null_label`` for class labels; for text ``null`` (one row of it), else zeros.
     Raises ConfigError where class labels are to be dropped and there is no ``null_label``.

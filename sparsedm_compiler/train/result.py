@@ -1,4 +1,4 @@
-"""What ``finetune`` returns, and how it looks on disk."""
+"""``FinetuneResult``: the outcome of ``finetune``, and its form on disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOut:
-    """Held-out losses of the student and of its average (None without one) after ``images``."""
+class HeldOutLoss:
+    """Held-out losses after a number of training images.
+
+    Attributes:
+        images: Images trained on before.
+        student: The loss of the student's own weights.
+        ema: The loss of the EMA weights; None without EMA.
+    """
 
     images: int
     student: float
@@ -23,7 +29,7 @@ class HeldOut:
 
     @property
     def final(self) -> float:
-        """Of the average where there is one: what one would use."""
+        """The loss of the EMA weights if there are any, else of the student's own."""
         return self.student if self.ema is None else self.ema
 
 
@@ -31,9 +37,17 @@ class HeldOut:
 class FinetuneResult:
     """A finished fine-tune.
 
-    ``losses``: one per step. ``images``: trained on. ``seconds``: of the loop, compiling included.
-    ``ema``: a copy of the student that holds its averaged latent weights, None without averaging;
-    it masks them afresh, so it is what one evaluates and saves. ``pattern``: None where dense.
+    Attributes:
+        config: The options of the run.
+        losses: The total loss of every step.
+        images: Images trained on, epochs and all.
+        seconds: Time spent in steps, compilation included, over all resumed parts of the run.
+        ema: A copy of the student that holds the EMA of its latent weights and masks them in every
+            forward: the model to evaluate and save. None without EMA, and for sharded runs.
+        held_out: Held-out losses, in the order they were measured.
+        pattern: The student's pattern as text, e.g. "2:4"; None if it is dense.
+        processes: Number of processes that trained together.
+        device: Type of the device, "cpu" or "cuda".
     """
 
     config: FinetuneConfig
@@ -41,13 +55,20 @@ class FinetuneResult:
     images: int
     seconds: float
     ema: nn.Module | None = field(repr=False)
-    held_out: tuple[HeldOut, ...]
+    held_out: tuple[HeldOutLoss, ...]
     pattern: str | None = None
     processes: int = 1
     device: str = "cpu"
 
     def as_dict(self, name: str = "") -> dict[str, Any]:
-        """Plain values for results.json: everything but the weights."""
+        """Returns plain values for results.json: everything but the weights.
+
+        Args:
+            name: The name of the run, by default empty.
+
+        Returns:
+            A dict of JSON values; "macs", "scores", "speed" and "samples" are left to fill in.
+        """
         size = self.images / max(len(self.losses), 1)
         return {
             "version": VERSION,

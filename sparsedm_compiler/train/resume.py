@@ -1,4 +1,4 @@
-"""Saving a run into its folder, and going on from there."""
+"""Saving a run into its folder, and resuming it from there."""
 
 from __future__ import annotations
 
@@ -16,141 +16,142 @@ from torch import Tensor, nn
 from .. import CheckpointError, ConfigError
 from .checkpoint import (
     Checkpoint,
-    flattened,
+    flatten_state,
+    get_unique_weights,
     list_checkpoints,
-    prune,
-    put_weights,
-    read,
-    restored,
+    load_unique_weights,
+    read_checkpoint,
+    remove_old_checkpoints,
+    replace_text,
     save_model,
     save_tensors,
-    weights_of,
-    write,
-    write_whole,
+    unflatten_state,
+    write_checkpoint,
 )
-from .ema import Average
-from .finetune_config import FREE, FinetuneConfig
-from .fsdp import state_like, whole_state
-from .result import HeldOut
+from .ema import Ema
+from .finetune_config import MAY_CHANGE, FinetuneConfig
+from .fsdp import gather_state, shard_optimizer_state
 from .state import Progress, Run
 
 SAVES = 10
 """Checkpoints of a run that does not say how many."""
 
 
-def save_every(config: FinetuneConfig) -> int:
-    """Images between two checkpoints."""
+def choose_save_interval(config: FinetuneConfig) -> int:
+    """Returns the number of images between two checkpoints."""
     return config.save_every or max(1, math.ceil(config.images / SAVES))
 
 
 def save_run(run: Run) -> None:
-    """Write a checkpoint, unless there is one, and remove those no longer kept.
+    """Writes a checkpoint, unless it exists, and removes those no longer kept.
 
-    Every process calls it; the main one writes.
+    Every process calls it; the main one writes. Nothing happens in a run without a folder.
     """
-    if run.folder is None:
+    folder = run.inputs.folder
+    if folder is None:
         return
-    run.drain()
-    run.watch.look()
+    run.collect_losses()
+    run.masks.measure()
     tensors: dict[str, torch.Tensor] = {}
-    optimizer = flattened(run.engine.optimizer.state_dict(), "optimizer", tensors)
+    optimizer = flatten_state(run.process.optimizer.state_dict(), "optimizer", tensors)
     losses = torch.tensor(run.progress.losses, dtype=torch.float64).reshape(-1, 3)
     files: dict[str, Callable[[Path], None]] = {
-        "student.safetensors": saving(run, averaged=False),
+        "student.safetensors": prepare_student_writer(run, ema=False),
         "optimizer.safetensors": partial(save_tensors, tensors),
         "losses.safetensors": partial(save_tensors, {"losses": losses}),
     }
-    if run.average is not None:
-        files["ema.safetensors"] = saving(run, averaged=True)
-    if run.teacher is not None and run.teacher is not run.given:
+    if run.ema is not None:
+        files["ema.safetensors"] = prepare_student_writer(run, ema=True)
+    if run.teacher is not None and run.teacher is not run.first_teacher:
         files["teacher.safetensors"] = partial(save_model, run.teacher)
     state = {
-        **run.progress.plain(),
+        **run.progress.to_json(),
         "optimizer": optimizer,
-        "scaler": run.engine.scaler_state(),
-        "updates": 0 if run.average is None else run.average.updates,
+        "scaler": run.process.get_scaler_state(),
+        "updates": 0 if run.ema is None else run.ema.updates,
     }
-    if run.engine.main:
-        write(run.folder, run.progress.seen, state, files)
-        prune(run.folder, run.config.keep, best(run))
-    run.engine.wait()
+    if run.process.is_main:
+        write_checkpoint(folder, run.progress.seen, state, files)
+        remove_old_checkpoints(folder, run.config.keep, find_best_checkpoint(run, folder))
+    run.process.wait_for_all()
 
 
-def saving(run: Run, *, averaged: bool) -> Callable[[Path], None]:
-    """What writes the student, or its average where there is one, on the main process.
+def prepare_student_writer(run: Run, *, ema: bool) -> Callable[[Path], None]:
+    """Returns a function that writes the student's weights to a path, on the main process.
 
-    Every process must ask: a sharded student is gathered now, any other when it is written.
+    ``ema``: its EMA weights, if there are any. Every process must call this: a sharded student is
+    gathered now, any other is read when it is written.
     """
-    average = run.average if averaged else None
+    average = run.ema if ema else None
     if not run.config.shard:
-        return partial(save_averaged, run.student, average)
+        return partial(save_student, run.student, average)
     with nullcontext() if average is None else average.applied():
-        gathered = whole_state(run.student)
-    return partial(save_gathered, run.engine.template, gathered)
+        gathered = gather_state(run.student)
+    return partial(save_gathered, run.process.template, gathered)
 
 
-def save_averaged(model: nn.Module, average: Average | None, path: Path) -> None:
-    """Write ``model`` with its average, or as it is."""
-    with nullcontext() if average is None else average.applied():
+def save_student(model: nn.Module, ema: Ema | None, path: Path) -> None:
+    """Writes ``model`` with the weights of ``ema``, or with its own if that is None."""
+    with nullcontext() if ema is None else ema.applied():
         save_model(model, path)
 
 
 def save_gathered(template: nn.Module | None, state: Mapping[str, Tensor], path: Path) -> None:
-    """Write ``state`` in the form of ``template``, the model before it was sharded."""
+    """Writes ``state`` in the form of ``template``, the model before it was sharded."""
     assert template is not None, "the main process has it"
     template.load_state_dict(dict(state))
     save_model(template, path)
 
 
-def best(run: Run) -> int | None:
-    """The images of the checkpoint nearest before the lowest held-out loss, None without one."""
-    assert run.folder is not None
-    saved = set(list_checkpoints(run.folder))
-    known: list[HeldOut] = [entry for entry in run.progress.held_out if entry.images in saved]
-    return min(known, key=lambda entry: entry.final).images if known else None
+def find_best_checkpoint(run: Run, folder: Path) -> int | None:
+    """Returns the images of the checkpoint with the lowest held-out loss, None without one."""
+    saved = set(list_checkpoints(folder))
+    measured = [entry for entry in run.progress.held_out if entry.images in saved]
+    return min(measured, key=lambda entry: entry.final).images if measured else None
 
 
-def resume(run: Run) -> Checkpoint | None:
-    """Put the last checkpoint of the folder into ``run``; it, or None where there is none.
+def read_last_checkpoint(run: Run, folder: Path) -> Checkpoint | None:
+    """Reads the last checkpoint of the folder and sets ``run.progress``; None if there is none.
 
     Raises CheckpointError where it is damaged or fits another model.
     """
-    assert run.folder is not None
-    saved = list_checkpoints(run.folder)
+    saved = list_checkpoints(folder)
     if not saved:
         return None
-    found = read(run.folder, saved[-1])
+    checkpoint = read_checkpoint(folder, saved[-1])
     try:
-        run.progress = Progress.of(found.state, found.tensors["losses"]["losses"])
+        run.progress = Progress.from_json(checkpoint.state, checkpoint.tensors["losses"]["losses"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"the checkpoint after {found.images} images in {run.folder} is damaged: {error!r}"
+            f"the checkpoint after {checkpoint.images} images in {folder} is damaged: {error!r}"
         ) from error
-    return found
+    return checkpoint
 
 
-def restore(run: Run, found: Checkpoint) -> None:
-    """Weights, average, optimizer and scaler of ``found``, once its stage has been set up."""
-    put_weights(run.student, found.tensors["student"])
-    if run.average is not None:
-        names = weights_of(run.student)
-        averages: Mapping[str, Any] = found.tensors["ema"]
-        run.average.load({n: averages[n] for n in names if n in averages}, found.state["updates"])
-    state = restored(found.state["optimizer"], found.tensors["optimizer"])
-    run.engine.optimizer.load_state_dict(state_like(state, run.engine.optimizer.optimizer))
-    run.engine.load_scaler(found.state["scaler"])
-    run.watch.look()
+def restore_tensors(run: Run, checkpoint: Checkpoint) -> None:
+    """Restores weights, EMA, optimizer and scaler, once the checkpoint's stage is set up."""
+    load_unique_weights(run.student, checkpoint.tensors["student"])
+    if run.ema is not None:
+        names = get_unique_weights(run.student)
+        averages: Mapping[str, Any] = checkpoint.tensors["ema"]
+        updates = checkpoint.state["updates"]
+        run.ema.load_state_dict({n: averages[n] for n in names if n in averages}, updates)
+    state = unflatten_state(checkpoint.state["optimizer"], checkpoint.tensors["optimizer"])
+    optimizer = run.process.optimizer
+    optimizer.load_state_dict(shard_optimizer_state(state, optimizer.optimizer))
+    run.process.load_scaler_state(checkpoint.state["scaler"])
+    run.masks.measure()
 
 
 def check_config(folder: Path, config: FinetuneConfig) -> None:
-    """Write config.json, or raise ConfigError where the folder holds a run of another config."""
+    """Writes config.json, or raises ConfigError if the folder holds a run of another config."""
     file, ours = folder / "config.json", config.as_dict()
     if file.exists() and list_checkpoints(folder):
         try:
             theirs = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
-        wrong = [n for n in ours if n not in FREE and theirs.get(n) != ours[n]]
+        wrong = [n for n in ours if n not in MAY_CHANGE and theirs.get(n) != ours[n]]
         if wrong:
             name = wrong[0]
             raise ConfigError(
@@ -158,4 +159,4 @@ def check_config(folder: Path, config: FinetuneConfig) -> None:
                 + (f" (and other {', '.join(wrong[1:])})" if wrong[1:] else "")
                 + ": resume it with its own options, choose another folder, or remove that one"
             )
-    write_whole(file, json.dumps(ours, indent=2) + "\n")
+    replace_text(file, json.dumps(ours, indent=2) + "\n")

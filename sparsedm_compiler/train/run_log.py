@@ -1,4 +1,4 @@
-"""What a run writes for people while it trains: log.jsonl, TensorBoard, curves.png, samples."""
+"""The files a run writes for its user while it trains: log.jsonl, TensorBoard and curves.png."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,59 +14,63 @@ import torch
 from torch import Tensor, nn
 
 from .. import CheckpointError, ConfigError, masked_parameters
+from ..optional_deps import is_installed
 from ..reporting.charts import save_curves
 from ..reporting.run_log_format import Entry, Held, Trained, read_log
-from .checkpoint import unwritable, write_whole
-from .fsdp import mask_here
+from .checkpoint import explain_write_error, replace_text
+from .fsdp import compute_local_mask
 
 LOG = "log.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Flips:
-    """Masks that changed: the share of all masked weights, and the density by parameter name."""
+class MaskChanges:
+    """How much masks changed: ``rate``, the share of all masked weights, None if not known.
+
+    ``density``: the kept share of each masked weight, by parameter name.
+    """
 
     rate: float | None
     density: Mapping[str, float]
 
 
 class MaskWatch:
-    """How much the masks of ``model`` change from one look to the next; sharded, the rows here."""
+    """The masks of ``model`` at the last ``measure``; if it is sharded, of the local rows."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._last: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def look(self) -> Flips:
-        """The changes since the last look; a rate of None at the first, or with no masks."""
+    def measure(self) -> MaskChanges:
+        """Returns the changes since the last call; at the first, and with no masks, rate None."""
         try:
             weights = masked_parameters(self.model)
         except ConfigError:
-            return Flips(None, {})
-        now = {name: mask_here(weight, p) for name, (weight, p) in weights.items()}
+            return MaskChanges(None, {})
+        now = {name: compute_local_mask(weight, p) for name, (weight, p) in weights.items()}
         known = [name for name in now if name in self._last]
         changed = sum(int((now[name] != self._last[name]).sum()) for name in known)
         total = sum(now[name].numel() for name in known)
         self._last = now
         density = {name: mask.float().mean().item() for name, mask in now.items()}
-        return Flips(changed / total if total else None, density)
+        return MaskChanges(changed / total if total else None, density)
 
 
-class Logbook:
-    """The records of one run in ``folder``, going on after ``seen`` images."""
+class RunLog:
+    """The log of one run in ``folder``, continued after ``seen`` images."""
 
     def __init__(self, folder: Path, seen: int) -> None:
         self.folder = folder
         before = read_log(folder / LOG) if (folder / LOG).exists() else ()
         self.entries: list[Entry] = [entry for entry in before if entry.images <= seen]
-        write_whole(folder / LOG, "".join(line(entry) for entry in self.entries))
+        replace_text(folder / LOG, "".join(format_entry(entry) for entry in self.entries))
         self._file = (folder / LOG).open("a", encoding="utf-8")
-        self._board = board(folder, seen)
+        self._board = open_tensorboard(folder, seen)
         self._since = (time.perf_counter(), seen)
 
-    def trained(self, images: int, means: Sequence[float], **values: float | None) -> None:
-        """Write the mean losses (total, noise, teacher) up to ``images``, and other values."""
+    def write_losses(self, images: int, means: Sequence[float], **values: float | None) -> None:
+        """Writes the mean losses (total, noise, teacher) up to ``images``, and other values."""
         now, (then, before) = time.perf_counter(), self._since
         self._since = (now, images)
         loss, noise, teacher = means
@@ -83,26 +86,26 @@ class Logbook:
             )
         )
 
-    def held_out(self, images: int, student: float, ema: float | None) -> None:
-        """Write the held-out losses after ``images``, and draw the curves anew."""
+    def write_held_out(self, images: int, student: float, ema: float | None) -> None:
+        """Writes the held-out losses after ``images``, and draws the curves anew."""
         if not any(isinstance(e, Held) and e.images == images for e in self.entries):
             self._write(Held(images, student, ema))
-        self.curves()
+        self.draw_curves()
 
-    def density(self, images: int, density: Mapping[str, float]) -> None:
-        """Write the kept share of every masked weight, for TensorBoard alone."""
+    def write_density(self, images: int, density: Mapping[str, float]) -> None:
+        """Writes the kept share of every masked weight, for TensorBoard alone."""
         if self._board is not None:
             for name, value in density.items():
                 self._board.add_scalar(f"density/{name}", value, images)
 
-    def curves(self) -> None:
-        """Draw curves.png."""
+    def draw_curves(self) -> None:
+        """Draws curves.png."""
         if self.entries:
             save_curves(self.folder / "curves.png", {self.folder.name: self.entries})
 
     def close(self) -> None:
-        """Draw the curves and let go of the files."""
-        self.curves()
+        """Draws the curves and closes the files."""
+        self.draw_curves()
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -110,24 +113,27 @@ class Logbook:
     def _write(self, entry: Entry) -> None:
         self.entries.append(entry)
         try:
-            self._file.write(line(entry))
+            self._file.write(format_entry(entry))
             self._file.flush()
         except OSError as error:
-            raise CheckpointError(unwritable(self.folder / LOG, error)) from error
+            raise CheckpointError(explain_write_error(self.folder / LOG, error)) from error
         if self._board is not None:
             for name, value in asdict(entry).items():
                 if name != "images" and value is not None:
                     self._board.add_scalar(f"train/{name}", value, entry.images)
 
 
-def line(entry: Entry) -> str:
-    """The line of log.jsonl for ``entry``."""
+def format_entry(entry: Entry) -> str:
+    """Returns the line of log.jsonl for ``entry``."""
     return json.dumps(asdict(entry)) + "\n"
 
 
-def board(folder: Path, seen: int) -> Any:
-    """A TensorBoard writer that overwrites what came after ``seen``; None if not installed."""
-    if find_spec("tensorboard") is None:
+def open_tensorboard(folder: Path, seen: int) -> Any:
+    """Returns a TensorBoard writer that overwrites what came after ``seen`` images.
+
+    None if TensorBoard is not installed.
+    """
+    if not is_installed("tensorboard"):
         return None
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from torch.utils.tensorboard import SummaryWriter

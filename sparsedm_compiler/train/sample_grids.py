@@ -1,27 +1,37 @@
-"""``Pictures``: the sample grids a run draws while it trains."""
+"""``SampleGrids``: the grids of samples that a run draws while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.condition import Condition
-from ..diffusion.guidance import Guidance
-from ..diffusion.sampling import sample
-from ..diffusion.schedulers import make_scheduler
-from ..reporting.grid import save_grid
+from ..optional_deps import require_extra
+
+if TYPE_CHECKING:
+    from ..diffusion.condition import Condition
+    from ..diffusion.guidance import Guidance
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """Samples at fixed seeds: ``shape`` of one image, ``columns`` beside each other.
+class SampleGrids:
+    """Samples from fixed seeds, shown as a grid.
 
-    ``condition``: one row per image, e.g. class labels. ``sampler``: as ``make_scheduler`` names
-    it. ``decode``: latents -> images.
+    Attributes:
+        shape: [C, H, W] of one sample, as the model makes it.
+        count: How many samples.
+        columns: Samples per row of the grid.
+        sampler: The sampler, as ``diffusion.make_scheduler`` names it.
+        steps: Sampling steps.
+        seed: The seed; sample i is drawn from (seed, i) alone.
+        condition: The condition of all samples, one row per sample, e.g. class labels [count].
+            None is for models without a condition.
+        guidance: Classifier-free guidance; None samples without.
+        decode: Turns latents into images; None where the model makes images.
     """
 
     shape: tuple[int, ...]
@@ -35,7 +45,23 @@ class Pictures:
     decode: Callable[[Tensor], Tensor] | None = None
 
     def draw(self, model: nn.Module, objective: str) -> Tensor:
-        """The samples of ``model`` [count, C, H, W]."""
+        """Draws the samples of ``model``.
+
+        Args:
+            model: The model to sample from.
+            objective: The objective that the model was trained for, e.g. "eps".
+
+        Returns:
+            The images [count, C, H, W] in [-1, 1].
+
+        Raises:
+            ConfigError: Sampler and objective do not go together, or a package of the extra
+                "train" is not installed.
+            DataError: A sample holds NaN or Inf.
+        """
+        with require_extra("SampleGrids", "train"):
+            from ..diffusion.sampling import sample
+            from ..diffusion.schedulers import make_scheduler
         return sample(
             model,
             make_scheduler(self.sampler, objective),
@@ -49,7 +75,17 @@ class Pictures:
         )
 
     def save(self, path: Path, images: Tensor) -> None:
-        """Write the samples as one grid."""
+        """Writes images as one grid, a PNG.
+
+        Args:
+            path: The file to write; its folder is made.
+            images: [n, C, H, W] in [-1, 1], e.g. what ``draw`` returned.
+
+        Raises:
+            ConfigError: A package of the extra "train" is not installed.
+        """
+        with require_extra("SampleGrids", "train"):
+            from ..reporting.grid import save_grid
         rows = [*torch.split(images, self.columns)]
         rows[-1] = torch.cat(
             [rows[-1], images.new_ones(self.columns - len(rows[-1]), *images.shape[1:])]

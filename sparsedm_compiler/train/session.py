@@ -1,4 +1,4 @@
-"""What is set up around the loop: optimizer, modes, hooks, and the refusal of mixed-up models."""
+"""The setup around the loop: the run, its optimizer, modes and hooks, and checks of the models."""
 
 from __future__ import annotations
 
@@ -11,43 +11,84 @@ from torch import nn
 from .. import ConfigError
 from ..diffusion import in_mode, predict
 from ..diffusion.condition import move_condition
-from .batches import one_pass
+from ..diffusion.objective import make_objective
+from .batches import iterate_once
+from .distributed import TrainingProcess
+from .ema import Ema
 from .finetune_config import FinetuneConfig
-from .randomness import draw
+from .randomness import draw_values
+from .run_inputs import RunInputs
+from .run_log import MaskWatch
 from .sr_ste import sr_ste
+from .stages import plan_stages
 from .state import Run
+
+
+def open_run(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    config: FinetuneConfig,
+    inputs: RunInputs,
+    optimizer: torch.optim.Optimizer | None,
+) -> Run:
+    """Returns a new run, with student and optimizer wrapped for this process.
+
+    ``optimizer``: None is AdamW. Raises ConfigError where the arguments do not go together.
+    """
+    if config.shard and optimizer is not None:
+        raise ConfigError("shard=True replaces the parameters, and no optimizer can know the new")
+    process = TrainingProcess(student, config)
+    optimizer = make_adamw(student, config) if optimizer is None else optimizer
+    check_parameters(student, teacher, optimizer)
+    process.wrap(optimizer)
+    return Run(
+        config,
+        inputs,
+        student,
+        first_teacher=None if config.teacher == "none" else teacher,
+        teacher=None,
+        objective=make_objective(config.objective, inputs.scheduler, config.levels),
+        process=process,
+        stages=plan_stages(config, student),
+        lrs=[group["lr"] for group in optimizer.param_groups],
+        ema=None if config.ema_decay is None else Ema(student, config.ema_decay),
+        masks=MaskWatch(student),
+    )
 
 
 @contextmanager
 def session(run: Run) -> Iterator[ExitStack]:
-    """Student in train mode, teacher in eval mode, SR-STE on; all modes and seeds come back."""
+    """Sets the student to train mode, teachers to eval mode, and SR-STE on, for the block.
+
+    Afterwards modes and random seeds are what they were before.
+    """
     config, devices = run.config, {parameter.device for parameter in run.student.parameters()}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
         stack.enter_context(in_mode(run.student, training=True))
-        if run.given is not None:
-            stack.enter_context(in_mode(run.given, training=False))
+        if run.first_teacher is not None:
+            stack.enter_context(in_mode(run.first_teacher, training=False))
         if config.sr_ste_lambda > 0:
             lam, form = config.sr_ste_lambda, config.sr_ste_form
-            inner = run.engine.optimizer.optimizer
+            inner = run.process.optimizer.optimizer
             stack.callback(sr_ste(inner, run.student, lam=lam, form=form).remove)
         yield stack
 
 
-def look_once(run: Run) -> None:
-    """Call the student once, which captures it: only then is it known what is masked."""
-    for images, condition in one_pass(run.data, 1):
-        random = draw(run.config, 0, images.shape)
-        x, t, _ = run.objective.prepare(images, random.noise, random.u)
-        place = run.engine.place
-        y = None if condition is None else move_condition(condition, place)
+def capture_student(run: Run) -> None:
+    """Calls the student once, which captures it: only then is it known which weights are masked."""
+    for images, condition in iterate_once(run.inputs.data, 1):
+        values = draw_values(run.config, 0, images.shape)
+        x, t, _ = run.objective.prepare(images, values.noise, values.u)
+        like = run.process.like
+        y = None if condition is None else move_condition(condition, like)
         with torch.no_grad():
-            predict(run.student, x.to(place), t.to(place.device), y)
+            predict(run.student, x.to(like), t.to(like.device), y)
         return
 
 
-def adamw(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of ``student``. Raises ConfigError for none."""
+def make_adamw(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """Returns AdamW over the trainable parameters of ``student``. Raises ConfigError for none."""
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not parameters:
         raise ConfigError(f"{type(student).__name__} has no parameter with requires_grad to train")
@@ -56,10 +97,10 @@ def adamw(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
     )
 
 
-def refuse_mixed_up(
+def check_parameters(
     student: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Raise ConfigError where the teacher would be trained or the student would not."""
+    """Raises ConfigError if training would change the teacher, or would not change the student."""
     ours = {id(parameter) for parameter in student.parameters()}
     if teacher is not None and any(id(parameter) in ours for parameter in teacher.parameters()):
         raise ConfigError(

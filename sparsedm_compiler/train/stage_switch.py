@@ -1,4 +1,4 @@
-"""From one stage of a run to the next."""
+"""The switch from one stage of a run to the next."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ import torch
 from torch import Tensor, nn
 
 from .. import Pattern, repattern
-from .checkpoint import put_weights
-from .ema import Average
+from .checkpoint import load_unique_weights
+from .ema import Ema
 from .state import Run
 
 
 def set_up_stage(run: Run, teacher: Mapping[str, Tensor] | None) -> None:
-    """Pattern and teacher of the stage that ``run.progress`` is in.
+    """Sets pattern and teacher of the stage that ``run.progress`` is in.
 
     ``teacher``: the weights of a teacher that is an earlier student, from a checkpoint.
     """
     if run.config.staged:
         prune_to(run.student, run.stage.pattern)
-    run.teacher = run.given
+    run.teacher = run.first_teacher
     if teacher is not None:
-        run.teacher = frozen(run.student)
+        run.teacher = copy_frozen(run.student)
         prune_to(run.teacher, run.stages[run.stage.number - 1].pattern)
-        put_weights(run.teacher, teacher)
+        load_unique_weights(run.teacher, teacher)
 
 
 def begin_stage(run: Run) -> None:
-    """Go over to the next stage: its pattern, and with teacher "previous" a fresh start.
+    """Begins the next stage: its pattern, and with teacher "previous" a fresh start.
 
-    There the student so far, averaged, becomes the teacher and the start of the next student; the
-    optimizer and the average begin anew.
+    There the student's EMA becomes the teacher and the start of the next student; optimizer state
+    and EMA begin anew.
     """
     if run.config.teacher == "previous":
-        if run.average is not None:
-            run.average.put()
-        run.teacher = frozen(run.student)
-        run.engine.optimizer.optimizer.state.clear()
-        if run.average is not None:
-            run.average = Average(run.student, run.average.decay)
+        if run.ema is not None:
+            run.ema.copy_to_model()
+        run.teacher = copy_frozen(run.student)
+        run.process.optimizer.optimizer.state.clear()
+        if run.ema is not None:
+            run.ema = Ema(run.student, run.ema.decay)
     run.progress.stage += 1
     prune_to(run.student, run.stage.pattern)
 
 
 def prune_to(model: nn.Module, pattern: Pattern | None) -> None:
-    """Prune ``model`` to the pattern of a stage of a staged run."""
+    """Prunes ``model`` to the pattern of a stage of a staged run."""
     assert pattern is not None
     repattern(model, pattern)
 
 
-def frozen(student: nn.Module) -> nn.Module:
-    """A copy of ``student``, masked as it is now, that only teaches."""
+def copy_frozen(student: nn.Module) -> nn.Module:
+    """Returns a copy of ``student`` in eval mode, with its current masks, without gradients."""
     with torch.no_grad():
         return copy.deepcopy(student).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""``Stage``: a stretch of a run with one pattern and one teacher."""
+"""``Stage``: a part of a run with one pattern and one teacher."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import nn
 from .. import ConfigError, Pattern, pattern_of
 from .checkpoint import is_compiled
 from .finetune_config import FinetuneConfig
-from .methods import stages_towards
+from .methods import plan_patterns
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The steps that begin at ``first`` to ``last - 1`` images; ``pattern``: None where dense."""
+    """The steps that begin after ``first`` to ``last - 1`` images; pattern None: dense."""
 
     number: int
     pattern: Pattern | None
@@ -22,8 +22,8 @@ class Stage:
     last: int
 
 
-def plan(config: FinetuneConfig, student: nn.Module) -> tuple[Stage, ...]:
-    """The stages of a run. Raises ConfigError where method and student do not go together."""
+def plan_stages(config: FinetuneConfig, student: nn.Module) -> tuple[Stage, ...]:
+    """Returns the stages of a run. Raises ConfigError if method and student do not match."""
     compiled = is_compiled(student)
     if compiled and not config.sparse:
         raise ConfigError(
@@ -40,7 +40,7 @@ def plan(config: FinetuneConfig, student: nn.Module) -> tuple[Stage, ...]:
     target = pattern_of(student) if compiled else None
     if target is None or not config.staged:
         return (Stage(0, target, 0, config.images),)
-    patterns = tuple(map(Pattern.parse, config.stages)) or stages_towards(target)
+    patterns = tuple(map(Pattern.parse, config.stages)) or plan_patterns(target)
     if patterns[-1] != target:
         raise ConfigError(
             f"the last of the stages {', '.join(map(str, patterns))} is not the student's own "

@@ -1,25 +1,22 @@
-"""``Run``: what a fine-tune works with, and ``Progress``: how far it has come."""
+"""``Run``: everything a fine-tune works with, and ``Progress``: how far it has come."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import SparseDMError
-from ..diffusion.condition import Condition
 from ..diffusion.objective import Objective
-from .batches import Data
-from .distributed import Engine
-from .ema import Average
+from .distributed import TrainingProcess
+from .ema import Ema
 from .finetune_config import FinetuneConfig
-from .result import HeldOut
-from .run_log import Logbook, MaskWatch
-from .sample_grids import Pictures
+from .result import HeldOutLoss
+from .run_inputs import RunInputs
+from .run_log import MaskWatch, RunLog
 from .stages import Stage
 
 
@@ -27,20 +24,19 @@ from .stages import Stage
 class Progress:
     """Everything that changes during a run besides tensors of the models; saved as JSON.
 
-    ``losses``: per step (total, noise, teacher). ``logged``: how many of them the log has.
-    ``stage``: the one that has begun. ``best``: images of the checkpoint with the lowest held-out
-    loss.
+    ``seen``: images trained on. ``stage``: number of the current one. ``losses``: per step (total,
+    noise, teacher). ``logged``: how many of them the log has. ``seconds``: spent in steps.
     """
 
     seen: int = 0
     stage: int = 0
     losses: list[list[float]] = field(default_factory=list)
     logged: int = 0
-    held_out: list[HeldOut] = field(default_factory=list)
+    held_out: list[HeldOutLoss] = field(default_factory=list)
     seconds: float = 0.0
 
-    def plain(self) -> dict[str, Any]:
-        """Values for JSON; ``losses`` go elsewhere."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values for JSON, without ``losses``, which are saved as a tensor."""
         held = [[entry.images, entry.student, entry.ema] for entry in self.held_out]
         return {
             "images": self.seen,
@@ -51,75 +47,78 @@ class Progress:
         }
 
     @staticmethod
-    def of(plain: Mapping[str, Any], losses: Tensor) -> Progress:
-        """What ``plain`` and the losses [steps, 3] were made from."""
+    def from_json(plain: Mapping[str, Any], losses: Tensor) -> Progress:
+        """Returns the progress that ``to_json`` made ``plain`` from, with losses [steps, 3]."""
         return Progress(
             plain["images"],
             plain["stage"],
             losses.tolist(),
             plain["logged"],
-            [HeldOut(*entry) for entry in plain["held_out"]],
+            [HeldOutLoss(*entry) for entry in plain["held_out"]],
             plain["seconds"],
         )
 
 
 @dataclass(slots=True)
 class Run:
-    """One fine-tune; ``given``: the teacher as given, ``teacher``: that of the present stage."""
+    """One fine-tune while it runs.
+
+    ``first_teacher``: the teacher that ``finetune`` got; ``teacher``: that of the current stage.
+    ``lrs``: the learning rate of each group of the optimizer, before the schedule. ``log``: on the
+    main process of a run with a folder. ``pending``: losses that are still on the device.
+    """
 
     config: FinetuneConfig
+    inputs: RunInputs
     student: nn.Module
-    given: nn.Module | None
+    first_teacher: nn.Module | None
     teacher: nn.Module | None
     objective: Objective
-    scheduler: Any
-    engine: Engine
+    process: TrainingProcess
     stages: tuple[Stage, ...]
-    data: Data
-    held_out: Data | None
-    null: Condition | None
-    pictures: Pictures | None
-    folder: Path | None
     lrs: list[float]
-    average: Average | None
-    watch: MaskWatch
+    ema: Ema | None
+    masks: MaskWatch
     progress: Progress = field(default_factory=Progress)
-    book: Logbook | None = None
+    log: RunLog | None = None
     pending: list[Tensor] = field(default_factory=list)
 
     @property
     def stage(self) -> Stage:
-        """The stage that has begun."""
+        """The current stage."""
         return self.stages[self.progress.stage]
 
     def add_loss(self, terms: Tensor) -> None:
-        """Note the loss terms [3] of this process's part of a step.
+        """Records the loss terms [3] of this process's part of a step.
 
-        On the CPU they are looked at now, elsewhere when ``drain`` is called, so that the device
-        need not be waited for at every step.
+        On the CPU they are checked now, elsewhere when ``collect_losses`` is called, so that no
+        step waits for the device.
         """
         self.pending.append(terms)
         if terms.device.type == "cpu":
-            self.drain()
+            self.collect_losses()
 
-    def drain(self) -> None:
-        """Bring all losses here, averaged over processes. Raises SparseDMError for NaN and Inf."""
+    def collect_losses(self) -> None:
+        """Moves pending losses into ``progress``, averaged over processes.
+
+        Raises SparseDMError for NaN and Inf.
+        """
         if not self.pending:
             return
-        found = self.engine.mean(torch.stack(self.pending))
+        losses = self.process.average(torch.stack(self.pending))
         self.pending = []
-        if not found.isfinite().all():
-            value = found[~found.isfinite().all(dim=1)][0, 0].item()
+        if not losses.isfinite().all():
+            value = losses[~losses.isfinite().all(dim=1)][0, 0].item()
             raise SparseDMError(
                 f"the loss is {value} after {self.progress.seen} images: check the data for NaN, "
-                f"lower lr or set max_grad_norm; {self.safe()}"
+                f"lower lr or set max_grad_norm; {self._describe_good_weights()}"
             )
-        self.progress.losses += found.tolist()
+        self.progress.losses += losses.tolist()
 
-    def safe(self) -> str:
-        """Where the last good weights are, in words."""
-        if self.folder is not None:
-            return f"the last checkpoint in {self.folder / 'checkpoints'} is from before"
+    def _describe_good_weights(self) -> str:
+        """Returns the end of a message: where the last good weights are."""
+        if self.inputs.folder is not None:
+            return f"the last checkpoint in {self.inputs.folder / 'checkpoints'} is from before"
         if next(self.student.parameters()).device.type == "cpu":
             return "the student holds the weights of the step before"
         return "the student's weights are lost; out= keeps checkpoints"

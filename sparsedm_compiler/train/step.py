@@ -1,4 +1,4 @@
-"""One optimizer step: the loss at this process's pieces of a batch, its gradient, the update."""
+"""One optimizer step: loss of this process's part of a batch, gradient, update."""
 
 from __future__ import annotations
 
@@ -8,62 +8,74 @@ from torch import Tensor
 
 from ..diffusion import predict, seed_at
 from ..diffusion.condition import move_condition
-from .batches import Piece
-from .randomness import draw, dropped, flipped
+from .batches import MicroBatch
+from .randomness import draw_values, drop_conditions, flip_images
 from .state import Run
 
 
-def step(run: Run, pieces: list[Piece], *, norm_wanted: bool) -> Tensor | None:
-    """One optimizer step on this process's pieces of a batch; the gradient's norm where wanted."""
-    config, engine, optimizer = run.config, run.engine, run.engine.optimizer
-    seen, total = run.progress.seen, pieces[0].total
+def take_step(run: Run, batch: list[MicroBatch], *, norm_wanted: bool) -> Tensor | None:
+    """Takes one optimizer step on this process's part of a batch.
+
+    Returns the norm of the gradient before clipping, where it is wanted or clipped, else None.
+    """
+    config, process, optimizer = run.config, run.process, run.process.optimizer
+    total = batch[0].total
     optimizer.zero_grad()
-    terms = torch.zeros(3, dtype=torch.float64, device=engine.place.device)
-    for number, piece in enumerate(pieces):
-        with engine.syncing(last=number == len(pieces) - 1):
-            found = loss_terms(run, piece)
-            share = len(piece.images) * engine.share.world / total
-            terms += found.detach() * share
-            engine.backward(found[0] * share)
+    terms = torch.zeros(3, dtype=torch.float64, device=process.like.device)
+    for number, micro_batch in enumerate(batch):
+        with process.syncing(last=number == len(batch) - 1):
+            losses = compute_losses(run, micro_batch)
+            share = len(micro_batch.images) * process.share.world / total
+            terms += losses.detach() * share
+            process.backward(losses[0] * share)
     run.add_loss(terms)
     norm = None
     if config.max_grad_norm is not None or norm_wanted:
-        norm = engine.norm(config.max_grad_norm)
-    stage, span = (seen, None) if config.teacher != "previous" else staged(run)
+        norm = process.clip_gradient(config.max_grad_norm)
+    scale = compute_stage_lr_scale(run, total)
     for group, lr in zip(optimizer.param_groups, run.lrs, strict=True):
-        group["lr"] = lr * config.lr_scale(stage, total, span)
+        group["lr"] = lr * scale
     optimizer.step()
-    if run.average is not None:
-        run.average.update()
+    if run.ema is not None:
+        run.ema.update()
     return norm
 
 
-def staged(run: Run) -> tuple[int, int]:
-    """Images seen since the stage began, and those it will have seen."""
-    return run.progress.seen - run.stage.first, run.stage.last - run.stage.first
+def compute_stage_lr_scale(run: Run, total: int) -> float:
+    """Returns the schedule's factor for the next step, on a batch of ``total`` images.
+
+    With teacher "previous" every stage has a schedule of its own.
+    """
+    config, stage, seen = run.config, run.stage, run.progress.seen
+    if config.teacher == "previous":
+        return config.compute_lr_scale(seen - stage.first, total, stage.last - stage.first)
+    return config.compute_lr_scale(seen, total)
 
 
-def loss_terms(run: Run, piece: Piece) -> Tensor:
-    """[alpha*noise + beta*teacher, noise, teacher]: mean squared errors, at draws of (seed, k)."""
-    config, place = run.config, run.engine.place
-    random = draw(config, piece.first, piece.images.shape)
-    x0 = piece.images.to(place.device, torch.float32)
+def compute_losses(run: Run, micro_batch: MicroBatch) -> Tensor:
+    """Returns [alpha*noise + beta*teacher, noise, teacher]: mean squared errors.
+
+    Noise, level, flip and dropped condition of image k come from (seed, k).
+    """
+    config, like = run.config, run.process.like
+    values = draw_values(config, micro_batch.first, micro_batch.images.shape)
+    x0 = micro_batch.images.to(like.device, torch.float32)
     if config.flip:
-        x0 = flipped(x0, random.flip)
-    condition = dropped(piece.condition, random.drop, config.null_label, run.null)
-    y = None if condition is None else move_condition(condition, place)
-    x, t, target = run.objective.prepare(
-        x0, random.noise.to(place.device), random.u.to(place.device)
+        x0 = flip_images(x0, values.flip)
+    condition = drop_conditions(
+        micro_batch.condition, values.drop, config.null_label, run.inputs.null
     )
-    x = x.to(place.dtype)
-    torch.manual_seed(seed_at(config.seed, "dropout", piece.first))
-    with run.engine.autocast():
-        guess = run.engine.predict(x, t, y).float()
+    y = None if condition is None else move_condition(condition, like)
+    x, t, target = run.objective.prepare(x0, values.noise.to(like.device), values.u.to(like.device))
+    x = x.to(like.dtype)
+    torch.manual_seed(seed_at(config.seed, "dropout", micro_batch.first))
+    with run.process.autocast():
+        guess = run.process.predict(x, t, y).float()
     noise = F.mse_loss(guess, target)
     if run.teacher is None or config.beta == 0:
         loss = config.alpha * noise
         return torch.stack([loss, noise, torch.zeros_like(noise)])
-    with torch.no_grad(), run.engine.autocast():
+    with torch.no_grad(), run.process.autocast():
         taught = predict(run.teacher, x, t, y)
     teacher = F.mse_loss(guess, taught.float())
     return torch.stack([config.alpha * noise + config.beta * teacher, noise, teacher])

@@ -93,7 +93,7 @@ def test_open_data_without_a_package_names_it(monkeypatch: pytest.MonkeyPatch) -
 
     for module in ("image_data", "hub", "vision"):
         importlib.import_module(f"sparsedm_compiler.data.{module}")
-    monkeypatch.setattr("sparsedm_compiler.data.image_data.find_spec", without)
+    monkeypatch.setattr("sparsedm_compiler.optional_deps.find_spec", without)
     for spec, name in (
         ("digits", "scikit-learn"),
         ("hf:x", "datasets"),

@@ -95,7 +95,7 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "own_factories"
 
 
-def test_the_papers_model_as_a_program() -> None:
+def test_count_macs_as_a_program_counts_the_papers_model() -> None:
     command = [sys.executable, str(SCRIPT), "--json", "--pattern", "2:4", "--policy", "uvit"]
     done = subprocess.run(
         [*command, "--model", "uvit-cifar10-small"], check=True, capture_output=True, text=True
@@ -120,12 +120,16 @@ def test_the_papers_model_as_a_program() -> None:
         ("dit-xl-2", 114_438_979_584, 4_227_858_432),
     ],
 )
-def test_published_models(run: Runner, model: str, dense: int, attention: int) -> None:
+def test_count_macs_of_published_models_equals_their_counts(
+    run: Runner, model: str, dense: int, attention: int
+) -> None:
     report = run.json("--model", model)
     assert (report["dense"], report["attention"]) == (dense, attention)
 
 
-def test_several_models_and_patterns_in_one_table(run: Runner, factories: str) -> None:
+def test_count_macs_of_several_models_and_patterns_is_one_table(
+    run: Runner, factories: str
+) -> None:
     names = [f"{factories}:with_args", f"{factories}:with_kwargs"]
     asked = ("--model", names[0], "--model", names[1], "--pattern", "2:4", "--pattern", "1:8")
     out = run.text(*asked, "--pattern", "2:4")
@@ -141,7 +145,7 @@ def test_several_models_and_patterns_in_one_table(run: Runner, factories: str) -
     assert "sparse" not in reports[0]
 
 
-def test_per_layer_names_shapes_and_reasons(run: Runner, factories: str) -> None:
+def test_count_macs_per_layer_shows_shapes_and_reasons(run: Runner, factories: str) -> None:
     model = ("--model", f"{factories}:with_args", "--per-layer")
     out = run.text(*model, "--pattern", "2:4", "--pattern", "1:32")
     first, middle, last = (line.split() for line in out.split("\n")[3:6])
@@ -154,14 +158,14 @@ def test_per_layer_names_shapes_and_reasons(run: Runner, factories: str) -> None
     assert [row["sparse"] for row in report["patterns"]["2:4"]["rows"]] == [1280, 640, 1280]
 
 
-def test_batch_scales_a_preset(run: Runner) -> None:
+def test_count_macs_with_a_batch_scales_a_preset(run: Runner) -> None:
     one, two = (run.json("--model", "uvit-cifar10-small", "--batch", batch) for batch in ("1", "2"))
     assert two["dense"] == 2 * one["dense"]
     assert two["attention"] == 2 * one["attention"]
     assert two["batch"] == 2
 
 
-def test_factories_without_inputs(run: Runner, factories: str) -> None:
+def test_count_macs_of_a_factory_takes_the_inputs_option(run: Runner, factories: str) -> None:
     assert run.json("--model", f"{factories}:net", "--inputs", "5x16")["dense"] == 3840
     assert run.json("--model", f"{factories}:two", "--inputs", "7:int64, 1")["dense"] == 5376
 
@@ -185,7 +189,9 @@ def config_file(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def test_a_diffusers_config_as_file_and_as_directory(run: Runner, tmp_path: Path) -> None:
+def test_count_macs_accepts_a_diffusers_config_as_file_and_folder(
+    run: Runner, tmp_path: Path
+) -> None:
     file = config_file(tmp_path)
     by_file, by_folder = (run.json("--model", str(path)) for path in (file, tmp_path))
     assert by_file["patterns"] == by_folder["patterns"]
@@ -193,7 +199,7 @@ def test_a_diffusers_config_as_file_and_as_directory(run: Runner, tmp_path: Path
     assert by_file["attention"] == 0
 
 
-def test_list_names_every_preset(run: Runner, script: ModuleType) -> None:
+def test_count_macs_list_names_every_preset(run: Runner, script: ModuleType) -> None:
     lines = run.text("--list").strip().split("\n")
     assert [line.split()[0] for line in lines] == list(script.PRESETS)
 
@@ -225,7 +231,9 @@ def test_list_names_every_preset(run: Runner, script: ModuleType) -> None:
     ids=lambda value: "" if isinstance(value, str) else "_".join(value),
 )
 @pytest.mark.usefixtures("factories")
-def test_bad_requests_take_one_line_and_status_2(run: Runner, argv: list[str], says: str) -> None:
+def test_count_macs_with_a_bad_request_prints_one_line_and_returns_2(
+    run: Runner, argv: list[str], says: str
+) -> None:
     assert says in run.refused("--model", *argv)
 
 
@@ -240,11 +248,13 @@ def test_bad_requests_take_one_line_and_status_2(run: Runner, argv: list[str], s
     ],
     ids=["class", "hint", "none", "broken", "size"],
 )
-def test_bad_configs(run: Runner, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+def test_count_macs_of_an_invalid_diffusers_config_raises(
+    run: Runner, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
     assert says in run.refused("--model", str(config_file(tmp_path, **changes)))
 
 
-def test_what_the_package_says_of_a_config_is_not_wrapped(run: Runner, tmp_path: Path) -> None:
+def test_count_macs_prints_errors_of_the_package_unchanged(run: Runner, tmp_path: Path) -> None:
     file = tmp_path / "own.json"
     file.write_text('{"_class_name": "UViT", "img_size": 9}', encoding="utf-8")
     said = run.refused("--model", str(file))
@@ -253,7 +263,7 @@ def test_what_the_package_says_of_a_config_is_not_wrapped(run: Runner, tmp_path:
     assert run.json("--model", str(file))["dense"] > 0
 
 
-def test_not_json_not_a_network(run: Runner, tmp_path: Path) -> None:
+def test_count_macs_of_files_that_are_no_model_raises(run: Runner, tmp_path: Path) -> None:
     file = config_file(tmp_path)
     file.write_text("{", encoding="utf-8")
     assert "is not JSON" in run.refused("--model", str(file))
@@ -263,6 +273,6 @@ def test_not_json_not_a_network(run: Runner, tmp_path: Path) -> None:
     assert "is a whole pipeline" in run.refused("--model", str(tmp_path))
 
 
-def test_an_empty_command_line_is_a_usage_error(script: ModuleType) -> None:
+def test_count_macs_without_arguments_is_a_usage_error(script: ModuleType) -> None:
     with pytest.raises(SystemExit, match="2"):
         script.main([])

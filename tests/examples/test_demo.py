@@ -21,7 +21,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # DPM-Solver
-def test_quick_demo_prunes_trains_measures_and_draws(demo: ModuleType, tmp_path: Path) -> None:
+def test_demo_quick_prunes_trains_measures_and_draws(demo: ModuleType, tmp_path: Path) -> None:
     values = demo.main(["--quick", "--out", str(tmp_path)])
     teacher, *students = values["rows"]
     names = ["2:4 untrained", "2:4 fine-tuned", "1:4 untrained", "1:4 fine-tuned"]
@@ -39,7 +39,7 @@ def test_quick_demo_prunes_trains_measures_and_draws(demo: ModuleType, tmp_path:
     assert (tmp_path / "student-1-4.safetensors").exists()
 
 
-def test_the_split_is_fixed_and_the_teacher_can_be_trained_anew(demo: ModuleType) -> None:
+def test_digits_split_is_fixed_and_train_teacher_is_deterministic(demo: ModuleType) -> None:
     digits = demo.Digits.load()
     assert [len(part) for part in (*digits.train, *digits.test)] == [1437, 1437, 360, 360]
     assert digits.train[1][:6].tolist() == [3, 9, 1, 3, 1, 9]

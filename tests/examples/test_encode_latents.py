@@ -33,7 +33,7 @@ def folders(tmp_path: Path) -> tuple[str, str, str]:
     return str(tmp_path / "vae"), str(tmp_path / "photos"), str(tmp_path / "out.safetensors")
 
 
-def test_images_become_latents_with_their_labels(
+def test_encode_latents_keeps_the_labels(
     script: ModuleType, folders: tuple[str, str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     vae, photos, out = folders
@@ -51,7 +51,7 @@ def test_images_become_latents_with_their_labels(
 
 
 @pytest.mark.parametrize("wrong", ["--vae", "--data", "--out"])
-def test_bad_requests_are_one_line(
+def test_encode_latents_with_a_bad_request_prints_one_line(
     script: ModuleType,
     folders: tuple[str, str, str],
     wrong: str,

@@ -17,10 +17,10 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler import SparseDMError
 from sparsedm_compiler.diffusion import generator_at
 from sparsedm_compiler.experiment import run as runs
-from sparsedm_compiler.experiment.inputs import guidance_of, open_all, pictures_of
+from sparsedm_compiler.experiment.inputs import make_guidance, make_sample_grids, open_inputs
 from sparsedm_compiler.experiment.run import describe, run
 from sparsedm_compiler.experiment.run_config import RunConfig
-from sparsedm_compiler.experiment.yaml_values import merged
+from sparsedm_compiler.experiment.yaml_values import merge
 from sparsedm_compiler.models import open_model
 from tests.group import run_group
 
@@ -56,10 +56,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 
 def changed(config: RunConfig, **sections: Any) -> RunConfig:
-    return RunConfig.create(merged(config.as_dict(), sections))
+    return RunConfig.create(merge(config.as_dict(), sections))
 
 
-def test_a_run_leaves_everything_that_is_needed(config: RunConfig) -> None:
+def test_run_writes_weights_grids_scores_and_macs(config: RunConfig) -> None:
     values = run(config, progress=False)
     assert json.loads(Path("run/results.json").read_text()) == values
     assert RunConfig.read("run/run.json") == config
@@ -76,9 +76,9 @@ def test_a_run_leaves_everything_that_is_needed(config: RunConfig) -> None:
         "attention": counted.attention,
     }
     saved = sdm.load("run/student.safetensors", dense, backend="eager")
-    opened = open_all(config, torch.device("cpu"))
-    pictures = pictures_of(config, opened)
-    pictures.save(Path("again.png"), pictures.draw(saved, "eps"))
+    opened = open_inputs(config, torch.device("cpu"))
+    grids = make_sample_grids(config, opened)
+    grids.save(Path("again.png"), grids.draw(saved, "eps"))
     drawn = matplotlib.image.imread("run/" + values["samples"])
     assert (drawn == matplotlib.image.imread("again.png")).mean() > 0.99
     for model, same in ((saved, True), (dense, False)):
@@ -89,17 +89,17 @@ def test_a_run_leaves_everything_that_is_needed(config: RunConfig) -> None:
     assert run(config, progress=False) == values
 
 
-def test_scores_can_be_added_to_a_finished_training(
+def test_run_with_other_scores_scores_a_finished_training_again(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = run(config, progress=False)
-    monkeypatch.setattr("sparsedm_compiler.train.loop.step", None)  # nothing may be trained
+    monkeypatch.setattr("sparsedm_compiler.train.loop.take_step", None)  # nothing may be trained
     after = run(changed(config, score={"count": 90}), progress=False)
     assert after["scores"][0]["count"] == 90
     assert after["held_out"] == before["held_out"]
 
 
-def test_a_run_killed_while_it_is_scored_goes_on_there(
+def test_run_killed_while_scoring_resumes_with_the_scores(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(changed(config, out="whole"), progress=False)
@@ -112,12 +112,12 @@ def test_a_run_killed_while_it_is_scored_goes_on_there(
         with pytest.raises(KeyboardInterrupt):
             run(config, progress=False)
     assert "complete" not in json.loads(Path("run/results.json").read_text())
-    monkeypatch.setattr("sparsedm_compiler.train.loop.step", None)
+    monkeypatch.setattr("sparsedm_compiler.train.loop.take_step", None)
     found = run(config, progress=False)
     assert found["scores"] == whole["scores"]
 
 
-def test_a_run_is_foretold(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_previews_a_run(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     told = describe(config)
     assert not Path("run").exists()
     for part in ("1:4, MACs", "sparsedm: ", "1,437 images [1, 8, 8]", "64 images", "a new run"):
@@ -137,7 +137,7 @@ def test_a_run_is_foretold(config: RunConfig, capsys: pytest.CaptureFixture[str]
     ],
     ids=["no-reference", "function", "inception", "reference"],
 )
-def test_what_cannot_be_scored_is_refused_before_the_training(
+def test_run_with_invalid_scores_raises_before_training(
     config: RunConfig, sections: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "finetune", None)
@@ -156,7 +156,7 @@ def group_member(rank: int, folder: Path) -> None:
         run(changed(RunConfig.read("config.json"), out=out, train=train), progress=False)
 
 
-def test_two_processes_end_with_the_same_scores(config: RunConfig, tmp_path: Path) -> None:
+def test_run_in_two_processes_ends_with_the_same_scores(config: RunConfig, tmp_path: Path) -> None:
     alone = run(config, progress=False)
     Path("config.json").write_text(json.dumps(config.as_dict()), encoding="utf-8")
     run_group(group_member, tmp_path)
@@ -208,14 +208,16 @@ def text_to_image(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("null", [False, True], ids=["zeros", "null"])
-def test_text_and_latents(config: RunConfig, tmp_path: Path, null: bool) -> None:
+def test_run_on_latents_with_text_conditions_trains_and_samples(
+    config: RunConfig, tmp_path: Path, null: bool
+) -> None:
     sections = text_to_image(tmp_path)
     if null:
         save_file({"encoder_hidden_states": torch.ones(5, 8)}, "null.safetensors")
         sections["data"]["null"] = "null.safetensors"
     plain = {**config.as_dict(), "model": sections.pop("model")}
-    config = RunConfig.create(merged(plain, sections))
-    guidance = guidance_of(config, open_all(config, torch.device("cpu")))
+    config = RunConfig.create(merge(plain, sections))
+    guidance = make_guidance(config, open_inputs(config, torch.device("cpu")))
     assert guidance is not None
     expected = torch.ones(5, 8) if null else torch.zeros(5, 8)
     torch.testing.assert_close(guidance.null, {"encoder_hidden_states": expected})
@@ -224,7 +226,7 @@ def test_text_and_latents(config: RunConfig, tmp_path: Path, null: bool) -> None
     assert values["held_out"][-1]["student"] != values["held_out"][0]["student"]
     grid = matplotlib.image.imread("run/" + values["samples"])
     assert grid.shape[-1] >= 3
-    assert (grid[..., 0] != grid[..., 1]).any()  # latents of 2 channels became pictures of 3
+    assert (grid[..., 0] != grid[..., 1]).any()  # latents of 2 channels became images of 3
     student = load_file("run/student.safetensors")
     dense = open_model(str(tmp_path / "unet")).state_dict()
     changes = [name for name in dense if not torch.equal(dense[name], student[name])]

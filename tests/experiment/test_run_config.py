@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sparsedm_compiler import ConfigError, SparseDMError
-from sparsedm_compiler.experiment.recipes import RECIPES, recipe
+from sparsedm_compiler.experiment.recipes import RECIPES, find_recipe
 from sparsedm_compiler.experiment.run_config import RunConfig
-from sparsedm_compiler.experiment.yaml_values import merged, parse, put
+from sparsedm_compiler.experiment.yaml_values import assign, merge, parse_yaml
 from sparsedm_compiler.models import PRESETS
 
 FULL = """
@@ -43,13 +43,13 @@ LEAST: dict[str, Any] = {"data": {"train": "digits"}, "train": {"method": "dense
         ('"5"', "5"),
     ],
 )
-def test_values_are_read_as_people_mean_them(text: str, value: object) -> None:
-    found = parse(text, "a test")
+def test_parse_yaml_reads_patterns_as_text_and_numbers_as_decimal(text: str, value: object) -> None:
+    found = parse_yaml(text, "a test")
     assert found == value
     assert type(found) is type(value)
 
 
-def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
+def test_run_config_from_a_file_round_trips(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(FULL, encoding="utf-8")
     config = RunConfig.read(tmp_path / "run.yaml")
     assert config.prune.pattern == "2:4x4"
@@ -63,18 +63,18 @@ def test_a_file_is_read_and_written_back(tmp_path: Path) -> None:
     assert RunConfig.read(tmp_path / "run.json", ["train.lr=1"]) != config
 
 
-def test_sections_are_merged_value_by_value() -> None:
+def test_merge_merges_sections_value_by_value() -> None:
     below = {"train": {"lr": 1, "seed": 2}, "out": "a"}
-    found = merged(below, {"train": {"lr": 3}, "data": {"train": "digits"}})
+    found = merge(below, {"train": {"lr": 3}, "data": {"train": "digits"}})
     assert found == {"train": {"lr": 3, "seed": 2}, "out": "a", "data": {"train": "digits"}}
     assert below == {"train": {"lr": 1, "seed": 2}, "out": "a"}
-    assert merged({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
+    assert merge({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
 
 
-def test_assignments_make_the_sections_they_need() -> None:
+def test_assign_creates_missing_sections() -> None:
     values: dict[str, Any] = {}
-    put(values, "model.options.depth=4")
-    put(values, "out = runs/a=b")
+    assign(values, "model.options.depth=4")
+    assign(values, "out = runs/a=b")
     assert values == {"model": {"options": {"depth": 4}}, "out": "runs/a=b"}
 
 
@@ -93,7 +93,7 @@ def test_assignments_make_the_sections_they_need() -> None:
         ({"recipe": "cifar10"}, "there is cifar10-uvit and cifar10-ddpm"),
     ],
 )
-def test_bad_configurations_say_what_is_wrong(change: dict[str, Any], says: str) -> None:
+def test_run_config_with_invalid_values_raises(change: dict[str, Any], says: str) -> None:
     with pytest.raises(SparseDMError, match=says):
         RunConfig.create({**LEAST, **change})
 
@@ -107,20 +107,20 @@ def test_bad_configurations_say_what_is_wrong(change: dict[str, Any], says: str)
         ("!!python/object/apply:os.getcwd []", "is not YAML"),
     ],
 )
-def test_bad_files_are_refused(text: str, says: str, tmp_path: Path) -> None:
+def test_run_config_from_an_invalid_file_raises(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=says):
         RunConfig.read(tmp_path / "run.yaml", ["data.train=digits", "out=a", "train.method=dense"])
 
 
 @pytest.mark.parametrize("assignment", ["lr", "=3", "train..lr=3", "out.x=3", "train.lr=[1"])
-def test_bad_assignments_are_refused(assignment: str) -> None:
+def test_assign_with_invalid_assignment_raises(assignment: str) -> None:
     with pytest.raises(ConfigError, match=r"is not section|looks into out|is not YAML"):
-        put({"out": "a"}, assignment)
+        assign({"out": "a"}, assignment)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_makes_a_configuration(name: str) -> None:
+def test_run_config_from_every_recipe_is_valid(name: str) -> None:
     values = {"recipe": name, "data": {"train": "x"}, "model": {"weights": "w"}, "out": "a"}
     config = RunConfig.create(values)
     assert config.model.name in PRESETS
@@ -129,15 +129,15 @@ def test_every_recipe_makes_a_configuration(name: str) -> None:
     assert config.train.sr_ste_lambda == (2e-4 if paper else 0)
     assert config.train.warmup_images < config.train.images
     assert config.data.train == "x"
-    assert recipe(None) == {}
+    assert find_recipe(None) == {}
     assert "recipe" in values
 
 
-def test_recipes_go_on_top_of_each_other() -> None:
+def test_find_recipe_joins_recipes_in_order() -> None:
     below, above = RECIPES["cifar10-uvit"], RECIPES["short"]
-    found = recipe("cifar10-uvit+short")
+    found = find_recipe("cifar10-uvit+short")
     assert found["train"] == {**below["train"], **above["train"]}
     assert found["model"] == below["model"]
-    assert recipe("short+cifar10-uvit")["train"]["warmup_images"] == 320_000
+    assert find_recipe("short+cifar10-uvit")["train"]["warmup_images"] == 320_000
     with pytest.raises(ConfigError, match="there is no recipe 'shot'; there is short"):
-        recipe("cifar10-uvit+shot")
+        find_recipe("cifar10-uvit+shot")

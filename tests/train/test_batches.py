@@ -13,17 +13,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparsedm_compiler.errors import ConfigError, DataError
 from sparsedm_compiler.train import FinetuneConfig
-from sparsedm_compiler.train.batches import Share, Stream
-from sparsedm_compiler.train.randomness import draw, dropped, flipped
+from sparsedm_compiler.train.batches import BatchShare, Stream
+from sparsedm_compiler.train.randomness import draw_values, drop_conditions, flip_images
 
 IMAGES = torch.arange(10.0).reshape(10, 1, 1, 1)
 
 
 def numbers(stream: Stream, seen: int, count: int) -> list[list[tuple[int, list[int]]]]:
-    """Position and images of every piece of the next batches."""
+    """Position and images of every micro-batch of the next batches."""
     return [
         [(piece.first, piece.images.flatten().int().tolist()) for piece in pieces]
-        for pieces in islice(stream.begin(seen), count)
+        for pieces in islice(stream.start_at(seen), count)
     ]
 
 
@@ -31,7 +31,7 @@ def flat(found: list[list[tuple[int, list[int]]]]) -> list[int]:
     return [number for pieces in found for _, images in pieces for number in images]
 
 
-def test_an_epoch_shows_every_image_once_whatever_the_batch() -> None:
+def test_stream_for_any_batch_size_shows_every_image_once_per_epoch() -> None:
     by_four = flat(numbers(Stream(IMAGES, 4, 0), 0, 5))
     by_five = flat(numbers(Stream(IMAGES, 5, 0), 0, 4))
     assert by_four == by_five
@@ -41,31 +41,31 @@ def test_an_epoch_shows_every_image_once_whatever_the_batch() -> None:
 
 
 @pytest.mark.parametrize("seen", [4, 8, 12, 40])
-def test_a_stream_begins_anywhere(seen: int) -> None:
+def test_stream_started_after_some_images_continues_the_same_order(seen: int) -> None:
     whole = numbers(Stream(IMAGES, 4, 0), 0, 12)
     assert numbers(Stream(IMAGES, 4, 0), seen, 2) == whole[seen // 4 :][:2]
 
 
 @pytest.mark.parametrize("data", [IMAGES, "loader"])
-def test_shares_are_the_batch_in_order(data: Any) -> None:
+def test_batch_share_of_two_processes_splits_the_batch_in_order(data: Any) -> None:
     if data == "loader":
         data = DataLoader(TensorDataset(IMAGES), batch_size=8, drop_last=True)
     whole = numbers(Stream(data, 8, 0), 0, 3)
-    shares = [numbers(Stream(data, 8, 0, Share(rank, 2, 2)), 0, 3) for rank in range(2)]
+    shares = [numbers(Stream(data, 8, 0, BatchShare(rank, 2, 2)), 0, 3) for rank in range(2)]
     for step, [(first, images)] in enumerate(whole):
         pieces = [*shares[0][step], *shares[1][step]]
         assert [position for position, _ in pieces] == [first + 2 * k for k in range(4)]
         assert [number for _, part in pieces for number in part] == images
 
 
-def test_an_iterable_begins_in_its_middle_by_reading_on() -> None:
+def test_stream_of_an_iterable_started_in_the_middle_reads_on() -> None:
     loader = DataLoader(TensorDataset(IMAGES), batch_size=4)
     whole = numbers(Stream(loader, 0, 0), 0, 6)
     assert [len(pieces[0][1]) for pieces in whole] == [4, 4, 2, 4, 4, 2]
     assert numbers(Stream(loader, 0, 0), 14, 2) == whole[4:]
 
 
-def test_workers_bring_the_same_batches() -> None:
+def test_stream_with_workers_yields_the_same_batches() -> None:
     class Fetching:
         def __len__(self) -> int:
             return 10
@@ -78,20 +78,20 @@ def test_workers_bring_the_same_batches() -> None:
     assert numbers(worked, 8, 3) == numbers(plain, 8, 3)
 
 
-def test_batches_too_small_to_share_are_refused() -> None:
+def test_stream_with_batches_too_small_to_share_raises() -> None:
     with pytest.raises(DataError, match="2 images cannot be shared by 4 processes"):
-        next(Stream(IMAGES, 2, 0, Share(0, 4)).begin())
+        next(Stream(IMAGES, 2, 0, BatchShare(0, 4)).start_at())
     with pytest.raises(DataError, match="no row for each of 10 images"):
-        next(Stream([(IMAGES, torch.zeros(9))], 10, 0).begin())
+        next(Stream([(IMAGES, torch.zeros(9))], 10, 0).start_at())
 
 
-def test_draws_depend_on_seed_and_position_alone() -> None:
+def test_draw_values_depends_on_seed_and_position_alone() -> None:
     config = FinetuneConfig(drop_condition=0.5)
-    whole = draw(config, 0, torch.Size((8, 1, 2, 2)))
-    part = draw(config, 3, torch.Size((2, 1, 2, 2)))
+    whole = draw_values(config, 0, torch.Size((8, 1, 2, 2)))
+    part = draw_values(config, 3, torch.Size((2, 1, 2, 2)))
     for name in ("noise", "u", "flip", "drop"):
         assert torch.equal(vars_of(whole, name)[3:5], vars_of(part, name))
-    other = draw(FinetuneConfig(drop_condition=0.5, seed=1), 0, torch.Size((8, 1, 2, 2)))
+    other = draw_values(FinetuneConfig(drop_condition=0.5, seed=1), 0, torch.Size((8, 1, 2, 2)))
     assert not torch.equal(whole.noise, other.noise)
 
 
@@ -100,8 +100,8 @@ def vars_of(draws: Any, name: str) -> Tensor:
     return found
 
 
-def test_draws_are_what_they_say() -> None:
-    found = draw(FinetuneConfig(drop_condition=0.25), 0, torch.Size((4000, 4)))
+def test_draw_values_has_the_documented_distributions() -> None:
+    found = draw_values(FinetuneConfig(drop_condition=0.25), 0, torch.Size((4000, 4)))
     assert found.noise.mean().item() == pytest.approx(0, abs=0.03)
     assert found.noise.std().item() == pytest.approx(1, abs=0.03)
     assert found.u.mean().item() == pytest.approx(0.5, abs=0.02)
@@ -112,21 +112,21 @@ def test_draws_are_what_they_say() -> None:
     assert (joint - torch.eye(3)).abs().max() < 0.06
 
 
-def test_flips_mirror_the_last_axis() -> None:
+def test_flip_images_mirrors_the_last_axis() -> None:
     images = torch.arange(4.0).reshape(2, 1, 1, 2)
-    assert flipped(images, torch.tensor([True, False])).flatten().tolist() == [1, 0, 2, 3]
+    assert flip_images(images, torch.tensor([True, False])).flatten().tolist() == [1, 0, 2, 3]
 
 
-def test_dropped_conditions() -> None:
+def test_drop_conditions_replaces_labels_and_text_by_the_null_condition() -> None:
     drop = torch.tensor([False, True])
     labels = torch.tensor([4, 5])
-    assert dropped(labels, drop, 9, None).tolist() == [4, 9]  # type: ignore[union-attr]
-    assert dropped(labels, ~drop & drop, None, None) is labels
-    assert dropped(None, drop, 9, None) is None
+    assert drop_conditions(labels, drop, 9, None).tolist() == [4, 9]  # type: ignore[union-attr]
+    assert drop_conditions(labels, ~drop & drop, None, None) is labels
+    assert drop_conditions(None, drop, 9, None) is None
     text = {"context": torch.ones(2, 3)}
-    zeros: Any = dropped(text, drop, None, None)
+    zeros: Any = drop_conditions(text, drop, None, None)
     assert zeros["context"].tolist() == [[1, 1, 1], [0, 0, 0]]
-    empty: Any = dropped(text, drop, None, {"context": torch.full((1, 3), 7.0)})
+    empty: Any = drop_conditions(text, drop, None, {"context": torch.full((1, 3), 7.0)})
     assert empty["context"].tolist() == [[1, 1, 1], [7, 7, 7]]
     with pytest.raises(ConfigError, match="needs null_label"):
-        dropped(labels, drop, None, None)
+        drop_conditions(labels, drop, None, None)

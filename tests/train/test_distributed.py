@@ -15,7 +15,14 @@ from sparsedm_compiler import ConfigError
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.train import finetune
 from sparsedm_compiler.train.checkpoint import list_checkpoints
-from sparsedm_compiler.train.fsdp import here, mask_here, put, rows_of, shard, whole
+from sparsedm_compiler.train.fsdp import (
+    compute_local_mask,
+    copy_rows_into,
+    gather_rows,
+    get_local_rows,
+    shard_parameters,
+    slice_local_rows,
+)
 from tests.group import run_group
 from tests.train.cases import SPARSE, short, student_of, teacher, weights
 
@@ -55,7 +62,9 @@ def final(folder: Path, method: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("cases", [DDP, SHARDED], ids=["ddp", "fsdp2"])
-def test_two_processes_train_what_one_does(cases: tuple[Case, ...], tmp_path: Path) -> None:
+def test_finetune_by_two_processes_equals_one_process(
+    cases: tuple[Case, ...], tmp_path: Path
+) -> None:
     run_group(partial(train, cases=cases), tmp_path)
     for number, (method, options) in enumerate(cases):
         alone = {name: value for name, value in options.items() if name != "shard"}
@@ -80,7 +89,7 @@ def interrupted(rank: int, folder: Path) -> None:
         torch.randn(40, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
         torch.arange(40) % 3,
     )
-    real = loop.step
+    real = loop.take_step
 
     def step(run: Any, pieces: Any, **given: Any) -> Any:
         if run.progress.seen == 32:
@@ -89,7 +98,7 @@ def interrupted(rank: int, folder: Path) -> None:
 
     for name, interrupt in (("whole", False), ("parts", True), ("parts", False)):
         student = sdm.compile(model, pattern="2:4x4", backend="eager")
-        loop.step = step if interrupt else real
+        loop.take_step = step if interrupt else real
         try:
             result = finetune(student, model, data, out=folder / name, **options)
         except KeyboardInterrupt:
@@ -99,7 +108,7 @@ def interrupted(rank: int, folder: Path) -> None:
             torch.save(result.losses, folder / f"{name}.pt")
 
 
-def test_a_sharded_run_resumes(tmp_path: Path) -> None:
+def test_finetune_sharded_and_interrupted_resumes(tmp_path: Path) -> None:
     run_group(interrupted, tmp_path)
     whole_losses, parts = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "parts"))
     assert whole_losses == parts
@@ -114,23 +123,23 @@ def masks(rank: int, folder: Path) -> None:
     with torch.no_grad():
         model.weight.copy_(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)))
     full = model.weight.detach().clone()
-    shard(model, 2)
+    shard_parameters(model, 2)
     weight = model.weight
-    assert here(weight).shape == (6, 8)
-    assert torch.equal(whole(weight), full)
+    assert get_local_rows(weight).shape == (6, 8)
+    assert torch.equal(gather_rows(weight), full)
     for text in ("2:4", "1:8", "2:4x4", "4:2:8", "2:4t"):
         pattern = sdm.Pattern.parse(text)
-        expected = rows_of(nm_mask(full, pattern), weight)
-        assert torch.equal(mask_here(weight, pattern), expected)
-    put(weight, full + 1)
-    assert torch.equal(whole(weight), full + 1)
+        expected = slice_local_rows(nm_mask(full, pattern), weight)
+        assert torch.equal(compute_local_mask(weight, pattern), expected)
+    copy_rows_into(weight, full + 1)
+    assert torch.equal(gather_rows(weight), full + 1)
 
 
-def test_masks_of_sharded_weights(tmp_path: Path) -> None:
+def test_compute_local_mask_of_sharded_weights_is_the_rows_of_the_mask(tmp_path: Path) -> None:
     run_group(masks, tmp_path)
 
 
-def test_sharding_refuses_what_it_cannot() -> None:
+def test_finetune_with_unsupported_sharding_raises() -> None:
     with pytest.raises(ConfigError, match="needs several processes"):
         short("sparsedm", shard=True)
     with pytest.raises(ConfigError, match="neither teacher 'previous' nor fp16"):

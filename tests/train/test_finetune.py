@@ -83,7 +83,7 @@ def drawn(first: int, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack(noise), torch.tensor(levels)
 
 
-def test_steps_equal_hand_written_steps() -> None:
+def test_finetune_steps_equal_hand_written_steps() -> None:
     student, teacher, (x_all, y_all) = Denoiser(0), Denoiser(1), (images(), labels())
     oracle, before = copy.deepcopy(student), weights(teacher)
     result = tuned(student, teacher=teacher, schedule="cosine")
@@ -109,7 +109,7 @@ def test_steps_equal_hand_written_steps() -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_average_starts_from_the_first_weights_and_warms_up() -> None:
+def test_ema_starts_from_the_first_weights_and_warms_up() -> None:
     student, trail = Denoiser(), []
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
     optimizer.register_step_post_hook(lambda *_: trail.append(weights(student)))
@@ -123,7 +123,7 @@ def test_average_starts_from_the_first_weights_and_warms_up() -> None:
     assert list(result.ema.state_dict()) == list(student.state_dict())
 
 
-def test_a_second_run_is_the_same_and_another_seed_is_not() -> None:
+def test_finetune_twice_is_equal_and_another_seed_differs() -> None:
     first, again, other = (Denoiser(dropout=0.5) for _ in range(3))
     losses = tuned(first).losses
     torch.rand(7)  # the generator of the process has no say
@@ -132,7 +132,7 @@ def test_a_second_run_is_the_same_and_another_seed_is_not() -> None:
     assert tuned(other, seed=1).losses != losses
 
 
-def test_the_loop_leaves_modes_and_seeds_as_they_were() -> None:
+def test_finetune_restores_modes_and_seeds() -> None:
     student, teacher = Denoiser(dropout=0.5).eval(), Denoiser(1, dropout=0.5)
     student.classes.train()
     state = torch.get_rng_state()
@@ -141,23 +141,23 @@ def test_the_loop_leaves_modes_and_seeds_as_they_were() -> None:
     assert (student.training, student.classes.training, teacher.training) == (False, True, True)
 
 
-def test_the_student_learns_in_train_mode() -> None:
+def test_finetune_runs_the_student_in_train_mode() -> None:
     calm, noisy = Denoiser().eval(), Denoiser(dropout=0.5).eval()
     assert tuned(noisy).losses == tuned(Denoiser(dropout=0.5)).losses != tuned(calm).losses
 
 
-def test_the_teacher_teaches_in_eval_mode() -> None:
+def test_finetune_runs_the_teacher_in_eval_mode() -> None:
     calm, noisy = Denoiser(1), Denoiser(1, dropout=0.9)
     assert tuned(Denoiser(), teacher=calm).losses == tuned(Denoiser(), teacher=noisy).losses
 
 
 @pytest.mark.parametrize("kind", ["tuple", "boxed"])
-def test_models_may_return_what_diffusers_models_return(kind: str) -> None:
+def test_finetune_accepts_the_output_types_of_diffusers(kind: str) -> None:
     plain = tuned(Denoiser(), teacher=Denoiser(1))
     assert tuned(Denoiser(kind=kind), teacher=Denoiser(1, kind=kind)).losses == plain.losses
 
 
-def test_every_kind_of_data_trains() -> None:
+def test_finetune_accepts_every_kind_of_data() -> None:
     x, y = images(), labels()
     direct = tuned(Denoiser(), (x, y)).losses
     assert tuned(Denoiser(), TensorDataset(x, y)).losses == direct
@@ -167,7 +167,7 @@ def test_every_kind_of_data_trains() -> None:
     assert (ended.images, len(ended.losses)) == (25, 5)
 
 
-def test_fine_tuning_lowers_the_held_out_loss_and_reports_it(tmp_path: Path) -> None:
+def test_finetune_lowers_the_held_out_loss_and_reports_it(tmp_path: Path) -> None:
     student, held = Denoiser(), (images(50), labels(50))
     before = held_out_loss(student, held)
     result = tuned(student, images=800, held_out=held, held_out_every=300, out=tmp_path)
@@ -182,7 +182,7 @@ def test_fine_tuning_lowers_the_held_out_loss_and_reports_it(tmp_path: Path) -> 
     assert saved["config"]["images"] == 800
 
 
-def test_held_out_loss_is_one_number_for_one_question() -> None:
+def test_held_out_loss_for_equal_arguments_is_equal() -> None:
     model, data = Denoiser(dropout=0.5), (images(), labels())
     first = held_out_loss(model, data)
     assert held_out_loss(model, data) == first != held_out_loss(model, data, seed=1)
@@ -194,7 +194,7 @@ def test_held_out_loss_is_one_number_for_one_question() -> None:
     assert held_out_loss(zero, images(4000), draws=1) == pytest.approx(1.0, abs=0.03)
 
 
-def test_the_largest_gradient_is_clipped() -> None:
+def test_finetune_with_max_grad_norm_clips_the_gradient() -> None:
     student = Denoiser()
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     before = weights(student)
@@ -202,7 +202,7 @@ def test_the_largest_gradient_is_clipped() -> None:
     assert (weights(student) - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_sr_ste_is_asked_for_and_taken_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finetune_attaches_sr_ste_and_removes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     class Handle:
@@ -221,7 +221,7 @@ def test_sr_ste_is_asked_for_and_taken_off_again(monkeypatch: pytest.MonkeyPatch
     assert calls == [(student, {"lam": 1e-3, "form": "decoupled"}), "removed"]
 
 
-def test_a_compiled_student_trains_and_averages_masked() -> None:
+def test_finetune_of_a_compiled_student_masks_student_and_ema() -> None:
     size = {"img_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2}
     teacher = UViT(**size, num_classes=3)
     data = torch.randn(16, 1, 4, 4), labels(16)
@@ -236,7 +236,7 @@ def test_a_compiled_student_trains_and_averages_masked() -> None:
     assert not torch.equal(*weights_by_lambda)
 
 
-def test_a_nan_loss_stops_before_the_weights_are_touched() -> None:
+def test_finetune_with_a_nan_loss_stops_before_the_update() -> None:
     student, broken = Denoiser(), images()
     broken[3] = math.nan
     before = weights(student)
@@ -245,7 +245,7 @@ def test_a_nan_loss_stops_before_the_weights_are_touched() -> None:
     assert torch.equal(weights(student), before)
 
 
-def test_mixed_up_models_are_refused() -> None:
+def test_finetune_with_mixed_up_models_raises() -> None:
     student = Denoiser()
     with pytest.raises(ConfigError, match="share parameters"):
         tuned(student, teacher=student)
@@ -270,7 +270,7 @@ def test_mixed_up_models_are_refused() -> None:
         ({"scheduler": DDPMScheduler(prediction_type="v_prediction")}, "'v_prediction'"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
+def test_finetune_config_with_invalid_options_raises(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         tuned(Denoiser(), **options)
 
@@ -286,12 +286,12 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: 
         (iter([images(8)]), "not a generator"),
     ],
 )
-def test_data_that_cannot_be_used_are_refused(data: Any, words: str) -> None:
+def test_finetune_with_unusable_data_raises(data: Any, words: str) -> None:
     with pytest.raises(DataError, match=words):
         tuned(Denoiser(), data)
 
 
-def test_a_prediction_of_another_shape_is_refused() -> None:
+def test_finetune_with_a_prediction_of_another_shape_raises() -> None:
     class Doubled(Denoiser):
         def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Any:
             return torch.cat([x, x, x], dim=1)

@@ -96,7 +96,9 @@ def state(folder: Path) -> dict[str, object]:
     return {str(f.relative_to(folder)): contents(f) for f in files if f.name not in TIMED}
 
 
-def test_kills_at_any_moment_change_nothing(server: Server, tmp_path: Path) -> None:
+def test_finetune_killed_at_any_moment_resumes_to_the_same_end(
+    server: Server, tmp_path: Path
+) -> None:
     assert server.train(tmp_path / "whole") == 0
     seconds = server.seconds
     expected, log = state(tmp_path / "whole"), log_of(tmp_path / "whole")

@@ -10,27 +10,28 @@ from torch import nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError, Pattern
+from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.train import METHODS, FinetuneConfig, loop
 from sparsedm_compiler.train import stage_switch as staging
 from sparsedm_compiler.train import step as steps
-from sparsedm_compiler.train.methods import stages_towards
+from sparsedm_compiler.train.methods import plan_patterns
 from tests.train.cases import SPARSE, short, student_of, teacher, weights
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, look: Any) -> list[Any]:
     """What ``look(run)`` says before every step."""
     seen: list[Any] = []
-    real = loop.step
+    real = loop.take_step
 
-    def step(run: Any, pieces: Any, **options: Any) -> Any:
+    def step(run: Any, batch: Any, **options: Any) -> Any:
         seen.append(look(run))
-        return real(run, pieces, **options)
+        return real(run, batch, **options)
 
-    monkeypatch.setattr(loop, "step", step)
+    monkeypatch.setattr(loop, "take_step", step)
     return seen
 
 
-def test_a_method_brings_its_options_and_explicit_ones_win() -> None:
+def test_create_with_method_and_options_prefers_the_options() -> None:
     asp = FinetuneConfig.create("asp")
     assert (asp.static_mask, asp.beta, asp.sr_ste_lambda, asp.teacher) == (True, 0.0, 0.0, "none")
     assert FinetuneConfig.create("asp", beta=0.5).beta == 0.5
@@ -52,23 +53,23 @@ def test_a_method_brings_its_options_and_explicit_ones_win() -> None:
         ("3:4t", ["3:4t"]),
     ],
 )
-def test_stages_halve_what_is_kept(pattern: str, stages: list[str]) -> None:
-    assert [str(stage) for stage in stages_towards(Pattern.parse(pattern))] == stages
+def test_plan_patterns_halves_the_kept_weights_per_stage(pattern: str, stages: list[str]) -> None:
+    assert [str(stage) for stage in plan_patterns(Pattern.parse(pattern))] == stages
 
 
-def test_sparsedm_and_sr_ste_differ_by_the_teacher_alone() -> None:
+def test_methods_sparsedm_and_sr_ste_differ_by_the_teacher_alone() -> None:
     lone = short("sr-ste")[0].losses
     assert short("sparsedm", beta=0.0)[0].losses == lone
     assert short("sparsedm")[0].losses != lone
     assert short("sr-ste", sr_ste_lambda=0.0)[0].losses == short("ste")[0].losses != lone
 
 
-def test_asp_never_changes_its_mask() -> None:
+def test_method_asp_never_changes_its_mask() -> None:
     before = student_of(teacher())
     with torch.no_grad():
         before(torch.zeros(1, 1, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     kept = {
-        name: sdm.masks.nm_mask(weight, pattern)
+        name: nm_mask(weight, pattern)
         for name, (weight, pattern) in sdm.masked_parameters(before).items()
     }
     _, student = short("asp", weight_decay=0.1)
@@ -79,7 +80,7 @@ def test_asp_never_changes_its_mask() -> None:
 
 
 @pytest.mark.parametrize("method", ["ste", "asp"])
-def test_masks_move_without_asp_and_never_with_it(tmp_path: Any, method: str) -> None:
+def test_flip_rate_is_zero_with_asp_alone(tmp_path: Any, method: str) -> None:
     short(method, tmp_path, lr=0.1)
     lines = [entry["flip_rate"] for entry in log_lines(tmp_path)]
     moved = [rate for rate in lines if rate]
@@ -92,26 +93,28 @@ def log_lines(folder: Any) -> list[dict[str, Any]]:
     return [entry for entry in log_of(folder) if "flip_rate" in entry]
 
 
-def test_progressive_tightens_in_equal_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_progressive_tightens_the_pattern_in_equal_shares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = recorded(monkeypatch, lambda run: str(sdm.pattern_of(run.student)))
     _, student = short("progressive", student=student_of(teacher(), pattern="1:8"))
     assert seen == ["4:8"] * 4 + ["2:8"] * 4 + ["1:8"] * 4
     assert str(sdm.pattern_of(student)) == "1:8"
 
 
-def test_stages_can_be_named() -> None:
+def test_stages_option_sets_the_patterns() -> None:
     result, _ = short("progressive", stages=["3:4", "2:4", "1:4"])
     assert result.config.stages == ("3:4", "2:4", "1:4")
     with pytest.raises(ConfigError, match="not the student's own pattern '1:4'"):
         short("progressive", stages=["3:4", "2:4"])
 
 
-def test_in_a_transfer_each_student_teaches_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_transfer_makes_each_student_teach_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     taught: list[Any] = []
     real = staging.begin_stage
 
     def begin(run: Any) -> None:
-        average = [value.clone() for value in run.average.state().values()]
+        average = [value.clone() for value in run.ema.state_dict().values()]
         real(run)
         taught.append((run, average))
         assert str(sdm.pattern_of(run.teacher)) == "2:4"
@@ -122,10 +125,10 @@ def test_in_a_transfer_each_student_teaches_the_next(monkeypatch: pytest.MonkeyP
             assert torch.equal(ours, old)
             assert torch.equal(theirs, old)
             assert not theirs.requires_grad
-        assert not run.engine.optimizer.state
+        assert not run.process.optimizer.state
 
     monkeypatch.setattr(loop, "begin_stage", begin)
-    rates = recorded(monkeypatch, lambda run: run.engine.optimizer.param_groups[0]["lr"])
+    rates = recorded(monkeypatch, lambda run: run.process.optimizer.param_groups[0]["lr"])
     short("transfer")
     assert len(taught) == 1
     run, average = taught[0]
@@ -133,7 +136,7 @@ def test_in_a_transfer_each_student_teaches_the_next(monkeypatch: pytest.MonkeyP
     assert rates[1:6] == pytest.approx(rates[7:12]), "the rate starts anew"
 
 
-def test_untrained_trains_nothing() -> None:
+def test_method_untrained_changes_no_weight() -> None:
     before = weights(teacher())
     result, student = short("untrained")
     assert all(map(torch.equal, weights(student), before))
@@ -141,7 +144,7 @@ def test_untrained_trains_nothing() -> None:
     assert len(result.held_out) == 1
 
 
-def test_dense_trains_the_model_itself() -> None:
+def test_method_dense_trains_the_model_itself() -> None:
     result, student = short("dense")
     assert result.pattern is None
     with pytest.raises(ConfigError, match="was not compiled"):
@@ -151,29 +154,29 @@ def test_dense_trains_the_model_itself() -> None:
 
 
 @pytest.mark.parametrize("method", SPARSE)
-def test_masks_need_a_compiled_student(method: str) -> None:
+def test_sparse_methods_with_a_dense_student_raise(method: str) -> None:
     if METHODS[method].options.get("sr_ste_lambda", 1.0) or method != "ste":
         with pytest.raises(ConfigError, match="was not compiled"):
             short(method, student=teacher(1))
 
 
-def test_all_methods_end_apart() -> None:
+def test_methods_end_with_different_losses() -> None:
     ends = {method: short(method)[0].held_out[-1].final for method in METHODS}
     assert len({*ends.values()}) == len(METHODS)
     assert max(ends, key=ends.__getitem__) == "untrained"
     assert min(ends, key=ends.__getitem__) == "dense"
 
 
-def test_losses_of_the_log_are_the_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compute_losses_returns_the_weighted_terms(monkeypatch: pytest.MonkeyPatch) -> None:
     terms: list[list[float]] = []
-    real = steps.loss_terms
+    real = steps.compute_losses
 
-    def spy(run: Any, piece: Any) -> Any:
-        found = real(run, piece)
-        terms.append(found.tolist())
-        return found
+    def spy(run: Any, micro_batch: Any) -> Any:
+        losses = real(run, micro_batch)
+        terms.append(losses.tolist())
+        return losses
 
-    monkeypatch.setattr(steps, "loss_terms", spy)
+    monkeypatch.setattr(steps, "compute_losses", spy)
     result, _ = short("sparsedm", alpha=0.5, beta=0.25)
     for (total, noise, taught), loss in zip(terms, result.losses, strict=True):
         assert total == pytest.approx(0.5 * noise + 0.25 * taught, rel=1e-6)
@@ -181,7 +184,9 @@ def test_losses_of_the_log_are_the_terms(monkeypatch: pytest.MonkeyPatch) -> Non
         assert taught > 0
 
 
-def test_a_module_keeps_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finetune_of_a_student_in_eval_mode_restores_the_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     student = student_of(teacher()).eval()
     modes = recorded(monkeypatch, lambda run: run.student.training)
     short("sparsedm", student=student)

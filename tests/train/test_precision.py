@@ -14,7 +14,7 @@ from tests.train.cases import short, teacher, weights
 
 
 @pytest.mark.parametrize("method", ["sparsedm", "dense"])
-def test_bfloat16_trains_as_float32_does(method: str, tmp_path: Path) -> None:
+def test_finetune_in_bfloat16_is_close_to_float32(method: str, tmp_path: Path) -> None:
     plain, _ = short(method)
     mixed, student = short(method, tmp_path, mixed_precision="bf16")
     assert mixed.losses == pytest.approx(plain.losses, rel=0.02)
@@ -27,7 +27,7 @@ def test_bfloat16_trains_as_float32_does(method: str, tmp_path: Path) -> None:
     assert all(map(torch.equal, weights(resumed), weights(student)))
 
 
-def test_products_are_in_bfloat16_and_masked() -> None:
+def test_finetune_in_bfloat16_multiplies_masked_bfloat16_weights() -> None:
     seen: list[tuple[torch.dtype, torch.dtype]] = []
     model = teacher()
     layer = model.mid_block.mlp.fc1
@@ -39,17 +39,17 @@ def test_products_are_in_bfloat16_and_masked() -> None:
         assert nm_mask(weight, pattern).float().mean().item() == float(pattern.density)
 
 
-def test_a_second_run_may_have_another_precision() -> None:
+def test_finetune_twice_in_one_process_with_another_precision_works() -> None:
     before, _ = short("ste")
     short("ste", mixed_precision="bf16")
     assert short("ste")[0].losses == before.losses
 
 
-def test_float16_needs_a_gpu() -> None:
+def test_finetune_in_float16_on_a_cpu_raises() -> None:
     with pytest.raises(ConfigError, match=r"fp16.*GPU"):
         short("ste", mixed_precision="fp16")
 
 
-def test_a_precision_there_is_not() -> None:
+def test_finetune_with_an_unknown_precision_raises() -> None:
     with pytest.raises(ConfigError, match="mixed_precision 'fp8'"):
         short("ste", mixed_precision="fp8")

@@ -27,7 +27,7 @@ class Killed(BaseException):
 
 def short_until(step: int, monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> None:
     """``short``, killed before that step of the process."""
-    real, count = loop.step, 0
+    real, count = loop.take_step, 0
 
     def counted(run: Any, pieces: Any, **given: Any) -> Any:
         nonlocal count
@@ -37,13 +37,13 @@ def short_until(step: int, monkeypatch: pytest.MonkeyPatch, *args: Any, **option
         return real(run, pieces, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "step", counted)
+        patch.setattr(loop, "take_step", counted)
         with pytest.raises(Killed):
             short(*args, **options)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "untrained"])
-def test_an_interrupted_run_ends_the_same(
+def test_finetune_interrupted_and_resumed_ends_the_same(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, student = short(method, tmp_path / "whole")
@@ -59,11 +59,11 @@ def test_an_interrupted_run_ends_the_same(
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
 
 
-def test_a_finished_run_is_not_trained_again(
+def test_finetune_of_a_finished_run_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = short(out=tmp_path)
-    monkeypatch.setattr(loop, "step", None)
+    monkeypatch.setattr(loop, "take_step", None)
     again, student = short(out=tmp_path)
     assert (again.losses, again.held_out) == (first.losses, first.held_out)
     loaded = sdm.load(tmp_path / "student.safetensors", teacher())
@@ -74,10 +74,10 @@ def test_a_finished_run_is_not_trained_again(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(
+def test_finetune_stopped_by_a_signal_saves_and_raises(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, before = loop.step, signal.getsignal(number)
+    real, before = loop.take_step, signal.getsignal(number)
 
     def step(run: Any, pieces: Any, **given: Any) -> Any:
         if run.progress.seen == 32:
@@ -85,7 +85,7 @@ def test_a_signal_saves_and_stops(
         return real(run, pieces, **given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "step", step)
+        patch.setattr(loop, "take_step", step)
         with pytest.raises(StoppedError, match="stopped after 40 of 96 images"):
             short(out=tmp_path)
     assert signal.getsignal(number) == before
@@ -98,7 +98,7 @@ def test_a_signal_saves_and_stops(
 @pytest.mark.parametrize(
     ("averages", "kept"), [((5, 4, 3, 2, 1), [96]), ((5, 3, 1, 2, 4), [48, 96])]
 )
-def test_the_last_and_the_best_are_kept(
+def test_save_run_keeps_the_last_and_the_best_checkpoint(
     averages: tuple[int, ...], kept: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = (float(loss) for average in averages for loss in (10 - average, average))
@@ -107,21 +107,21 @@ def test_the_last_and_the_best_are_kept(
     assert list_checkpoints(tmp_path) == kept
 
 
-def test_another_config_is_refused_by_name(tmp_path: Path) -> None:
+def test_resume_with_another_config_raises(tmp_path: Path) -> None:
     short(out=tmp_path)
     with pytest.raises(ConfigError, match=r"lr 0\.01, not 0\.02 \(and other seed\)"):
         short(out=tmp_path, lr=0.02, seed=1)
     short(out=tmp_path, keep=5, workers=1)
 
 
-def test_another_model_is_refused(tmp_path: Path) -> None:
+def test_resume_with_another_model_raises(tmp_path: Path) -> None:
     short(out=tmp_path)
     wide = UViT(img_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=4)
     with pytest.raises(CheckpointError, match="does not fit this UViT"):
         short(out=tmp_path, student=sdm.compile(wide, pattern="1:4", backend="eager"))
 
 
-def test_what_a_kill_leaves_is_not_taken_for_a_checkpoint(
+def test_resume_after_a_kill_during_a_save_ignores_the_torn_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = short()
@@ -144,7 +144,7 @@ def test_what_a_kill_leaves_is_not_taken_for_a_checkpoint(
     assert not [*(tmp_path / "checkpoints").glob("*.part")]
 
 
-def test_a_full_disk_stops_with_the_last_good_state(
+def test_save_run_on_a_full_disk_raises_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = checkpoint.save_file
@@ -162,7 +162,7 @@ def test_a_full_disk_stops_with_the_last_good_state(
     assert short(out=tmp_path)[0].losses == short()[0].losses
 
 
-def test_a_damaged_checkpoint_names_its_folder(tmp_path: Path) -> None:
+def test_resume_from_a_damaged_checkpoint_names_its_folder(tmp_path: Path) -> None:
     short(out=tmp_path)
     file = tmp_path / "checkpoints/000000000096/optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:100])
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_names_its_folder(tmp_path: Path) -> None:
         short(out=tmp_path)
 
 
-def test_nan_stops_the_run_and_the_last_checkpoint_is_good(tmp_path: Path) -> None:
+def test_finetune_with_a_nan_loss_keeps_a_good_checkpoint(tmp_path: Path) -> None:
     images, labels = data()
     whole = short(out=tmp_path / "good")[0]
 
@@ -203,12 +203,12 @@ def test_checkpoints_hold_no_pickle(tmp_path: Path) -> None:
     assert suffixes == {".safetensors", ".json"}
 
 
-def test_plain_values_survive_the_round_trip() -> None:
+def test_flatten_state_and_unflatten_state_are_inverse() -> None:
     tensors: dict[str, torch.Tensor] = {}
     state = {"state": {0: {"step": torch.tensor(3.0)}}, "groups": [{"betas": (0.9, 1), "x": None}]}
-    plain = json.loads(json.dumps(checkpoint.flattened(state, "o", tensors)))
-    back = checkpoint.restored(plain, tensors)
+    plain = json.loads(json.dumps(checkpoint.flatten_state(state, "o", tensors)))
+    back = checkpoint.unflatten_state(plain, tensors)
     assert back == state
     assert isinstance(back["groups"][0]["betas"], tuple)
     with pytest.raises(CheckpointError, match="keeps a set"):
-        checkpoint.flattened({"a": {1}}, "o", {})
+        checkpoint.flatten_state({"a": {1}}, "o", {})

@@ -14,8 +14,8 @@ from torch import nn
 import sparsedm_compiler as sdm
 from sparsedm_compiler.diffusion import make_scheduler, sample
 from sparsedm_compiler.masks.nm_mask import nm_mask
-from sparsedm_compiler.train import Pictures
-from sparsedm_compiler.train.run_log import Logbook, MaskWatch
+from sparsedm_compiler.train import SampleGrids
+from sparsedm_compiler.train.run_log import MaskWatch, RunLog
 from tests.train.cases import CLASSES, log_of, short, student_of, teacher
 
 
@@ -29,7 +29,7 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     }
 
 
-def test_tensorboard_shows_what_the_log_says(tmp_path: Path) -> None:
+def test_tensorboard_holds_the_values_of_the_log(tmp_path: Path) -> None:
     _, student = short("sparsedm", tmp_path, log_every=32)
     shown = scalars(tmp_path)
     lines = [line for line in log_of(tmp_path) if "loss" in line]
@@ -46,80 +46,82 @@ def test_tensorboard_shows_what_the_log_says(tmp_path: Path) -> None:
     assert [*shown["train/held_out_ema"]] == held == [0, 24, 48, 72, 96]
 
 
-def test_short_runs_have_a_line_per_step(tmp_path: Path) -> None:
+def test_log_of_a_short_run_has_a_line_per_step(tmp_path: Path) -> None:
     short("ste", tmp_path, log_every=None)
     assert [line["images"] for line in log_of(tmp_path) if "loss" in line] == [*range(8, 97, 8)]
 
 
-def test_the_losses_of_a_line_are_the_mean_since_the_line_before(tmp_path: Path) -> None:
+def test_log_line_holds_the_mean_losses_since_the_line_before(tmp_path: Path) -> None:
     result, _ = short("sparsedm", tmp_path, log_every=32)
     lines = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
     means = [sum(result.losses[k : k + 4]) / 4 for k in (0, 4, 8)]
     assert lines == pytest.approx(means)
 
 
-def test_curves_are_a_picture(tmp_path: Path) -> None:
+def test_curves_png_is_drawn(tmp_path: Path) -> None:
     short("sparsedm", tmp_path)
     curves = matplotlib.image.imread(tmp_path / "curves.png")
     assert curves.shape[0] > 400
     assert curves.std() > 0.02
 
 
-def test_flips_are_counted() -> None:
+def test_mask_watch_counts_changed_masks() -> None:
     model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 4))
     student = sdm.compile(model, pattern="2:4", policy="all", backend="eager")
     student(torch.randn(1, 8))
     watch = MaskWatch(student)
-    first = watch.look()
+    first = watch.measure()
     assert first.rate is None
     assert set(first.density.values()) == {0.5}
-    assert watch.look().rate == 0
+    assert watch.measure().rate == 0
     with torch.no_grad():
         weight = student[0].weight
         mask = nm_mask(weight, sdm.Pattern.parse("2:4"))
         weight.copy_(torch.where(mask, 0.0, 1.0))  # kept and pruned change places: 32 of 48
-    assert watch.look().rate == pytest.approx(32 / 48)
+    assert watch.measure().rate == pytest.approx(32 / 48)
 
 
-def test_dense_models_have_no_flips() -> None:
-    assert MaskWatch(nn.Linear(2, 2)).look() == (found := MaskWatch(nn.Linear(2, 2)).look())
+def test_mask_watch_of_a_dense_model_has_no_rate() -> None:
+    assert MaskWatch(nn.Linear(2, 2)).measure() == (found := MaskWatch(nn.Linear(2, 2)).measure())
     assert (found.rate, found.density) == (None, {})
 
 
-def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
-    book = Logbook(tmp_path, 0)
+def test_run_log_when_resumed_drops_later_lines(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
     for images in (8, 16, 24):
-        book.trained(images, (1.0, 0.5, 0.5), lr=0.1)
-    book.held_out(24, 1.0, None)
-    book.close()
-    book = Logbook(tmp_path, 16)
-    book.trained(20, (3.0, 2.0, 1.0), lr=0.1)
-    book.close()
+        log.write_losses(images, (1.0, 0.5, 0.5), lr=0.1)
+    log.write_held_out(24, 1.0, None)
+    log.close()
+    log = RunLog(tmp_path, 16)
+    log.write_losses(20, (3.0, 2.0, 1.0), lr=0.1)
+    log.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["images"], line["loss"]) for line in lines] == [(8, 1.0), (16, 1.0), (20, 3.0)]
     assert scalars(tmp_path)["train/loss"] == {8: 1.0, 16: 1.0, 20: 3.0}
 
 
-def test_pictures_are_of_the_average_at_fixed_seeds(tmp_path: Path) -> None:
-    pictures = Pictures(
+def test_sample_grids_of_a_run_show_the_ema_at_fixed_seeds(tmp_path: Path) -> None:
+    grids = SampleGrids(
         (1, 4, 4), count=12, sampler="ddim", steps=2, condition=torch.arange(12) % CLASSES
     )
-    result, student = short("ste", tmp_path, pictures=pictures, sample_every=48)
+    result, student = short("ste", tmp_path, sample_grids=grids, sample_every=48)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         "000000000048.png",
         "000000000096.png",
     ]
     assert result.ema is not None
-    pictures.save(tmp_path / "again.png", pictures.draw(result.ema, "eps"))
+    grids.save(tmp_path / "again.png", grids.draw(result.ema, "eps"))
     again = (tmp_path / "again.png").read_bytes()
     assert (tmp_path / "samples/000000000096.png").read_bytes() == again
-    pictures.save(tmp_path / "other.png", pictures.draw(student, "eps"))
+    grids.save(tmp_path / "other.png", grids.draw(student, "eps"))
     assert (tmp_path / "other.png").read_bytes() != again
 
 
-def test_a_grid_holds_each_sample_in_its_place(tmp_path: Path) -> None:
+def test_sample_grids_draw_samples_that_do_not_depend_on_the_count(tmp_path: Path) -> None:
     model = student_of(teacher())
-    drawn = Pictures((1, 4, 4), count=12, sampler="ddim", steps=2, condition=torch.zeros(12).long())
+    drawn = SampleGrids(
+        (1, 4, 4), count=12, sampler="ddim", steps=2, condition=torch.zeros(12).long()
+    )
     images = drawn.draw(model, "eps")
     alone = sample(
         model,

@@ -32,7 +32,7 @@ from tests.train.sr_ste_cases import (
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("twice", [False, True])
-def test_a_plain_step(fused: bool, twice: bool) -> None:
+def test_sr_ste_step_equals_the_formula(fused: bool, twice: bool) -> None:
     student = student_of(net(twice=twice))
     expected = expected_step(student, ste_grads(student, batch()))
     optimizer = sgd(student, fused=fused)
@@ -42,12 +42,12 @@ def test_a_plain_step(fused: bool, twice: bool) -> None:
     assert_stepped(student, expected)
 
 
-def test_the_term_is_not_zero_here() -> None:
+def test_sr_ste_cases_have_a_nonzero_term() -> None:
     """Else every test of this file would pass without it."""
     assert int((term_of(net().middle.weight) != 0).sum()) > 20
 
 
-def test_accumulation_adds_it_once() -> None:
+def test_sr_ste_with_accumulation_adds_the_term_once() -> None:
     student = student_of(net())
     inputs = [batch(seed) for seed in range(5)]
     expected = expected_step(student, ste_grads(student, *inputs))
@@ -59,7 +59,7 @@ def test_accumulation_adds_it_once() -> None:
     assert_stepped(student, expected)
 
 
-def test_the_mask_is_that_of_the_forward() -> None:
+def test_sr_ste_uses_the_mask_of_the_forward() -> None:
     """Two steps: the second masks the weights the first has made."""
     student = student_of(net())
     optimizer = sgd(student)
@@ -74,7 +74,7 @@ def test_the_mask_is_that_of_the_forward() -> None:
 
 @pytest.mark.parametrize("how", ["positional", "keyword"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_closure_gets_it_after_its_backward(how: str, form: str) -> None:
+def test_sr_ste_with_a_closure_adds_the_term_after_the_backward(how: str, form: str) -> None:
     student = student_of(net())
     expected = expected_step(student, ste_grads(student, batch()))
     optimizer = sgd(student)
@@ -101,7 +101,7 @@ class Thrice(SGD):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_closure_may_run_several_times_a_step(form: str) -> None:
+def test_sr_ste_with_a_closure_called_several_times_is_right(form: str) -> None:
     """Each new gradient has the term once; the decoupled decay happens once a step."""
     student = student_of(net())
     weight = student.middle.weight
@@ -124,7 +124,7 @@ def test_a_closure_may_run_several_times_a_step(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_tensor_for_a_learning_rate(form: str) -> None:
+def test_sr_ste_with_a_tensor_learning_rate_works(form: str) -> None:
     student = student_of(net())
     expected = expected_step(student, ste_grads(student, batch()))
     optimizer = SGD(student.parameters(), lr=torch.tensor(LR))
@@ -134,7 +134,7 @@ def test_a_tensor_for_a_learning_rate(form: str) -> None:
     assert_stepped(student, expected)
 
 
-def test_decoupled_uses_the_lr_of_each_group() -> None:
+def test_sr_ste_decoupled_uses_the_lr_of_each_group() -> None:
     student = student_of(net())
     weight = student.middle.weight
     before, term = weight.detach().clone(), term_of(weight)
@@ -147,7 +147,7 @@ def test_decoupled_uses_the_lr_of_each_group() -> None:
     assert_same(weight.detach(), before - 0.25 * term - 0.25 * grad)
 
 
-def test_maximize_still_pulls_to_zero() -> None:
+def test_sr_ste_with_maximize_still_pulls_to_zero() -> None:
     student = student_of(net())
     grads = {name: -grad for name, grad in ste_grads(student, batch()).items()}
     expected = expected_step(student, grads)
@@ -159,7 +159,7 @@ def test_maximize_still_pulls_to_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_parameters(dtype: torch.dtype) -> None:
+def test_sr_ste_with_half_precision_parameters_works(dtype: torch.dtype) -> None:
     """One rounding, of the exact sum: gradients here are as small as the term."""
     student = student_of(net())
     student.to(dtype)
@@ -174,7 +174,7 @@ def test_half_precision_parameters(dtype: torch.dtype) -> None:
     assert_same(weight.grad, exact.to(dtype))
 
 
-def test_lambda_zero_is_plain_ste() -> None:
+def test_sr_ste_with_lambda_zero_is_plain_ste() -> None:
     student = student_of(net())
     expected = expected_step(student, ste_grads(student, batch()), lam=0)
     optimizer = sgd(student)
@@ -184,7 +184,7 @@ def test_lambda_zero_is_plain_ste() -> None:
     assert_stepped(student, expected)
 
 
-def test_lambda_zero_asks_for_nothing() -> None:
+def test_sr_ste_with_lambda_zero_accepts_an_uncalled_model() -> None:
     """Not even for masks, which this student does not have yet."""
     student = sdm.compile(net(), PATTERN, backend="eager")
     optimizer = sgd(student)
@@ -192,7 +192,7 @@ def test_lambda_zero_asks_for_nothing() -> None:
     optimizer.step()
 
 
-def test_remove_ends_it() -> None:
+def test_sr_ste_after_remove_adds_nothing() -> None:
     student = student_of(net())
     expected = expected_step(student, ste_grads(student, batch()), lam=0)
     optimizer = sgd(student)
@@ -203,7 +203,7 @@ def test_remove_ends_it() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_weight_without_gradient_is_left_alone(form: str) -> None:
+def test_sr_ste_for_a_weight_without_gradient_does_nothing(form: str) -> None:
     student = student_of(net())
     before = student.middle.weight.detach().clone()
     optimizer = sgd(student)
@@ -214,7 +214,7 @@ def test_a_weight_without_gradient_is_left_alone(form: str) -> None:
     assert_same(student.middle.weight.detach(), before)
 
 
-def test_the_defaults_are_those_of_the_paper() -> None:
+def test_sr_ste_defaults_are_those_of_the_paper() -> None:
     student = student_of(net())
     student(batch()).sum().backward()
     weight = student.middle.weight
@@ -227,25 +227,25 @@ def test_the_defaults_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("form", ["Paper", "", None, "coupled"])
-def test_an_unknown_form_is_refused(form: Any) -> None:
+def test_sr_ste_with_an_unknown_form_raises(form: Any) -> None:
     student = student_of(net())
     with pytest.raises(sdm.ConfigError, match="neither 'paper' nor 'decoupled'"):
         sr_ste(sgd(student), student, form=form)
 
 
 @pytest.mark.parametrize("lam", [-1e-4, float("nan"), float("inf"), "2e-4", True, None])
-def test_a_lambda_that_is_none_is_refused(lam: Any) -> None:
+def test_sr_ste_with_an_invalid_lambda_raises(lam: Any) -> None:
     student = student_of(net())
     with pytest.raises(sdm.ConfigError, match="not a finite number >= 0"):
         sr_ste(sgd(student), student, lam=lam)
 
 
-def test_a_model_that_was_not_compiled_is_refused() -> None:
+def test_sr_ste_for_a_model_that_was_not_compiled_raises() -> None:
     with pytest.raises(sdm.SparseDMError, match="was not compiled"):
         sr_ste(sgd(net()), net())
 
 
-def test_a_step_before_the_first_forward_raises() -> None:
+def test_sr_ste_step_before_the_first_forward_raises() -> None:
     student = sdm.compile(net(), PATTERN, backend="eager")
     optimizer = sgd(student)
     sr_ste(optimizer, student, lam=LAM)
@@ -253,7 +253,7 @@ def test_a_step_before_the_first_forward_raises() -> None:
         optimizer.step()
 
 
-def test_the_optimizer_of_another_model_raises() -> None:
+def test_sr_ste_with_the_optimizer_of_another_model_raises() -> None:
     student = student_of(net())
     optimizer = sgd(net())
     sr_ste(optimizer, student, lam=LAM)
@@ -274,7 +274,7 @@ def ddp_rank(rank: int, folder: Path) -> None:
         torch.save(student.state_dict(), folder / f"{form}.{rank}")
 
 
-def test_two_processes_add_the_same_term_once(tmp_path: Path) -> None:
+def test_sr_ste_in_two_processes_adds_the_same_term_once(tmp_path: Path) -> None:
     run_group(ddp_rank, tmp_path)
     model = net()
     halves = [ste_grads(model, batch(rank)) for rank in range(2)]

@@ -25,7 +25,7 @@ from tests.train.sr_ste_cases import (
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_loss_scaling_leaves_it_alone(fused: bool, unscale: bool) -> None:
+def test_sr_ste_under_loss_scaling_adds_the_same_term(fused: bool, unscale: bool) -> None:
     student = student_of(net())
     expected = expected_step(student, ste_grads(student, batch()))
     optimizer = sgd(student, fused=fused)
@@ -41,7 +41,7 @@ def test_loss_scaling_leaves_it_alone(fused: bool, unscale: bool) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_that_overflowed_is_skipped(fused: bool, form: str) -> None:
+def test_sr_ste_in_a_step_that_overflowed_changes_nothing(fused: bool, form: str) -> None:
     student = student_of(net())
     before = {name: value.detach().clone() for name, value in student.named_parameters()}
     optimizer = sgd(student, fused=fused)
@@ -61,7 +61,9 @@ def test_a_step_that_overflowed_is_skipped(fused: bool, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_adamw_sees_it_in_the_gradient_or_not_at_all(form: str, fused: bool, scaled: bool) -> None:
+def test_sr_ste_form_decides_whether_adamw_sees_the_term(
+    form: str, fused: bool, scaled: bool
+) -> None:
     """The paper's term is rescaled by Adam like any gradient; the decoupled one is not."""
     student, twin = student_of(net()), net()
     how: dict[str, Any] = {"lr": 0.125, "weight_decay": 0.1, "fused": fused}

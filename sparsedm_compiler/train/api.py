@@ -1,0 +1,107 @@
+"""``finetune``: trains a student against the truth and its dense teacher (SparseDM, eq. 9 to 14).
+
+Importing this module needs no extra; what ``finetune`` calls needs the extra "train".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..optional_deps import require_extra
+from .finetune_config import FinetuneConfig
+from .result import FinetuneResult
+from .run_inputs import RunInputs
+
+if TYPE_CHECKING:
+    from ..diffusion.condition import Condition
+    from ..diffusion.objective import NoiseScheduler
+    from .batches import Data
+    from .sample_grids import SampleGrids
+
+
+def finetune(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Data,
+    *,
+    config: FinetuneConfig | None = None,
+    scheduler: NoiseScheduler | None = None,
+    optimizer: Optimizer | None = None,
+    held_out: Data | None = None,
+    null: Condition | None = None,
+    sample_grids: SampleGrids | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> FinetuneResult:
+    """Trains ``student`` in place on ``alpha*|target - s|^2 + beta*|teacher - s|^2``.
+
+    Student and teacher get the same (x_t, t[, condition]); the teacher is only read. The order of
+    the data and all noise depend on (seed, position in the data) alone.
+
+    The same call with the same ``out`` resumes a run that was interrupted, exactly (on the CPU to
+    the bit). SIGTERM and Ctrl-C save the run and raise StoppedError. Under ``accelerate launch``
+    every process calls this and takes its share of each batch; move the models to the process's
+    device first.
+
+    Args:
+        student: The model to train, from ``compile(..., mode="train")``, or a plain model for
+            method "dense".
+        teacher: The dense model to imitate, with parameters of its own. None leaves out the
+            teacher's term of the loss.
+        data: Images float [n, C, H, W] in [-1, 1]; (images, labels [n]); a map-style Dataset of
+            either; or an iterable of batches of either that can be started again.
+        config: All options. None is ``FinetuneConfig()``.
+        scheduler: A variance-preserving scheduler of diffusers that defines the noise levels.
+            None is DDPM with 1000 linear betas; flow matching takes none.
+        optimizer: An optimizer over the student's parameters, whose learning rates the schedule
+            then scales. None is AdamW with the options of ``config``.
+        held_out: Data, of any form that ``data`` may have, whose loss is measured at the start, at
+            the end and every ``held_out_every`` images. None measures nothing.
+        null: The condition, of one row, that stands for "no condition", for models conditioned on
+            text. None is zeros.
+        sample_grids: Grids of samples to draw every ``sample_every`` images. None draws none.
+        out: A folder for checkpoints, log, curves, sample grids, student.safetensors and
+            results.json. None writes nothing.
+        progress: Whether the main process shows a progress bar.
+        **options: Fields of FinetuneConfig by name, on top of ``config``; ``method`` brings its
+            own options.
+
+    Returns:
+        The losses, held-out losses, timing, and a copy of the student with the EMA weights.
+
+    Raises:
+        ConfigError: An option does not exist or does not fit student, teacher, optimizer or
+            folder; or a package of the extra "train" is not installed.
+        DataError: The data are of the wrong kind, shape or range, or hold nothing.
+        CheckpointError: A checkpoint cannot be written, is damaged, or is of another model.
+        StoppedError: The run was stopped by a signal, and has been saved.
+        SparseDMError: The loss is NaN or Inf.
+
+    Example:
+        >>> import torch, sparsedm_compiler as sdm
+        >>> from sparsedm_compiler.models import UViT
+        >>> teacher = UViT(img_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2)
+        >>> student = sdm.compile(teacher, pattern="2:4", backend="eager")
+        >>> images = torch.randn(16, 1, 4, 4).clamp(-1, 1)
+        >>> result = sdm.finetune(
+        ...     student, teacher, images, images=32, batch_size=8, progress=False
+        ... )
+        >>> result.images, len(result.losses)
+        (32, 4)
+    """
+    config = (config or FinetuneConfig()).with_options(options)
+    folder = None if out is None else Path(out)
+    inputs = RunInputs(data, scheduler, held_out, null, sample_grids, folder)
+    with require_extra("finetune", "train"):
+        from .loop import train_to_end
+        from .session import open_run
+    run = open_run(student, teacher, config, inputs, optimizer)
+    try:
+        return train_to_end(run, progress and run.process.is_main)
+    finally:
+        run.process.release()

@@ -1,0 +1,100 @@
+"""With the core dependencies alone the public names are there, and those that need more say so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CORE = r'''
+import sys
+from importlib.machinery import PathFinder
+
+EXTRAS = {
+    "accelerate", "datasets", "diffusers", "matplotlib", "peft", "PIL", "pytorch_fid", "scipy",
+    "sklearn", "tensorboard", "torchvision", "tqdm", "transformers", "yaml",
+}
+
+
+class CorePackages(PathFinder):
+    """Finds every package but the extras, as where they are not installed."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] in EXTRAS:
+            return None
+        return super().find_spec(name, path, target)
+
+
+sys.meta_path = [CorePackages if finder is PathFinder else finder for finder in sys.meta_path]
+
+import torch
+import sparsedm_compiler as sdm
+
+torch.manual_seed(0)
+net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+student = sdm.compile(net, pattern="2:4", backend="eager")
+data = torch.randn(4, 8)
+student(data)
+'''
+
+
+def run_core(code: str) -> list[str]:
+    """Runs code after CORE in a process of its own; returns the lines it prints."""
+    done = subprocess.run([sys.executable, "-c", CORE + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_public_names_with_core_packages_alone_are_listed_and_resolve() -> None:
+    code = """
+print(sorted({*sdm.__all__} - {*dir(sdm)}))
+print(sorted(name for name in sdm.__all__ if not callable(getattr(sdm, name))))
+namespace = {}
+exec("from sparsedm_compiler import *", namespace)
+print(sorted({*sdm.__all__} - {*namespace}))
+"""
+    assert run_core(code) == ["[]", "[]", "[]"]
+
+
+def test_sr_ste_with_core_packages_alone_trains() -> None:
+    code = """
+optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+handle = sdm.sr_ste(optimizer, student, lam=10.0)
+before = student[1].weight.detach().clone()
+pruned = ~sdm.Pattern.parse("2:4").compute_mask(before)
+for _ in range(3):
+    optimizer.zero_grad()
+    student(data).square().mean().backward()
+    optimizer.step()
+after = student[1].weight.detach()
+print(bool((after[pruned].abs().sum() < before[pruned].abs().sum())))
+handle.remove()
+from sparsedm_compiler.train import static_mask
+static_mask(optimizer, student)
+print(int((student[1].weight == 0).sum()))
+"""
+    assert run_core(code) == ["True", "32"]
+
+
+def test_finetune_and_held_out_loss_without_the_extra_name_it() -> None:
+    code = """
+config = sdm.FinetuneConfig.create("ste", images=8)
+for call in (
+    lambda: sdm.finetune(student, None, data, config=config),
+    lambda: sdm.held_out_loss(student, data),
+    lambda: sdm.train.SampleGrids((1, 4, 4)).draw(student, "eps"),
+    lambda: sdm.train.SampleGrids((1, 4, 4)).save(None, data),
+):
+    try:
+        call()
+    except sdm.ConfigError as error:
+        assert isinstance(error, sdm.SparseDMError)
+        print(error)
+"""
+    way = 'which is not installed: pip install "sparsedm-compiler[train]"'
+    lines = run_core(code)
+    assert len(lines) == 4
+    for line, name in zip(lines, ("finetune", "held_out_loss", *["SampleGrids"] * 2), strict=True):
+        assert line.startswith(f"{name} needs "), line
+        assert line.endswith(way), line
+    assert "Pillow" in lines[3]
