@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import CheckpointError, ConfigError, masked_parameters
 from ..reporting.charts import save_curves
-from ..reporting.run_log_format import Entry, Held, Trained, read_log
+from ..reporting.run_log_format import HeldOutEntry, LogEntry, StepEntry, read_log
 from .checkpoint import unwritable, write_whole
 from .fsdp import mask_here
 
@@ -60,7 +60,7 @@ class Logbook:
     def __init__(self, folder: Path, seen: int) -> None:
         self.folder = folder
         before = read_log(folder / LOG) if (folder / LOG).exists() else ()
-        self.entries: list[Entry] = [entry for entry in before if entry.images <= seen]
+        self.entries: list[LogEntry] = [entry for entry in before if entry.images <= seen]
         write_whole(folder / LOG, "".join(line(entry) for entry in self.entries))
         self._file = (folder / LOG).open("a", encoding="utf-8")
         self._board = board(folder, seen)
@@ -73,7 +73,7 @@ class Logbook:
         loss, noise, teacher = means
         speed = (images - before) / max(now - then, 1e-9)
         self._write(
-            Trained(
+            StepEntry(
                 images=images,
                 loss=loss,
                 noise_loss=noise,
@@ -85,8 +85,8 @@ class Logbook:
 
     def held_out(self, images: int, student: float, ema: float | None) -> None:
         """Write the held-out losses after ``images``, and draw the curves anew."""
-        if not any(isinstance(e, Held) and e.images == images for e in self.entries):
-            self._write(Held(images, student, ema))
+        if not any(isinstance(e, HeldOutEntry) and e.images == images for e in self.entries):
+            self._write(HeldOutEntry(images, student, ema))
         self.curves()
 
     def density(self, images: int, density: Mapping[str, float]) -> None:
@@ -107,7 +107,7 @@ class Logbook:
         if self._board is not None:
             self._board.close()
 
-    def _write(self, entry: Entry) -> None:
+    def _write(self, entry: LogEntry) -> None:
         self.entries.append(entry)
         try:
             self._file.write(line(entry))
@@ -120,7 +120,7 @@ class Logbook:
                     self._board.add_scalar(f"train/{name}", value, entry.images)
 
 
-def line(entry: Entry) -> str:
+def line(entry: LogEntry) -> str:
     """The line of log.jsonl for ``entry``."""
     return json.dumps(asdict(entry)) + "\n"
 
