@@ -1,4 +1,4 @@
-"""A small classifier of the study's own images, whose features measure Fréchet distances."""
+"""A small classifier of the study's own images, whose features Fréchet distances are taken on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sparsedm_compiler.data import ImageData
-from sparsedm_compiler.evaluate.features import FeatureNetwork
+from sparsedm_compiler.evaluate import FeatureNetwork
 
 NAME = "SmallResNet"
 BATCH = 128
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A classifier of small images; ``features`` [B, 64] are what its last layer reads."""
+    """A classifier of small images; ``features`` [B, 64] are the inputs of its last layer."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -53,8 +53,8 @@ class SmallResNet(nn.Module):
         return self.classes(self.features(x))
 
 
-def judge(path: Path, data: ImageData, epochs: int) -> SmallResNet:
-    """The classifier kept at ``path``, trained on ``data`` first where there is none."""
+def load_judge(path: Path, data: ImageData, epochs: int) -> SmallResNet:
+    """Loads the classifier at ``path``; trains it on ``data`` first where there is none."""
     assert data.classes is not None
     torch.manual_seed(0)
     network = SmallResNet(data.shape[0], data.classes)
@@ -80,8 +80,8 @@ def judge(path: Path, data: ImageData, epochs: int) -> SmallResNet:
 
 
 @torch.no_grad()
-def accuracy(network: SmallResNet, data: ImageData) -> float:
-    """The share of ``data`` that the classifier puts into its class."""
+def measure_accuracy(network: SmallResNet, data: ImageData) -> float:
+    """Returns the share of ``data`` that is classified correctly."""
     right = 0
     for rows in torch.arange(len(data)).split(BATCH):
         images, labels = data.fetch(rows.tolist())
@@ -90,6 +90,6 @@ def accuracy(network: SmallResNet, data: ImageData) -> float:
     return right / len(data)
 
 
-def features_of(network: SmallResNet) -> FeatureNetwork:
-    """The feature network under the name of results."""
+def make_feature_network(network: SmallResNet) -> FeatureNetwork:
+    """Returns the features of the classifier under their name in results."""
     return FeatureNetwork(NAME, network.features)

@@ -1,4 +1,4 @@
-"""What the study of methods trains: one teacher, then many students of it."""
+"""The runs of the study of methods: one teacher, then many students of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATTERNS = ("2:4", "1:4", "1:8", "2:4x4", "1:4x4", "1:8x4")
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Images trained on, models and samples; ``long``: times the images of a long fine-tune."""
+    """The size of the study: images, model, samples; a long run has ``long`` times the images."""
 
     teacher_images: int
     images: int
@@ -42,7 +42,7 @@ QUICK = Budget(512, 128, 2, 64, 40, 4, (0,), 32, 2, ("2:4", "1:4x4"), 1)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One student: ``group`` is the table it belongs to, ``options`` those of FinetuneConfig."""
+    """One student, in the table ``group``, trained with ``options`` of FinetuneConfig."""
 
     group: str
     method: str
@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The folder of the run."""
+        """The name of the run's folder."""
         extra = [f"{key}={value}" for key, value in self.options.items()]
         parts = [self.method, self.pattern or "dense", f"seed{self.seed}", *extra]
         return "-".join(parts).replace(":", "_").replace("[", "").replace("]", "").replace(" ", "")
@@ -60,7 +60,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """Where the images come from, where everything goes, and how much is done.
+    """The images, the output folder and the budget of a study.
 
     ``teacher``: weights of the dense model (.safetensors); None trains it first.
     """
@@ -74,36 +74,35 @@ class Study:
 
     @property
     def teacher_weights(self) -> Path:
-        """Where the trained dense model lies."""
+        """The path of the trained dense model."""
         return self.teacher or self.out / "teacher" / "student.safetensors"
 
-    def train(self) -> ImageData:
-        """The images trained on."""
+    def open_training_data(self) -> ImageData:
+        """Opens the training images."""
         return open_data(self.data, size=self.size)
 
-    def test(self, limit: int | None = None) -> ImageData:
-        """The held-out images."""
+    def open_test_data(self, limit: int | None = None) -> ImageData:
+        """Opens the held-out images, at most ``limit``."""
         return open_data(self.held_out, size=self.size, limit=limit)
 
-    def model(self) -> nn.Module:
-        """The dense U-ViT at random weights; its last class stands for "no class"."""
-        shown = self.train()
-        assert shown.classes is not None, "the study needs labelled images"
+    def make_model(self) -> nn.Module:
+        """Makes the dense U-ViT with random weights; its last class stands for "no class"."""
+        data = self.open_training_data()
+        assert data.classes is not None, "the study needs labelled images"
         return UViT(
-            img_size=shown.shape[-1],
+            img_size=data.shape[-1],
             patch_size=2,
-            in_chans=shown.shape[0],
+            in_chans=data.shape[0],
             embed_dim=self.budget.width,
             depth=self.budget.depth,
             num_heads=4,
-            num_classes=shown.classes + 1,
+            num_classes=data.classes + 1,
             mlp_time_embed=True,
             pos_std=0.5,
         )
 
-    def common(self) -> dict[str, Any]:
-        """Options that all runs share."""
-        shown = self.train()
+    def make_common_options(self) -> dict[str, Any]:
+        """Returns the options that all runs share."""
         return {
             "batch_size": 64,
             "betas": (0.9, 0.99),
@@ -111,13 +110,13 @@ class Study:
             "max_grad_norm": 1.0,
             "flip": True,
             "drop_condition": 0.1,
-            "null_label": shown.classes,
+            "null_label": self.open_training_data().classes,
         }
 
-    def teacher_options(self) -> dict[str, Any]:
-        """Options of the teacher's own training, from random weights."""
+    def make_teacher_options(self) -> dict[str, Any]:
+        """Returns the options of the teacher's own training, from random weights."""
         return {
-            **self.common(),
+            **self.make_common_options(),
             "method": "dense",
             "images": self.budget.teacher_images,
             "lr": 1e-3,
@@ -126,12 +125,12 @@ class Study:
             "held_out_every": self.budget.teacher_images // 8,
         }
 
-    def options(self, setting: Setting) -> dict[str, Any]:
-        """Options of one student."""
+    def make_student_options(self, setting: Setting) -> dict[str, Any]:
+        """Returns the options of one student."""
         images = {} if setting.method == "untrained" else {"images": self.budget.images}
         ema = {} if setting.method == "untrained" else {"ema_decay": 0.98}
         return {
-            **self.common(),
+            **self.make_common_options(),
             "method": setting.method,
             "batch_size": 32,
             "lr": 5e-4,
@@ -141,8 +140,8 @@ class Study:
             "seed": setting.seed,
         }
 
-    def settings(self, group: str) -> Iterator[Setting]:
-        """The students of a group, seed after seed."""
+    def list_settings(self, group: str) -> Iterator[Setting]:
+        """Yields the students of a group, seed after seed."""
         if group == "methods":
             for seed in self.budget.seeds:
                 yield Setting(group, "dense", None, seed)
@@ -152,12 +151,12 @@ class Study:
                     for method in METHODS:
                         yield Setting(group, method, pattern, seed)
         elif group == "long":
-            yield from self.longer()
+            yield from self.list_long_runs()
         else:
-            yield from self.sweep()
+            yield from self.list_sweep()
 
-    def longer(self) -> Iterator[Setting]:
-        """Methods at two patterns with more images and the best learning rate of the sweep."""
+    def list_long_runs(self) -> Iterator[Setting]:
+        """Yields methods at two patterns, with more images and the sweep's best learning rate."""
         options = {"images": self.budget.images * self.budget.long, "lr": 2e-3}
         for seed in self.budget.seeds:
             yield Setting("long", "dense", None, seed, options)
@@ -165,8 +164,8 @@ class Study:
                 for method in ("asp", "ste", "sr-ste", "sparsedm"):
                     yield Setting("long", method, pattern, seed, options)
 
-    def sweep(self) -> Iterator[Setting]:
-        """One option at a time away from STE with a teacher, at 1:4 and 1:8; then longer runs."""
+    def list_sweep(self) -> Iterator[Setting]:
+        """Yields single changes to STE with a teacher, at 1:4 and 1:8; then longer runs."""
         changes: tuple[dict[str, Any], ...] = (
             {},
             {"sr_ste_lambda": 1e-5},
@@ -181,12 +180,14 @@ class Study:
         )
         for pattern in ("1:4", "1:8"):
             for change in changes:
-                yield self._swept(pattern, change)
+                yield self._make_sweep_setting(pattern, change)
         images = self.budget.images * self.budget.long
         for lam in (0.0, 2e-4):
             for lr in (5e-4, 1e-3):
-                yield self._swept("1:8", {"sr_ste_lambda": lam, "lr": lr, "images": images})
+                yield self._make_sweep_setting(
+                    "1:8", {"sr_ste_lambda": lam, "lr": lr, "images": images}
+                )
 
-    def _swept(self, pattern: str, change: Mapping[str, Any]) -> Setting:
+    def _make_sweep_setting(self, pattern: str, change: Mapping[str, Any]) -> Setting:
         options = {"sr_ste_lambda": 0.0, **change}
         return Setting("sweep", "sparsedm", pattern, self.budget.seeds[0], options)

@@ -8,12 +8,13 @@ import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
-from sparsedm_compiler.reporting.page import report_page
+from sparsedm_compiler.reporting import report_page
 
 from .plan import GROUPS, Study
 
@@ -22,8 +23,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def write_tables(study: Study) -> None:
-    """methods.json, methods.md and a page per group in the folder of the study."""
-    runs = {group: results(study, group) for group in GROUPS}
+    """Writes methods.json, methods.md and a page per group into the folder of the study."""
+    runs = {group: read_results(study, group) for group in GROUPS}
     machine = f"torch {torch.__version__}, one thread per run, {platform.machine()}"
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -39,36 +40,36 @@ def write_tables(study: Study) -> None:
     }
     values = {**facts, **runs}
     (study.out / "methods.json").write_text(json.dumps(values, indent=1) + "\n")
-    tables = (methods_table(runs["methods"]), methods_table(runs["long"]))
-    text = "\n\n".join((*tables, sweep_table(runs["sweep"]))) + "\n"
+    tables = (format_methods(runs["methods"]), format_methods(runs["long"]))
+    text = "\n\n".join((*tables, format_sweep(runs["sweep"]))) + "\n"
     (study.out / "methods.md").write_text(text)
     print(text)
     for group in GROUPS:
-        folders = [study.out / group / setting.name for setting in study.settings(group)]
-        if found := [folder for folder in folders if (folder / "results.json").exists()]:
-            report_page(found, study.out / f"{group}.html")
+        folders = [study.out / group / setting.name for setting in study.list_settings(group)]
+        if finished := [folder for folder in folders if (folder / "results.json").exists()]:
+            report_page(finished, study.out / f"{group}.html")
 
 
-def results(study: Study, group: str) -> list[dict[str, Any]]:
-    """What every finished run of a group came to."""
-    found = []
-    for setting in study.settings(group):
+def read_results(study: Study, group: str) -> list[dict[str, Any]]:
+    """Returns the settings and the results of every finished run of a group."""
+    rows = []
+    for setting in study.list_settings(group):
         folder = study.out / group / setting.name
         if (folder / "results.json").exists():
-            found.append(
+            rows.append(
                 {
                     "method": setting.method,
                     "pattern": setting.pattern,
                     "seed": setting.seed,
                     **setting.options,
-                    **summary(folder),
+                    **summarize_run(folder),
                 }
             )
-    return found
+    return rows
 
 
-def summary(folder: Any) -> dict[str, Any]:
-    """Losses, distance, flips and time of the run in ``folder``."""
+def summarize_run(folder: Path) -> dict[str, Any]:
+    """Returns losses, distance, flips and time of the run in ``folder``."""
     values = json.loads((folder / "results.json").read_text())
     held = values["held_out"][-1]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -84,8 +85,8 @@ def summary(folder: Any) -> dict[str, Any]:
     }
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, of several values, half their range."""
+def format_spread(values: Sequence[float], digits: int) -> str:
+    """Returns the mean and, of several values, half their range."""
     if not values:
         return ""
     half = (max(values) - min(values)) / 2
@@ -93,16 +94,16 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean:.{digits}f}" + (f" ±{half:.{digits}f}" if len(values) > 1 else "")
 
 
-def methods_table(runs: Rows) -> str:
-    """Held-out loss and Fréchet distance, a line per method and a column per pattern."""
+def format_methods(runs: Rows) -> str:
+    """Returns held-out losses and Fréchet distances, a line per method, a column per pattern."""
     patterns = list(dict.fromkeys(run["pattern"] for run in runs if run["pattern"]))
     parts = []
     for title, key, digits in (("held-out loss", "loss", 4), ("FD", "distance", 2)):
-        dense = spread([run[key] for run in runs if run["method"] == "dense"], digits)
+        dense = format_spread([run[key] for run in runs if run["method"] == "dense"], digits)
         body = [
             [method]
             + [
-                spread(
+                format_spread(
                     [
                         run[key]
                         for run in runs
@@ -119,8 +120,8 @@ def methods_table(runs: Rows) -> str:
     return "\n\n".join(parts)
 
 
-def sweep_table(runs: Rows) -> str:
-    """A line per setting of the sweep."""
+def format_sweep(runs: Rows) -> str:
+    """Returns a table with a line per setting of the sweep."""
     names = ("sr_ste_lambda", "sr_ste_form", "beta", "lr", "images")
     body = [
         [run["pattern"], *(run.get(name, "") for name in names), run["loss"], run["last_flips"]]

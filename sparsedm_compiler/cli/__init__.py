@@ -1,4 +1,4 @@
-"""The command line ``sparsedm``: one module per command, imported by all without torch."""
+"""The command line ``sparsedm``, one module per command; importing it does not import torch."""
 
 from __future__ import annotations
 

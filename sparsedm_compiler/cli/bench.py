@@ -1,4 +1,4 @@
-"""``sparsedm bench``: how many times faster a model runs pruned than dense, here."""
+"""``sparsedm bench``: measures the speed-up of pruned models over the dense one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from tabulate import tabulate
 
 from ..patterns import Pattern
 from .job import Job
-from .options import add_backend, add_device, add_model_options, device_of, model_options
+from .options import (
+    add_backend,
+    add_device,
+    add_model_options,
+    read_model_options,
+    select_device,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,39 +29,40 @@ if TYPE_CHECKING:
 ABOUT = """\
 measure how much faster a model runs pruned than dense on this machine
 
-Dense and every pattern run in turns in this process under the same compiler, each round in
-another order; a number is the median of the rounds' ratios, with its quartiles. Weights are
-random: the time of a kernel does not depend on their values. Absolute times are not told, they
-mean little on a shared machine. The folder of a training run stands for its model, pruned as the
-run pruned it; the ratio is then noted in its results.json, for sparsedm report."""
+The dense model and every pattern are timed in turns in one process under the same compiler, in a
+different order each round; a result is the median of the rounds' ratios, with its quartiles. The
+weights are random: the time of a kernel does not depend on their values. Absolute times are not
+printed, as they mean little on a shared machine. The folder of a training run stands for its model,
+pruned as in that run; the ratio is then stored in its results.json, for sparsedm report."""
 EXAMPLE = """\
   sparsedm bench uvit-cifar10-small --pattern 2:4 1:8 --batch 8
   sparsedm bench runs/first --threads 1
   sparsedm bench path/to/unet --pattern 2:4 --backend eager --json"""
 ROUNDS = 11
+Quartiles = tuple[float, float, float]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Adds the options of the command."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="as in sparsedm macs, or the folder of a training run")
-    add("--pattern", nargs="+", help="patterns to compare (2:4; of a run: its own)")
+    add("--pattern", nargs="+", help="patterns to compare (default: 2:4, or that of the run)")
     add("--policy", help="which layers stay dense: structural, uvit or all (structural)")
     add("--batch", type=int, help="samples in the batch (1)")
-    add("--inputs", help="shapes of one call, for a model of an unknown class")
+    add("--inputs", help="shapes of the inputs of one call, for a model class that is not known")
     add("--rounds", type=int, default=ROUNDS, help=f"rounds to measure ({ROUNDS})")
-    add("--threads", type=int, help="threads torch may use (as many as it likes)")
-    add("--json", action="store_true", help="print JSON and nothing else")
+    add("--threads", type=int, help="threads of torch (default: torch decides)")
+    add("--json", action="store_true", help="print JSON only")
     add_backend(parser)
     add_device(parser)
     add_model_options(parser)
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What is measured: a model by ``name`` and ``options``, pruned by ``prune`` to ``patterns``.
+class BenchmarkCase:
+    """A model to measure, by ``name`` and ``options``, pruned by ``prune`` to every pattern.
 
-    ``results``: the results.json that is told the ratio, None without a run.
+    ``results`` is the results.json that the ratio is stored in, None without a run.
     """
 
     name: str
@@ -65,149 +72,158 @@ class Subject:
     results: Path | None = None
 
 
-def subject_of(options: argparse.Namespace) -> Subject:
-    """The model and the patterns that were asked for. Raises ConfigError and PatternError."""
+def make_case(options: argparse.Namespace) -> BenchmarkCase:
+    """Returns the model and the patterns to measure. Raises ConfigError and PatternError."""
     from ..config import CompileConfig
     from ..errors import ConfigError
     from .open_student import read_run_config
 
-    folder, own = Path(options.model), model_options(options)
-    asked = [*dict.fromkeys(str(Pattern.parse(text)) for text in options.pattern or ())]
+    folder, fields = Path(options.model), read_model_options(options)
+    wanted = [*dict.fromkeys(str(Pattern.parse(text)) for text in options.pattern or ())]
     prune = {} if options.policy is None else {"policy": options.policy}
     if not (folder / "run.json").exists():
-        found = Subject(options.model, own, asked or ["2:4"], prune)
+        case = BenchmarkCase(options.model, fields, wanted or ["2:4"], prune)
     else:
         from ..experiment.run import get_pruning_options
 
         run = read_run_config(folder / "run.json")
         if not run.train.sparse:
             raise ConfigError(f"{folder} trained a dense model, so there is nothing to compare")
-        patterns = asked or [str(Pattern.parse(run.prune.pattern))]
-        as_run = not asked and not prune and not own
+        patterns = wanted or [str(Pattern.parse(run.prune.pattern))]
+        as_run = not wanted and not prune and not fields
         results = folder / "results.json" if as_run else None
-        given = {**run.model.options, **own}
-        found = Subject(
-            run.model.name, given, patterns, {**get_pruning_options(run), **prune}, results
-        )
-    CompileConfig.create(found.patterns[0], **found.prune)
-    return found
+        fields = {**run.model.options, **fields}
+        prune = {**get_pruning_options(run), **prune}
+        case = BenchmarkCase(run.model.name, fields, patterns, prune, results)
+    CompileConfig.create(case.patterns[0], **case.prune)
+    return case
 
 
 def prepare(options: argparse.Namespace) -> Job:
-    """Check the request; with --dry-run make the model too. Raises SparseDMError."""
+    """Checks the request; with --dry-run makes the model too. Raises SparseDMError."""
     from ..compiler.inner_backend import resolve_backend
     from ..errors import ConfigError
     from ..models.loading import open_with_inputs
 
-    subject = subject_of(options)
+    case = make_case(options)
     for name, value in (("rounds", options.rounds), ("threads", options.threads)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value} is not >= 1")
-    backend, device = resolve_backend(options.backend), device_of(options)
-    given = {"options": subject.options, "batch": options.batch, "inputs": options.inputs}
+    backend, device = resolve_backend(options.backend), select_device(options)
+    settings = {"options": case.options, "batch": options.batch, "inputs": options.inputs}
     if options.dry_run:
-        open_with_inputs(subject.name, **given)
+        open_with_inputs(case.name, **settings)
 
     def run() -> None:
         import torch
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        model, args, kwargs = open_with_inputs(subject.name, device=device, **given)
-        calls = candidates(model.eval(), subject, backend)
+        model, args, kwargs = open_with_inputs(case.name, device=device, **settings)
+        candidates = make_candidates(model.eval(), case, backend)
         with torch.no_grad():
-            found = measured(calls, lambda call: call(*args, **kwargs), options.rounds)
-        show(found, subject, options, backend)
-        if subject.results is not None and subject.results.exists():
-            note(subject.results, ratios_of(found, subject.patterns), options.batch or 1)
+            times = measure(candidates, lambda call: call(*args, **kwargs), options.rounds)
+        print_ratios(times, case, options, backend)
+        if case.results is not None and case.results.exists():
+            store_speedup(case.results, compute_ratios(times, case.patterns), options.batch or 1)
 
-    compared = f"dense with {', '.join(subject.patterns)} on {device}, compiled by {backend}"
+    compared = f"dense with {', '.join(case.patterns)} on {device}, compiled by {backend}"
     return Job((f"would compare {options.model}, {compared}, {options.rounds} rounds",), run)
 
 
-def candidates(model: nn.Module, subject: Subject, backend: str) -> dict[str, Callable[..., Any]]:
-    """The dense model and the pruned ones under one compiler; Inductor also at its best, frozen."""
+def make_candidates(
+    model: nn.Module, case: BenchmarkCase, backend: str
+) -> dict[str, Callable[..., Any]]:
+    """Returns the dense and the pruned models under one compiler, by name.
+
+    With Inductor on a CPU there is a second dense model with frozen weights, its fastest form.
+    """
     import copy
 
     import torch
 
     from ..compiler.api import compile
 
+    candidates: dict[str, Callable[..., Any]] = {}
     if backend == "eager":
-        found: dict[str, Callable[..., Any]] = {"dense, eager": model}
+        candidates["dense, eager"] = model
     else:
-        found = {f"dense, {backend}": torch.compile(copy.deepcopy(model), backend=backend)}
+        candidates[f"dense, {backend}"] = torch.compile(copy.deepcopy(model), backend=backend)
     if backend == "inductor" and next(model.parameters()).device.type == "cpu":
         frozen = torch.compile(copy.deepcopy(model), options={"freezing": True})
-        found["dense, inductor frozen"] = frozen
-    for pattern in subject.patterns:
-        found[pattern] = compile(model, pattern, mode="infer", backend=backend, **subject.prune)
-    return found
+        candidates["dense, inductor frozen"] = frozen
+    for pattern in case.patterns:
+        candidates[pattern] = compile(model, pattern, mode="infer", backend=backend, **case.prune)
+    return candidates
 
 
-def measured(
-    calls: Mapping[str, Callable[..., Any]], call: Callable[..., Any], rounds: int
+def measure(
+    candidates: Mapping[str, Callable[..., Any]],
+    call: Callable[[Callable[..., Any]], object],
+    rounds: int,
 ) -> dict[str, Samples]:
-    """The seconds of every candidate, taken in turns."""
+    """Returns the seconds that ``call`` takes with every candidate, timed in turns."""
     from functools import partial
 
     from ..autotune.timer import interleaved
 
-    return interleaved({name: partial(call, each) for name, each in calls.items()}, rounds=rounds)
+    calls = {name: partial(call, candidate) for name, candidate in candidates.items()}
+    return interleaved(calls, rounds=rounds)
 
 
-def ratios_of(
-    found: Mapping[str, Samples], patterns: Sequence[str]
-) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Quartiles of how many times faster each pattern is than each dense candidate."""
+def compute_ratios(
+    times: Mapping[str, Samples], patterns: Sequence[str]
+) -> dict[str, dict[str, Quartiles]]:
+    """Returns the speed-up of every pattern over every dense candidate, in quartiles."""
     from ..autotune.timer import ratio
 
-    dense = [name for name in found if name not in patterns]
+    dense = [name for name in times if name not in patterns]
     return {
-        text: {name: ratio(found[name].wall, found[text].wall) for name in dense}
+        text: {name: ratio(times[name].wall, times[text].wall) for name in dense}
         for text in patterns
     }
 
 
-def note(results: Path, ratios: Mapping[str, Mapping[str, Any]], batch: int) -> None:
-    """Write into a run's results how many times faster it is than the fastest dense model."""
+def store_speedup(results: Path, ratios: Mapping[str, Mapping[str, Quartiles]], batch: int) -> None:
+    """Stores the speed-up of a run over the fastest dense model in its results.json."""
     from ..autotune.timer import machine
     from ..backends.processor import read_cpu_name
     from ..train.checkpoint import replace_text
 
-    (found,) = ratios.values()
-    name, (_, middle, _) = min(found.items(), key=lambda item: item[1][1])
-    about = named({"processor": read_cpu_name(), **machine()}).rpartition(", load")[0]
+    (own,) = ratios.values()
+    name, (_, median, _) = min(own.items(), key=lambda item: item[1][1])
+    facts = {"processor": read_cpu_name(), **machine()}
+    about = describe_machine(facts).rpartition(", load")[0]
     values = json.loads(results.read_text(encoding="utf-8"))
-    values["speed"] = {"ratio": middle, "baseline": f"{name}, batch {batch}, {about}"}
+    values["speed"] = {"ratio": median, "baseline": f"{name}, batch {batch}, {about}"}
     replace_text(results, json.dumps(values, indent=1) + "\n")
 
 
-def show(
-    found: Mapping[str, Samples], subject: Subject, options: argparse.Namespace, backend: str
+def print_ratios(
+    times: Mapping[str, Samples], case: BenchmarkCase, options: argparse.Namespace, backend: str
 ) -> None:
-    """Print the ratios as a table, or as JSON."""
+    """Prints the ratios as a table, or as JSON."""
     from ..autotune.timer import machine, spread
     from ..backends.processor import read_cpu_name
 
-    ratios = ratios_of(found, subject.patterns)
+    ratios = compute_ratios(times, case.patterns)
     dense = [*next(iter(ratios.values()))]
-    about = {"processor": read_cpu_name(), **machine()}
+    facts = {"processor": read_cpu_name(), **machine()}
     if options.json:
-        asked = {"model": options.model, "batch": options.batch or 1, "prune": subject.prune}
-        facts = {**asked, "backend": backend, "rounds": options.rounds, "machine": about}
-        print(json.dumps({**facts, "times_faster": ratios}, indent=2))
+        values = {"model": options.model, "batch": options.batch or 1, "prune": case.prune}
+        values |= {"backend": backend, "rounds": options.rounds, "machine": facts}
+        print(json.dumps({**values, "times_faster": ratios}, indent=2))
         return
-    body = [[text, *(spread(ratios[text][name]) for name in dense)] for text in subject.patterns]
+    body = [[text, *(spread(ratios[text][name]) for name in dense)] for text in case.patterns]
     print(f"{options.model}, batch {options.batch or 1}: times faster than")
     print(tabulate(body, ["pattern", *dense], disable_numparse=True))
-    print(f"medians of {options.rounds} rounds [quartiles]; {named(about)}")
+    print(f"medians of {options.rounds} rounds [quartiles]; {describe_machine(facts)}")
 
 
-def named(about: Mapping[str, Any]) -> str:
-    """The machine in words."""
-    place = about["gpu"] or f"{about['processor']}, {about['cpu']}"
+def describe_machine(facts: Mapping[str, Any]) -> str:
+    """Returns processor, threads, torch version and load as text."""
+    processor = facts["gpu"] or f"{facts['processor']}, {facts['cpu']}"
     return (
-        f"{place}, {about['threads']} of {about['cores']} threads, torch {about['torch']}, "
-        f"load {about['load'][0]:.1f}"
+        f"{processor}, {facts['threads']} of {facts['cores']} threads, torch {facts['torch']}, "
+        f"load {facts['load'][0]:.1f}"
     )

@@ -1,4 +1,4 @@
-"""``sparsedm explain``: what became of every weight in a saved file."""
+"""``sparsedm explain``: shows the decision on every weight in a saved file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .job import Job
-from .open_student import add_source, source_of
+from .open_student import add_source_options, resolve_source
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from ..reports import MacsReport
 
 ABOUT = """\
-show what is pruned in a saved model, and why the rest is dense
+show which weights of a saved model are pruned, and why the others stay dense
 
 Prints one line per weight: its pattern, or the reason why it stays dense. In mode infer (the
-default) it also shows which kernel runs each weight here, as measured."""
+default) it also shows the kernel that was fastest for the weight on this machine."""
 EXAMPLE = """\
   sparsedm explain runs/first
   sparsedm explain student.safetensors --model uvit-cifar10-small
@@ -29,53 +29,54 @@ EXAMPLE = """\
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Adds the options of the command."""
     parser.add_argument(
         "weights", metavar="WEIGHTS", help="weights saved by sparsedm, or the folder of a run"
     )
-    add_source(parser, required=False)
-    parser.add_argument("--inputs", help="shapes of one call, for a model of an unknown class")
+    add_source_options(parser, required=False)
+    about = "shapes of the inputs of one call, for a model class that is not known"
+    parser.add_argument("--inputs", help=about)
     parser.add_argument("--macs", action="store_true", help="count the MACs of every layer as well")
 
 
 def prepare(options: argparse.Namespace) -> Job:
-    """Read the file and make inputs for its model. Raises SparseDMError."""
+    """Reads the file and makes inputs for its model. Raises SparseDMError."""
     if options.model is None:
         if not (Path(options.weights) / "run.json").exists():
             raise ConfigError(f"{options.weights} is not the folder of a run: give --model too")
         options.model, options.weights = options.weights, None
-    source = source_of(options)
+    source = resolve_source(options)
     if source.pruned is None:
         raise ConfigError(f"{source.weights} holds no pruned model, so there is nothing to explain")
-    example = source.example(options.inputs)
+    example = source.open_example(options.inputs)
 
     def run() -> None:
         from ..compiler.api import explain
         from ..compiler.guarded_forward import require_compiled
 
         model = source.open()
-        args, kwargs = real(example[1:], source.device)
+        args, kwargs = move_inputs(example[1:], source.device)
         print(explain(model, *args, **kwargs))
         if options.macs:
             ((_, forward),) = require_compiled(model)
-            print(f"\n{counted(example, forward.config)}")
+            print(f"\n{count_pruned_macs(example, forward.config)}")
 
     return Job((f"would explain {source}",), run)
 
 
-def real(call: Any, device: torch.device) -> Any:
-    """``call`` with every tensor on ``device``; those without values get zeros."""
+def move_inputs(inputs: Any, device: torch.device) -> Any:
+    """Returns ``inputs`` with every tensor on ``device``; meta tensors become zeros."""
     import torch
     from torch.utils._pytree import tree_map_only
 
-    def place(x: torch.Tensor) -> torch.Tensor:
+    def move(x: torch.Tensor) -> torch.Tensor:
         return torch.zeros(x.shape, dtype=x.dtype, device=device) if x.is_meta else x.to(device)
 
-    return tree_map_only(torch.Tensor, place, call)
+    return tree_map_only(torch.Tensor, move, inputs)
 
 
-def counted(example: ModelWithInputs, config: CompileConfig) -> MacsReport:
-    """The MACs of the model as it was pruned."""
+def count_pruned_macs(example: ModelWithInputs, config: CompileConfig) -> MacsReport:
+    """Counts the MACs of the model as ``config`` pruned it."""
     from ..compiler.counting import count_macs
 
     model, args, kwargs = example

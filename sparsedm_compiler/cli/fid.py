@@ -1,4 +1,4 @@
-"""``sparsedm fid``: how far images are from a reference, with everything that number depends on."""
+"""``sparsedm fid``: scores images against a reference."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .job import Job, writable
-from .launcher import join
-from .open_student import add_source, add_weights, source_of
-from .options import device_of
-from .sample import NOTES
-from .sampling_options import Drawing, add_drawing, drawing_of
+from .job import Job, check_writable
+from .launcher import join_processes
+from .open_student import add_source_options, add_weights, resolve_source
+from .options import select_device
+from .sample import PROVENANCE
+from .sampling_options import SamplingRequest, add_sampling_options, make_sampling_request
 
 if TYPE_CHECKING:
     import torch
 
     from ..data import ImageData
-    from ..evaluate import FeatureNetwork, Metrics, Score
-    from ..evaluate.score_images import Known
+    from ..evaluate import FeatureNetwork, FeatureSummary, Metrics, Score
 
 BATCH = 64
 """Images that are read at once."""
 STORED = 10_000
-"""Images of either side that KID, precision and recall are taken of."""
+"""The first images of either set, which KID, precision and recall are computed on."""
 
 ABOUT = """\
 score images against a reference (FID, and Fréchet distances on other networks)
 
-Images are a folder or file (--images), or drawn on the fly from --model. Both sides are data: a
-folder of images, an .npz, hf:FOLDER, torchvision:NAME:FOLDER, digits ...; the reference may also
-be a file of statistics (.npz with mu and sigma) as --save-stats and pytorch-fid write them.
-A score is comparable only at the same network, counts and sampler, so all are printed with it."""
+The images are a folder or file (--images), or sampled from --model without being written. Images
+and reference may be a folder of images, an .npz, hf:FOLDER, torchvision:NAME:FOLDER or digits; the
+reference may also be a file of statistics (.npz with mu and sigma) as --save-stats and pytorch-fid
+write them. Scores are comparable only at the same network, counts and sampler, so all of these are
+printed with a score."""
 EXAMPLE = """\
   sparsedm fid --images samples --reference torchvision:CIFAR10:data --save-stats cifar10.npz
   sparsedm fid --model runs/first --count 50000 --reference cifar10.npz
@@ -45,52 +45,51 @@ EXAMPLE = """\
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Adds the options of the command."""
     add = parser.add_argument
-    add("--images", help="images to score: a folder, an .npz ...; or draw them from --model")
-    add("--made-by", default="", help="how --images were made, to be printed with the score")
-    add("--reference", required=True, help="what to compare with: images, or statistics")
+    add("--images", help="images to score: a folder, an .npz ...; or sample them from --model")
+    add("--made-by", default="", help="description of the sampler of --images, for the score")
+    add("--reference", required=True, help="images or statistics to compare with")
     add("--network", default="inception", help="inception, or package.module:function (inception)")
-    add("--weights-path", metavar="FILE", help="weights of inception, where not in torch's cache")
-    add("--size", type=int, help="cut and resize the images of both sides to this side")
-    add("--gray", action="store_true", help="take the images of both sides in one channel")
-    add("--kid", action="store_true", help="the kernel distance as well")
-    add("--pr", action="store_true", help="precision and recall as well")
-    add("--stored", type=int, default=STORED, help=f"first images for these ({STORED})")
+    add("--weights-path", metavar="FILE", help="weights of inception (default: torch's cache)")
+    add("--size", type=int, help="crop and resize images and reference to this width and height")
+    add("--gray", action="store_true", help="average the channels of images and reference")
+    add("--kid", action="store_true", help="compute the kernel distance (KID) as well")
+    add("--pr", action="store_true", help="compute precision and recall as well")
+    add("--stored", type=int, default=STORED, help=f"use the first N images for these ({STORED})")
     add("--save-stats", metavar="FILE", help="write the statistics of the reference (.npz)")
-    add("--json", action="store_true", help="print JSON and nothing else")
-    add("--count", type=int, default=10_000, help="images to draw from --model (10000)")
-    add_source(parser, required=False)
+    add("--json", action="store_true", help="print JSON only")
+    add("--count", type=int, default=10_000, help="images to sample from --model (10000)")
+    add_source_options(parser, required=False)
     add_weights(parser)
-    add_drawing(parser)
+    add_sampling_options(parser)
 
 
 def prepare(options: argparse.Namespace) -> Job:
-    """Open both sides and the network. Raises SparseDMError."""
-    from ..evaluate import Metrics, load_network, save_statistics
-    from ..evaluate import reference_of as known
+    """Opens images, reference and network. Raises SparseDMError."""
+    from ..evaluate import Metrics, load_network, prepare_reference, save_statistics
 
-    main = join()
-    out = None if options.save_stats is None else writable(options.save_stats)
-    ours = ours_of(options)
-    reference = reference_of(options)
-    check_shapes(ours, reference)
-    network = load_network(network_spec(options), device=device_of(options))
+    main = join_processes()
+    out = None if options.save_stats is None else check_writable(options.save_stats)
+    images = open_scored_images(options)
+    reference = open_reference(options)
+    check_shapes(images, reference)
+    network = load_network(resolve_network(options), device=select_device(options))
     metrics = Metrics(kid=options.kid, precision_recall=options.pr, stored=options.stored)
 
     def run() -> None:
-        # What is said on the way must not stand among the JSON.
+        # With --json only the scores may go to stdout.
         with redirect_stdout(sys.stderr if options.json else sys.stdout):
-            loud = main and not options.json
-            theirs = known(network, reference, keep=metrics.keep, progress=loud)
+            progress = main and not options.json
+            summary = prepare_reference(network, reference, keep=metrics.keep, progress=progress)
             if main and out is not None:
-                save_statistics(out, theirs.statistics)
-            scores = [] if ours is None else ours.scores(network, theirs, metrics, loud)
+                save_statistics(out, summary.statistics)
+            scores = () if images is None else images.score(network, summary, metrics, progress)
         if main:
-            show(scores, out, as_json=options.json)
+            print_scores(scores, out, as_json=options.json)
 
     lines = (
-        f"images     {'none' if ours is None else ours.about}",
+        f"images     {'none' if images is None else images.about}",
         f"reference  {options.reference}",
         f"network    {network.name}",
         *(() if out is None else (f"statistics {out}",)),
@@ -99,89 +98,96 @@ def prepare(options: argparse.Namespace) -> Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """The images to score: ``data``, or drawn by ``drawing``; ``sampler``: how they were made."""
+class ScoredImages:
+    """The images to score: ``data``, or those of a sampling ``request``.
+
+    ``about`` describes them for --dry-run, ``sampler`` in the scores; ``gray``: in one channel.
+    """
 
     about: str
     sampler: str
     gray: bool = False
     data: ImageData | None = None
-    drawing: Drawing | None = None
+    request: SamplingRequest | None = None
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """Of one image as the network sees it; None where only a decoder knows."""
+        """The shape of one image as the network sees it; None where a decoder determines it."""
         if self.data is not None:
             return self.data.shape
-        if self.drawing is None or self.drawing.plan.decode is not None:
+        if self.request is None or self.request.plan.decode is not None:
             return None
-        shape = self.drawing.plan.shape[1:]
+        shape = self.request.plan.shape[1:]
         return (1, *shape[1:]) if self.gray else shape
 
-    def scores(
-        self, network: FeatureNetwork, theirs: Known, metrics: Metrics, progress: bool
+    def score(
+        self, network: FeatureNetwork, reference: FeatureSummary, metrics: Metrics, progress: bool
     ) -> tuple[Score, ...]:
-        """The scores against the reference ``theirs``."""
+        """Returns the scores against the reference."""
         from ..diffusion import image_batches
         from ..evaluate import score_images
         from ..evaluate.process_group import own_share
 
-        if self.drawing is not None:
-            model = self.drawing.source.open()
-            batches = self.drawing.batches(model, progress=progress)
+        if self.request is not None:
+            model = self.request.source.open()
+            batches = self.request.sample(model, progress=progress)
         else:
             assert self.data is not None
             batches = image_batches(self.data, batch_size=BATCH, share=own_share())
-        if self.gray and self.drawing is not None:
+        if self.gray and self.request is not None:
             batches = ((numbers, images.mean(1, keepdim=True)) for numbers, images in batches)
         return score_images(
-            network, batches, reference=theirs, sampler=self.sampler, metrics=metrics
+            network, batches, reference=reference, sampler=self.sampler, metrics=metrics
         )
 
 
-def ours_of(options: argparse.Namespace) -> Side | None:
-    """The images to score; None where only statistics of the reference are asked for."""
+def open_scored_images(options: argparse.Namespace) -> ScoredImages | None:
+    """Opens the images to score; None where only statistics of the reference are to be written.
+
+    Raises SparseDMError.
+    """
     if options.images is not None and options.model is not None:
         raise ConfigError("both --images and --model are given: score one of them")
     if options.model is not None:
-        drawing = drawing_of(options, source_of(options), options.count)
-        about = f"{options.count} drawn from {drawing.source} by {drawing.sampler}"
-        return Side(about, drawing.sampler, options.gray, drawing=drawing)
+        request = make_sampling_request(options, resolve_source(options), options.count)
+        about = f"{options.count} drawn from {request.source} by {request.sampler}"
+        return ScoredImages(about, request.sampler, options.gray, request=request)
     if options.images is not None:
-        data = data_of(options.images, options)
-        sampler = options.made_by or noted(Path(options.images)) or "unknown sampler"
-        return Side(f"{len(data)} of {options.images}, {sampler}", sampler, options.gray, data)
+        data = open_images(options.images, options)
+        sampler = options.made_by or read_sampler(Path(options.images)) or "unknown sampler"
+        about = f"{len(data)} of {options.images}, {sampler}"
+        return ScoredImages(about, sampler, options.gray, data)
     if options.save_stats is None:
         raise ConfigError("nothing to score: give --images, or --model to draw them from")
     return None
 
 
-def noted(folder: Path) -> str | None:
-    """The sampler that ``sparsedm sample`` noted beside its images."""
+def read_sampler(folder: Path) -> str | None:
+    """Returns the sampler that ``sparsedm sample`` wrote beside its images, None if it did not."""
     try:
-        found = json.loads((folder / NOTES).read_text(encoding="utf-8"))["sampler"]
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        return str(provenance["sampler"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return str(found)
 
 
-def reference_of(options: argparse.Namespace) -> ImageData | str:
-    """The images of the reference, or the path of its statistics."""
+def open_reference(options: argparse.Namespace) -> ImageData | str:
+    """Returns the images of the reference, or the path of its statistics. Raises DataError."""
     from ..evaluate.score_images import is_statistics
 
     spec: str = options.reference
-    return spec if is_statistics(Path(spec)) else data_of(spec, options)
+    return spec if is_statistics(Path(spec)) else open_images(spec, options)
 
 
-def data_of(spec: str, options: argparse.Namespace) -> ImageData:
-    """The images that ``spec`` names, of the size and the channels that were asked for."""
+def open_images(spec: str, options: argparse.Namespace) -> ImageData:
+    """Opens the images that ``spec`` names, with --size and --gray applied. Raises DataError."""
     from ..data import ImageData, open_data
 
     data = open_data(spec, size=options.size, labels=False)
     if not options.gray:
         return data
 
-    class Gray(ImageData):
+    class GrayImages(ImageData):
         shape = (1, *data.shape[1:])
         classes = None
 
@@ -191,22 +197,22 @@ def data_of(spec: str, options: argparse.Namespace) -> ImageData:
         def fetch(self, numbers: Sequence[int]) -> tuple[torch.Tensor, None]:
             return data.fetch(numbers)[0].mean(1, keepdim=True), None
 
-    return Gray()
+    return GrayImages()
 
 
-def check_shapes(ours: Side | None, theirs: ImageData | str) -> None:
-    """Raise ConfigError where the images of both sides are of different shapes."""
-    if ours is None or ours.shape is None or isinstance(theirs, str):
+def check_shapes(images: ScoredImages | None, reference: ImageData | str) -> None:
+    """Raises ConfigError where images and reference have different shapes."""
+    if images is None or images.shape is None or isinstance(reference, str):
         return
-    if ours.shape != theirs.shape:
+    if images.shape != reference.shape:
         raise ConfigError(
-            f"the images are {list(ours.shape)}, the reference is {list(theirs.shape)}: give "
+            f"the images are {list(images.shape)}, the reference is {list(reference.shape)}: give "
             "--size for one size, --gray for one channel"
         )
 
 
-def network_spec(options: argparse.Namespace) -> str:
-    """The feature network as ``load_network`` takes it."""
+def resolve_network(options: argparse.Namespace) -> str:
+    """Returns the name of the feature network for ``load_network``. Raises ConfigError."""
     spec: str = options.network
     if options.weights_path is None:
         return spec
@@ -215,8 +221,8 @@ def network_spec(options: argparse.Namespace) -> str:
     return f"{spec}:{options.weights_path}"
 
 
-def show(scores: Sequence[Score], out: Path | None, *, as_json: bool) -> None:
-    """Print the scores, and where the statistics were written."""
+def print_scores(scores: Sequence[Score], out: Path | None, *, as_json: bool) -> None:
+    """Prints the scores, and the path of the statistics if they were written."""
     if as_json:
         print(json.dumps([asdict(score) for score in scores], indent=2))
         return

@@ -1,4 +1,4 @@
-"""``sparsedm finetune``: from a dense model to a trained, sampled and scored sparse one."""
+"""``sparsedm finetune``: prunes a model, trains it, and samples and scores the result."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .job import Job, writable
-from .launcher import join
+from .job import Job, check_writable
+from .launcher import join_processes
 
 if TYPE_CHECKING:
     from ..experiment.run_config import RunConfig
@@ -17,30 +17,31 @@ if TYPE_CHECKING:
 ABOUT = """\
 prune a model and fine-tune it against its dense teacher
 
-Everything is one configuration: a YAML or JSON file (--config), a recipe of the paper (--recipe),
-and single values (--set section.name=value) on top. The run writes checkpoints, a log, curves,
-samples and results into its folder. The same command resumes a run that was interrupted; Ctrl-C
-and SIGTERM save it first. Works under "accelerate launch" and torchrun."""
+The configuration is read from a recipe of the paper (--recipe), then a YAML or JSON file
+(--config), then single values (--set section.name=value); later values win. The run writes
+checkpoints, a log, curves, samples and results into its folder. The same command resumes an
+interrupted run; on Ctrl-C and SIGTERM a run saves a checkpoint first. Works under
+"accelerate launch" and torchrun."""
 EXAMPLE = """\
   sparsedm finetune --recipe cifar10-uvit --weights nnet_ema.pth --pattern 2:4 \\
       --data torchvision:CIFAR10:data --out runs/first
   sparsedm finetune --config run.yaml --set train.lr=1e-3 --set train.images=64000 --dry-run
   accelerate launch -m sparsedm_compiler finetune --config run.yaml"""
-SHORT: Mapping[str, tuple[str, str]] = {
+SHORTCUTS: Mapping[str, tuple[str, str]] = {
     "model": ("model.name", "the dense model: a preset, a diffusers folder, a function"),
     "weights": ("model.weights", "its weights: .safetensors, .pt or .pth"),
     "data": ("data.train", "images: a folder, an .npz, hf:FOLDER, torchvision:NAME:FOLDER, digits"),
-    "held-out": ("data.held_out", "images to measure on, never trained on"),
+    "held-out": ("data.held_out", "images to measure the held-out loss on, never trained on"),
     "pattern": ("prune.pattern", "n:m keeps n of m, e.g. 2:4 or 1:8"),
     "method": ("train.method", "sparsedm, ste, sr-ste, asp, progressive, transfer, dense ..."),
-    "seed": ("train.seed", "seed of everything random in the training"),
+    "seed": ("train.seed", "seed of the training"),
     "out": ("out", "folder of the run"),
 }
-"""Options that stand for a value of the configuration."""
+"""Options that set one value of the configuration: option -> (value, help)."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Adds the options of the command."""
     add = parser.add_argument
     add("--config", metavar="FILE", help="the configuration, YAML or JSON")
     add(
@@ -51,48 +52,48 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SECTION.NAME=VALUE",
-        help="one value of the configuration, e.g. train.lr=1e-3; repeat for more",
+        help="set a value of the configuration, e.g. train.lr=1e-3; may be repeated",
     )
-    for name, (place, about) in SHORT.items():
-        add(f"--{name}", metavar=name.upper().replace("-", "_"), help=f"{about} ({place})")
+    for name, (key, about) in SHORTCUTS.items():
+        add(f"--{name}", metavar=name.upper().replace("-", "_"), help=f"{about} ({key})")
 
 
 def prepare(options: argparse.Namespace) -> Job:
-    """Read the configuration; with --dry-run open all it names. Raises SparseDMError."""
-    from ..experiment import run as runs
+    """Reads the configuration; with --dry-run opens model and data too. Raises SparseDMError."""
+    from ..experiment import run as experiment
 
-    main = join()
-    config = config_of(options)
-    folder = writable(config.out, folder=True)
+    main = join_processes()
+    config = build_config(options)
+    folder = check_writable(config.out, folder=True)
 
     def run() -> None:
-        values = runs.run(config, progress=main)
+        values = experiment.run(config, progress=main)
         if main:
-            show(folder, values)
+            print_results(folder, values)
 
-    return Job(tuple(runs.describe(config).splitlines()) if options.dry_run else (), run)
+    return Job(tuple(experiment.describe(config).splitlines()) if options.dry_run else (), run)
 
 
-def config_of(options: argparse.Namespace) -> RunConfig:
-    """The configuration of all options together. Raises ConfigError."""
+def build_config(options: argparse.Namespace) -> RunConfig:
+    """Returns the configuration that all options together make. Raises ConfigError."""
     from ..experiment.run_config import RunConfig
 
-    given = vars(options)
-    short = [
-        f"{place}={json.dumps(value) if place != 'train.seed' else value}"
-        for name, (place, _) in SHORT.items()
-        if (value := given[name.replace("-", "_")]) is not None
+    values = vars(options)
+    shortcuts = [
+        f"{key}={json.dumps(value) if key != 'train.seed' else value}"
+        for name, (key, _) in SHORTCUTS.items()
+        if (value := values[name.replace("-", "_")]) is not None
     ]
     below = {} if options.recipe is None else {"recipe": options.recipe}
-    return RunConfig.read(options.config, [*short, *options.set], **below)
+    return RunConfig.read(options.config, [*shortcuts, *options.set], **below)
 
 
-def show(folder: Path, values: Mapping[str, Any]) -> None:
-    """Print what came out, and what to do with it."""
+def print_results(folder: Path, values: Mapping[str, Any]) -> None:
+    """Prints losses and scores, and the command that compares runs."""
     if values["held_out"]:
         last = values["held_out"][-1]
-        average = "" if last["ema"] is None else f", of the average {last['ema']:.4f}"
-        print(f"held-out loss {last['student']:.4f}{average}")
+        ema = "" if last["ema"] is None else f", of the EMA {last['ema']:.4f}"
+        print(f"held-out loss {last['student']:.4f}{ema}")
     for score in values["scores"]:
         print(f"{score['metric']}-{score['network']} {score['value']:.4g}")
     print(f"wrote {folder}; compare runs with: sparsedm report {folder}")

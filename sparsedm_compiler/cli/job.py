@@ -1,4 +1,4 @@
-"""What every command is made of, and what its errors and signals come to."""
+"""The parts of a command, and the exit statuses of its errors and signals."""
 
 from __future__ import annotations
 
@@ -24,42 +24,45 @@ from ..errors import (
     StoppedError,
 )
 
-FINE, FAILED, REFUSED = 0, 1, 2
-"""Exit statuses: done; something failed on the way; the request cannot be carried out as it is."""
+DONE, FAILED, REFUSED = 0, 1, 2
+"""Exit statuses: success; failure while running; a request that cannot be carried out."""
 SIGNALLED = 128
-"""Plus the signal's number: ended by it."""
-ON_THE_WAY = (DenseRunError, GraphError, KernelError)
-"""Errors that no check of the request could have found."""
+"""The exit status of a command ended by a signal, less the signal's number."""
+RUN_ERRORS = (DenseRunError, GraphError, KernelError)
+"""Errors that no check of the request could have detected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked request. ``lines``: what will be done and where; ``run``: does it."""
+    """A checked request: ``lines`` describe it for --dry-run, ``run`` carries it out."""
 
     lines: tuple[str, ...]
     run: Callable[[], None]
 
 
 class Command(Protocol):
-    """A module of this package that is a command."""
+    """The interface of a module that implements a command."""
 
     ABOUT: str
     EXAMPLE: str
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the options."""
+        """Adds the options of the command."""
 
     def prepare(self, options: argparse.Namespace) -> Job:
-        """Check all of the request without writing anything. Raises SparseDMError."""
+        """Checks the whole request without writing anything. Raises SparseDMError."""
 
 
 class TerminatedError(BaseException):
-    """SIGTERM: unwinds the stack as KeyboardInterrupt does, so that files are closed."""
+    """Raised by SIGTERM; unwinds the stack as KeyboardInterrupt does, so that files are closed."""
 
 
 def execute(name: str, command: Command, options: argparse.Namespace) -> int:
-    """Carry out a request; the exit status. An error takes one line on stderr, ``name`` first."""
-    with signals() as received:
+    """Carries out a request and returns the exit status.
+
+    An error is printed as one line on stderr that starts with ``name``.
+    """
+    with handle_signals() as last_signal:
         try:
             job = command.prepare(options)
             if options.dry_run:
@@ -68,33 +71,34 @@ def execute(name: str, command: Command, options: argparse.Namespace) -> int:
                 job.run()
             sys.stdout.flush()
         except StoppedError as error:
-            return failed(name, str(error), SIGNALLED + (received() or signal.SIGTERM))
+            return print_failure(name, str(error), SIGNALLED + (last_signal() or signal.SIGTERM))
         except SparseDMError as error:
-            late = type(error) is SparseDMError or isinstance(error, ON_THE_WAY)
-            return failed(name, str(error), FAILED if late else REFUSED)
+            running = type(error) is SparseDMError or isinstance(error, RUN_ERRORS)
+            return print_failure(name, str(error), FAILED if running else REFUSED)
         except KeyboardInterrupt:
-            return failed(name, "interrupted", SIGNALLED + signal.SIGINT)
+            return print_failure(name, "interrupted", SIGNALLED + signal.SIGINT)
         except TerminatedError:
-            return failed(name, "terminated", SIGNALLED + signal.SIGTERM)
-        except BrokenPipeError:  # the reader has seen enough, e.g. "| head"
+            return print_failure(name, "terminated", SIGNALLED + signal.SIGTERM)
+        except BrokenPipeError:  # the reader closed the pipe, e.g. "| head"
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
         except OSError as error:
-            return failed(name, str(error), FAILED)
-    return FINE
+            return print_failure(name, str(error), FAILED)
+    return DONE
 
 
-def failed(name: str, text: str, status: int) -> int:
-    """``status``, after its reason has been written as one line."""
+def print_failure(name: str, text: str, status: int) -> int:
+    """Prints the reason of a failure as one line on stderr and returns ``status``."""
     print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
     return status
 
 
 @contextmanager
-def signals() -> Iterator[Callable[[], int | None]]:
-    """SIGTERM raises TerminatedError in the block; yields what tells the last signal received.
+def handle_signals() -> Iterator[Callable[[], int | None]]:
+    """Makes SIGTERM raise TerminatedError; yields a function that returns the last signal.
 
-    A handler set inside the block replaces ours (training saves first); the signal is told still.
+    That function knows the signal even where a handler set inside the block replaces this one, as
+    training does in order to save first. It returns None where there was no signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -103,7 +107,7 @@ def signals() -> Iterator[Callable[[], int | None]]:
     reader.setblocking(False)
     writer.setblocking(False)
 
-    def received() -> int | None:
+    def last_signal() -> int | None:
         try:
             return reader.recv(4096)[-1]
         except BlockingIOError:
@@ -112,7 +116,7 @@ def signals() -> Iterator[Callable[[], int | None]]:
     before = signal.signal(signal.SIGTERM, terminate)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
-        yield received
+        yield last_signal
     finally:
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, before)
@@ -121,21 +125,24 @@ def signals() -> Iterator[Callable[[], int | None]]:
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """The handler of SIGTERM."""
+    """Handles SIGTERM. Raises TerminatedError."""
     raise TerminatedError
 
 
-def writable(path: str | Path, *, folder: bool = False) -> Path:
-    """``path`` if a file (or folder) can be written there. Raises ConfigError; makes nothing."""
+def check_writable(path: str | Path, *, folder: bool = False) -> Path:
+    """Returns ``path`` if a file (or a folder) can be written there; makes nothing.
+
+    Raises ConfigError otherwise.
+    """
     target = Path(path)
     if target.exists() and target.is_dir() != folder:
         kind, wanted = ("a file", "folder") if folder else ("a folder", "file")
         raise ConfigError(f"cannot write {target}: it is {kind}, name a {wanted}")
-    place = target
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if place != target and not place.is_dir():
-        raise ConfigError(f"cannot write {target}: {place} is a file, not a folder")
-    if not os.access(place, os.W_OK):
-        raise ConfigError(f"cannot write {target}: no permission in {place}")
+    existing = target
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if existing != target and not existing.is_dir():
+        raise ConfigError(f"cannot write {target}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"cannot write {target}: no permission in {existing}")
     return target

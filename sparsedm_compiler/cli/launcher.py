@@ -1,12 +1,12 @@
-"""Commands under ``accelerate launch`` and ``torchrun``: who prints, and who waits for whom."""
+"""Commands under ``accelerate launch`` and ``torchrun``: joining and awaiting other processes."""
 
 from __future__ import annotations
 
 import os
 
 
-def join() -> bool:
-    """Meet the other processes that a launcher started; whether this is the one that prints."""
+def join_processes() -> bool:
+    """Joins the processes that a launcher started; returns whether this is the one that prints."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from accelerate import PartialState
 
@@ -16,8 +16,8 @@ def join() -> bool:
     return own_share()[0] == 0
 
 
-def wait() -> None:
-    """Wait until every process has come here."""
-    from ..evaluate.process_group import gathered
+def wait_for_processes() -> None:
+    """Waits until every process has called this."""
+    from ..evaluate.process_group import gather_objects
 
-    gathered(None)
+    gather_objects(None)

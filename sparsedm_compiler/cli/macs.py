@@ -1,4 +1,4 @@
-"""``sparsedm macs``: the MACs of diffusion models, dense and at N:M sparsity."""
+"""``sparsedm macs``: counts the MACs of diffusion models, dense and at N:M sparsity."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tabulate import tabulate
 from ..patterns import Pattern
 from ..reports import CONVENTION, MacsReport
 from .job import Job
-from .options import add_model_options, model_options
+from .options import add_model_options, read_model_options
 
 if TYPE_CHECKING:
     from ..models.loading import ModelWithInputs
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 ABOUT = """\
 count the MACs of models, dense and pruned, without their weights
 
-MODEL is a preset (--list prints them), a diffusers config (the JSON file or its directory), or a
-function of yours that returns a model, (model, args) or (model, args, kwargs)."""
+MODEL is a preset (--list prints them), a diffusers config (the JSON file or its directory), or
+your own function package.module:function that returns model, (model, args) or
+(model, args, kwargs)."""
 EXAMPLE = """\
   sparsedm macs --model uvit-cifar10-small --pattern 2:4 --pattern 1:8
   sparsedm macs --model path/to/unet --per-layer
@@ -30,40 +31,40 @@ EXAMPLE = """\
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
-    """The reports of one model, per pattern."""
+class ModelMacs:
+    """The MACs of one model: pattern -> report."""
 
     model: str
     reports: Mapping[str, MacsReport]
 
     @property
     def dense(self) -> int:
-        """conv+linear MACs before pruning."""
+        """MACs of conv and linear layers before pruning."""
         return next(iter(self.reports.values())).dense
 
     @property
     def attention(self) -> int:
-        """QK+AV MACs."""
+        """MACs of the two products (QK, AV) of attention."""
         return next(iter(self.reports.values())).attention
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Adds the options of the command."""
     add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", action="append", help="what to count; repeat for more rows")
-    what.add_argument("--list", action="store_true", help="print the presets and stop")
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--model", action="append", help="model to count; repeat for more rows")
+    models.add_argument("--list", action="store_true", help="print the presets and stop")
     add("--pattern", action="append", help="n:m keeps n of m; repeat for more columns (2:4)")
     add("--policy", default="structural", help="which layers stay dense: structural, uvit or all")
     add("--batch", type=int, help="samples in the batch (1)")
-    add("--inputs", help="shapes for a function that returns just a model: 1x3x32x32,1,1:int64")
-    add("--per-layer", action="store_true", help="one line per layer as well")
-    add("--json", action="store_true", help="print JSON and nothing else")
+    add("--inputs", help="shapes of the inputs, where MODEL returns no args: 1x3x32x32,1,1:int64")
+    add("--per-layer", action="store_true", help="print one line per layer as well")
+    add("--json", action="store_true", help="print JSON only")
     add_model_options(parser)
 
 
 def prepare(options: argparse.Namespace) -> Job:
-    """Make the models, on the meta device where possible. Raises SparseDMError."""
+    """Checks the request; with --dry-run makes the models too. Raises SparseDMError."""
     if options.list:
         return Job(("would print the presets",), print_presets)
     from ..config import CompileConfig
@@ -72,34 +73,38 @@ def prepare(options: argparse.Namespace) -> Job:
     patterns = [Pattern.parse(text) for text in options.pattern or ["2:4"]]
     CompileConfig.create(patterns[0], policy=options.policy)
     names = [*dict.fromkeys(options.model)]
-    given = {"options": model_options(options), "batch": options.batch, "inputs": options.inputs}
+    fields = read_model_options(options)
+    settings = {"options": fields, "batch": options.batch, "inputs": options.inputs}
     if options.dry_run:
         for name in names:
-            open_with_inputs(name, **given)
+            open_with_inputs(name, **settings)
 
     def run() -> None:
-        counts = [count(name, open_with_inputs(name, **given), patterns, options) for name in names]
+        counts = [
+            count_model(name, open_with_inputs(name, **settings), patterns, options)
+            for name in names
+        ]
         if options.json:
-            found = [as_json(entry, options) for entry in counts]
-            print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+            values = [make_json(entry, options) for entry in counts]
+            print(json.dumps(values[0] if len(values) == 1 else values, indent=2))
         else:
-            print("\n\n".join(tables(counts, options.per_layer)))
+            print("\n\n".join(format_tables(counts, options.per_layer)))
 
-    at = ", ".join(map(str, patterns))
-    return Job(tuple(f"would count {name} at {at}" for name in names), run)
+    texts = ", ".join(map(str, patterns))
+    return Job(tuple(f"would count {name} at {texts}" for name in names), run)
 
 
 def print_presets() -> None:
-    """One line per preset."""
+    """Prints one line per preset."""
     from ..models import PRESETS
 
     print(tabulate([(name, entry.about) for name, entry in PRESETS.items()], tablefmt="plain"))
 
 
-def count(
+def count_model(
     name: str, called: ModelWithInputs, patterns: Sequence[Pattern], options: argparse.Namespace
-) -> Count:
-    """The MACs of the model of that name at every pattern. Raises SparseDMError."""
+) -> ModelMacs:
+    """Counts the MACs of one model at every pattern. Raises SparseDMError."""
     from ..compiler.counting import count_macs
 
     model, args, kwargs = called
@@ -107,11 +112,11 @@ def count(
         str(pattern): count_macs(model, *args, pattern=pattern, policy=options.policy, **kwargs)
         for pattern in patterns
     }
-    return Count(name, reports)
+    return ModelMacs(name, reports)
 
 
-def as_json(entry: Count, options: argparse.Namespace) -> dict[str, Any]:
-    """Plain values; "pattern" and "sparse" on top where there is one pattern."""
+def make_json(entry: ModelMacs, options: argparse.Namespace) -> dict[str, Any]:
+    """Returns plain values; of a single pattern, "pattern" and "sparse" at the top level too."""
     patterns: dict[str, dict[str, Any]] = {
         text: {"sparse": report.sparse, "ratio": round(report.dense / max(report.sparse, 1), 4)}
         for text, report in entry.reports.items()
@@ -135,9 +140,9 @@ def as_json(entry: Count, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def tables(counts: Sequence[Count], per_layer: bool) -> list[str]:
-    """Per model its layers (if asked), then the totals, then what was counted."""
-    parts = [f"{entry.model}\n{layers(entry)}" for entry in counts] if per_layer else []
+def format_tables(counts: Sequence[ModelMacs], per_layer: bool) -> list[str]:
+    """Returns the layers of every model if ``per_layer``, the totals, and the convention."""
+    parts = [f"{entry.model}\n{format_layers(entry)}" for entry in counts] if per_layer else []
     names = list(counts[0].reports)
     heads = [head for name in names for head in (f"{name} conv+linear", "ratio")]
     body = [
@@ -150,32 +155,35 @@ def tables(counts: Sequence[Count], per_layer: bool) -> list[str]:
         for entry in counts
     ]
     headers = ["model", "dense conv+linear", "attention QK+AV", *heads]
-    return [*parts, aligned(body, headers, text=1), CONVENTION]
+    return [*parts, align_table(body, headers, text=1), CONVENTION]
 
 
-def layers(entry: Count) -> str:
-    """One line per call of a weight or of attention, with the reason where it stays dense."""
+def format_layers(entry: ModelMacs) -> str:
+    """Returns a table with one line per call of a weight or of attention.
+
+    A weight that stays dense has the reason in its last column.
+    """
     body = []
     for rows in zip(*(report.rows for report in entry.reports.values()), strict=True):
         first = rows[0]
-        why = dict(zip(entry.reports, (row.refusal or "" for row in rows), strict=True))
-        reasons = set(why.values())
+        reasons = dict(zip(entry.reports, (row.refusal or "" for row in rows), strict=True))
+        distinct = set(reasons.values())
         note = (
-            next(iter(reasons))
-            if len(reasons) == 1
-            else "; ".join(f"{pattern}: {reason}" for pattern, reason in why.items() if reason)
+            next(iter(distinct))
+            if len(distinct) == 1
+            else "; ".join(f"{pattern}: {reason}" for pattern, reason in reasons.items() if reason)
         )
         sparse = [f"{row.sparse:,}" for row in rows]
         shape = "x".join(map(str, first.shape))
         body.append([first.name, first.op, shape, f"{first.dense:,}", *sparse, note])
     headers = ["layer", "op", "weight", "dense MACs", *entry.reports, "stays dense because"]
-    return aligned(body, headers, text=3, last_text=True)
+    return align_table(body, headers, text=3, last_text=True)
 
 
-def aligned(
+def align_table(
     body: Sequence[Sequence[str]], headers: Sequence[str], *, text: int, last_text: bool = False
 ) -> str:
-    """A table whose first ``text`` columns, and perhaps the last, are words; the rest numbers."""
+    """Returns a table; the first ``text`` columns (and the last) are words, the others numbers."""
     numbers = len(headers) - text - last_text
     align = ["left"] * text + ["right"] * numbers + ["left"] * last_text
     return tabulate(body, headers, colalign=align, disable_numparse=True)

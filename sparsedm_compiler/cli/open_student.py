@@ -1,4 +1,4 @@
-"""A model as the command line names it, ready to be called, masked where its weights say so."""
+"""Resolves the model that a command line names, and opens it, masked if its weights are pruned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
-from .options import MODES, add_backend, add_device, add_model, device_of, model_options
+from .options import (
+    MODES,
+    add_backend,
+    add_device,
+    add_model,
+    read_model_options,
+    select_device,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +27,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ModelSource:
     """A checked model: ``name`` and ``options`` as ``open_model`` takes them.
 
-    ``pruned``: the metadata of ``weights`` where ``sparsedm_compiler.save`` wrote them, else None.
-    ``mode``, ``backend``: how it then runs. ``run``: the configuration of the run that was named.
+    ``pruned`` is the metadata of ``weights`` where ``sparsedm_compiler.save`` wrote them, else
+    None; ``mode`` and ``backend`` say how such weights run. ``run`` is the configuration of the
+    training run whose folder was named, else None.
     """
 
     name: str
@@ -37,7 +45,7 @@ class Source:
     run: RunConfig | None = None
 
     def open(self) -> nn.Module:
-        """The model with its weights, on its device. Raises SparseDMError."""
+        """Opens the model with its weights, on its device. Raises SparseDMError."""
         from ..compiler.serialization import load
         from ..models import open_model
 
@@ -46,95 +54,97 @@ class Source:
                 self.name, options=self.options, weights=self.weights, device=self.device
             )
         dense = open_model(self.name, options=self.options, device=self.device)
-        return in_mode(load(self.weights, dense, backend=self.backend), self.mode)
+        return switch_mode(load(self.weights, dense, backend=self.backend), self.mode)
 
-    def example(self, inputs: str | None = None) -> tuple[nn.Module, tuple[Any, ...], Any]:
-        """(model, args, kwargs) to count or to copy: on the meta device where possible."""
+    def open_example(self, inputs: str | None = None) -> tuple[nn.Module, tuple[Any, ...], Any]:
+        """Returns (model, args, kwargs) of one call, on the meta device where possible."""
         from ..models import open_with_inputs
 
         return open_with_inputs(self.name, options=self.options, inputs=inputs)
 
     @property
     def pattern(self) -> str | None:
-        """What the weights were pruned to, None where they are dense."""
+        """The pattern that the weights were pruned to, None where they are dense."""
         if self.pruned is None:
             return None
         return str(self.pruned["options"]["pattern"] or "recognised")
 
     def __str__(self) -> str:
         weights = "its own weights" if self.weights is None else f"weights {self.weights}"
-        how = "dense" if self.pruned is None else f"masked to {self.pattern}, mode {self.mode}"
-        return f"{self.name} with {weights}, {how}, on {self.device}"
+        state = "dense" if self.pruned is None else f"masked to {self.pattern}, mode {self.mode}"
+        return f"{self.name} with {weights}, {state}, on {self.device}"
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Which weights."""
+    """Adds the option that names the weights."""
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="what training saved (then it runs masked), or dense weights: .safetensors, .pt, .pth",
+        help="weights saved by training, which run masked, or dense weights: .safetensors, .pt, "
+        ".pth",
     )
 
 
-def add_source(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Options of ``source_of`` beside the weights."""
+def add_source_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds the options of ``resolve_source`` beside the weights."""
     add_model(parser, required=required)
     parser.add_argument(
         "--mode",
         choices=MODES,
         default="infer",
-        help="how pruned weights run: infer folds the masks once and takes the fastest kernels, "
-        "train masks in every call (infer)",
+        help="how pruned weights run: infer folds the masks into the weights once and uses the "
+        "fastest kernels, train masks the weights in every call (default: infer)",
     )
     add_backend(parser)
     add_device(parser)
 
 
-def source_of(options: argparse.Namespace) -> Source:
-    """The model that was asked for, checked on the meta device. Raises SparseDMError."""
+def resolve_source(options: argparse.Namespace) -> ModelSource:
+    """Returns the model of the options, checked on the meta device. Raises SparseDMError."""
     from ..compiler.inner_backend import resolve_backend
     from ..models import load_weights, open_model
     from ..models.loading import may_have_weights
 
-    name, chosen, weights, run = options.model, model_options(options), options.weights, None
+    name, fields = options.model, read_model_options(options)
+    weights, run = options.weights, None
     if (Path(name) / "run.json").exists():
         run = read_run_config(Path(name) / "run.json")
-        weights = weights or student_of(Path(name))
-        name, chosen = run.model.name, {**run.model.options, **chosen}
+        weights = weights or find_student_weights(Path(name))
+        name, fields = run.model.name, {**run.model.options, **fields}
     if weights is None and not may_have_weights(name):
         raise ConfigError(f"{name} alone has random weights: give --weights FILE")
-    model = open_model(name, options=chosen, device="meta")
-    pruned = None if weights is None else metadata_of(Path(weights))
+    model = open_model(name, options=fields, device="meta")
+    pruned = None if weights is None else read_metadata(Path(weights))
     if weights is not None and not (pruned and pruned["packed"]):
         load_weights(model, weights)
     resolve_backend(options.backend)
     path = None if weights is None else Path(weights)
-    mode, backend, device = options.mode, options.backend, device_of(options)
-    return Source(name, chosen, path, pruned, mode, backend, device, run)
+    mode, backend, device = options.mode, options.backend, select_device(options)
+    return ModelSource(name, fields, path, pruned, mode, backend, device, run)
 
 
 def read_run_config(path: Path) -> RunConfig:
-    """The configuration of a run."""
+    """Reads the configuration of a run. Raises ConfigError."""
     from ..experiment.run_config import RunConfig
 
     return RunConfig.read(path)
 
 
-def student_of(folder: Path) -> Path:
-    """The weights a finished run left. Raises ConfigError for one that has not finished."""
-    found = folder / "student.safetensors"
-    if not found.exists():
-        saved = max((folder / "checkpoints").glob("*/*.safetensors"), default=None)
-        hint = "" if saved is None else f"; --weights {saved.with_name('student.safetensors')} is"
+def find_student_weights(folder: Path) -> Path:
+    """Returns the weights that a finished run saved. Raises ConfigError for an unfinished one."""
+    path = folder / "student.safetensors"
+    if not path.exists():
+        last = max((folder / "checkpoints").glob("*/*.safetensors"), default=None)
+        hint = "" if last is None else f"; --weights {last.with_name('student.safetensors')} is"
         raise ConfigError(
             f"{folder} has no student.safetensors: the run is not finished{hint}"
             + (" its last checkpoint" if hint else "")
         )
-    return found
+    return path
 
 
-def metadata_of(path: Path) -> dict[str, Any] | None:
-    """What ``sparsedm_compiler.save`` wrote beside the weights, None for another file's.
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """Reads what ``sparsedm_compiler.save`` stored beside the weights, None for another file.
 
     Raises CheckpointError for a file that cannot be read.
     """
@@ -145,14 +155,14 @@ def metadata_of(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("sparsedm")
-        found: dict[str, Any] | None = None if text is None else json.loads(text)
+        metadata: dict[str, Any] | None = None if text is None else json.loads(text)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"cannot read weights from {path}: {error}") from error
-    return found
+    return metadata
 
 
-def in_mode(model: nn.Module, mode: str) -> nn.Module:
-    """A compiled model in ``mode``, with the decisions it has. Raises ConfigError."""
+def switch_mode(model: nn.Module, mode: str) -> nn.Module:
+    """Returns a compiled model in ``mode``, with the same decisions. Raises ConfigError."""
     from ..compiler.api import install
     from ..compiler.guarded_forward import require_compiled
 

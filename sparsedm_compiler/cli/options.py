@@ -14,7 +14,7 @@ MODES = ("infer", "train")
 
 
 def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Which model."""
+    """Adds the options that name a model."""
     parser.add_argument(
         "--model",
         required=required,
@@ -26,22 +26,22 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Where to run."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
+    """Adds the option that names the device."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
-    """What compiles."""
+    """Adds the option that names the compiler of the graph."""
     parser.add_argument(
         "--backend",
         default="auto",
-        help="what runs the graph: inductor, eager or another torch.compile backend (auto: "
-        "inductor where there is a C++ compiler)",
+        help="compiler of the graph: inductor, eager or another torch.compile backend (default "
+        "auto: inductor where a C++ compiler is installed, else eager)",
     )
 
 
-def device_of(options: argparse.Namespace) -> torch.device:
-    """The device that was asked for. Raises ConfigError where there is no such."""
+def select_device(options: argparse.Namespace) -> torch.device:
+    """Returns the device of the options. Raises ConfigError where it does not exist."""
     import torch
 
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,30 +55,30 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Changes of the model's configuration."""
+    """Adds the option that changes the model's configuration."""
     parser.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change a field of the model's configuration, e.g. depth=4; repeat for more",
+        help="set a field of the model's configuration, e.g. depth=4; may be repeated",
     )
 
 
-def model_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of the model's configuration that were given. Raises ConfigError."""
-    found: dict[str, Any] = {}
+def read_model_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of the model's configuration to set. Raises ConfigError."""
+    fields: dict[str, Any] = {}
     if options.option:
         from ..experiment.yaml_values import assign
 
         for assignment in options.option:
-            assign(found, assignment)
-    return found
+            assign(fields, assignment)
+    return fields
 
 
-def numbers_in(text: str, between: str, name: str, example: str) -> tuple[int, ...]:
-    """The whole numbers in an option's value, none below 0. Raises ConfigError."""
-    parts = [part.strip() for part in text.split(between)]
+def parse_integers(text: str, separator: str, name: str, example: str) -> tuple[int, ...]:
+    """Parses the value of the option ``name`` as integers >= 0. Raises ConfigError."""
+    parts = [part.strip() for part in text.split(separator)]
     if not all(part.isdecimal() for part in parts):
         raise ConfigError(f"{name} {text!r} are not whole numbers like {example}")
     return tuple(map(int, parts))

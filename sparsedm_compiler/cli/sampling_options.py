@@ -1,4 +1,4 @@
-"""What ``sample`` and ``fid`` share: how images are drawn from a model."""
+"""The options of ``sample`` and ``fid`` that say how images are sampled from a model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError, SparseDMError
-from .open_student import Source
-from .options import numbers_in
+from .open_student import ModelSource
+from .options import parse_integers
 
 if TYPE_CHECKING:
     import torch
@@ -22,26 +22,32 @@ if TYPE_CHECKING:
 SAMPLERS = ("dpm++", "ddim", "ddpm", "euler")
 OBJECTIVES = ("eps", "v", "x0", "flow")
 STEPS = {"ddpm": 1000}
-"""Steps of a sampler that is not told how many; all others take 50."""
+"""Default steps of a sampler; all others take 50."""
 
-Asked = Callable[[range], "Condition | None"]
-"""The condition of the images with these numbers."""
+ConditionOfImages = Callable[[range], "Condition | None"]
+"""Returns the condition of the images with these numbers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
-    """A checked plan to draw images; ``sampler``: as results name it."""
+class SamplingRequest:
+    """A checked request to sample images from a model.
 
-    source: Source
+    ``sampler`` is the description of scheduler, steps and guidance that results print.
+    """
+
+    source: ModelSource
     plan: SamplePlan
     scheduler: Any
     sampler: str
     objective: str
 
-    def batches(
+    def sample(
         self, model: nn.Module, *, skip: Callable[[range], bool] | None = None, progress: bool
     ) -> NumberedBatches:
-        """This process's share of the images, chunk by chunk with their numbers."""
+        """Yields this process's share of the images in chunks, with their numbers.
+
+        Chunks for whose numbers ``skip`` returns True are left out.
+        """
         from ..diffusion import sample_batches
         from ..evaluate.process_group import own_share
 
@@ -50,37 +56,43 @@ class Drawing:
         )
 
 
-def add_drawing(parser: argparse.ArgumentParser) -> None:
-    """Options of ``drawing_of``."""
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``make_sampling_request``."""
     add = parser.add_argument
-    add("--sampler", choices=SAMPLERS, help="how to sample (dpm++)")
-    add("--steps", type=int, help="steps of the sampler (50; ddpm: 1000)")
-    add("--objective", choices=OBJECTIVES, help="what the model predicts (eps)")
-    add("--seed", type=int, default=0, help="image i draws its noise from (seed, i) alone (0)")
-    add("--batch-size", type=int, default=64, help="images at once (64)")
-    add("--shape", help="shape of one input, e.g. 3x32x32, for a model of an unknown class")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--classes", type=int, help="number of classes: images take them in turn")
-    what.add_argument("--labels", help="these classes in turn instead, e.g. 3,5,7")
-    what.add_argument(
+    add("--sampler", choices=SAMPLERS, help="sampler (default: that of the run, else dpm++)")
+    add("--steps", type=int, help="steps of the sampler (default: 50; ddpm: 1000)")
+    add("--objective", choices=OBJECTIVES, help="prediction target of the model (default: eps)")
+    add("--seed", type=int, default=0, help="seed; the noise of image i depends on (seed, i) (0)")
+    add("--batch-size", type=int, default=64, help="images per call of the model (64)")
+    add("--shape", help="shape of one input, e.g. 3x32x32, for a model class that is not known")
+    conditions = parser.add_mutually_exclusive_group()
+    conditions.add_argument("--classes", type=int, help="number of classes; images cycle through")
+    conditions.add_argument("--labels", help="class labels to cycle through instead, e.g. 3,5,7")
+    conditions.add_argument(
         "--condition",
         metavar="FILE",
-        help=".safetensors with keyword arguments of the model, e.g. text embeddings, one row per "
-        "image, used in turn",
+        help=".safetensors with keyword arguments of the model, e.g. text embeddings: one row per "
+        "image; images cycle through the rows",
     )
     add("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
-    add("--null-label", type=int, help="for guidance: the class that means no class")
+    add("--null-label", type=int, help="for guidance: the label of the class that means no class")
     add(
         "--null",
         metavar="FILE",
-        help="for guidance: .safetensors that means no condition: one row, or the tensors of one "
-        "image without that axis, as in data.null",
+        help="for guidance: .safetensors with the condition that means none: one row, or the "
+        "tensors of one image without the axis of rows, as in data.null",
     )
     add("--vae", metavar="FOLDER", help="diffusers AutoencoderKL that decodes latents to images")
 
 
-def drawing_of(options: argparse.Namespace, source: Source, count: int) -> Drawing:
-    """The plan that was asked for, a run's own settings where none were. Raises SparseDMError."""
+def make_sampling_request(
+    options: argparse.Namespace, source: ModelSource, count: int
+) -> SamplingRequest:
+    """Returns the checked request for ``count`` images.
+
+    An option that is not set takes the value of the training run, if one was named. Raises
+    SparseDMError.
+    """
     from ..diffusion import SamplePlan, make_scheduler, sampler_name
 
     run = source.run
@@ -88,57 +100,66 @@ def drawing_of(options: argparse.Namespace, source: Source, count: int) -> Drawi
     steps = options.steps or (run.sample.steps if run else STEPS.get(sampler, 50))
     objective = options.objective or (run.train.objective if run else "eps")
     scheduler = make_scheduler(sampler, objective)
-    asked, guidance = asked_of(options, source)
+    condition, guidance = resolve_condition(options, source)
     vae = options.vae or (run.data.vae if run else None)
     plan = SamplePlan(
-        (count, *shape_of(options, source)),
+        (count, *resolve_shape(options, source)),
         steps,
         options.seed,
-        asked,
+        condition,
         guidance,
-        None if vae is None else decoder_of(vae, source),
+        None if vae is None else open_decoder(vae, source),
         options.batch_size,
     )
-    check_call(source, plan)
-    return Drawing(source, plan, scheduler, sampler_name(scheduler, steps, guidance), objective)
+    check_model_call(source, plan)
+    label = sampler_name(scheduler, steps, guidance)
+    return SamplingRequest(source, plan, scheduler, label, objective)
 
 
-def shape_of(options: argparse.Namespace, source: Source) -> tuple[int, ...]:
-    """The shape of one input of the model: the one given, or that of its class."""
+def resolve_shape(options: argparse.Namespace, source: ModelSource) -> tuple[int, ...]:
+    """Returns the shape of one input of the model: of the options, or of its class."""
     if options.shape is not None:
-        return numbers_in(options.shape, "x", "--shape", "3x32x32")
-    _, args, kwargs = source.example()
+        return parse_integers(options.shape, "x", "--shape", "3x32x32")
+    _, args, kwargs = source.open_example()
     first = next((x for x in (*args, *kwargs.values())), None)
     if first is None:
         raise ConfigError(f"what {source.name} takes is not known: give --shape, e.g. 3x32x32")
     return tuple(first.shape[1:])
 
 
-def asked_of(options: argparse.Namespace, source: Source) -> tuple[Asked | None, Guidance | None]:
-    """What the images are conditioned on, and how strongly."""
+def resolve_condition(
+    options: argparse.Namespace, source: ModelSource
+) -> tuple[ConditionOfImages | None, Guidance | None]:
+    """Returns the condition of the images and the guidance, of the options or of the run.
+
+    Raises ConfigError for guidance without a condition that means none.
+    """
     from ..diffusion import Guidance
 
-    scale, asked = options.guidance, own_condition(options)
-    if asked is None and source.run is not None:
-        from ..experiment import inputs as opening
+    scale, condition = options.guidance, read_condition_options(options)
+    if condition is None and source.run is not None:
+        from ..experiment import inputs
 
         run = source.run
         if scale is not None:
             run = replace(run, sample=replace(run.sample, guidance=scale))
-        opened = opening.open_inputs(run, source.device)
-        asked = None if opened.make_condition(range(1)) is None else opened.make_condition
+        opened = inputs.open_inputs(run, source.device)
+        condition = None if opened.make_condition(range(1)) is None else opened.make_condition
         if options.null is None and options.null_label is None:
-            return asked, opening.make_guidance(run, opened)
-    null = null_of(options, asked)
+            return condition, inputs.make_guidance(run, opened)
+    null = read_null_options(options, condition)
     if scale is None:
-        return asked, None
+        return condition, None
     if null is None:
         raise ConfigError(f"--guidance {scale} needs --null-label or --null: what means none?")
-    return asked, Guidance(scale, null)
+    return condition, Guidance(scale, null)
 
 
-def own_condition(options: argparse.Namespace) -> Asked | None:
-    """The condition that the options name, None for none."""
+def read_condition_options(options: argparse.Namespace) -> ConditionOfImages | None:
+    """Returns the condition of --condition, --labels or --classes, None where none is set.
+
+    Raises ConfigError and DataError.
+    """
     import torch
 
     if options.condition is not None:
@@ -152,7 +173,7 @@ def own_condition(options: argparse.Namespace) -> Asked | None:
         )
     labels: list[int] = []
     if options.labels is not None:
-        labels = [*numbers_in(options.labels, ",", "--labels", "3,5,7")]
+        labels = [*parse_integers(options.labels, ",", "--labels", "3,5,7")]
     elif options.classes is not None:
         if options.classes < 1:
             raise ConfigError(f"--classes {options.classes} is not >= 1")
@@ -162,10 +183,13 @@ def own_condition(options: argparse.Namespace) -> Asked | None:
     return lambda numbers: torch.tensor([labels[number % len(labels)] for number in numbers])
 
 
-def null_of(options: argparse.Namespace, asked: Asked | None) -> int | Condition | None:
-    """What stands for no condition: a class, or the tensors of one image.
+def read_null_options(
+    options: argparse.Namespace, condition: ConditionOfImages | None
+) -> int | Condition | None:
+    """Returns the condition that means none: a class label, or the tensors of one image.
 
-    In a file they may have one axis more, that of rows, which what is ``asked`` for tells.
+    The tensors in a file may have the axis of rows as well; it is removed where a tensor has as
+    many axes as that of ``condition``.
     """
     if options.null is None:
         label: int | None = options.null_label
@@ -174,7 +198,7 @@ def null_of(options: argparse.Namespace, asked: Asked | None) -> int | Condition
 
     from ..diffusion.condition import read_condition
 
-    like = None if asked is None else asked(range(1))
+    like = None if condition is None else condition(range(1))
     rows = like if isinstance(like, Mapping) else {}
     axes = {name: part.ndim for name, part in rows.items() if isinstance(part, Tensor)}
     return {
@@ -183,19 +207,19 @@ def null_of(options: argparse.Namespace, asked: Asked | None) -> int | Condition
     }
 
 
-def decoder_of(folder: str, source: Source) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Latents to images."""
-    from ..experiment.inputs import open_decoder
+def open_decoder(folder: str, source: ModelSource) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the function from latents to images. Raises ConfigError."""
+    from ..experiment import inputs
 
     if not (Path(folder) / "config.json").exists():
         raise ConfigError(f"--vae {folder} holds no AutoencoderKL of diffusers: no config.json")
-    return open_decoder(folder, source.device)
+    return inputs.open_decoder(folder, source.device)
 
 
-def check_call(source: Source, plan: SamplePlan) -> None:
-    """Call the model on the meta device as sampling will, where it can be called there.
+def check_model_call(source: ModelSource, plan: SamplePlan) -> None:
+    """Calls the model on the meta device as sampling will, where it can be called there.
 
-    Raises DataError where shape or condition do not fit it.
+    Raises SparseDMError where shape or condition do not fit the model.
     """
     import torch
 
@@ -205,17 +229,17 @@ def check_call(source: Source, plan: SamplePlan) -> None:
     from ..models.loading import is_function
 
     model = open_model(source.name, options=source.options, device="meta")
-    asked = plan.take_condition(range(1))
+    condition = plan.take_condition(range(1))
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     x = torch.zeros(1, *plan.shape[1:], device="meta", dtype=dtype)
-    y = None if asked is None else move_condition(asked, x)
+    y = None if condition is None else move_condition(condition, x)
     try:
         with torch.no_grad():
             predict(model, x, torch.zeros(1, device="meta"), y)
     except SparseDMError:
         raise
     except Exception as error:
-        if not is_function(source.name):  # anything may be in there, also what meta cannot do
+        if not is_function(source.name):  # a function may build what the meta device cannot run
             raise ConfigError(
                 f"{source.name} cannot be called with {list(x.shape)}: {error}"
             ) from error

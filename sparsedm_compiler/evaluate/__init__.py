@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from .features import FeatureNetwork, features, load_network
+from .feature_network import FeatureNetwork
+from .features import extract_features, load_network
 from .frechet import frechet_distance, frechet_score
 from .kid import kernel_distance
 from .moments import Moments, Statistics, load_statistics, save_statistics
 from .precision_recall import precision_recall
 from .score import Score
-from .score_images import Metrics, reference_of, score_images
+from .score_images import FeatureSummary, Metrics, prepare_reference, score_images
 
 __all__ = [
     "FeatureNetwork",
+    "FeatureSummary",
     "Metrics",
     "Moments",
     "Score",
     "Statistics",
-    "features",
+    "extract_features",
     "frechet_distance",
     "frechet_score",
     "kernel_distance",
     "load_network",
     "load_statistics",
     "precision_recall",
-    "reference_of",
+    "prepare_reference",
     "save_statistics",
     "score_images",
 ]

@@ -1,10 +1,10 @@
-"""Features of images by any network: all of them, or what a score needs of a stream."""
+"""Features of images: loading a network, running it, and collecting what scores need."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,23 @@ from ..diffusion.image_batches import check_images, round_to_uint8
 from ..diffusion.modes import evaluating
 from ..errors import ConfigError, DataError
 from ..models.factories import import_function
+from .feature_network import Extractor, FeatureNetwork
+from .inception import load_inception
 from .moments import Moments
 
 BATCH = 64
-"""Images that a feature network sees at once when it reads a stream."""
-Extractor = nn.Module | Callable[[Tensor], Any]
-"""Images [B, C, H, W] in [-1, 1] -> features [B, d], [B, d, 1, 1] or a tuple that starts so."""
+"""Images in one call of the feature network while a stream is read."""
+INCEPTION = re.compile(r"inception(?:-(?P<width>\d+))?(?::(?P<weights>.+))?")
 
 
 @dataclass(frozen=True, slots=True)
-class FeatureNetwork:
-    """A feature network under the name that results give it."""
+class CollectedFeatures:
+    """The moments of all features of a stream, and the first features themselves.
 
-    name: str
-    network: Extractor
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What is kept of the features of a stream.
-
-    ``moments``: of all of them, None where there were none. ``stored``: the features [n, d] of the
-    images with the ``numbers`` [n], as many as were asked for.
+    Attributes:
+        moments: The moments of all features, None where there were no images.
+        numbers: The numbers [n] of the images whose features are stored.
+        stored: Their features [n, d].
     """
 
     moments: Moments | None
@@ -45,93 +40,136 @@ class Collected:
     stored: Tensor
 
 
-def features(network: Extractor, images: Tensor, *, batch_size: int = 256) -> Tensor:
-    """The features [n, d] of ``images``, on the CPU; a module runs in eval mode on its device."""
+def extract_features(network: Extractor, images: Tensor, *, batch_size: int = 256) -> Tensor:
+    """Runs a feature network over images.
+
+    A module runs in eval mode on the device of its parameters, a function where the images are;
+    neither records gradients.
+
+    Args:
+        network: A module or function from images [B, C, H, W] to features, as in
+            ``FeatureNetwork``.
+        images: Images [n, C, H, W] in [-1, 1].
+        batch_size: Images per call of the network.
+
+    Returns:
+        The features [n, d], on the CPU.
+
+    Raises:
+        DataError: The network returned anything but one row of features per image.
+
+    Example:
+        >>> extract_features(lambda images: images.mean((2, 3)), torch.zeros(5, 3, 8, 8)).shape
+        torch.Size([5, 3])
+    """
     parts = torch.split(images, batch_size)
     if not isinstance(network, nn.Module):
         with torch.no_grad():
-            return torch.cat([flat(network(part), part).cpu() for part in parts])
+            return torch.cat([flatten_output(network(part), part).cpu() for part in parts])
     device = next((tensor.device for tensor in network.parameters()), images.device)
     with evaluating(network):
-        return torch.cat([flat(network(part.to(device)), part).cpu() for part in parts])
+        return torch.cat([flatten_output(network(part.to(device)), part).cpu() for part in parts])
 
 
-def flat(found: Any, images: Tensor) -> Tensor:
-    """Features [B, d] in what a network returned for ``images``. Raises DataError."""
-    if isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise DataError(f"the feature network returned a {type(found).__name__}, not a tensor")
-    if found.ndim < 2 or len(found) != len(images):
+def flatten_output(output: Any, images: Tensor) -> Tensor:
+    """Returns a network's output for ``images`` as features [B, d].
+
+    Raises DataError unless it is a tensor with a row per image, or a tuple that starts with one.
+    """
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise DataError(f"the feature network returned a {type(output).__name__}, not a tensor")
+    if output.ndim < 2 or len(output) != len(images):
         raise DataError(
-            f"the feature network returned {list(found.shape)} for {len(images)} images, not "
+            f"the feature network returned {list(output.shape)} for {len(images)} images, not "
             f"[{len(images)}, d]"
         )
-    return found.flatten(1)
+    return output.flatten(1)
 
 
-def collect(
+def collect_features(
     network: FeatureNetwork, batches: Iterable[tuple[range, Tensor]], *, stored: int = 0
-) -> Collected:
-    """The moments of the features of all images, and the features of those numbered < ``stored``.
+) -> CollectedFeatures:
+    """Computes the moments of all features, and keeps those of images numbered < ``stored``.
 
-    Images are clamped and rounded to bytes first, so that they count as their PNGs would.
+    Images are clamped and rounded to bytes first, so that they score as their PNGs would.
+    Raises DataError for images that are not finite [B, C, H, W] with a number each.
     """
     moments: Moments | None = None
     kept: list[Tensor] = [torch.zeros(0, 0)]
     numbers: list[int] = []
     for part, images in batches:
-        found = features(
+        rows = extract_features(
             network.network, round_to_uint8(check_images(images, part)), batch_size=BATCH
         )
-        moments = Moments.of(found) if moments is None else moments + Moments.of(found)
-        few = [number for number in part if number < stored]
-        if few:
-            numbers += few
-            kept.append(found[: len(few)].float())
-    return Collected(moments, torch.tensor(numbers, dtype=torch.int64), torch.cat(kept[1:] or kept))
-
-
-INCEPTION = re.compile(r"inception(?:-(?P<width>\d+))?(?::(?P<weights>.+))?")
+        own = Moments.from_features(rows)
+        moments = own if moments is None else moments + own
+        first = [number for number in part if number < stored]
+        if first:
+            numbers += first
+            kept.append(rows[: len(first)].float())
+    numbers_stored = torch.tensor(numbers, dtype=torch.int64)
+    return CollectedFeatures(moments, numbers_stored, torch.cat(kept[1:] or kept))
 
 
 def load_network(
     spec: str, *, name: str | None = None, device: str | torch.device = "cpu"
 ) -> FeatureNetwork:
-    """The feature network of that name, on ``device``.
+    """Loads a feature network by name.
 
-    "inception" is pytorch-fid's InceptionV3 (2048 features), "inception-192" one of its earlier
-    layers, "inception:PATH" its weights in that file. "package.module:function" calls a function
-    that returns a network, or takes the module that stands there. ``name``: what results call it.
-    Raises ConfigError, and DataError where there are no weights.
+    Args:
+        spec: One of
+
+            - ``"inception"``: the InceptionV3 of pytorch-fid with its 2048 features, from which
+              the FID is computed; ``"inception-64"``, ``"-192"`` and ``"-768"`` are its earlier
+              layers. ``":PATH"`` at the end names the file of its weights.
+            - ``"package.module:function"``: a function without arguments that returns a module,
+              a function or a ``FeatureNetwork``; or a module that is an attribute there.
+        name: The name that results print; None takes the network's own.
+        device: The device that a module is moved to.
+
+    Returns:
+        The network under its name.
+
+    Raises:
+        ConfigError: ``spec`` names no network, or the function cannot be imported or called, or
+            returns something else.
+        DataError: There is no file with the weights of InceptionV3, or it holds others. Nothing is
+            downloaded.
+
+    Example:
+        >>> load_network("torch.nn:Flatten").name
+        'Flatten'
     """
     if match := INCEPTION.fullmatch(spec):
-        from .inception import inception
-
         path, width = match["weights"], int(match["width"] or 2048)
-        found = inception(None if path is None else Path(path).expanduser(), width=width)
+        loaded = load_inception(None if path is None else Path(path).expanduser(), width=width)
     elif ":" in spec:
-        found = named(spec, import_function(spec))
+        loaded = instantiate(spec, import_function(spec))
     else:
         raise ConfigError(
             f"no feature network is called {spec!r}; known: inception, inception-64, "
             "inception-192, inception-768, each also with :PATH of its weights, or "
             "package.module:function"
         )
-    if isinstance(found.network, nn.Module):
-        found.network.to(device)
-    return FeatureNetwork(name or found.name, found.network)
+    if isinstance(loaded.network, nn.Module):
+        loaded.network.to(device)
+    return FeatureNetwork(name or loaded.name, loaded.network)
 
 
-def named(spec: str, found: Callable[..., Any]) -> FeatureNetwork:
-    """What ``spec`` named: a module, or what the function there returns. Raises ConfigError."""
-    if isinstance(found, nn.Module):
-        return FeatureNetwork(type(found).__name__, found)
+def instantiate(spec: str, imported: Any) -> FeatureNetwork:
+    """Returns the network behind ``spec``: the imported module, or the result of the function.
+
+    Raises ConfigError where the function takes arguments or returns no network.
+    """
+    if isinstance(imported, nn.Module):
+        return FeatureNetwork(type(imported).__name__, imported)
     try:
-        inspect.signature(found).bind()
+        inspect.signature(imported).bind()
     except TypeError as error:
         raise ConfigError(f"{spec} must be a function that needs no arguments: {error}") from error
-    made = found()
+    made = imported()
     if isinstance(made, FeatureNetwork):
         return made
     if isinstance(made, nn.Module):

@@ -1,4 +1,4 @@
-"""pytorch-fid's InceptionV3 as a feature network, with weights from a file and never a download."""
+"""The InceptionV3 of pytorch-fid as a feature network, with weights from a local file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..errors import ConfigError, DataError
 from ..optional_deps import mend_torchvision
-from .features import FeatureNetwork
+from .feature_network import FeatureNetwork
 
 WIDTHS = (64, 192, 768, 2048)
-"""Features of pytorch-fid's four layers; 2048 is the one of the FID."""
+"""Features of the four layers pytorch-fid offers; the FID uses 2048."""
 
 
 class InceptionFeatures(nn.Module):
@@ -32,42 +32,46 @@ class InceptionFeatures(nn.Module):
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise DataError(f"images {list(images.shape)} are not [B, 1 or 3, H, W] for Inception")
         colour = images.expand(-1, 3, -1, -1)
-        found: Tensor = self.network((colour + 1) / 2)[0]
-        return adaptive_avg_pool2d(found, (1, 1)).flatten(1)
+        maps: Tensor = self.network((colour + 1) / 2)[0]
+        return adaptive_avg_pool2d(maps, (1, 1)).flatten(1)
 
 
-def inception(weights: Path | None = None, *, width: int = 2048) -> FeatureNetwork:
-    """pytorch-fid's InceptionV3 in eval mode, up to the layer of ``width`` features.
+def load_inception(weights: Path | None = None, *, width: int = 2048) -> FeatureNetwork:
+    """Loads pytorch-fid's InceptionV3 in eval mode, up to the layer of ``width`` features.
 
-    ``weights``: the file pytorch-fid downloads; None is where it (torch.hub) keeps it. The network
-    is called "InceptionV3" with those very weights and "InceptionV3@" and a hash with others.
-    Raises DataError, with the way to the file, where there is none; ConfigError for other widths.
+    ``weights`` is the file that pytorch-fid downloads; None looks where torch.hub caches it. The
+    network is called "InceptionV3" with exactly those weights, "InceptionV3@" and the start of
+    the file's hash with others. Raises DataError, which names the URL and the path, where there is
+    no such file; ConfigError for other widths.
     """
     if width not in WIDTHS:
         raise ConfigError(
             f"InceptionV3 has no layer of {width} features; it has {', '.join(map(str, WIDTHS))}"
         )
     mend_torchvision()
-    from pytorch_fid import inception as theirs
+    from pytorch_fid import inception
 
-    path = weights_path(weights, theirs.FID_WEIGHTS_URL)
-    state = weights_in(path)
-    with loading(theirs, state):
+    path = find_weights(weights, inception.FID_WEIGHTS_URL)
+    state = read_weights(path)
+    with replace_download(inception, state):
         try:
-            network = theirs.InceptionV3([theirs.InceptionV3.BLOCK_INDEX_BY_DIM[width]])
+            network = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[width]])
         except (RuntimeError, TypeError, AttributeError) as error:
             raise DataError(f"{path} does not hold the weights of InceptionV3: {error}") from error
     name = "InceptionV3" if width == 2048 else f"InceptionV3-{width}"
-    digest = digest_of(path)
-    if not digest.startswith(expected_digest(theirs.FID_WEIGHTS_URL)):
+    digest = hash_file(path)
+    if not digest.startswith(parse_digest(inception.FID_WEIGHTS_URL)):
         name += f"@{digest[:8]}"
     return FeatureNetwork(name, InceptionFeatures(network).eval())
 
 
-def weights_path(given: Path | None, url: str) -> Path:
-    """The file of the weights. Raises DataError that says where to get and to put it."""
+def find_weights(path: Path | None, url: str) -> Path:
+    """Returns the file of the weights; None looks in the cache of torch.hub.
+
+    Raises DataError, with the URL and the path to store the file at, where there is none.
+    """
     name = url.rpartition("/")[2]
-    path = given or Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = path or Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         raise DataError(
             f"there are no InceptionV3 weights at {path}, and nothing is downloaded here: get "
@@ -77,8 +81,8 @@ def weights_path(given: Path | None, url: str) -> Path:
     return path
 
 
-def weights_in(path: Path) -> dict[str, Tensor]:
-    """The tensors in ``path``. Raises DataError where it holds anything else."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads the state_dict in ``path``. Raises DataError where it holds anything else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -89,25 +93,29 @@ def weights_in(path: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def loading(theirs: Any, state: dict[str, Tensor]) -> Iterator[None]:
-    """Give ``state`` to the block where pytorch-fid would download it."""
-    before = theirs.load_state_dict_from_url
-    theirs.load_state_dict_from_url = lambda *_, **__: state
+def replace_download(inception: Any, state: dict[str, Tensor]) -> Iterator[None]:
+    """Makes pytorch-fid's module ``inception`` use ``state`` instead of downloading weights."""
+    before = inception.load_state_dict_from_url
+    inception.load_state_dict_from_url = lambda *_, **__: state
     try:
         yield
     finally:
-        theirs.load_state_dict_from_url = before
+        inception.load_state_dict_from_url = before
 
 
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
+def hash_file(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+            digest.update(part)
+    return digest.hexdigest()
 
 
-def expected_digest(url: str) -> str:
-    """The start of the SHA-256 that torch.hub wants of a file, from its name "...-6726825d.pth"."""
+def parse_digest(url: str) -> str:
+    """Returns the start of the SHA-256 that a torch.hub file name ends with.
+
+    >>> parse_digest("https://host/weights-6726825d.pth")
+    '6726825d'
+    """
     return url.rpartition("-")[2].removesuffix(".pth")

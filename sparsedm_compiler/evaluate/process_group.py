@@ -1,4 +1,4 @@
-"""What several processes tell each other to score together: shares, sums, small things."""
+"""Communication of processes that score together: shares of the work, sums, small objects."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..errors import ConfigError
 from .moments import Moments
 
 
-def running() -> bool:
-    """Whether this process is one of a group (torch.distributed; accelerate initialises it)."""
+def in_process_group() -> bool:
+    """Returns whether torch.distributed has been initialised (accelerate does so) here."""
     return dist.is_available() and dist.is_initialized()
 
 
 def own_share() -> ProcessShare:
-    """(rank, processes) of this process; (0, 1) where it is alone.
+    """Returns (rank, processes) of this process; (0, 1) where it runs alone.
 
-    Raises ConfigError where a launcher started several and nothing has brought them together.
+    Raises ConfigError where a launcher started several processes and no process group exists.
     """
-    if running():
+    if in_process_group():
         return dist.get_rank(), dist.get_world_size()
     if (started := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ConfigError(
@@ -34,9 +34,9 @@ def own_share() -> ProcessShare:
     return 0, 1
 
 
-def total(values: Tensor) -> Tensor:
-    """The sum of ``values`` over all processes, on the CPU."""
-    if not running():
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Returns the sum of ``values`` over all processes, on the CPU."""
+    if not in_process_group():
         return values
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     moved = values.detach().clone().to(device)
@@ -44,25 +44,27 @@ def total(values: Tensor) -> Tensor:
     return moved.cpu()
 
 
-def gathered(value: Any) -> list[Any]:
-    """The small things that all processes gave, by rank, on every process."""
-    if not running():
+def gather_objects(value: Any) -> list[Any]:
+    """Returns the picklable ``value`` of every process by rank, on every process."""
+    if not in_process_group():
         return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def total_moments(own: Moments | None) -> Moments | None:
-    """The moments of the features of all processes; None where no process has any.
+def merge_moments(own: Moments | None) -> Moments | None:
+    """Returns the moments of the features of all processes; None where no process has any.
 
     mean = sum n_i mean_i / n, scatter = sum scatter_i + n_i D_i D_i^T with D_i = mean_i - mean.
     """
-    widths = [width for width in gathered(None if own is None else len(own.mean)) if width]
-    if not widths or not running():
+    own_width = None if own is None else len(own.mean)
+    widths = [width for width in gather_objects(own_width) if width]
+    if not widths or not in_process_group():
         return own
-    part = own or Moments.none(widths[0])
-    count = int(total(torch.tensor(part.count)).item())
-    mean = total(part.count * part.mean) / count
-    away = part.mean - mean
-    return Moments(count, mean, total(part.scatter + part.count * torch.outer(away, away)))
+    part = own or Moments.empty(widths[0])
+    count = int(sum_over_processes(torch.tensor(part.count)).item())
+    mean = sum_over_processes(part.count * part.mean) / count
+    shift = part.mean - mean
+    scatter = part.scatter + part.count * torch.outer(shift, shift)
+    return Moments(count, mean, sum_over_processes(scatter))

@@ -1,4 +1,4 @@
-"""``Score``: a number together with everything it is not comparable without."""
+"""One score, together with everything that it is not comparable without."""
 
 from __future__ import annotations
 
@@ -6,13 +6,33 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """The value of a metric: "FD" (Fréchet distance), "KID", "precision" or "recall".
+class ScoreKey:
+    """Everything that two scores must share to be comparable."""
 
-    ``network``: the feature network, as in "FD-DigitsCNN"; only InceptionV3 makes it a FID.
-    ``count``/``reference_count``: images on either side, None where a file of statistics does not
-    say. ``sampler``: how the images were made. ``spread``: one standard deviation, where there is
-    one.
+    metric: str
+    network: str
+    count: int
+    reference_count: int | None
+    sampler: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The value of a metric, together with everything that it is not comparable without.
+
+    Attributes:
+        value: The value.
+        network: The feature network, as in "FD-DigitsCNN"; only "FD-InceptionV3" is a FID.
+        count: The number of images scored.
+        reference_count: The number of reference images, None where a file of statistics does not
+            say.
+        sampler: A description of how the images were made.
+        metric: "FD" (Fréchet distance), "KID", "precision" or "recall".
+        spread: One standard deviation of the value, None where the metric has none.
+
+    Example:
+        >>> print(Score(12.3456, "DigitsCNN", 360, 1437, "DDIMScheduler 50 steps"))
+        FD-DigitsCNN 12.346 (360 vs 1437 images, DDIMScheduler 50 steps)
     """
 
     value: float
@@ -22,6 +42,11 @@ class Score:
     sampler: str
     metric: str = "FD"
     spread: float | None = None
+
+    @property
+    def key(self) -> ScoreKey:
+        """Everything that two scores must share to be comparable."""
+        return ScoreKey(self.metric, self.network, self.count, self.reference_count, self.sampler)
 
     def __str__(self) -> str:
         value = f"{self.value:.3f}" if self.metric == "FD" else f"{self.value:.4g}"

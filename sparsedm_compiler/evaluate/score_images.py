@@ -1,4 +1,4 @@
-"""``score_images``: a stream of images against a reference, by every metric that was asked for."""
+"""Scores a stream of images against a reference by the Fréchet distance and other metrics."""
 
 from __future__ import annotations
 
@@ -13,21 +13,31 @@ from tqdm.auto import tqdm
 
 from ..diffusion.image_batches import CHUNK, ImageSource, image_batches, iterate_chunks
 from ..errors import ConfigError, DataError
-from .features import Collected, FeatureNetwork, collect
+from .feature_network import FeatureNetwork
+from .features import CollectedFeatures, collect_features
 from .frechet import gaussian_distance
 from .kid import kernel_distance
 from .moments import Statistics, load_statistics
 from .precision_recall import precision_recall
-from .process_group import gathered, own_share, total_moments
+from .process_group import gather_objects, merge_moments, own_share
 from .score import Score
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What to compute beside the Fréchet distance, on the first ``stored`` images of either side.
+    """The metrics to compute beside the Fréchet distance, and their settings.
 
-    ``kid``: mean over ``subsets`` of ``subset_size``. ``precision_recall``: with ``neighbours``.
-    Raises ConfigError for numbers that cannot be.
+    Attributes:
+        kid: Compute the kernel distance (KID) as well.
+        precision_recall: Compute precision and recall as well.
+        stored: Use the first ``stored`` images of either set for these metrics.
+        subsets: Random subsets that the KID averages over.
+        subset_size: Images in one of these subsets.
+        neighbours: The k of precision and recall.
+        seed: The seed that the subsets are drawn by.
+
+    Raises:
+        ConfigError: A number is below its least possible value.
     """
 
     kid: bool = False
@@ -47,20 +57,25 @@ class Metrics:
 
     @property
     def keep(self) -> int:
-        """How many features must be stored: none for a Fréchet distance alone."""
+        """The number of features to store: 0 for a Fréchet distance alone."""
         return self.stored if self.kid or self.precision_recall else 0
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """One side of a score: the statistics of all its images and the ``stored`` features [n, d]."""
+class FeatureSummary:
+    """The features of a set of images, reduced to what scores need.
+
+    Attributes:
+        statistics: The Gaussian fitted to the features of all images.
+        stored: The features [n, d] of the first images, for KID, precision and recall.
+    """
 
     statistics: Statistics
     stored: Tensor
 
 
-Reference = Known | ImageSource | Tensor | str | Path
-"""Images, a folder of them, a file of statistics (.npz), or what ``reference_of`` made of them."""
+Reference = FeatureSummary | ImageSource | Tensor | str | Path
+"""Images, a folder of them, a file of statistics (.npz), or a result of ``prepare_reference``."""
 
 
 def score_images(
@@ -71,26 +86,49 @@ def score_images(
     sampler: str,
     metrics: Metrics | None = None,
 ) -> tuple[Score, ...]:
-    """The Fréchet distance between ``batches`` and ``reference``, then what ``metrics`` asks for.
+    """Scores images against a reference.
 
-    ``batches``: numbers and images in [-1, 1], as ``sample_batches`` or ``image_batches`` yield
-    them; among several processes each gives its share, and all get the scores. Images count as
-    their PNGs would. Raises DataError for too few images, NaN features, or a reference that does
-    not fit; ConfigError where a file of statistics is asked for more than a Fréchet distance.
+    Images are clamped and rounded to bytes first, so that they score as their PNGs would. Among
+    several processes, every process passes its share of the batches and gets all scores.
+
+    Args:
+        network: The feature network.
+        batches: Pairs of image numbers and images [B, C, H, W] in [-1, 1], as ``sample_batches``
+            and ``image_batches`` yield them. They are read once.
+        reference: The images to compare with: a tensor [m, C, H, W], data, the path of a folder or
+            of statistics (.npz), or the result of ``prepare_reference``.
+        sampler: A description of how the images were made, for the scores.
+        metrics: The metrics beside the Fréchet distance; None computes no others.
+
+    Returns:
+        The Fréchet distance, then KID, precision and recall where ``metrics`` asks for them.
+
+    Raises:
+        DataError: There are too few images, features hold NaN or Inf, or the reference cannot be
+            read or does not fit the network.
+        ConfigError: The reference is a file of statistics and ``metrics`` needs its images.
+
+    Example:
+        >>> from sparsedm_compiler.diffusion import image_batches
+        >>> pixels = FeatureNetwork("Pixels", lambda images: images.mean((2, 3)))
+        >>> images = torch.linspace(-1, 1, 480).reshape(10, 3, 4, 4)
+        >>> batches = image_batches(images)
+        >>> print(*score_images(pixels, batches, reference=images, sampler="identity"))
+        FD-Pixels 0.000 (10 vs 10 images, identity)
     """
     metrics = metrics or Metrics()
-    theirs = reference_of(network, reference, keep=metrics.keep)
-    ours = known(network, batches, metrics.keep)
-    say_few(network, ours.statistics, theirs.statistics)
+    theirs = prepare_reference(network, reference, keep=metrics.keep)
+    ours = summarize_features(network, batches, metrics.keep)
+    note_few_images(network, ours.statistics, theirs.statistics)
     count = ours.statistics.count
     assert count is not None, "moments count their images"
     value = gaussian_distance(ours.statistics, theirs.statistics)
     first = Score(value, network.name, count, theirs.statistics.count, sampler)
-    return (first, *stored_scores(first, ours.stored, theirs.stored, metrics))
+    return (first, *score_stored(first, ours.stored, theirs.stored, metrics))
 
 
-def stored_scores(like: Score, ours: Tensor, theirs: Tensor, metrics: Metrics) -> Iterator[Score]:
-    """What ``metrics`` asks for of stored features [n, d], named as ``like``."""
+def score_stored(like: Score, ours: Tensor, theirs: Tensor, metrics: Metrics) -> Iterator[Score]:
+    """Yields the other ``metrics``, of stored features [n, d]; ``like`` gives the names."""
     base = replace(like, count=len(ours), reference_count=len(theirs))
     if metrics.kid:
         value, spread = kernel_distance(
@@ -103,85 +141,105 @@ def stored_scores(like: Score, ours: Tensor, theirs: Tensor, metrics: Metrics) -
         yield replace(base, metric="recall", value=recall)
 
 
-def reference_of(
+def prepare_reference(
     network: FeatureNetwork, reference: Reference, *, keep: int = 0, progress: bool = True
-) -> Known:
-    """What ``score_images`` must know of a reference, to be computed once for many scores.
+) -> FeatureSummary:
+    """Reduces a reference to its features, once for any number of scores.
 
-    ``keep``: features to store for KID, precision and recall (``Metrics.keep``). Raises DataError
-    and ConfigError.
+    Args:
+        network: The feature network.
+        reference: The images to compare with, as in ``score_images``.
+        keep: The number of features to store for KID, precision and recall (``Metrics.keep``).
+        progress: Show a progress bar on the first process.
+
+    Returns:
+        The features of the reference, to be passed to ``score_images``.
+
+    Raises:
+        DataError: The reference cannot be read, or holds statistics of another network.
+        ConfigError: The reference is statistics, or was prepared with fewer features, and
+            ``keep`` asks for more.
     """
-    if isinstance(reference, Known):
+    if isinstance(reference, FeatureSummary):
         if len(reference.stored) < min(keep, reference.statistics.count or keep):
             raise ConfigError(
                 f"KID, precision and recall need {keep} features of the reference, which stored "
-                f"{len(reference.stored)}: make it with reference_of(..., keep={keep})"
+                f"{len(reference.stored)}: make it with prepare_reference(..., keep={keep})"
             )
         return reference
     if isinstance(reference, str | Path):
         if is_statistics(Path(reference)):
-            return from_file(network, Path(reference), keep)
+            return load_summary(network, Path(reference), keep)
         from ..data import open_data
 
         reference = open_data(str(reference), labels=False)
     share = own_share()
-    seen = tqdm(
+    batches = tqdm(
         image_batches(reference, share=share),
         desc=f"{network.name} features",
         total=sum(1 for _ in iterate_chunks(len(reference), CHUNK, share)),
         unit="batch",
         disable=share[0] > 0 or not progress,
     )
-    return known(network, seen, keep)
+    return summarize_features(network, batches, keep)
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether ``path`` is an .npz with a mean and a covariance, rather than with images."""
+    """Returns whether ``path`` is an .npz with a mean and a covariance, rather than with images."""
     if path.suffix != ".npz" or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as found:
-        return "mu.npy" in found.namelist()
+    with zipfile.ZipFile(path) as archive:
+        return "mu.npy" in archive.namelist()
 
 
-def from_file(network: FeatureNetwork, path: Path, keep: int) -> Known:
-    """The statistics in ``path``. Raises ConfigError where they are asked for more."""
+def load_summary(network: FeatureNetwork, path: Path, keep: int) -> FeatureSummary:
+    """Reads the statistics in ``path`` as a reference.
+
+    Raises ConfigError where features must be kept, DataError for statistics of another network.
+    """
     if keep:
         raise ConfigError(
             f"{path} holds statistics and no features: KID, precision and recall need the images "
             "of the reference"
         )
-    found = load_statistics(path)
-    if found.network not in (None, network.name):
+    statistics = load_statistics(path)
+    if statistics.network not in (None, network.name):
         raise DataError(
-            f"{path} holds statistics of {found.network}, not of {network.name}: use that network, "
-            "or make the statistics again"
+            f"{path} holds statistics of {statistics.network}, not of {network.name}: use that "
+            "network, or make the statistics again"
         )
-    return Known(found, torch.zeros(0, len(found.mean)))
+    return FeatureSummary(statistics, torch.zeros(0, len(statistics.mean)))
 
 
-def known(network: FeatureNetwork, batches: Iterable[tuple[range, Tensor]], keep: int) -> Known:
-    """What the batches of all processes come to, the stored features in the order of the images."""
-    own = collect(network, batches, stored=keep)
-    moments = total_moments(own.moments)
+def summarize_features(
+    network: FeatureNetwork, batches: Iterable[tuple[range, Tensor]], keep: int
+) -> FeatureSummary:
+    """Reduces the batches of all processes; stored features are in the order of the images.
+
+    Raises DataError where no process has an image.
+    """
+    own = collect_features(network, batches, stored=keep)
+    moments = merge_moments(own.moments)
     if moments is None:
         raise DataError(f"there are no images to take {network.name} features of")
-    return Known(moments.statistics(network.name), stored(own))
+    return FeatureSummary(moments.to_statistics(network.name), gather_stored(own))
 
 
-def stored(own: Collected) -> Tensor:
-    """The stored features of all processes by image number."""
-    parts = [part for part in gathered((own.numbers, own.stored)) if len(part[0])]
+def gather_stored(own: CollectedFeatures) -> Tensor:
+    """Returns the stored features [n, d] of all processes, in the order of the image numbers."""
+    parts = [part for part in gather_objects((own.numbers, own.stored)) if len(part[0])]
     if not parts:
         return own.stored
     order = torch.cat([numbers for numbers, _ in parts]).argsort()
-    return torch.cat([found for _, found in parts])[order]
+    return torch.cat([rows for _, rows in parts])[order]
 
 
-def say_few(network: FeatureNetwork, ours: Statistics, theirs: Statistics) -> None:
-    """Print, on the first process, that there are fewer images than features, where so."""
-    few = min(count for count in (ours.count, theirs.count) if count is not None)
-    if few < len(ours.mean) and own_share()[0] == 0:
+def note_few_images(network: FeatureNetwork, ours: Statistics, theirs: Statistics) -> None:
+    """Prints a note on the first process where there are fewer images than features."""
+    fewest = min(count for count in (ours.count, theirs.count) if count is not None)
+    if fewest < len(ours.mean) and own_share()[0] == 0:
         print(
-            f"note: {few} images are fewer than the {len(ours.mean)} features of {network.name}, "
-            "which makes the Fréchet distance larger: compare it at equal counts only"
+            f"note: {fewest} images are fewer than the {len(ours.mean)} features of "
+            f"{network.name}, which makes the Fréchet distance larger: compare it at equal counts "
+            "only"
         )

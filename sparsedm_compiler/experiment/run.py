@@ -22,9 +22,10 @@ from ..diffusion.modes import evaluating
 from ..diffusion.predict import build_arguments
 from ..diffusion.sampling import sample_batches, sampler_name
 from ..diffusion.schedulers import make_scheduler
-from ..evaluate.features import FeatureNetwork, load_network
+from ..evaluate.feature_network import FeatureNetwork
+from ..evaluate.features import load_network
 from ..evaluate.process_group import own_share
-from ..evaluate.score_images import Metrics, is_statistics, reference_of, score_images
+from ..evaluate.score_images import Metrics, is_statistics, prepare_reference, score_images
 from ..models import load_weights, open_model
 from ..train.checkpoint import list_checkpoints, replace_text
 from ..train.methods import find_method
@@ -164,7 +165,7 @@ def score_samples(
     scheduler = make_scheduler(config.sample.sampler, config.train.objective)
     plan, spec = make_sample_plan(config, inputs), config.score
     metrics = Metrics(kid=spec.kid, precision_recall=spec.precision_recall)
-    known = reference_of(network, reference, keep=metrics.keep, progress=progress)
+    known = prepare_reference(network, reference, keep=metrics.keep, progress=progress)
     scores = score_images(
         network,
         sample_batches(model, scheduler, plan, share=own_share(), progress=progress),

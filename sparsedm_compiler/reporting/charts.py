@@ -1,4 +1,4 @@
-"""``save_curves``: losses, learning rate and mask flips of training runs in one picture."""
+"""Training curves: losses, learning rate and mask flips of several runs in one PNG."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from typing import Any
 import numpy as np
 
 from ..fileio import replace_atomically
-from .run_log_format import Entry, Held, Trained, read_log
-
-__all__ = ["DARK", "LIGHT", "Entry", "Held", "Trained", "draw_curves", "read_log", "save_curves"]
+from .run_log_format import HeldOutEntry, LogEntry, StepEntry
 
 WINDOWS = 30
-"""A training loss is averaged over a thirtieth of its points."""
+"""The moving average of a training loss spans this fraction of its points, one thirtieth."""
 DPI = 130
 LEGEND = 128
-"""Letters that fit beside each other in a legend; the line before a name takes the room of 8."""
+"""Characters that fit into a row of the legend; the line before a name takes as much as 8."""
 SPAN = 20
-"""A loss whose largest value is this many times its smallest is drawn on a logarithmic scale."""
+"""The ratio of largest to smallest loss from which on the scale is logarithmic."""
 
 
 @dataclass(frozen=True, slots=True)
 class Theme:
-    """Colours of a picture: text and frame, grid, background, and one per run."""
+    """Colours of a chart: ``ink`` for text and frame, the grid, ``paper`` behind, one per run."""
 
     ink: str
     grid: str
@@ -48,22 +46,34 @@ DARK = Theme(
     ("#60a5fa", "#fbbf24", "#34d399", "#f472b6", "#a78bfa", "#22d3ee", "#a3e635", "#d6d3d1"),
 )
 
-Log = Sequence[Entry]
+Log = Sequence[LogEntry]
 Line = tuple[Sequence[int], Sequence[float], Mapping[str, Any]]
-"""Images, values, and how matplotlib draws them."""
+"""Images, values, and matplotlib's options of the line."""
 
 
 def save_curves(path: str | Path, runs: Mapping[str, Log]) -> None:
-    """Write the PNG of ``draw_curves`` at ``path``, whole or not at all, making its folder."""
+    """Writes the training curves of runs as one PNG of four charts over the images seen.
+
+    The charts show the training loss, the held-out loss (dashed: of the EMA), the learning rate
+    and the mask flips, in one colour per run. The file is replaced atomically.
+
+    Args:
+        path: The PNG to write; its folder is made.
+        runs: The name of every run -> its log, as ``read_log`` returns it.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     with replace_atomically(Path(path)) as part:
         part.write_bytes(draw_curves(runs))
 
 
 def draw_curves(runs: Mapping[str, Log], theme: Theme = LIGHT) -> bytes:
-    """A PNG of four charts over the images seen, one colour per run (its name -> its log).
+    """Returns a PNG of four charts over the images seen, one colour per run (name -> log).
 
-    Training loss (its moving average, and faint behind it the raw one), held-out loss (dashed: of
-    the average), learning rate, mask flips. A chart that has no values says so.
+    They show the training loss (its moving average, and the raw loss faint behind it), the
+    held-out loss (dashed: of the EMA), the learning rate and the mask flips. A chart without
+    values says so.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -76,85 +86,88 @@ def draw_curves(runs: Mapping[str, Log], theme: Theme = LIGHT) -> bytes:
     colours = {name: theme.runs[i % len(theme.runs)] for i, name in enumerate(runs)}
     for axis, chart in zip(figure.subplots(2, 2).flat, CHARTS, strict=True):
         for name, log in runs.items():
-            for images, values, how in chart.lines(log):
-                axis.plot(images, values, color=colours[name], **how)
-        dress(axis, chart, theme)
-    name_runs(figure, colours, theme)
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png")
+            for images, values, style in chart.lines(log):
+                axis.plot(images, values, color=colours[name], **style)
+        style_axis(axis, chart, theme)
+    add_legend(figure, colours, theme)
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png")
     # 256 colours are enough for lines, at two fifths of the size
-    few = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    few.save(small, format="png", optimize=True)
+    quantized = Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    quantized.save(small, format="png", optimize=True)
     return small.getvalue()
 
 
-def training_loss(log: Log) -> list[Line]:
-    """The raw loss, faint where it is long enough to be averaged, and its moving average."""
-    images, values, how = trained(log, lambda entry: entry.loss)
+def trace_training_loss(log: Log) -> list[Line]:
+    """Returns the training loss; a long one faint, with its moving average over it."""
+    images, values, style = trace_steps(log, lambda entry: entry.loss)
     window = len(values) // WINDOWS
     if window < 2:
-        return [(images, values, how)]
+        return [(images, values, style)]
     faint = {"alpha": 0.22, "linewidth": 0.7}
-    return [(images, values, faint), (images, smoothed(values, window), how)]
+    return [(images, values, faint), (images, smooth(values, window), style)]
 
 
-def held_out_loss(log: Log) -> list[Line]:
-    """The held-out loss of the student, and of its average where there is one."""
-    held = [entry for entry in log if isinstance(entry, Held)]
-    student, average = ([entry.held_out for entry in held], [e.held_out_ema for e in held])
-    images = [entry.images for entry in held]
-    return [line(images, student), line(images, average, linestyle="--", markerfacecolor="none")]
+def trace_held_out_loss(log: Log) -> list[Line]:
+    """Returns the held-out loss of the student, and dashed that of its EMA where there is one."""
+    entries = [entry for entry in log if isinstance(entry, HeldOutEntry)]
+    images = [entry.images for entry in entries]
+    student, ema = [e.held_out for e in entries], [e.held_out_ema for e in entries]
+    dashed = {"linestyle": "--", "markerfacecolor": "none"}
+    return [make_line(images, student), make_line(images, ema, **dashed)]
 
 
-def trained(log: Log, pick: Callable[[Trained], float | None]) -> Line:
-    """What ``pick`` finds in the training entries."""
-    entries = [entry for entry in log if isinstance(entry, Trained)]
-    return line([entry.images for entry in entries], [pick(entry) for entry in entries])
+def trace_learning_rate(log: Log) -> list[Line]:
+    """Returns the learning rate."""
+    return [trace_steps(log, lambda entry: entry.lr)]
 
 
-def learning_rate(log: Log) -> list[Line]:
-    """The learning rate."""
-    return [trained(log, lambda entry: entry.lr)]
+def trace_mask_flips(log: Log) -> list[Line]:
+    """Returns the share of the mask that changed between two entries."""
+    return [trace_steps(log, lambda entry: entry.flip_rate)]
 
 
-def mask_flips(log: Log) -> list[Line]:
-    """The share of the mask that changed between two entries."""
-    return [trained(log, lambda entry: entry.flip_rate)]
+def trace_steps(log: Log, pick: Callable[[StepEntry], float | None]) -> Line:
+    """Returns the value that ``pick`` reads from every training entry."""
+    entries = [entry for entry in log if isinstance(entry, StepEntry)]
+    return make_line([entry.images for entry in entries], [pick(entry) for entry in entries])
 
 
-def line(images: Sequence[int], values: Sequence[float | None], **how: Any) -> Line:
-    """The points that have a value, marked where they are few."""
+def make_line(images: Sequence[int], values: Sequence[float | None], **style: Any) -> Line:
+    """Returns the points that have a value, with markers where they are few."""
     points = [(x, y) for x, y in zip(images, values, strict=True) if y is not None]
-    few = {"marker": "o", "markersize": 4} if len(points) <= WINDOWS else {}
-    return [x for x, _ in points], [y for _, y in points], {"linewidth": 1.6, **few, **how}
+    markers = {"marker": "o", "markersize": 4} if len(points) <= WINDOWS else {}
+    return [x for x, _ in points], [y for _, y in points], {"linewidth": 1.6, **markers, **style}
 
 
-def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """The mean over ``window`` entries around each, fewer at the ends; NaN and Inf left out.
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Returns the centred moving average over ``window`` entries, fewer at the ends.
 
-    >>> smoothed([0.0, 3.0, 6.0, float("nan")], 3)
+    NaN and Inf are left out.
+
+    >>> smooth([0.0, 3.0, 6.0, float("nan")], 3)
     [1.5, 3.0, 4.5, 6.0]
     """
-    found = np.asarray(values, dtype=np.float64)
-    good = np.isfinite(found)
-    sums = np.cumsum([0.0, *np.where(good, found, 0.0)])
-    counts = np.cumsum([0, *good])
-    at = np.arange(len(found))
-    low = np.maximum(at - (window - 1) // 2, 0)
-    high = np.minimum(at + window // 2 + 1, len(found))
+    array = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(array)
+    sums = np.cumsum([0.0, *np.where(finite, array, 0.0)])
+    counts = np.cumsum([0, *finite])
+    index = np.arange(len(array))
+    low = np.maximum(index - (window - 1) // 2, 0)
+    high = np.minimum(index + window // 2 + 1, len(array))
     count = counts[high] - counts[low]
     means = (sums[high] - sums[low]) / np.maximum(count, 1)
     return [float(mean) if n else math.nan for mean, n in zip(means, count, strict=True)]
 
 
-def dress(axis: Any, chart: Chart, theme: Theme) -> None:
-    """Title, scale, grid and numbers of one chart."""
+def style_axis(axis: Any, chart: Chart, theme: Theme) -> None:
+    """Sets title, scale, grid and tick labels of one chart."""
     from matplotlib.ticker import EngFormatter, PercentFormatter
 
     axis.set_title(chart.title, color=theme.ink, loc="left", fontsize=11, fontweight="bold")
     axis.set_ylabel(chart.unit, color=theme.ink)
     axis.set_xlabel("images seen", color=theme.ink)
-    values = [y for drawn in axis.lines for y in drawn.get_ydata() if math.isfinite(y)]
+    values = [y for line in axis.lines for y in line.get_ydata() if math.isfinite(y)]
     if not values:
         axis.text(0.5, 0.5, "no values yet", ha="center", color=theme.ink, transform=axis.transAxes)
         axis.set_xticks([])
@@ -168,13 +181,13 @@ def dress(axis: Any, chart: Chart, theme: Theme) -> None:
     axis.grid(color=theme.grid)
     axis.set_axisbelow(True)
     axis.tick_params(which="both", colors=theme.ink, length=0, labelsize=9)
-    for side, spine in axis.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
+    for edge, spine in axis.spines.items():
+        spine.set_visible(edge in ("left", "bottom"))
         spine.set_color(theme.ink)
 
 
-def name_runs(figure: Any, colours: Mapping[str, str], theme: Theme) -> None:
-    """A legend over the charts, where there is more than one run to tell apart."""
+def add_legend(figure: Any, colours: Mapping[str, str], theme: Theme) -> None:
+    """Adds a legend above the charts where there is more than one run."""
     from matplotlib.lines import Line2D
 
     if len(colours) < 2:
@@ -191,7 +204,7 @@ def name_runs(figure: Any, colours: Mapping[str, str], theme: Theme) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One of the charts; ``log``: a logarithmic scale where its values span much."""
+    """One of the charts; ``log`` allows a logarithmic scale, see ``SPAN``."""
 
     title: str
     unit: str
@@ -201,8 +214,8 @@ class Chart:
 
 
 CHARTS = (
-    Chart("training loss", "mean squared error", training_loss, log=True),
-    Chart("held-out loss (dashed: average)", "mean squared error", held_out_loss, log=True),
-    Chart("learning rate", "step size", learning_rate),
-    Chart("mask flips", "share of the mask", mask_flips, percent=True),
+    Chart("training loss", "mean squared error", trace_training_loss, log=True),
+    Chart("held-out loss (dashed: EMA)", "mean squared error", trace_held_out_loss, log=True),
+    Chart("learning rate", "step size", trace_learning_rate),
+    Chart("mask flips", "share of the mask", trace_mask_flips, percent=True),
 )

@@ -1,4 +1,4 @@
-"""``save_grid``: rows of images as one labelled PNG, every pixel enlarged and none smoothed."""
+"""Rows of images as one labelled PNG; pixels are enlarged without interpolation."""
 
 from __future__ import annotations
 
@@ -22,10 +22,22 @@ def save_grid(
     columns: Sequence[str] = (),
     scale: int = 8,
 ) -> None:
-    """Write ``rows`` (label -> images [n, 1 or 3, h, w] in [-1, 1]) as a PNG at ``path``.
+    """Writes rows of images as one PNG, a label beside each row.
 
-    Every pixel becomes ``scale`` x ``scale`` (nearest neighbour); ``columns`` labels the columns.
-    Raises DataError where the rows are not equally many images of one size.
+    Args:
+        path: The PNG to write; its folder is made.
+        rows: Label -> images [n, 1 or 3, h, w] in [-1, 1], all of one shape.
+        columns: The labels [n] of the columns; none by default.
+        scale: The side of the square that a pixel becomes.
+
+    Raises:
+        DataError: The rows have different shapes or no 1 or 3 channels, or there are not as many
+            labels as columns.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_grid(f"{folder}/grid.png", {"noise": torch.randn(5, 1, 8, 8)})
     """
     shapes = {tuple(images.shape) for images in rows.values()}
     if len(shapes) != 1 or len(shape := shapes.pop()) != 4 or shape[1] not in (1, 3):
@@ -45,13 +57,13 @@ def save_grid(
         y = top + row * height
         draw.text((left - 2 * GAP, y + shape[2] * scale // 2), label, "black", font, anchor="rm")
         for column, image in enumerate(images):
-            canvas.paste(enlarged(image, scale), (left + column * width, y))
+            canvas.paste(enlarge(image, scale), (left + column * width, y))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
 
 
-def enlarged(image: Tensor, scale: int) -> Image.Image:
-    """``image`` [1 or 3, h, w] in [-1, 1] with each pixel a square of side ``scale``."""
+def enlarge(image: Tensor, scale: int) -> Image.Image:
+    """Returns ``image`` [1 or 3, h, w] in [-1, 1], ``scale`` times as wide and as high."""
     values = to_uint8(image)
     height, width = values.shape[1:]
     small = Image.fromarray(values.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())

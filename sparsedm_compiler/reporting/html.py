@@ -1,4 +1,4 @@
-"""The look of a report page, and its pieces of HTML; every text is escaped here."""
+"""Style sheet, script and HTML elements of a report page; every text is escaped here."""
 
 from __future__ import annotations
 
@@ -92,72 +92,82 @@ for (const table of document.querySelectorAll("table.sort")) {
 }
 """
 
-# Nothing may be fetched: no script but ours, no image that is not in the page.
+# The page may fetch nothing: it has no script but SORT, and its images are data: URIs.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell of a table: ``small`` below ``text``, ``value`` to sort by, ``title`` on hover.
+    """A cell of a table.
 
-    ``word``: left-aligned. ``pill``: a marked remark.
+    Attributes:
+        text: The text.
+        detail: A smaller line below it.
+        value: The number that the column is sorted by, None to sort by the text.
+        title: The text on hover.
+        left: Whether it is aligned to the left.
+        badge: A highlighted remark behind the text.
     """
 
     text: str
-    small: str = ""
+    detail: str = ""
     value: float | None = None
     title: str = ""
-    word: bool = False
-    pill: str = ""
+    left: bool = False
+    badge: str = ""
 
-    def html(self, label: str, tag: str = "td") -> str:
-        """The element; ``label``: the head of its column, shown beside it on narrow screens."""
+    def render(self, label: str, tag: str = "td") -> str:
+        """Returns the element; ``label``, the head of its column, is shown on narrow screens."""
         attributes = f' data-label="{escape(label)}"' if label else ""
         attributes += "" if self.value is None else f' data-value="{self.value!r}"'
         attributes += f' title="{escape(self.title)}"' if self.title else ""
-        attributes += ' class="word"' if self.word else ""
-        pill = f' <span class="pill">{escape(self.pill)}</span>' if self.pill else ""
-        small = f"<small>{escape(self.small)}</small>" if self.small else ""
-        return f"<{tag}{attributes}><span>{escape(self.text)}{pill}{small}</span></{tag}>"
+        attributes += ' class="word"' if self.left else ""
+        badge = f' <span class="pill">{escape(self.badge)}</span>' if self.badge else ""
+        detail = f"<small>{escape(self.detail)}</small>" if self.detail else ""
+        return f"<{tag}{attributes}><span>{escape(self.text)}{badge}{detail}</span></{tag}>"
 
 
-def table(
+def make_table(
     heads: Sequence[Cell],
     rows: Sequence[Sequence[Cell]],
     *,
     kind: str = "",
     notes: Sequence[str] = (),
 ) -> str:
-    """A table whose rows begin with their name; ``kind``: its CSS classes; ``notes``: below it."""
-    head = "".join(cell.html("", "th") for cell in heads)
+    """Returns a table whose rows begin with their name.
+
+    ``kind`` are its CSS classes, ``notes`` a list below it.
+    """
+    head = "".join(cell.render("", "th") for cell in heads)
     body = []
     for first, *rest in rows:
-        cells = [cell.html(head.text) for cell, head in zip(rest, heads[1:], strict=True)]
-        body.append(f"<tr>{first.html('', 'th')}{''.join(cells)}</tr>")
+        cells = [cell.render(head.text) for cell, head in zip(rest, heads[1:], strict=True)]
+        body.append(f"<tr>{first.render('', 'th')}{''.join(cells)}</tr>")
     inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
     below = "".join(f"<li>{escape(note)}</li>" for note in notes)
     below = f'<ul class="notes">{below}</ul>' if below else ""
     return f'<div class="scroll card"><table class="{escape(kind)}">{inner}</table></div>{below}'
 
 
-def picture(light: bytes, dark: bytes, about: str) -> str:
-    """An image that follows the reader's colour scheme."""
-    source = f'<source media="(prefers-color-scheme: dark)" srcset="{png(dark)}">'
-    return f'<picture>{source}<img src="{png(light)}" alt="{escape(about)}"></picture>'
+def make_picture(light: bytes, dark: bytes, about: str) -> str:
+    """Returns an image in two versions, for a light and a dark colour scheme."""
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{encode_png(dark)}">'
+    image = f'<img src="{encode_png(light)}" alt="{escape(about)}">'
+    return f"<picture>{source}{image}</picture>"
 
 
-def png(data: bytes) -> str:
-    """PNG bytes as a data: URI."""
+def encode_png(data: bytes) -> str:
+    """Returns the bytes of a PNG as a data: URI."""
     return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
 
-def section(title: str, body: str) -> str:
-    """A headed part of the page, nothing where its body is empty."""
+def make_section(title: str, body: str) -> str:
+    """Returns a section with a heading, nothing where its body is empty."""
     return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
 
 
-def document(title: str, lines: Sequence[str], sections: Sequence[str]) -> str:
-    """The whole page; ``lines``: under its title."""
+def make_document(title: str, lines: Sequence[str], sections: Sequence[str]) -> str:
+    """Returns the whole page, with ``lines`` of text under its title."""
     intro = "".join(f'<p class="soft">{escape(line)}</p>' for line in lines)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

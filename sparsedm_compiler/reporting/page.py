@@ -1,4 +1,4 @@
-"""``report_page``: training runs compared on one HTML page that needs nothing but itself."""
+"""Compares training runs on one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from ..errors import DataError
+from ..evaluate.score import ScoreKey
 from .charts import DARK, LIGHT, draw_curves
-from .grouping import ABSENT, Group, by_pattern, differing, grouped, named
-from .html import Cell, document, picture, png, section, table
-from .run_record import RunRecord, ScoreKind, read_run
+from .grouping import (
+    ABSENT,
+    SeedGroup,
+    find_differences,
+    group_runs,
+    name_runs,
+    sort_by_pattern,
+)
+from .html import Cell, encode_png, make_document, make_picture, make_section, make_table
+from .run_record import RunRecord, read_run
 
 FEW = len(LIGHT.runs)
-"""More runs than there are colours are not drawn in one chart."""
+"""Runs in one chart at most, as many as there are colours."""
 BETTER = {
     **dict.fromkeys(("FD", "FID", "KID"), "lower is better"),
     **dict.fromkeys(("IS", "precision", "recall", "density", "coverage"), "higher is better"),
@@ -24,12 +32,21 @@ BETTER = {
 
 
 def report_page(runs: Sequence[str | Path], out: str | Path) -> None:
-    """Write one HTML file at ``out`` that compares the runs in these folders.
+    """Writes one HTML file that compares training runs.
 
-    Runs that differ in nothing but their seed share a row: mean and standard deviation.
-    Raises DataError for a folder that holds no run, and where ``out`` cannot be written.
+    The page holds everything it shows: a table (losses, scores, MACs, speed), the curves, the last
+    sample grids, and the options that differ. Runs that differ in their seed alone share a row of
+    means and standard deviations. A run that is still going is shown as far as it is.
+
+    Args:
+        runs: The folders of the runs, as ``finetune`` and ``sparsedm finetune`` write them.
+        out: The HTML file to write; its folder is made.
+
+    Raises:
+        DataError: A folder holds no run or is given twice, a file in it is damaged, or ``out``
+            cannot be written.
     """
-    text = page(named([read_run(folder) for folder in runs]))
+    text = render_page(name_runs([read_run(folder) for folder in runs]))
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(text, encoding="utf-8")
@@ -37,33 +54,33 @@ def report_page(runs: Sequence[str | Path], out: str | Path) -> None:
         raise DataError(f"cannot write {out}: {error.strerror}") from error
 
 
-def page(runs: Mapping[str, RunRecord]) -> str:
-    """The HTML that compares these runs, by name."""
-    groups = by_pattern(grouped(runs))
+def render_page(runs: Mapping[str, RunRecord]) -> str:
+    """Returns the HTML that compares these runs, by name."""
+    groups = sort_by_pattern(group_runs(runs))
     runs = {name: run for group in groups for name, run in group.runs.items()}
     shown = runs
     if len(runs) > FEW:
         shown = dict(next(iter(group.runs.items())) for group in groups)
     title = f"{len(runs)} training runs compared" if len(runs) > 1 else f"Run {min(runs)}"
-    return document(
+    return make_document(
         title,
-        summary(runs, groups),
+        summarize(runs, groups),
         [
-            section("Results", results(groups)),
-            section("Curves", curves(shown)),
-            section("Samples", samples(shown)),
-            section("What differs between the runs", differences(shown)),
-            section("Configurations and machines", configs(runs)),
+            make_section("Results", make_results(groups)),
+            make_section("Curves", make_curves(shown)),
+            make_section("Samples", make_samples(shown)),
+            make_section("What differs between the runs", make_differences(shown)),
+            make_section("Configurations and machines", make_configs(runs)),
         ],
     )
 
 
-def summary(runs: Mapping[str, RunRecord], groups: Sequence[Group]) -> list[str]:
-    """The lines under the title: what was compared, and how to read it."""
-    kinds = dict.fromkeys(group.first.kind for group in groups)
+def summarize(runs: Mapping[str, RunRecord], groups: Sequence[SeedGroup]) -> list[str]:
+    """Returns the lines under the title: which runs are compared, and how rows are averaged."""
+    labels = dict.fromkeys(group.first.label for group in groups)
     seeds = sorted({run.seed for run in runs.values()})
     plural = "seeds" if len(seeds) > 1 else "seed"
-    lines = [f"{', '.join(kinds)}; {plural} {', '.join(map(str, seeds))}."]
+    lines = [f"{', '.join(labels)}; {plural} {', '.join(map(str, seeds))}."]
     if any(len(group.runs) > 1 for group in groups):
         lines.append(
             "Runs that differ in nothing but their seed share a row: "
@@ -75,140 +92,141 @@ def summary(runs: Mapping[str, RunRecord], groups: Sequence[Group]) -> list[str]
     return lines
 
 
-def results(groups: Sequence[Group]) -> str:
-    """The table, one row per group, and below it what its columns depend on."""
+def make_results(groups: Sequence[SeedGroup]) -> str:
+    """Returns the table of results, one row per group, with notes on its columns."""
     runs = [run for group in groups for run in group.runs.values()]
-    kinds = [*dict.fromkeys(score.kind for run in runs for score in run.scores)]
+    keys = [*dict.fromkeys(score.key for run in runs for score in run.scores)]
     heads = [
-        Cell("method", word=True),
-        Cell("pattern", word=True),
+        Cell("method", left=True),
+        Cell("pattern", left=True),
         Cell("seed"),
         Cell("images"),
         Cell("held-out loss"),
-        Cell("of the average"),
-        *(Cell(f"{score_name(kind)} [{number}]") for number, kind in enumerate(kinds, 1)),
+        Cell("of the EMA"),
+        *(Cell(f"{name_score(key)} [{number}]") for number, key in enumerate(keys, 1)),
         Cell("MACs"),
         Cell("speed"),
         Cell("images/s"),
     ]
     notes = [
-        *(f"[{number}] {score_note(kind)}" for number, kind in enumerate(kinds, 1)),
+        *(f"[{number}] {describe_score(key)}" for number, key in enumerate(keys, 1)),
         "Held-out loss: the denoising error on data never trained on, of the student and of the "
-        "moving average of its weights; lower is better.",
+        "exponential moving average (EMA) of its weights; lower is better.",
         "MACs: conv and linear layers of one forward, dense → pruned. Images/s: while training.",
-        *speed_notes(groups),
+        *describe_baselines(groups),
     ]
-    rows = [cells(group, kinds) for group in groups]
-    return table(heads, rows, kind="sort stack", notes=notes)
+    rows = [make_row(group, keys) for group in groups]
+    return make_table(heads, rows, kind="sort stack", notes=notes)
 
 
-def score_name(kind: ScoreKind) -> str:
-    """The metric, and the network it looks through."""
-    return f"{kind[0]}-{kind[1]}" if kind[1] else kind[0]
+def name_score(key: ScoreKey) -> str:
+    """Returns the metric with its feature network, e.g. "FD-InceptionV3"."""
+    return f"{key.metric}-{key.network}" if key.network else key.metric
 
 
-def score_note(kind: ScoreKind) -> str:
-    """What a score depends on, and which way is better."""
-    _, _, count, reference_count, sampler = kind
-    hint = f"; {BETTER[kind[0]]}" if kind[0] in BETTER else ""
-    images = "an unknown number of" if reference_count is None else f"{reference_count:,}"
-    about = f"{count:,} samples against {images} images, {sampler}{hint}."
-    return f"{score_name(kind)}: {about}"
+def describe_score(key: ScoreKey) -> str:
+    """Returns the note on a score: counts, sampler, and which direction is better."""
+    hint = f"; {BETTER[key.metric]}" if key.metric in BETTER else ""
+    count = key.reference_count
+    images = "an unknown number of" if count is None else f"{count:,}"
+    about = f"{key.count:,} samples against {images} images, {key.sampler}{hint}."
+    return f"{name_score(key)}: {about}"
 
 
-def cells(group: Group, kinds: Iterable[ScoreKind]) -> list[Cell]:
-    """The cells of a group, in the order of the heads."""
-    run, seeds = group.first, sorted(each.seed for each in group.runs.values())
-    held = [each.held for each in group.runs.values() if each.held is not None]
-    left = "" if run.finished or run.goal is None else f"of {run.goal:,}"
+def make_row(group: SeedGroup, keys: Iterable[ScoreKey]) -> list[Cell]:
+    """Returns the cells of a group, in the order of the heads."""
+    run, runs = group.first, [*group.runs.values()]
+    seeds = sorted(member.seed for member in runs)
+    losses = [member.held_out for member in runs if member.held_out is not None]
+    total = "" if run.finished or run.goal is None else f"of {run.goal:,}"
     return [
         Cell(
             run.method,
             title=", ".join(group.runs),
-            word=True,
-            pill="" if run.finished else "unfinished",
+            left=True,
+            badge="" if run.finished else "unfinished",
         ),
-        Cell(run.pattern or "dense", word=True),
+        Cell(run.pattern or "dense", left=True),
         Cell(", ".join(map(str, seeds)), value=seeds[0]),
-        Cell(f"{run.images:,}", left, run.images),
-        spread(each.held_out for each in held),
-        spread(each.held_out_ema for each in held),
-        *(spread(each.score(kind) for each in group.runs.values()) for kind in kinds),
-        macs(run),
-        speed(group),
-        spread((each.images_per_second for each in group.runs.values()), digits=3),
+        Cell(f"{run.images:,}", total, run.images),
+        make_spread_cell(entry.held_out for entry in losses),
+        make_spread_cell(entry.held_out_ema for entry in losses),
+        *(make_spread_cell(member.find_score(key) for member in runs) for key in keys),
+        make_macs_cell(run),
+        make_speed_cell(group),
+        make_spread_cell((member.images_per_second for member in runs), digits=3),
     ]
 
 
-def spread(values: Iterable[float | None], *, digits: int = 4) -> Cell:
-    """The value, or mean and standard deviation of several; None is left out."""
-    found = [value for value in values if value is not None]
-    if not found:
+def make_spread_cell(values: Iterable[float | None], *, digits: int = 4) -> Cell:
+    """Returns the value, or mean and standard deviation of several; None is left out."""
+    known = [value for value in values if value is not None]
+    if not known:
         return Cell(ABSENT)
-    if len(found) == 1:
-        return Cell(short(found[0], digits), value=found[0], title=repr(found[0]))
-    middle = mean(found)
-    text = f"{short(middle, digits)} ± {short(stdev(found), 2)}"
-    return Cell(text, f"n = {len(found)}", middle, ", ".join(map(repr, found)))
+    if len(known) == 1:
+        return Cell(format_number(known[0], digits), value=known[0], title=repr(known[0]))
+    middle = mean(known)
+    text = f"{format_number(middle, digits)} ± {format_number(stdev(known), 2)}"
+    return Cell(text, f"n = {len(known)}", middle, ", ".join(map(repr, known)))
 
 
-def short(value: float, digits: int) -> str:
-    """``value`` with that many significant digits, thousands kept whole.
+def format_number(value: float, digits: int) -> str:
+    """Returns ``value`` with that many significant digits; large numbers keep all before the point.
 
-    >>> short(0.078612, 4), short(12345.6, 3)
+    >>> format_number(0.078612, 4), format_number(12345.6, 3)
     ('0.07861', '12,346')
     """
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
-def macs(run: RunRecord) -> Cell:
-    """MACs before and after pruning; all digits on hover."""
+def make_macs_cell(run: RunRecord) -> Cell:
+    """Returns the MACs before and after pruning; all digits on hover."""
     if run.macs is None:
         return Cell(ABSENT)
     dense, sparse, attention = run.macs.dense, run.macs.sparse, run.macs.attention
     return Cell(
-        scaled(dense, sparse),
+        format_macs(dense, sparse),
         f"÷ {dense / max(sparse, 1):.2f}",
         sparse,
         f"{dense:,} → {sparse:,}; attention apart: {attention:,}",
     )
 
 
-def scaled(dense: int, sparse: int) -> str:
-    """Both with three digits, in the unit of the first.
+def format_macs(dense: int, sparse: int) -> str:
+    """Returns both numbers with three digits, in the unit that suits the first.
 
-    >>> scaled(11_321_564_160, 970_000_000), scaled(999, 10)
+    >>> format_macs(11_321_564_160, 970_000_000), format_macs(999, 10)
     ('11.3 → 0.97 G', '999 → 10')
     """
     units = ((12, " T"), (9, " G"), (6, " M"), (3, " k"))
-    power, unit = next((each for each in units if dense >= 10 ** each[0]), (0, ""))
+    power, unit = next((entry for entry in units if dense >= 10 ** entry[0]), (0, ""))
     return f"{dense / 10**power:.3g} → {sparse / 10**power:.3g}{unit}"
 
 
-def speed(group: Group) -> Cell:
-    """Times faster than the baseline, or that it was not measured."""
-    found = [run.speed for run in group.runs.values()]
-    cell = spread((each.ratio for each in found if each is not None), digits=3)
+def make_speed_cell(group: SeedGroup) -> Cell:
+    """Returns the speed-up over the dense baseline, or "not measured"."""
+    speedups = [run.speedup for run in group.runs.values() if run.speedup is not None]
+    cell = make_spread_cell((speedup.ratio for speedup in speedups), digits=3)
     return Cell("not measured") if cell.value is None else replace(cell, text=f"{cell.text}x")
 
 
-def speed_notes(groups: Sequence[Group]) -> list[str]:
-    """What the speeds were measured against, where any were."""
-    kinds: dict[str, dict[str, None]] = {}
+def describe_baselines(groups: Sequence[SeedGroup]) -> list[str]:
+    """Returns the notes on the baselines that speeds were measured against, if any."""
+    baselines: dict[str, dict[str, None]] = {}
     for group in groups:
         for run in group.runs.values():
-            if run.speed is not None:
-                kinds.setdefault(run.speed.baseline, {})[run.kind] = None
-    if len(kinds) == 1:
-        return [f"Speed: times faster than {next(iter(kinds))}, side by side in one process."]
+            if run.speedup is not None:
+                baselines.setdefault(run.speedup.baseline, {})[run.label] = None
+    if len(baselines) == 1:
+        return [f"Speed: times faster than {next(iter(baselines))}, side by side in one process."]
     return [
-        f"Speed of {', '.join(found)}: times faster than {baseline}."
-        for baseline, found in kinds.items()
+        f"Speed of {', '.join(labels)}: times faster than {baseline}."
+        for baseline, labels in baselines.items()
     ]
 
 
-def curves(runs: Mapping[str, RunRecord]) -> str:
-    """The charts of all runs, in light and in dark; many runs by pattern, a few to a picture."""
+def make_curves(runs: Mapping[str, RunRecord]) -> str:
+    """Returns the charts of the runs, light and dark; of many runs, charts by pattern."""
     parts: list[list[str]] = [[*runs]]
     if len(runs) > FEW:
         patterns = dict.fromkeys(run.pattern for run in runs.values())
@@ -217,24 +235,25 @@ def curves(runs: Mapping[str, RunRecord]) -> str:
     figures = []
     for names in parts:
         logs = {name: runs[name].log for name in names}
-        drawn = picture(draw_curves(logs), draw_curves(logs, DARK), "curves over the images seen")
-        kinds = ", ".join(dict.fromkeys(runs[name].pattern or "dense" for name in names))
-        caption = f"<figcaption>{escape(kinds)}</figcaption>" if len(parts) > 1 else ""
-        figures.append(f'<figure class="scroll card chart">{caption}{drawn}</figure>')
+        light, dark = draw_curves(logs), draw_curves(logs, DARK)
+        chart = make_picture(light, dark, "curves over the images seen")
+        patterns_shown = ", ".join(dict.fromkeys(runs[name].pattern or "dense" for name in names))
+        caption = f"<figcaption>{escape(patterns_shown)}</figcaption>" if len(parts) > 1 else ""
+        figures.append(f'<figure class="scroll card chart">{caption}{chart}</figure>')
     return "".join(figures)
 
 
-def samples(runs: Mapping[str, RunRecord]) -> str:
-    """The last sample grid of every run that drew one, side by side."""
+def make_samples(runs: Mapping[str, RunRecord]) -> str:
+    """Returns the last sample grids of the runs, side by side. Raises DataError."""
     figures = []
     for name, run in runs.items():
         if run.samples is None:
             continue
         try:
-            image = png(run.samples.read_bytes())
+            image = encode_png(run.samples.read_bytes())
         except OSError as error:
             raise DataError(f"cannot read {run.samples}: {error.strerror}") from error
-        caption = f"{name}: {run.kind}, after {run.images:,} images"
+        caption = f"{name}: {run.label}, after {run.images:,} images"
         figures.append(
             f'<figure class="card"><img src="{image}" alt="samples of {escape(name)}">'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
@@ -242,19 +261,18 @@ def samples(runs: Mapping[str, RunRecord]) -> str:
     return f'<div class="grids">{"".join(figures)}</div>' if figures else ""
 
 
-def differences(runs: Mapping[str, RunRecord]) -> str:
-    """The options that are not the same in all runs."""
-    found = differing(runs)
-    heads = [Cell("option", word=True), *(Cell(name) for name in runs)]
+def make_differences(runs: Mapping[str, RunRecord]) -> str:
+    """Returns the table of options that are not equal in all runs."""
+    heads = [Cell("option", left=True), *(Cell(name) for name in runs)]
     rows = [
-        [Cell(option, word=True), *(Cell(values[name]) for name in runs)]
-        for option, values in found.items()
+        [Cell(option, left=True), *(Cell(values[name]) for name in runs)]
+        for option, values in find_differences(runs).items()
     ]
-    return table(heads, rows, kind="stack") if rows else ""
+    return make_table(heads, rows, kind="stack") if rows else ""
 
 
-def configs(runs: Mapping[str, RunRecord]) -> str:
-    """Every option of every run, folded away."""
+def make_configs(runs: Mapping[str, RunRecord]) -> str:
+    """Returns all options and the machine of every run, collapsed."""
     parts = []
     for name, run in runs.items():
         text = json.dumps({"config": run.config, "machine": run.machine}, indent=2)

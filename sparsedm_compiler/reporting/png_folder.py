@@ -1,4 +1,4 @@
-"""``save_images``: samples as one PNG each, named by their number."""
+"""Folders of samples, one numbered PNG per image."""
 
 from __future__ import annotations
 
@@ -14,44 +14,71 @@ from ..fileio import replace_atomically
 
 
 def image_path(folder: str | Path, number: int) -> Path:
-    """Where image ``number`` lies: 000007.png for 7."""
+    """Returns the path of an image in ``folder``: 000007.png for number 7."""
     return Path(folder) / f"{number:06d}.png"
 
 
-def saved(folder: str | Path, numbers: Iterable[int]) -> bool:
-    """Whether every one of these images is in ``folder``: what ``sample_batches`` may skip."""
+def has_images(folder: str | Path, numbers: Iterable[int]) -> bool:
+    """Returns whether a folder of ``save_images`` holds all of these images.
+
+    Args:
+        folder: The folder.
+        numbers: The image numbers to look for.
+
+    Returns:
+        True if none is missing, so that ``sample_batches`` may skip them.
+    """
     return all(image_path(folder, number).exists() for number in numbers)
 
 
 def save_images(
     folder: str | Path, numbers: Iterable[int], images: Tensor, *, resume: bool = False
 ) -> int:
-    """Write ``images`` [B, 1 or 3, h, w] in [-1, 1] as 000000.png ... and return how many it wrote.
+    """Writes images as 000000.png, 000001.png ... into a folder; no file is ever half-written.
 
-    A file appears whole or not at all. ``resume``: leave those that are there. Raises DataError
-    for images that are none, CheckpointError where the disk does not take them.
+    Args:
+        folder: The folder; it is made.
+        numbers: The number of every image, which its file is named by.
+        images: Images [B, 1 or 3, h, w] in [-1, 1]; values beyond are clamped.
+        resume: Keep files that exist instead of replacing them.
+
+    Returns:
+        The number of files written.
+
+    Raises:
+        DataError: The images have no 1 or 3 channels, are not finite, or are not as many as the
+            numbers.
+        CheckpointError: A file cannot be written, e.g. because the disk is full.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_images(folder, range(2), torch.zeros(2, 3, 8, 8))
+        ...     has_images(folder, range(3))
+        2
+        False
     """
     folder, numbers = Path(folder), list(numbers)
     if check_images(images, numbers).shape[1] not in (1, 3):
         raise DataError(
             f"images {list(images.shape)} have no 1 or 3 channels: latents must be decoded first"
         )
-    todo = [
+    missing = [
         row
         for row, number in enumerate(numbers)
         if not (resume and image_path(folder, number).exists())
     ]
-    for row in todo:
-        write(image_path(folder, numbers[row]), images[row])
-    return len(todo)
+    for row in missing:
+        write_png(image_path(folder, numbers[row]), images[row])
+    return len(missing)
 
 
-def write(path: Path, image: Tensor) -> None:
-    """Write ``image`` [1 or 3, h, w] at ``path``, through a file beside it."""
-    rows = to_uint8(image).permute(1, 2, 0).squeeze(2).contiguous().numpy()
+def write_png(path: Path, image: Tensor) -> None:
+    """Writes ``image`` [1 or 3, h, w] at ``path``, atomically. Raises CheckpointError."""
+    array = to_uint8(image).permute(1, 2, 0).squeeze(2).contiguous().numpy()
     try:
         with replace_atomically(path) as part:
-            Image.fromarray(rows).save(part, format="PNG")
+            Image.fromarray(array).save(part, format="PNG")
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror or error}; make room or choose another folder, "

@@ -1,4 +1,4 @@
-"""``read_log``: the lines a run wrote while it trained, as values."""
+"""The lines of a training run's log.jsonl, and how they are read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from ..errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """The line of a step: after ``images``, with the loss it had and the lr it took.
+class StepEntry:
+    """A line of the log about the training steps since the line before.
 
-    ``flip_rate``: the share of the mask that changed since the line before, None where nothing is
-    masked. ``images_per_second``: since the line before.
+    Attributes:
+        images: Images trained on so far.
+        loss: The mean loss.
+        lr: The learning rate of the last step.
+        noise_loss: The mean of the denoising term, None where unknown.
+        teacher_loss: The mean of the distillation term, None without a teacher.
+        grad_norm: The norm of the last gradient, None where unknown.
+        flip_rate: The share of the mask that changed, None where nothing is masked.
+        images_per_second: The training speed.
     """
 
     images: int
@@ -30,34 +37,49 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """The held-out losses after ``images``: of the student and of its average (None without)."""
+class HeldOutEntry:
+    """A line of the log about the held-out loss.
+
+    Attributes:
+        images: Images trained on so far.
+        held_out: The held-out loss of the student.
+        held_out_ema: The held-out loss of its EMA, None without one.
+    """
 
     images: int
     held_out: float
     held_out_ema: float | None = None
 
 
-Entry = Trained | Held
+LogEntry = StepEntry | HeldOutEntry
 
 
-def read_log(path: str | Path) -> tuple[Entry, ...]:
-    """The entries of a log.jsonl in the order of their images; () for an empty file.
+def read_log(path: str | Path) -> tuple[LogEntry, ...]:
+    """Reads the log.jsonl of a training run.
 
-    A last line that the end of the process tore is left out. Where a resumed run went back to a
-    checkpoint, the lines it wrote anew replace the old ones.
-    Raises DataError, with file and line, for any other line that is no entry.
+    Fields that the entries do not have are ignored. A last line without its end, as a killed
+    process leaves it, is ignored as well. Where a resumed run went back to a checkpoint, its new
+    lines replace the old ones.
+
+    Args:
+        path: The log.
+
+    Returns:
+        The entries in the order of their images; none for an empty file.
+
+    Raises:
+        DataError: The file cannot be read, or a line (named by its number) is no entry.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    entries: list[Entry] = []
+    entries: list[LogEntry] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            append(entries, parsed(json.loads(line)))
+            append_entry(entries, parse_entry(json.loads(line)))
         except ValueError as error:
             if number == len(lines):
                 break
@@ -65,11 +87,11 @@ def read_log(path: str | Path) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def parsed(line: Any) -> Entry:
-    """The entry that a line's JSON holds; other fields are passed over. Raises ValueError."""
+def parse_entry(line: Any) -> LogEntry:
+    """Returns the entry in a line's JSON; other fields are ignored. Raises ValueError."""
     if not isinstance(line, Mapping):
         raise ValueError(f"{line!r} is not an object")
-    kind: type[Entry] = Held if "held_out" in line else Trained
+    kind: type[LogEntry] = HeldOutEntry if "held_out" in line else StepEntry
     for field in fields(kind):
         optional = field.default is not MISSING
         value = line.get(field.name)
@@ -79,8 +101,8 @@ def parsed(line: Any) -> Entry:
     return kind(**{field.name: line.get(field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
-def append(entries: list[Entry], entry: Entry) -> None:
-    """Put ``entry`` at the end, after dropping what it replaces: all of its kind from there on."""
+def append_entry(entries: list[LogEntry], entry: LogEntry) -> None:
+    """Appends ``entry`` after dropping the entries it replaces: all of its kind from there on."""
     beside = []
     while entries and entries[-1].images >= entry.images:
         last = entries.pop()

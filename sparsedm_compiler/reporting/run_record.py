@@ -1,4 +1,4 @@
-"""``read_run``: a training run's folder, finished or not, as one frozen value."""
+"""The folder of a training run, finished or not, as one frozen value."""
 
 from __future__ import annotations
 
@@ -9,39 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .run_log_format import Entry, Held, Trained, read_log
+from ..evaluate.score import Score, ScoreKey
+from .run_log_format import HeldOutEntry, LogEntry, StepEntry, read_log
 
 VERSION = 1
 FILES = ("run.json", "config.json", "results.json")
 """The whole configuration (where ``run`` made the folder), that of the training, the results."""
 
-ScoreKind = tuple[str, str, int, int | None, str]
-"""Metric, network, count, reference count, sampler."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """One score with everything it is not comparable without.
-
-    ``reference_count``: real images, None where the statistics they came from do not say.
-    """
-
-    metric: str
-    value: float
-    network: str
-    count: int
-    reference_count: int | None
-    sampler: str
-
-    @property
-    def kind(self) -> ScoreKind:
-        """What two scores must share to be compared."""
-        return self.metric, self.network, self.count, self.reference_count, self.sampler
-
 
 @dataclass(frozen=True, slots=True)
 class Macs:
-    """MACs of one forward: conv+linear dense and as pruned, and those of attention."""
+    """MACs of one forward: conv and linear layers, dense and pruned, and those of attention."""
 
     dense: int
     sparse: int
@@ -49,8 +27,8 @@ class Macs:
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """How many times faster than the ``baseline`` the pruned model is."""
+class Speedup:
+    """The speed of the pruned model over that of the dense ``baseline``."""
 
     ratio: float
     baseline: str
@@ -58,11 +36,26 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What a run's folder tells. ``finished``: whether it has written its results.
+    """A training run as its folder describes it.
 
-    ``pattern``: None where dense. ``goal``: images it is to train on, None if unknown.
-    ``held``: its last held-out losses. ``speed``: None where it was not measured.
-    ``samples``: its last grid, or None.
+    Attributes:
+        folder: The folder.
+        name: The name of the run.
+        method: The training method, "?" where unknown.
+        pattern: The sparsity pattern, None for a dense run.
+        seed: The seed of the training.
+        images: Images trained on so far.
+        finished: Whether the results have been written.
+        config: The whole configuration, nested as in its file.
+        log: The entries of its log.
+        goal: Images to train on in total, None where unknown.
+        held_out: The last held-out losses, None before the first.
+        scores: The scores of its samples.
+        macs: The MACs of its model, None before they were counted.
+        speedup: The measured speed-up, None where it was not measured.
+        images_per_second: The training speed, None where unknown.
+        samples: The newest sample grid, None where there is none.
+        machine: The versions and the hardware it ran on.
     """
 
     folder: Path
@@ -73,132 +66,158 @@ class RunRecord:
     images: int
     finished: bool
     config: Mapping[str, Any] = field(repr=False)
-    log: tuple[Entry, ...] = field(repr=False)
+    log: tuple[LogEntry, ...] = field(repr=False)
     goal: int | None = None
-    held: Held | None = None
-    scores: tuple[Scored, ...] = ()
+    held_out: HeldOutEntry | None = None
+    scores: tuple[Score, ...] = ()
     macs: Macs | None = None
-    speed: Speed | None = None
+    speedup: Speedup | None = None
     images_per_second: float | None = None
     samples: Path | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def kind(self) -> str:
-        """Its method, with the pattern where there is one."""
+    def label(self) -> str:
+        """The method, with the pattern where there is one."""
         return self.method if self.pattern is None else f"{self.method} {self.pattern}"
 
-    def score(self, kind: ScoreKind) -> float | None:
-        """Its score of that kind, None where it has none."""
-        return next((score.value for score in self.scores if score.kind == kind), None)
+    def find_score(self, key: ScoreKey) -> float | None:
+        """Returns the value of its score with that key, None where it has none."""
+        return next((score.value for score in self.scores if score.key == key), None)
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """The run in ``folder``. Raises DataError for a folder that holds none, or a damaged one."""
-    place = Path(folder)
-    if not place.is_dir():
-        raise DataError(f"{place} is no folder of a run: there is no such folder")
-    whole, train, results = (read_object(place / name) for name in FILES)
-    log = read_log(place / "log.jsonl") if (place / "log.jsonl").exists() else ()
+    """Reads the folder of a training run, finished or not.
+
+    Args:
+        folder: The folder that ``finetune`` or ``sparsedm finetune`` wrote.
+
+    Returns:
+        The run as its files describe it.
+
+    Raises:
+        DataError: There is no such folder, it holds no run, or one of its files is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder of a run: there is no such folder")
+    whole, train, results = (read_json_object(folder / name) for name in FILES)
+    log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else ()
     config = whole if whole is not None else train
     if config is None and results is None and not log:
-        raise DataError(f"{place} is no run: it has neither {', '.join(FILES)} nor log.jsonl")
+        raise DataError(f"{folder} is no run: it has neither {', '.join(FILES)} nor log.jsonl")
     if results is None:
-        return unfinished(place, config or {}, log)
+        return describe_unfinished(folder, config or {}, log)
     if results.get("version") != VERSION:
         raise DataError(
-            f"{place / 'results.json'} has format version {results.get('version')!r}, "
+            f"{folder / 'results.json'} has format version {results.get('version')!r}, "
             f"this package reads {VERSION}"
         )
     try:
-        found = finished(place, config, results, log)
+        record = describe_finished(folder, config, results, log)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{place / 'results.json'} is damaged: {error!r}") from error
+        raise DataError(f"{folder / 'results.json'} is damaged: {error!r}") from error
     scored = whole is None or results.get("complete", False)
-    return replace(found, finished=bool(scored))
+    return replace(record, finished=bool(scored))
 
 
-def finished(
-    place: Path, config: Mapping[str, Any] | None, results: Mapping[str, Any], log: Sequence[Entry]
+def describe_finished(
+    folder: Path,
+    config: Mapping[str, Any] | None,
+    results: Mapping[str, Any],
+    log: Sequence[LogEntry],
 ) -> RunRecord:
-    """The run that wrote ``results``."""
-    held = [Held(each["images"], each["student"], each["ema"]) for each in results["held_out"]]
-    macs, speed, sampled = results["macs"], results["speed"], results["samples"]
+    """Returns the record of a run with ``results``. Raises KeyError and others for damaged ones."""
+    held_out = [
+        HeldOutEntry(losses["images"], losses["student"], losses["ema"])
+        for losses in results["held_out"]
+    ]
+    macs, speed, samples = results["macs"], results["speed"], results["samples"]
     return RunRecord(
-        folder=place,
-        name=str(results["name"]) or place.name,
+        folder=folder,
+        name=str(results["name"]) or folder.name,
         method=str(results["method"]),
         pattern=results["pattern"],
         seed=int(results["seed"]),
         images=int(results["images"]),
         finished=True,
         config=results["config"] if config is None else config,
-        log=tuple(log) or logged(results, held),
+        log=tuple(log) or rebuild_log(results, held_out),
         goal=int(results["images"]),
-        held=held[-1] if held else None,
-        scores=tuple(Scored(**{n: s[n] for n in Scored.__slots__}) for s in results["scores"]),
+        held_out=held_out[-1] if held_out else None,
+        scores=tuple(read_score(score) for score in results["scores"]),
         macs=None if macs is None else Macs(macs["dense"], macs["sparse"], macs["attention"]),
-        speed=None if speed is None else Speed(float(speed["ratio"]), str(speed["baseline"])),
+        speedup=None if speed is None else Speedup(float(speed["ratio"]), str(speed["baseline"])),
         images_per_second=float(results["images_per_second"]),
-        samples=last_grid(place) if sampled is None else place / sampled,
+        samples=find_last_grid(folder) if samples is None else folder / samples,
         machine=dict(results["machine"]),
     )
 
 
-def unfinished(place: Path, config: Mapping[str, Any], log: Sequence[Entry]) -> RunRecord:
-    """A run that has not ended, as far as its config and its log tell."""
-    steps = [entry for entry in log if isinstance(entry, Trained)]
-    held = [entry for entry in log if isinstance(entry, Held)]
-    goal, method = option(config, "images"), option(config, "method")
-    pattern = None if method == "dense" else option(config, "pattern")
+def describe_unfinished(
+    folder: Path, config: Mapping[str, Any], log: Sequence[LogEntry]
+) -> RunRecord:
+    """Returns the record of a run without results, from its config and its log."""
+    steps = [entry for entry in log if isinstance(entry, StepEntry)]
+    held_out = [entry for entry in log if isinstance(entry, HeldOutEntry)]
+    goal, method = look_up_option(config, "images"), look_up_option(config, "method")
+    pattern = None if method == "dense" else look_up_option(config, "pattern")
     return RunRecord(
-        folder=place,
-        name=place.name,
+        folder=folder,
+        name=folder.name,
         method=str(method or "?"),
         pattern=None if pattern is None else str(pattern),
-        seed=int(option(config, "seed") or 0),
+        seed=int(look_up_option(config, "seed") or 0),
         images=max((entry.images for entry in log), default=0),
         finished=False,
         config=config,
         log=tuple(log),
         goal=None if goal is None else int(goal),
-        held=held[-1] if held else None,
+        held_out=held_out[-1] if held_out else None,
         images_per_second=steps[-1].images_per_second if steps else None,
-        samples=last_grid(place),
+        samples=find_last_grid(folder),
     )
 
 
-def option(config: Mapping[str, Any], name: str) -> Any:
-    """An option of the training, of the pruning or of the run; None where there is none."""
+def read_score(values: Mapping[str, Any]) -> Score:
+    """Returns the score in ``values`` of results.json. Raises KeyError where a field is missing."""
+    required = ("value", "network", "count", "reference_count", "sampler", "metric")
+    return Score(**{name: values[name] for name in required}, spread=values.get("spread"))
+
+
+def look_up_option(config: Mapping[str, Any], name: str) -> Any:
+    """Returns an option of the training, of the pruning or of the run; None where it is not set."""
     for part in (config.get("train"), config.get("prune"), config):
         if isinstance(part, Mapping) and name in part:
             return part[name]
     return None
 
 
-def logged(results: Mapping[str, Any], held: Sequence[Held]) -> tuple[Entry, ...]:
-    """The curves of a run that kept no log, from its results; no learning rate is known."""
+def rebuild_log(
+    results: Mapping[str, Any], held_out: Sequence[HeldOutEntry]
+) -> tuple[LogEntry, ...]:
+    """Returns the log of a run that kept none, from its results; learning rates are NaN."""
     losses = results["losses"]
-    steps: list[Entry] = [
-        Trained(images, loss, float("nan"))
+    steps: list[LogEntry] = [
+        StepEntry(images, loss, float("nan"))
         for images, loss in zip(losses["images"], losses["loss"], strict=True)
     ]
-    return (*steps, *held)
+    return (*steps, *held_out)
 
 
-def last_grid(place: Path) -> Path | None:
-    """The newest of the sample grids a run drew."""
-    return max((place / "samples").glob("*.png"), default=None)
+def find_last_grid(folder: Path) -> Path | None:
+    """Returns the newest sample grid in the folder of a run, None where there is none."""
+    return max((folder / "samples").glob("*.png"), default=None)
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object at ``path``, None where there is no file. Raises DataError."""
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """Reads the JSON object at ``path``; None where there is no file. Raises DataError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise DataError(f"{path} holds no JSON object")
-    return found
+    return values

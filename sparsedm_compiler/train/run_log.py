@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import CheckpointError, ConfigError, masked_parameters
 from ..optional_deps import is_installed
 from ..reporting.charts import save_curves
-from ..reporting.run_log_format import Entry, Held, Trained, read_log
+from ..reporting.run_log_format import HeldOutEntry, LogEntry, StepEntry, read_log
 from .checkpoint import explain_write_error, replace_text
 from .fsdp import compute_local_mask
 
@@ -63,7 +63,7 @@ class RunLog:
     def __init__(self, folder: Path, seen: int) -> None:
         self.folder = folder
         before = read_log(folder / LOG) if (folder / LOG).exists() else ()
-        self.entries: list[Entry] = [entry for entry in before if entry.images <= seen]
+        self.entries: list[LogEntry] = [entry for entry in before if entry.images <= seen]
         replace_text(folder / LOG, "".join(format_entry(entry) for entry in self.entries))
         self._file = (folder / LOG).open("a", encoding="utf-8")
         self._board = open_tensorboard(folder, seen)
@@ -76,7 +76,7 @@ class RunLog:
         loss, noise, teacher = means
         speed = (images - before) / max(now - then, 1e-9)
         self._write(
-            Trained(
+            StepEntry(
                 images=images,
                 loss=loss,
                 noise_loss=noise,
@@ -88,8 +88,8 @@ class RunLog:
 
     def write_held_out(self, images: int, student: float, ema: float | None) -> None:
         """Writes the held-out losses after ``images``, and draws the curves anew."""
-        if not any(isinstance(e, Held) and e.images == images for e in self.entries):
-            self._write(Held(images, student, ema))
+        if not any(isinstance(e, HeldOutEntry) and e.images == images for e in self.entries):
+            self._write(HeldOutEntry(images, student, ema))
         self.draw_curves()
 
     def write_density(self, images: int, density: Mapping[str, float]) -> None:
@@ -110,7 +110,7 @@ class RunLog:
         if self._board is not None:
             self._board.close()
 
-    def _write(self, entry: Entry) -> None:
+    def _write(self, entry: LogEntry) -> None:
         self.entries.append(entry)
         try:
             self._file.write(format_entry(entry))
@@ -123,7 +123,7 @@ class RunLog:
                     self._board.add_scalar(f"train/{name}", value, entry.images)
 
 
-def format_entry(entry: Entry) -> str:
+def format_entry(entry: LogEntry) -> str:
     """Returns the line of log.jsonl for ``entry``."""
     return json.dumps(asdict(entry)) + "\n"
 

@@ -43,8 +43,8 @@ def pixels():
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What a command came to: its exit status and what it printed."""
+class CommandResult:
+    """The exit status of a command and the text it printed."""
 
     status: int
     out: str
@@ -63,25 +63,25 @@ class Shell:
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.capsys = folder, capsys
 
-    def __call__(self, *argv: str | Path) -> Said:
+    def __call__(self, *argv: str | Path) -> CommandResult:
         self.capsys.readouterr()
         status = main([str(part) for part in argv])
         out, err = self.capsys.readouterr()
-        return Said(status, out, err)
+        return CommandResult(status, out, err)
 
-    def dry(self, *argv: str | Path) -> Said:
+    def dry(self, *argv: str | Path) -> CommandResult:
         """The same command with --dry-run, which must not change the folder."""
         before = self.listing()
-        said = self(*argv, "--dry-run")
+        result = self(*argv, "--dry-run")
         assert self.listing() == before
-        if said.status == 0:
-            assert said.out.endswith("dry run: nothing was computed or written\n")
-        return said
+        if result.status == 0:
+            assert result.out.endswith("dry run: nothing was computed or written\n")
+        return result
 
     def listing(self) -> dict[str, bytes | None]:
         """Every file with its bytes, every folder."""
-        found = sorted(path for path in self.folder.rglob("*") if "__pycache__" not in path.parts)
-        return {str(path): path.read_bytes() if path.is_file() else None for path in found}
+        paths = sorted(path for path in self.folder.rglob("*") if "__pycache__" not in path.parts)
+        return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 @pytest.fixture

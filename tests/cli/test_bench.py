@@ -1,4 +1,4 @@
-"""Bench: the right candidates under one compiler, ratios of the same rounds, nothing else told."""
+"""``sparsedm bench``: candidates under one compiler, ratios within rounds, printed and stored."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.autotune.timer import Samples, interleaved, ratio
-from sparsedm_compiler.cli.bench import Subject, candidates, named
+from sparsedm_compiler.cli.bench import BenchmarkCase, describe_machine, make_candidates
 from sparsedm_compiler.models import UViT
 from tests.cli.conftest import Shell
 
 BENCH = ("bench", "own:net", "--backend", "eager", "--rounds", "2")
 
 
-def test_a_table_of_ratios(shell: Shell) -> None:
-    said = shell(*BENCH, "--pattern", "2:4", "1:4", "2:4", "--policy", "all")
-    title, heads, _, first, second, last = said.out.splitlines()
+def test_bench_prints_a_table_of_ratios(shell: Shell) -> None:
+    result = shell(*BENCH, "--pattern", "2:4", "1:4", "2:4", "--policy", "all")
+    title, heads, _, first, second, last = result.out.splitlines()
     assert title == "own:net, batch 1: times faster than"
     assert re.split(r"\s{2,}", heads) == ["pattern", "dense, eager"]
     for line, pattern in ((first, "2:4"), (second, "1:4")):
@@ -31,31 +31,31 @@ def test_a_table_of_ratios(shell: Shell) -> None:
     assert f"{torch.get_num_threads()} of " in last
 
 
-def test_json_holds_the_same_and_nothing_else_is_printed(shell: Shell) -> None:
-    found = json.loads(shell(*BENCH, "--json", "--option", "depth=0", "--policy", "all").out)
-    low, middle, high = found["times_faster"]["2:4"]["dense, eager"]
+def test_bench_json_prints_ratios_and_machine_only(shell: Shell) -> None:
+    values = json.loads(shell(*BENCH, "--json", "--option", "depth=0", "--policy", "all").out)
+    low, middle, high = values["times_faster"]["2:4"]["dense, eager"]
     assert 0 < low <= middle <= high
-    assert (found["model"], found["batch"], found["rounds"]) == ("own:net", 1, 2)
-    assert found["machine"]["threads"] == torch.get_num_threads()
-    assert "ms" not in json.dumps(found["times_faster"])
+    assert (values["model"], values["batch"], values["rounds"]) == ("own:net", 1, 2)
+    assert values["machine"]["threads"] == torch.get_num_threads()
+    assert "ms" not in json.dumps(values["times_faster"])
 
 
-def of(*patterns: str) -> Subject:
-    return Subject("own:net", {}, patterns, {"policy": "all"})
+def case_of(*patterns: str) -> BenchmarkCase:
+    return BenchmarkCase("own:net", {}, patterns, {"policy": "all"})
 
 
-def test_what_is_compared() -> None:
+def test_make_candidates_returns_dense_and_pruned_models() -> None:
     model = UViT(img_size=8, in_chans=1, embed_dim=16, depth=0, num_heads=2)
-    assert [*candidates(model, of("2:4"), "eager")] == ["dense, eager", "2:4"]
-    assert [*candidates(model, of("2:4"), "aot_eager")] == ["dense, aot_eager", "2:4"]
-    found = candidates(model, of("2:4", "1:8"), "inductor")
-    assert [*found] == ["dense, inductor", "dense, inductor frozen", "2:4", "1:8"]
+    assert [*make_candidates(model, case_of("2:4"), "eager")] == ["dense, eager", "2:4"]
+    assert [*make_candidates(model, case_of("2:4"), "aot_eager")] == ["dense, aot_eager", "2:4"]
+    models = make_candidates(model, case_of("2:4", "1:8"), "inductor")
+    assert [*models] == ["dense, inductor", "dense, inductor frozen", "2:4", "1:8"]
     call = torch.randn(1, 1, 8, 8), torch.tensor([5])
-    found = candidates(model, of("2:4"), "eager")
+    models = make_candidates(model, case_of("2:4"), "eager")
     with torch.no_grad():
-        assert torch.equal(found["dense, eager"](*call), model(*call))
-        found["2:4"](*call)
-    explained = sdm.explain(found["2:4"])
+        assert torch.equal(models["dense, eager"](*call), model(*call))
+        models["2:4"](*call)
+    explained = sdm.explain(models["2:4"])
     assert (explained.mode, explained.backend) == ("infer", "eager")
     assert "decoder_pred.weight" in explained.masked  # dense but for policy "all"
 
@@ -75,7 +75,9 @@ def run_folder(shell: Shell, method: str = "ste") -> Path:
     return folder
 
 
-def test_a_run_is_told_its_speed(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_of_a_run_stores_the_speedup_in_its_results(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, made = run_folder(shell), []
     real = sdm.compile
 
@@ -84,29 +86,29 @@ def test_a_run_is_told_its_speed(shell: Shell, monkeypatch: pytest.MonkeyPatch) 
         return real(*args, **options)
 
     monkeypatch.setattr("sparsedm_compiler.compiler.api.compile", compile)
-    asked = ("bench", folder, "--backend", "eager", "--rounds", "2")
+    argv = ("bench", folder, "--backend", "eager", "--rounds", "2")
     before = (folder / "results.json").read_text()
-    assert f"{folder}, batch 1: times" in shell(*asked, "--pattern", "2:4").out
+    assert f"{folder}, batch 1: times" in shell(*argv, "--pattern", "2:4").out
     assert (folder / "results.json").read_text() == before  # not what the run did
-    said = shell(*asked)
+    result = shell(*argv)
     ((pattern, options),) = made[1:]
     assert (pattern, options["policy"], options["keep_dense"]) == ("1:4", "all", ("*.qkv",))
     values = json.loads((folder / "results.json").read_text())
     assert values["images"] == 3
-    assert re.search(rf"1:4 +{values['speed']['ratio']:.2f} \[", said.out)
+    assert re.search(rf"1:4 +{values['speed']['ratio']:.2f} \[", result.out)
     assert values["speed"]["baseline"].startswith("dense, eager, batch 1, ")
     assert "load" not in values["speed"]["baseline"]
 
 
-def test_a_dense_run_has_nothing_to_compare(shell: Shell) -> None:
+def test_bench_of_a_dense_run_is_refused(shell: Shell) -> None:
     folder = run_folder(shell, "dense")
     assert "trained a dense model" in shell("bench", folder).reason
 
 
-def test_a_dry_run_measures_nothing(shell: Shell) -> None:
-    said = shell.dry("bench", "uvit-cifar10-small", "--backend", "eager", "--batch", "8")
+def test_bench_dry_run_measures_nothing(shell: Shell) -> None:
+    result = shell.dry("bench", "uvit-cifar10-small", "--backend", "eager", "--batch", "8")
     compared = "dense with 2:4 on cpu, compiled by eager, 11 rounds"
-    assert said.out.splitlines()[0] == f"would compare uvit-cifar10-small, {compared}"
+    assert result.out.splitlines()[0] == f"would compare uvit-cifar10-small, {compared}"
 
 
 @pytest.mark.parametrize(
@@ -123,21 +125,21 @@ def test_a_dry_run_measures_nothing(shell: Shell) -> None:
     ],
     ids=lambda value: "_".join(value[1:]) if isinstance(value, list) else "",
 )
-def test_bad_requests(shell: Shell, argv: list[str], says: str) -> None:
+def test_bench_of_an_invalid_request_is_refused(shell: Shell, argv: list[str], says: str) -> None:
     for ask in (shell, shell.dry):
         assert f"sparsedm bench: {says}" in ask("bench", *argv).reason
 
 
-def test_timing_takes_turns_and_compares_within_rounds() -> None:
+def test_interleaved_takes_turns_and_ratio_compares_within_rounds() -> None:
     order: list[str] = []
-    found = interleaved({name: lambda n=name: order.append(n) for name in "abc"}, rounds=2)
+    times = interleaved({name: lambda n=name: order.append(n) for name in "abc"}, rounds=2)
     assert "".join(order) == "abc" * 2 + "abc" + "bca"
-    assert {len(samples.of("wall")) for samples in found.values()} == {2}
+    assert {len(samples.of("wall")) for samples in times.values()} == {2}
     assert ratio([1.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == (1.5, 2.0, 2.5)
     assert Samples([1.0], [2.0]).of("cpu") == [2.0]
 
 
-def test_a_machine_in_words() -> None:
+def test_describe_machine() -> None:
     facts = {"processor": "X", "cpu": "AVX2", "threads": 1, "cores": 2, "torch": "2", "load": [0.5]}
-    assert named({**facts, "gpu": None}) == "X, AVX2, 1 of 2 threads, torch 2, load 0.5"
-    assert named({**facts, "gpu": "Y"}) == "Y, 1 of 2 threads, torch 2, load 0.5"
+    assert describe_machine({**facts, "gpu": None}) == "X, AVX2, 1 of 2 threads, torch 2, load 0.5"
+    assert describe_machine({**facts, "gpu": "Y"}) == "Y, 1 of 2 threads, torch 2, load 0.5"

@@ -16,7 +16,7 @@ import pytest
 import sparsedm_compiler.cli
 from sparsedm_compiler.cli import main
 from sparsedm_compiler.cli.commands import COMMANDS
-from sparsedm_compiler.cli.job import Job, execute, writable
+from sparsedm_compiler.cli.job import Job, check_writable, execute
 from sparsedm_compiler.errors import (
     ConfigError,
     DataError,
@@ -30,19 +30,19 @@ from tests.cli.conftest import Shell
 FOLDER = Path(sparsedm_compiler.cli.__file__).parent
 
 
-def test_the_package_is_a_program() -> None:
+def test_python_m_prints_the_help() -> None:
     command = [sys.executable, "-m", "sparsedm_compiler", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.startswith("usage: sparsedm ")
     assert [name for name in COMMANDS if f"\n    {name} " not in done.stdout] == []
 
 
-def test_there_are_all_commands() -> None:
+def test_commands_are_complete() -> None:
     assert [*COMMANDS] == ["macs", "finetune", "sample", "fid", "bench", "report", "explain"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_gives_an_example_that_its_parser_takes(
+def test_help_shows_an_example_that_the_parser_accepts(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="0"):
@@ -59,30 +59,30 @@ def test_help_gives_an_example_that_its_parser_takes(
         parser.parse_args(line.replace('"', "").split(name, 1)[1].split())
 
 
-def test_no_or_another_command_is_a_usage_error() -> None:
+def test_main_without_a_known_command_is_a_usage_error() -> None:
     for argv in ([], ["prune"]):
         with pytest.raises(SystemExit, match="2"):
             main(argv)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
-def test_no_command_imports_torch_before_it_runs(path: Path) -> None:
+def test_command_modules_import_no_torch_at_the_top(path: Path) -> None:
     """Only light modules of ours, the standard library and tabulate, outside of functions."""
-    light = {"errors", "pattern", "facts", ""}
-    found = []
+    light = {"errors", "patterns", "reports", ""}
+    modules = []
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.append(node.module or "")
+            modules.append(node.module or "")
         elif isinstance(node, ast.ImportFrom) and node.level == 2:
             assert (node.module or "").partition(".")[0] in light, ast.unparse(node)
-    outside = {name.partition(".")[0] for name in found} - {*sys.stdlib_module_names}
+    outside = {name.partition(".")[0] for name in modules} - {*sys.stdlib_module_names}
     assert outside <= {"tabulate"}
 
 
 class Fake:
-    """A command that does as it is told."""
+    """A command that runs a given action, early (in prepare) or late."""
 
     ABOUT = EXAMPLE = ""
 
@@ -127,19 +127,21 @@ def raising(error: BaseException) -> Callable[[], None]:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_an_error_is_one_line_and_a_status(
+def test_execute_prints_an_error_as_one_line_and_returns_its_status(
     error: Exception, expected: int, early: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert status(raising(error), early=early) == expected
     assert capsys.readouterr() == ("", "sparsedm fake: no such option\n")
 
 
-def test_a_bug_shows_its_traceback() -> None:
+def test_execute_lets_other_exceptions_through() -> None:
     with pytest.raises(ZeroDivisionError):
         status(raising(ZeroDivisionError()))
 
 
-def test_a_dry_run_says_and_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_execute_dry_run_prints_the_job_and_does_not_run_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     fake = Fake(lambda: None)
     assert execute("x", fake, argparse.Namespace(dry_run=True)) == 0
     assert not fake.ran
@@ -149,7 +151,7 @@ def test_a_dry_run_says_and_does_not(capsys: pytest.CaptureFixture[str]) -> None
     assert status(raising(ConfigError("x")), dry=True, early=True) == 2
 
 
-def test_signals_end_a_command_with_their_status(capsys: pytest.CaptureFixture[str]) -> None:
+def test_execute_on_a_signal_returns_its_status(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert status(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
     assert status(raising(KeyboardInterrupt())) == 130
@@ -159,19 +161,19 @@ def test_signals_end_a_command_with_their_status(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_saved_itself_tells_which_signal_it_was(number: signal.Signals) -> None:
+def test_execute_of_a_stopped_run_returns_the_status_of_its_signal(number: signal.Signals) -> None:
     def action() -> None:
-        asked: list[int] = []
-        before = signal.signal(number, lambda number, frame: asked.append(number))
+        received: list[int] = []
+        before = signal.signal(number, lambda number, frame: received.append(number))
         os.kill(os.getpid(), number)
         signal.signal(number, before)
-        assert asked == [number]
+        assert received == [number]
         raise StoppedError("saved")
 
     assert status(action) == 128 + number
 
 
-def test_a_reader_that_has_seen_enough_takes_no_traceback() -> None:
+def test_execute_with_a_closed_pipe_prints_no_traceback() -> None:
     code = (
         "import argparse, sys\n"
         "from sparsedm_compiler.cli.job import Job, execute\n"
@@ -192,17 +194,17 @@ def test_a_reader_that_has_seen_enough_takes_no_traceback() -> None:
     talker.stderr.close()
 
 
-def test_where_one_can_write(shell: Shell) -> None:
+def test_check_writable_accepts_new_paths_and_refuses_others(shell: Shell) -> None:
     (shell.folder / "file").write_text("")
     (shell.folder / "folder").mkdir()
-    assert writable("new/deep/file.png") == Path("new/deep/file.png")
-    assert writable("file") == Path("file")
-    assert writable("folder", folder=True) == Path("folder")
+    assert check_writable("new/deep/file.png") == Path("new/deep/file.png")
+    assert check_writable("file") == Path("file")
+    assert check_writable("folder", folder=True) == Path("folder")
     for path, folder, says in (
         ("folder", False, "cannot write folder: it is a folder, name a file"),
         ("file", True, "cannot write file: it is a file, name a folder"),
         ("file/below", False, "cannot write file/below: file is a file, not a folder"),
     ):
         with pytest.raises(ConfigError, match=says):
-            writable(path, folder=folder)
+            check_writable(path, folder=folder)
     assert not (shell.folder / "new").exists()

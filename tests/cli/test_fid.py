@@ -1,4 +1,4 @@
-"""Fid: the scores of evaluate, of folders and of models, with everything they depend on."""
+"""``sparsedm fid``: scores of folders and models against those of ``evaluate``."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ PIXELS = ("--network", "own:pixels")
 def images(shell: Shell) -> torch.Tensor:
     """Ninety digits, upside down, as a folder of PNGs; features [90, 64] are their pixels."""
     data = open_data("digits:test", labels=False)
-    found = data.fetch(range(90))[0].flip(-2)
-    save_images(shell.folder / "images", range(90), found)
-    return round_to_uint8(found).flatten(1)
+    flipped = data.fetch(range(90))[0].flip(-2)
+    save_images(shell.folder / "images", range(90), flipped)
+    return round_to_uint8(flipped).flatten(1)
 
 
 @pytest.fixture
@@ -45,9 +45,11 @@ def theirs() -> torch.Tensor:
 FOLDER = ("fid", "--images", "images", "--reference", "digits:test", "--gray", *PIXELS)
 
 
-def test_a_folder_against_data(shell: Shell, images: torch.Tensor, theirs: torch.Tensor) -> None:
-    said = shell(*FOLDER, "--kid", "--pr", "--made-by", "a mirror", "--json")
-    scores = [Score(**values) for values in json.loads(said.out)]
+def test_fid_of_a_folder_equals_the_metrics_of_evaluate(
+    shell: Shell, images: torch.Tensor, theirs: torch.Tensor
+) -> None:
+    result = shell(*FOLDER, "--kid", "--pr", "--made-by", "a mirror", "--json")
+    scores = [Score(**values) for values in json.loads(result.out)]
     assert [score.metric for score in scores] == ["FD", "KID", "precision", "recall"]
     distance, kernel, *shares = (score.value for score in scores)
     assert distance == pytest.approx(frechet_distance(images, theirs), rel=1e-4)
@@ -58,20 +60,20 @@ def test_a_folder_against_data(shell: Shell, images: torch.Tensor, theirs: torch
         assert (score.count, score.reference_count) == (90, 360)
 
 
-def test_lines_for_people(shell: Shell, images: torch.Tensor) -> None:
-    said = shell(*FOLDER)
-    line = said.out.splitlines()[-1]
+def test_fid_prints_counts_and_sampler(shell: Shell, images: torch.Tensor) -> None:
+    result = shell(*FOLDER)
+    line = result.out.splitlines()[-1]
     assert line.startswith("FD-pixels ")
     assert line.endswith(" (90 vs 360 images, unknown sampler)")
     (shell.folder / "images" / "samples.json").write_text(json.dumps({"sampler": "DDIM 5 steps"}))
     assert "(90 vs 360 images, DDIM 5 steps)" in shell(*FOLDER).out
 
 
-def test_statistics_are_written_once_and_used_again(
+def test_fid_save_stats_writes_a_reusable_reference(
     shell: Shell, images: torch.Tensor, theirs: torch.Tensor
 ) -> None:
-    said = shell("fid", "--reference", "digits:test", *PIXELS, "--save-stats", "new/ref.npz")
-    assert said.out == "wrote new/ref.npz\n"
+    result = shell("fid", "--reference", "digits:test", *PIXELS, "--save-stats", "new/ref.npz")
+    assert result.out == "wrote new/ref.npz\n"
     saved = load_statistics("new/ref.npz")
     np.testing.assert_allclose(saved.mean, theirs.double().mean(0), rtol=1e-9)
     assert (saved.count, saved.network) == (360, "pixels")
@@ -79,26 +81,28 @@ def test_statistics_are_written_once_and_used_again(
     assert by_file.out.splitlines()[-1] == shell(*FOLDER).out.splitlines()[-1]
 
 
-def test_stored_limits_what_the_other_metrics_see(shell: Shell, images: torch.Tensor) -> None:
+def test_fid_stored_limits_the_images_of_kid(shell: Shell, images: torch.Tensor) -> None:
     first, kernel = json.loads(shell(*FOLDER, "--kid", "--stored", "40", "--json").out)
     assert (first["count"], kernel["count"], kernel["reference_count"]) == (90, 40, 40)
 
 
-def test_images_are_drawn_on_the_fly(shell: Shell, weights: Sequence[str]) -> None:
+def test_fid_of_a_model_equals_fid_of_its_saved_samples(
+    shell: Shell, weights: Sequence[str]
+) -> None:
     model = ("--model", "own:net", "--weights", "student.safetensors", "--backend", "eager")
-    how = ("--count", "70", "--steps", "2", "--sampler", "ddim", "--mode", "train")
+    settings = ("--count", "70", "--steps", "2", "--sampler", "ddim", "--mode", "train")
     reference = ("--reference", "digits:test", *PIXELS, "--json")
-    (drawn,) = json.loads(shell("fid", *model, *how, *reference).out)
-    shell("sample", *model, *how, "--out", "drawn")
+    (drawn,) = json.loads(shell("fid", *model, *settings, *reference).out)
+    shell("sample", *model, *settings, "--out", "drawn")
     (saved,) = json.loads(shell("fid", "--images", "drawn", "--gray", *reference).out)
     assert drawn["value"] == pytest.approx(saved["value"], rel=1e-5)
     assert {**drawn, "value": 0} == {**saved, "value": 0}
     assert drawn["sampler"] == "DDIMScheduler 2 steps"
 
 
-def test_a_dry_run_names_both_sides(shell: Shell, images: torch.Tensor) -> None:
-    said = shell.dry(*FOLDER, "--save-stats", "new/ref.npz")
-    assert said.out.splitlines()[:4] == [
+def test_fid_dry_run_names_images_and_reference(shell: Shell, images: torch.Tensor) -> None:
+    result = shell.dry(*FOLDER, "--save-stats", "new/ref.npz")
+    assert result.out.splitlines()[:4] == [
         "images     90 of images, unknown sampler",
         "reference  digits:test",
         "network    pixels",
@@ -129,13 +133,15 @@ def change(argv: Sequence[str], *values: str) -> list[str]:
     ],
     ids=lambda value: "_".join(value[-2:]) if isinstance(value, list | tuple) else "",
 )
-def test_bad_requests(shell: Shell, images: Any, argv: Sequence[str], says: str) -> None:
+def test_fid_of_an_invalid_request_is_refused(
+    shell: Shell, images: Any, argv: Sequence[str], says: str
+) -> None:
     for ask in (shell, shell.dry):
         assert says in ask(*argv).reason
 
 
-def test_statistics_know_no_more_than_a_distance(shell: Shell, images: Any) -> None:
+def test_fid_kid_against_statistics_is_refused(shell: Shell, images: Any) -> None:
     shell("fid", "--reference", "digits:test", *PIXELS, "--save-stats", "ref.npz")
-    asked = ("fid", "--images", "images", "--gray", "--reference", "ref.npz", *PIXELS, "--kid")
-    assert "holds statistics and no features" in shell(*asked).err
+    argv = ("fid", "--images", "images", "--gray", "--reference", "ref.npz", *PIXELS, "--kid")
+    assert "holds statistics and no features" in shell(*argv).err
     assert Path("ref.npz").exists()

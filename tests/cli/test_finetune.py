@@ -1,4 +1,4 @@
-"""Finetune: the configuration that is meant, the run it makes, and the same command again."""
+"""``sparsedm finetune``: its configuration, its run, and the same command again."""
 
 from __future__ import annotations
 
@@ -36,42 +36,54 @@ def config(shell: Shell) -> str:
 def read(*argv: str) -> RunConfig:
     parser = argparse.ArgumentParser()
     finetune.add_options(parser)
-    return finetune.config_of(parser.parse_args(argv))
+    return finetune.build_config(parser.parse_args(argv))
 
 
-def test_what_is_given_last_counts(config: str) -> None:
+def test_build_config_lets_later_options_win(config: str) -> None:
     assert read("--config", config).train.lr == 1e-3
-    found = read("--config", config, "--set", "train.lr=5e-4", "--set", "train.betas=[0.9, 0.99]")
-    assert (found.train.lr, found.train.betas) == (5e-4, (0.9, 0.99))
+    config_read = read(
+        "--config", config, "--set", "train.lr=5e-4", "--set", "train.betas=[0.9, 0.99]"
+    )
+    assert (config_read.train.lr, config_read.train.betas) == (5e-4, (0.9, 0.99))
     short = ("--pattern", "1:8", "--method", "ste", "--data", "other", "--out", "b", "--seed", "3")
-    found = read("--config", config, *short, "--held-out", "x", "--model", "m:f", "--weights", "w")
-    assert (found.prune.pattern, found.train.method, found.train.seed) == ("1:8", "ste", 3)
-    assert (found.data.train, found.data.held_out, found.out) == ("other", "x", "b")
-    assert (found.model.name, found.model.weights) == ("m:f", "w")
+    config_read = read(
+        "--config", config, *short, "--held-out", "x", "--model", "m:f", "--weights", "w"
+    )
+    assert (config_read.prune.pattern, config_read.train.method, config_read.train.seed) == (
+        "1:8",
+        "ste",
+        3,
+    )
+    assert (config_read.data.train, config_read.data.held_out, config_read.out) == (
+        "other",
+        "x",
+        "b",
+    )
+    assert (config_read.model.name, config_read.model.weights) == ("m:f", "w")
     assert read("--config", config, "--out", "1").out == "1"
     assert read("--config", config, "--out", "b", "--set", "out=c").out == "c"
 
 
-def test_a_recipe_lies_below_everything_else(config: str) -> None:
-    found = read("--config", config, "--recipe", "cifar10-uvit")
-    assert (found.prune.policy, found.train.flip) == ("uvit", True)
-    assert (found.train.images, found.model.name) == (128, "own:net")
+def test_build_config_puts_the_recipe_below_all_other_options(config: str) -> None:
+    config_read = read("--config", config, "--recipe", "cifar10-uvit")
+    assert (config_read.prune.policy, config_read.train.flip) == ("uvit", True)
+    assert (config_read.train.images, config_read.model.name) == (128, "own:net")
     short = ("--data", "d", "--out", "o", "--weights", "w")
-    found = read("--recipe", "cifar10-uvit", *short)
-    assert (found.model.name, found.train.images) == ("uvit-cifar10-small", 64_000_000)
+    config_read = read("--recipe", "cifar10-uvit", *short)
+    assert (config_read.model.name, config_read.train.images) == ("uvit-cifar10-small", 64_000_000)
 
 
-def test_a_run_from_the_model_to_the_score(shell: Shell, config: str) -> None:
+def test_finetune_trains_scores_and_does_not_repeat_a_finished_run(
+    shell: Shell, config: str
+) -> None:
     torch._dynamo.reset()
-    asked = ("finetune", "--config", config)
-    said = shell(*asked)
-    assert said.status == 0, said.err
-    loss, score, wrote = said.out.splitlines()[-3:]
+    command = ("finetune", "--config", config)
+    result = shell(*command)
+    assert result.status == 0, result.err
+    loss, score, wrote = result.out.splitlines()[-3:]
     results: dict[str, Any] = json.loads(Path("runs/a/results.json").read_text())
     assert (results["images"], results["pattern"]) == (128, "2:4")
-    assert loss.startswith(
-        f"held-out loss {results['held_out'][-1]['student']:.4f}, of the average"
-    )
+    assert loss.startswith(f"held-out loss {results['held_out'][-1]['student']:.4f}, of the EMA")
     assert score == f"FD-pixels {results['scores'][0]['value']:.4g}"
     assert wrote == "wrote runs/a; compare runs with: sparsedm report runs/a"
     dense = open_model("own:net", options={"num_classes": 10})
@@ -79,15 +91,15 @@ def test_a_run_from_the_model_to_the_score(shell: Shell, config: str) -> None:
     assert not torch.equal(student.mid_block.mlp.fc1.weight, dense.mid_block.mlp.fc1.weight)
     assert shell("report", "runs/a").status == 0
     before = shell.listing()
-    again = shell(*asked)  # a finished run is not trained again
-    assert again.out.splitlines()[-3:] == said.out.splitlines()[-3:]
+    again = shell(*command)  # a finished run is not trained again
+    assert again.out.splitlines()[-3:] == result.out.splitlines()[-3:]
     assert shell.listing() == before
 
 
-def test_a_dry_run_opens_everything(shell: Shell, config: str) -> None:
-    said = shell.dry("finetune", "--config", config)
+def test_finetune_dry_run_opens_model_and_data(shell: Shell, config: str) -> None:
+    result = shell.dry("finetune", "--config", config)
     for part in ("own:net", "sparsedm: SR-STE", "pattern    2:4", "1,437 images", "runs/a"):
-        assert part in said.out
+        assert part in result.out
 
 
 @pytest.mark.parametrize(
@@ -105,7 +117,9 @@ def test_a_dry_run_opens_everything(shell: Shell, config: str) -> None:
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
-def test_bad_requests(shell: Shell, config: str, argv: list[str], says: str) -> None:
+def test_finetune_of_an_invalid_request_is_refused(
+    shell: Shell, config: str, argv: list[str], says: str
+) -> None:
     for ask in (shell, shell.dry):
         assert says in ask("finetune", "--config", config, *argv).reason
 
@@ -120,11 +134,11 @@ def test_bad_requests(shell: Shell, config: str, argv: list[str], says: str) -> 
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
-def test_a_dry_run_finds_what_is_not_there(
+def test_finetune_dry_run_refuses_missing_inputs(
     shell: Shell, config: str, argv: list[str], says: str
 ) -> None:
     assert says in shell.dry("finetune", "--config", config, *argv).reason
 
 
-def test_without_anything_it_says_what_it_needs(shell: Shell) -> None:
+def test_finetune_without_options_asks_for_the_folder(shell: Shell) -> None:
     assert "no folder to write to: set out" in shell("finetune").reason

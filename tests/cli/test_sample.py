@@ -1,4 +1,4 @@
-"""Sample: the images that evaluate.sample makes of the hand-masked model, however asked for."""
+"""``sparsedm sample`` against ``diffusion.sample`` of a model masked by the oracle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.cli import main
-from sparsedm_compiler.cli.sampling_options import null_of, own_condition
+from sparsedm_compiler.cli.sampling_options import read_condition_options, read_null_options
 from sparsedm_compiler.diffusion import Guidance, make_scheduler, sample
 from sparsedm_compiler.diffusion.image_batches import to_uint8
 from sparsedm_compiler.models import open_model
@@ -26,63 +26,69 @@ from tests.cli.conftest import Shell, student
 from tests.group import run_group
 from tests.oracle import oracle_of
 
-HOW = ("--steps", "3", "--sampler", "ddim", "--backend", "eager")
-MASKED = ("--model", "own:net", "--weights", "student.safetensors", "--mode", "train", *HOW)
+SETTINGS = ("--steps", "3", "--sampler", "ddim", "--backend", "eager")
+MASKED = ("--model", "own:net", "--weights", "student.safetensors", "--mode", "train", *SETTINGS)
 
 
 def expected(model: torch.nn.Module, count: int, **options: Any) -> Tensor:
-    """What PNGs of the samples hold [count, 1, 8, 8]."""
+    """The bytes of the samples [count, 1, 8, 8], as PNGs hold them."""
     scheduler = make_scheduler("ddim", "eps")
-    given = {"shape": (count, 1, 8, 8), "steps": 3, "progress": False, **options}
-    return to_uint8(sample(model, scheduler, **given))
+    settings = {"shape": (count, 1, 8, 8), "steps": 3, "progress": False, **options}
+    return to_uint8(sample(model, scheduler, **settings))
 
 
-def found(folder: Path | str) -> Tensor:
+def read_pngs(folder: Path | str) -> Tensor:
     files = sorted(Path(folder).glob("*.png"))
     assert [file.name for file in files] == [f"{number:06d}.png" for number in range(len(files))]
     return torch.stack([torch.tensor(np.asarray(Image.open(file)))[None] for file in files])
 
 
-def test_a_folder_holds_what_the_masked_model_draws(shell: Shell, weights: Sequence[str]) -> None:
+def test_sample_folder_equals_samples_of_the_masked_model(
+    shell: Shell, weights: Sequence[str]
+) -> None:
     oracle = oracle_of(student())
-    said = shell(
+    result = shell(
         "sample", *MASKED, "--out", "a", "--count", "5", "--batch-size", "2", "--seed", "7"
     )
-    assert said.out == "drew 5 images by DDIMScheduler 3 steps into a\n"
-    assert torch.equal(found("a"), expected(oracle, 5, seed=7, batch_size=2))
-    assert not torch.equal(found("a"), expected(open_model("own:net"), 5, seed=7))
+    assert result.out == "drew 5 images by DDIMScheduler 3 steps into a\n"
+    assert torch.equal(read_pngs("a"), expected(oracle, 5, seed=7, batch_size=2))
+    assert not torch.equal(read_pngs("a"), expected(open_model("own:net"), 5, seed=7))
     folded = ("--mode", "infer", "--out", "b", "--count", "5", "--seed", "7")
     assert shell("sample", *MASKED, *folded).status == 0
-    assert (found("a").int() - found("b").int()).abs().max() <= 1
+    assert (read_pngs("a").int() - read_pngs("b").int()).abs().max() <= 1
 
 
-def test_dense_weights_run_dense(shell: Shell, weights: Sequence[str]) -> None:
-    asked = ("--model", "own:net", "--weights", "dense.safetensors", *HOW, "--count", "3")
-    assert shell("sample", *asked, "--out", "a").status == 0
-    assert torch.equal(found("a"), expected(open_model("own:net"), 3))
-    assert shell("sample", "--model", "own:net", *HOW, "--count", "3", "--out", "b").status == 0
-    assert torch.equal(found("a"), found("b"))
+def test_sample_with_dense_weights_runs_dense(shell: Shell, weights: Sequence[str]) -> None:
+    argv = ("--model", "own:net", "--weights", "dense.safetensors", *SETTINGS, "--count", "3")
+    assert shell("sample", *argv, "--out", "a").status == 0
+    assert torch.equal(read_pngs("a"), expected(open_model("own:net"), 3))
+    assert (
+        shell("sample", "--model", "own:net", *SETTINGS, "--count", "3", "--out", "b").status == 0
+    )
+    assert torch.equal(read_pngs("a"), read_pngs("b"))
 
 
-def test_a_grid_is_one_picture(shell: Shell, weights: Sequence[str]) -> None:
-    said = shell("sample", *MASKED, "--out", "new/grid.png", "--count", "5", "--columns", "3")
-    assert said.status == 0
+def test_sample_grid_writes_one_png(shell: Shell, weights: Sequence[str]) -> None:
+    result = shell("sample", *MASKED, "--out", "new/grid.png", "--count", "5", "--columns", "3")
+    assert result.status == 0
     with Image.open("new/grid.png") as picture:
         assert picture.width > 3 * 64
         assert picture.height > 2 * 64
     assert [path.name for path in Path("new").iterdir()] == ["grid.png"]
 
 
-def test_the_same_command_goes_on(shell: Shell, weights: Sequence[str]) -> None:
-    asked = ("sample", *MASKED, "--out", "a", "--batch-size", "2")
-    shell(*asked, "--count", "4")
-    before = found("a")
+def test_sample_again_resumes_and_refuses_other_settings(
+    shell: Shell, weights: Sequence[str]
+) -> None:
+    argv = ("sample", *MASKED, "--out", "a", "--batch-size", "2")
+    shell(*argv, "--count", "4")
+    before = read_pngs("a")
     Path("a/000003.png").unlink()
     kept = Path("a/000000.png").stat().st_mtime_ns
     Path("a/000001.png").write_bytes(Path("a/000000.png").read_bytes())  # would be drawn anew
-    shell(*asked, "--count", "5")
+    shell(*argv, "--count", "5")
     assert Path("a/000000.png").stat().st_mtime_ns == kept
-    after = found("a")
+    after = read_pngs("a")
     assert torch.equal(after[[0, 2, 3]], before[[0, 2, 3]])
     assert torch.equal(after[1], before[0])
     assert len(after) == 5
@@ -93,7 +99,7 @@ def test_the_same_command_goes_on(shell: Shell, weights: Sequence[str]) -> None:
         (("--objective", "v"), "a holds images of objective 'eps', not 'v'"),
     ):
         for ask in (shell, shell.dry):
-            assert says in ask(*asked, "--count", "5", *changed).reason
+            assert says in ask(*argv, "--count", "5", *changed).reason
 
 
 def group_member(rank: int, folder: Path) -> None:
@@ -102,26 +108,30 @@ def group_member(rank: int, folder: Path) -> None:
     assert main(["sample", *MASKED, "--out", "b.png", "--count", "5", "--batch-size", "2"]) == 0
 
 
-def test_two_processes_draw_the_same_images(shell: Shell, weights: Sequence[str]) -> None:
+def test_sample_in_two_processes_makes_the_same_images(
+    shell: Shell, weights: Sequence[str]
+) -> None:
     for out in ("a", "a.png"):
         shell("sample", *MASKED, "--out", out, "--count", "5", "--batch-size", "2")
     run_group(group_member, shell.folder)
-    assert torch.equal(found("a"), found("b"))
+    assert torch.equal(read_pngs("a"), read_pngs("b"))
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
-def test_labels_and_guidance(shell: Shell) -> None:
+def test_sample_with_labels_and_guidance(shell: Shell) -> None:
     made = student(num_classes=5)
     sdm.save(made, shell.folder / "student.safetensors")
-    asked = ("sample", *MASKED, "--option", "num_classes=5", "--count", "6")
-    assert shell(*asked, "--out", "a", "--classes", "4").status == 0
+    argv = ("sample", *MASKED, "--option", "num_classes=5", "--count", "6")
+    assert shell(*argv, "--out", "a", "--classes", "4").status == 0
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
-    assert torch.equal(found("a"), expected(oracle_of(made), 6, labels=labels))
+    assert torch.equal(read_pngs("a"), expected(oracle_of(made), 6, labels=labels))
     strong = ("--labels", "2,0", "--guidance", "3", "--null-label", "4")
-    said = shell(*asked, "--out", "b", *strong)
-    assert "DDIMScheduler 3 steps, guidance 3.0" in said.out
+    result = shell(*argv, "--out", "b", *strong)
+    assert "DDIMScheduler 3 steps, guidance 3.0" in result.out
     labels, guidance = torch.tensor([2, 0] * 3), Guidance(3.0, 4)
-    assert torch.equal(found("b"), expected(oracle_of(made), 6, labels=labels, guidance=guidance))
+    assert torch.equal(
+        read_pngs("b"), expected(oracle_of(made), 6, labels=labels, guidance=guidance)
+    )
 
 
 def namespace(**options: Any) -> argparse.Namespace:
@@ -129,30 +139,30 @@ def namespace(**options: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**dict.fromkeys(names), **options})
 
 
-def test_conditions_are_used_in_turn(shell: Shell) -> None:
-    assert own_condition(namespace()) is None
-    asked = own_condition(namespace(classes=3))
-    assert asked is not None
-    assert asked(range(2, 5)).tolist() == [2, 0, 1]
+def test_read_condition_options_cycles_through_conditions(shell: Shell) -> None:
+    assert read_condition_options(namespace()) is None
+    condition = read_condition_options(namespace(classes=3))
+    assert condition is not None
+    assert condition(range(2, 5)).tolist() == [2, 0, 1]
     save_file({"context": torch.tensor([[1.0], [2.0]])}, "texts.safetensors")
-    asked = own_condition(namespace(condition="texts.safetensors"))
-    assert asked is not None
-    assert asked(range(1, 4))["context"].tolist() == [[2.0], [1.0], [2.0]]
+    condition = read_condition_options(namespace(condition="texts.safetensors"))
+    assert condition is not None
+    assert condition(range(1, 4))["context"].tolist() == [[2.0], [1.0], [2.0]]
 
 
-def test_the_tensors_of_no_condition_may_stand_in_a_row(shell: Shell) -> None:
+def test_read_null_options_accepts_tensors_with_and_without_rows(shell: Shell) -> None:
     null = {"text": torch.randn(1, 3), "scale": torch.tensor(2.0)}  # 1 token: no axis of rows
     save_file({name: torch.stack([part] * 4) for name, part in null.items()}, "texts.safetensors")
     save_file(null, "bare.safetensors")
     save_file({name: part[None] for name, part in null.items()}, "row.safetensors")
-    asked = own_condition(namespace(condition="texts.safetensors"))
+    condition = read_condition_options(namespace(condition="texts.safetensors"))
     for file in ("bare.safetensors", "row.safetensors"):
-        found = null_of(namespace(null=file), asked)
-        torch.testing.assert_close(found, null, rtol=0, atol=0)
-    assert null_of(namespace(null_label=4), asked) == 4
+        null_read = read_null_options(namespace(null=file), condition)
+        torch.testing.assert_close(null_read, null, rtol=0, atol=0)
+    assert read_null_options(namespace(null_label=4), condition) == 4
 
 
-def test_notes_say_what_the_images_depend_on(shell: Shell, weights: Sequence[str]) -> None:
+def test_sample_writes_the_provenance_of_its_images(shell: Shell, weights: Sequence[str]) -> None:
     shell("sample", *MASKED, "--out", "a", "--count", "2")
     notes = json.loads(Path("a/samples.json").read_text())
     assert len(notes.pop("weights_sha256")) == 64
@@ -167,7 +177,9 @@ def test_notes_say_what_the_images_depend_on(shell: Shell, weights: Sequence[str
     }
 
 
-def test_a_dry_run_says_it_all(shell: Shell, weights: Sequence[str]) -> None:
+def test_sample_dry_run_prints_model_sampler_and_folder(
+    shell: Shell, weights: Sequence[str]
+) -> None:
     assert shell.dry("sample", *MASKED, "--out", "a", "--count", "5").out.splitlines()[:3] == [
         "model   own:net with weights student.safetensors, masked to 2:4, mode train, on cpu",
         "sample  5 images [1, 8, 8] by DDIMScheduler 3 steps, seed 0",
@@ -201,7 +213,7 @@ UVIT = [f"--option={name}" for name in ("img_size=8", "embed_dim=16", "depth=0",
     ],
     ids=lambda value: "_".join(value[1:])[:40] if isinstance(value, list) else "",
 )
-def test_bad_requests(shell: Shell, argv: list[str], says: str) -> None:
+def test_sample_of_an_invalid_request_is_refused(shell: Shell, argv: list[str], says: str) -> None:
     for ask in (shell, shell.dry):
         assert says in ask("sample", "--out", "a", *argv).reason
 
@@ -230,9 +242,9 @@ def run_folder(shell: Shell, *, weights: bool = True, **train: Any) -> Path:
     return folder
 
 
-def test_a_run_brings_its_settings(shell: Shell) -> None:
+def test_sample_of_a_run_uses_its_settings(shell: Shell) -> None:
     folder = run_folder(shell)
-    said = shell(
+    result = shell(
         "sample",
         "--model",
         folder,
@@ -245,26 +257,30 @@ def test_a_run_brings_its_settings(shell: Shell) -> None:
         "--count",
         "12",
     )
-    assert said.out == "drew 12 images by DDIMScheduler 3 steps into a\n"
+    assert result.out == "drew 12 images by DDIMScheduler 3 steps into a\n"
     labels = torch.arange(12) % 10
-    assert torch.equal(found("a"), expected(oracle_of(student(num_classes=10)), 12, labels=labels))
-    said = shell.dry("sample", "--model", folder, "--out", "b", "--steps", "4", "--sampler", "ddpm")
-    assert "DDPMScheduler 4 steps" in said.out
+    assert torch.equal(
+        read_pngs("a"), expected(oracle_of(student(num_classes=10)), 12, labels=labels)
+    )
+    result = shell.dry(
+        "sample", "--model", folder, "--out", "b", "--steps", "4", "--sampler", "ddpm"
+    )
+    assert "DDPMScheduler 4 steps" in result.out
 
 
-def test_guidance_of_a_run(shell: Shell) -> None:
+def test_sample_of_a_run_takes_guidance(shell: Shell) -> None:
     folder = run_folder(shell, null_label=9, drop_condition=0.1)
-    asked = ("sample", "--model", folder, "--out", "b", "--guidance", "2")
-    assert "guidance 2.0" in shell.dry(*asked).out
+    argv = ("sample", "--model", folder, "--out", "b", "--guidance", "2")
+    assert "guidance 2.0" in shell.dry(*argv).out
 
 
-def test_a_run_that_is_not_finished(shell: Shell) -> None:
+def test_sample_of_an_unfinished_run_names_its_last_checkpoint(shell: Shell) -> None:
     folder = run_folder(shell, weights=False)
-    asked = ("sample", "--model", folder, "--out", "a")
-    assert "the run is not finished" in shell.dry(*asked).reason
+    argv = ("sample", "--model", folder, "--out", "a")
+    assert "the run is not finished" in shell.dry(*argv).reason
     last = folder / "checkpoints" / "000000000064"
     last.mkdir(parents=True)
     sdm.save(student(num_classes=10), last / "student.safetensors")
-    said = shell.dry(*asked)
-    assert f"--weights {last / 'student.safetensors'} is its last checkpoint" in said.reason
-    assert shell.dry(*asked, "--weights", last / "student.safetensors").status == 0
+    result = shell.dry(*argv)
+    assert f"--weights {last / 'student.safetensors'} is its last checkpoint" in result.reason
+    assert shell.dry(*argv, "--weights", last / "student.safetensors").status == 0

@@ -1,4 +1,4 @@
-"""Feature networks by name, what they may return, and what is kept of a stream."""
+"""Feature networks: loading by name, accepted outputs, collecting from a stream."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sparsedm_compiler.diffusion import generator_at, image_batches
 from sparsedm_compiler.diffusion.image_batches import round_to_uint8
 from sparsedm_compiler.errors import ConfigError, DataError
-from sparsedm_compiler.evaluate import FeatureNetwork, features, load_network
-from sparsedm_compiler.evaluate.features import collect
+from sparsedm_compiler.evaluate import FeatureNetwork, extract_features, load_network
+from sparsedm_compiler.evaluate.features import collect_features
 
 IMAGES = torch.rand(10, 1, 2, 2, generator=generator_at("images")) * 2.2 - 1.1
 
@@ -27,8 +27,8 @@ IMAGES = torch.rand(10, 1, 2, 2, generator=generator_at("images")) * 2.2 - 1.1
         lambda x: [x],
     ],
 )
-def test_what_a_feature_network_may_return(shape: Any) -> None:
-    assert torch.equal(features(shape, IMAGES, batch_size=3), IMAGES.flatten(1))
+def test_extract_features_accepts_tensors_maps_tuples_and_lists(shape: Any) -> None:
+    assert torch.equal(extract_features(shape, IMAGES, batch_size=3), IMAGES.flatten(1))
 
 
 @pytest.mark.parametrize(
@@ -40,41 +40,41 @@ def test_what_a_feature_network_may_return(shape: Any) -> None:
         (lambda x: (), "returned a tuple"),
     ],
 )
-def test_what_it_may_not(wrong: Any, words: str) -> None:
+def test_extract_features_of_other_outputs_raises_data_error(wrong: Any, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        features(wrong, IMAGES)
+        extract_features(wrong, IMAGES)
 
 
-def test_a_function_runs_without_gradients() -> None:
+def test_extract_features_by_a_function_records_no_gradients() -> None:
     weight = torch.ones(4, requires_grad=True)
-    assert not features(lambda x: x.flatten(1) * weight, IMAGES).requires_grad
+    assert not extract_features(lambda x: x.flatten(1) * weight, IMAGES).requires_grad
 
 
-def test_a_stream_leaves_its_moments_and_its_first_features() -> None:
+def test_collect_features_returns_moments_and_first_features() -> None:
     pixels = FeatureNetwork("Pixels", lambda x: x.flatten(1))
     shown = round_to_uint8(IMAGES).flatten(1)
-    found = collect(pixels, image_batches(IMAGES, batch_size=4), stored=6)
-    assert found.moments is not None
-    assert found.moments.count == 10
-    torch.testing.assert_close(found.moments.mean, shown.double().mean(0))
-    assert found.numbers.tolist() == [*range(6)]
-    assert torch.equal(found.stored, shown[:6])
-    second = collect(pixels, image_batches(IMAGES, batch_size=4, share=(1, 2)), stored=6)
+    collected = collect_features(pixels, image_batches(IMAGES, batch_size=4), stored=6)
+    assert collected.moments is not None
+    assert collected.moments.count == 10
+    torch.testing.assert_close(collected.moments.mean, shown.double().mean(0))
+    assert collected.numbers.tolist() == [*range(6)]
+    assert torch.equal(collected.stored, shown[:6])
+    second = collect_features(pixels, image_batches(IMAGES, batch_size=4, share=(1, 2)), stored=6)
     assert second.numbers.tolist() == [4, 5]
     assert torch.equal(second.stored, shown[4:6])
-    nothing = collect(pixels, image_batches(IMAGES, batch_size=4, share=(4, 5)), stored=6)
+    nothing = collect_features(pixels, image_batches(IMAGES, batch_size=4, share=(4, 5)), stored=6)
     assert nothing.moments is None
     assert len(nothing.stored) == len(nothing.numbers) == 0
 
 
-def test_a_stream_of_broken_images_is_refused() -> None:
+def test_collect_features_of_broken_images_raises_data_error() -> None:
     pixels = FeatureNetwork("Pixels", lambda x: x.flatten(1))
     broken = IMAGES.clone()
     broken[7] = torch.nan  # which no byte can be
     with pytest.raises(DataError, match="images 4 to 7 hold NaN or Inf"):
-        collect(pixels, image_batches(broken, batch_size=4))
+        collect_features(pixels, image_batches(broken, batch_size=4))
     with pytest.raises(DataError, match="for 3 numbers"):
-        collect(pixels, [(range(3), IMAGES)])
+        collect_features(pixels, [(range(3), IMAGES)])
 
 
 class Pixels(nn.Module):
@@ -118,16 +118,16 @@ def wrong() -> int:
         ("named", "Named"),
     ],
 )
-def test_a_network_is_found_by_its_place(attribute: str, name: str) -> None:
-    found = load_network(f"{__name__}:{attribute}")
-    assert found.name == name
-    assert torch.equal(features(found.network, IMAGES), IMAGES.flatten(1))
+def test_load_network_by_import_path(attribute: str, name: str) -> None:
+    loaded = load_network(f"{__name__}:{attribute}")
+    assert loaded.name == name
+    assert torch.equal(extract_features(loaded.network, IMAGES), IMAGES.flatten(1))
     assert load_network(f"{__name__}:{attribute}", name="Mine").name == "Mine"
 
 
-def test_a_network_moves_to_its_device() -> None:
-    found = load_network("torch.nn:Identity", device="meta").network
-    assert isinstance(found, nn.Identity)
+def test_load_network_moves_modules_to_the_device() -> None:
+    identity = load_network("torch.nn:Identity", device="meta").network
+    assert isinstance(identity, nn.Identity)
     linear = load_network(f"{__name__}:linear", device="meta").network
     assert isinstance(linear, nn.Linear)
     assert linear.weight.device.type == "meta"
@@ -137,7 +137,7 @@ def linear() -> nn.Module:
     return nn.Linear(2, 2)
 
 
-def test_networks_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_load_network_of_an_invalid_name_raises_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no feature network is called 'vgg'; known: inception"):
         load_network("vgg")
     with pytest.raises(ConfigError, match=r"cannot import 'not.there:f'"):

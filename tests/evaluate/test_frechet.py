@@ -1,4 +1,4 @@
-"""The distance against its closed form, and pytorch-fid beside whatever torchvision there is."""
+"""The Fréchet distance against its closed form, and pytorch-fid beside any torchvision."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from sparsedm_compiler.diffusion import generator_at
 from sparsedm_compiler.errors import DataError
-from sparsedm_compiler.evaluate import features, frechet_distance, frechet_score
+from sparsedm_compiler.evaluate import extract_features, frechet_distance, frechet_score
 
 
 def normal(count: int, width: int) -> Tensor:
     return torch.randn(count, width, generator=generator_at("normal"), dtype=torch.float64)
 
 
-def test_distance_equals_its_closed_form_for_a_shift_and_a_stretch() -> None:
+def test_frechet_distance_of_shifted_and_scaled_features_equals_its_closed_form() -> None:
     a = normal(500, 6)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(a, a + 2) == pytest.approx(6 * 4, rel=1e-6)
@@ -27,7 +27,7 @@ def test_distance_equals_its_closed_form_for_a_shift_and_a_stretch() -> None:
     assert frechet_distance(a, 3 * a) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_score_names_what_it_depends_on_and_runs_the_network_in_eval_mode() -> None:
+def test_frechet_score_runs_the_network_in_eval_mode_and_prints_its_conditions() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5))
     images = normal(40, 4).float().reshape(40, 1, 2, 2)
     score = frechet_score(network, images, images[:30] + 1, name="Pixels", sampler="DDIM 50 steps")
@@ -36,11 +36,11 @@ def test_a_score_names_what_it_depends_on_and_runs_the_network_in_eval_mode() ->
     )
     assert str(score) == (f"FD-Pixels {score.value:.3f} (40 vs 30 images, DDIM 50 steps)")
     assert network[1].training
-    by_function = features(lambda x: x.flatten(1), images, batch_size=7)
-    assert torch.equal(by_function, features(network, images))
+    by_function = extract_features(lambda x: x.flatten(1), images, batch_size=7)
+    assert torch.equal(by_function, extract_features(network, images))
 
 
-def test_features_that_make_no_distance_are_refused() -> None:
+def test_frechet_distance_of_invalid_features_raises_data_error() -> None:
     a = normal(10, 3)
     for wrong in (normal(10, 4), normal(10, 1)[:, 0], a[:1]):
         with pytest.raises(DataError):
@@ -60,7 +60,7 @@ from transformers import CLIPTextModel
 """
 
 
-def test_a_fresh_process_computes_a_distance_and_then_imports_diffusers_and_transformers() -> None:
+def test_frechet_distance_in_a_fresh_process_leaves_diffusers_importable() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", FRESH],
         capture_output=True,

@@ -17,19 +17,19 @@ from sparsedm_compiler.data import open_data
 from sparsedm_compiler.diffusion import generator_at, image_batches
 from sparsedm_compiler.errors import DataError
 from sparsedm_compiler.evaluate import (
-    features,
+    extract_features,
     load_network,
     load_statistics,
-    reference_of,
+    prepare_reference,
     save_statistics,
     score_images,
 )
-from sparsedm_compiler.evaluate.inception import digest_of
+from sparsedm_compiler.evaluate.inception import hash_file
 from sparsedm_compiler.reporting import save_images
 
 COMMAND = """
 import runpy, sys
-from sparsedm_compiler.models.optional import mend_torchvision
+from sparsedm_compiler.optional_deps import mend_torchvision
 mend_torchvision()
 for line in sys.argv[1:]:
     sys.argv = ["pytorch_fid", *line.split("|"), "--num-workers", "0", "--device", "cpu"]
@@ -87,23 +87,24 @@ def pytorch_fid(*lines: tuple[str | Path, ...]) -> str:
     return done.stdout
 
 
-def test_the_distance_is_that_of_pytorch_fids_command(hub: Path, tmp_path: Path) -> None:
+def test_score_images_equals_the_command_of_pytorch_fid(hub: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_images(tmp_path / name, range(14), drawn(name))
     network = load_network("inception-64")
-    (found,) = score_images(
+    (score,) = score_images(
         network, image_batches(drawn("a")), reference=tmp_path / "b", sampler="none"
     )
     a, b, kept = (tmp_path / name for name in ("a", "b", "theirs.npz"))
     printed = pytorch_fid((a, b, "--dims", "64"), ("--save-stats", b, kept, "--dims", "64"))
     theirs = float(printed.partition("FID:")[2].split()[0])
     assert theirs > 0.1
-    assert found.value == pytest.approx(theirs, rel=1e-4)
-    assert (found.metric, found.count, found.reference_count) == ("FD", 14, 14)
+    assert score.value == pytest.approx(theirs, rel=1e-4)
+    assert (score.metric, score.count, score.reference_count) == ("FD", 14, 14)
 
     # their statistics and ours, each read by the other
     save_statistics(
-        tmp_path / "ours.npz", reference_of(network, str(tmp_path / "b"), progress=False).statistics
+        tmp_path / "ours.npz",
+        prepare_reference(network, str(tmp_path / "b"), progress=False).statistics,
     )
     for file, count in (("theirs.npz", None), ("ours.npz", 14)):
         (again,) = score_images(
@@ -115,33 +116,33 @@ def test_the_distance_is_that_of_pytorch_fids_command(hub: Path, tmp_path: Path)
     torch.testing.assert_close(*(torch.tensor(x.covariance) for x in (ours, held)))
 
 
-def test_images_are_shown_as_pytorch_fid_shows_them(hub: Path, tmp_path: Path) -> None:
+def test_inception_features_equal_those_of_pytorch_fid(hub: Path, tmp_path: Path) -> None:
     from pytorch_fid.inception import InceptionV3
 
     network = load_network("inception")
-    assert network.name == f"InceptionV3@{digest_of(next(hub.iterdir()))[:8]}"
+    assert network.name == f"InceptionV3@{hash_file(next(hub.iterdir()))[:8]}"
     theirs = InceptionV3([3]).eval()  # from the same file, through torch.hub
     grey = drawn("a")[:2, :1]
-    found = features(network.network, grey)
+    ours = extract_features(network.network, grey)
     with torch.no_grad():
         expected = theirs((grey.repeat(1, 3, 1, 1) + 1) / 2)[0]
-    assert found.shape == (2, 2048)
-    torch.testing.assert_close(found, expected.flatten(1))
+    assert ours.shape == (2, 2048)
+    torch.testing.assert_close(ours, expected.flatten(1))
     with pytest.raises(DataError, match=r"\[2, 4, 8, 8\] are not \[B, 1 or 3, H, W\]"):
-        features(network.network, torch.zeros(2, 4, 8, 8))
+        extract_features(network.network, torch.zeros(2, 4, 8, 8))
 
 
-def test_the_published_weights_alone_are_called_inception(
+def test_inception_with_published_weights_has_the_plain_name(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "sparsedm_compiler.evaluate.inception.digest_of", lambda path: "6726825d" + "0" * 56
+        "sparsedm_compiler.evaluate.inception.hash_file", lambda path: "6726825d" + "0" * 56
     )
     assert load_network("inception-192").name == "InceptionV3-192"
     assert load_network("inception").name == "InceptionV3"
 
 
-def test_weights_that_are_missing_or_none_are_refused_without_a_download(
+def test_inception_without_valid_weights_raises_data_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
@@ -168,12 +169,14 @@ def test_weights_that_are_missing_or_none_are_refused_without_a_download(
         load_network(f"inception:{path}")
 
 
-def test_data_of_any_source_can_be_the_reference(tmp_path: Path) -> None:
+def test_score_images_accepts_paths_and_data_as_reference(tmp_path: Path) -> None:
     save_images(tmp_path, range(14), drawn("a"))
     pixels = load_network(f"{__name__}:Pixels")
     values = [
-        score_images(pixels, image_batches(drawn("b")), reference=given, sampler="none")[0].value
-        for given in (tmp_path, str(tmp_path), open_data(tmp_path))
+        score_images(pixels, image_batches(drawn("b")), reference=reference, sampler="none")[
+            0
+        ].value
+        for reference in (tmp_path, str(tmp_path), open_data(tmp_path))
     ]
     assert values[0] == values[1] == values[2] > 0.01
 

@@ -29,36 +29,36 @@ def by_pairs(a: np.ndarray, b: np.ndarray) -> float:
     return within - 2 * sum(k(a[i], b[j]) for i, j in pairs) / m**2
 
 
-def test_whole_sets_give_the_estimate_over_all_pairs() -> None:
+def test_kernel_distance_of_whole_sets_equals_the_estimate_over_all_pairs() -> None:
     a, b = drawn("a", 9), drawn("b", 9) + 0.5
     mean, spread = kernel_distance(a, b, subsets=3)
     assert mean == pytest.approx(by_pairs(a.double().numpy(), b.double().numpy()), rel=1e-10)
     assert spread == pytest.approx(0, abs=1e-12)
 
 
-def test_subsets_are_drawn_by_seed_and_are_as_large_as_the_smaller_set() -> None:
+def test_kernel_distance_draws_subsets_by_seed_and_limits_their_size() -> None:
     a, b = drawn("a", 30), drawn("b", 12) + 0.5
     expected = []
     for subset in range(5):
         sides = []
-        for side, given in (("ours", a), ("theirs", b)):
-            order = torch.randperm(len(given), generator=generator_at(3, "KID", subset, side))
-            sides.append(given[order[:10]].double().numpy())
+        for side, features in (("ours", a), ("theirs", b)):
+            order = torch.randperm(len(features), generator=generator_at(3, "KID", subset, side))
+            sides.append(features[order[:10]].double().numpy())
         expected.append(by_pairs(*sides))
-    found = kernel_distance(a, b, subsets=5, size=10, seed=3)
-    assert found == pytest.approx((np.mean(expected), np.std(expected)), rel=1e-9)
-    assert found != kernel_distance(a, b, subsets=5, size=10, seed=4)
+    distance = kernel_distance(a, b, subsets=5, size=10, seed=3)
+    assert distance == pytest.approx((np.mean(expected), np.std(expected)), rel=1e-9)
+    assert distance != kernel_distance(a, b, subsets=5, size=10, seed=4)
     assert kernel_distance(a, b, subsets=5, size=12) == kernel_distance(a, b, subsets=5)
 
 
-def test_equal_distributions_are_at_zero_on_average_and_others_are_not() -> None:
+def test_kernel_distance_of_equal_distributions_is_near_zero() -> None:
     a = drawn("a", 400)
     mean, spread = kernel_distance(a[:200], a[200:], size=100)
     assert abs(mean) < 2 * spread
     assert kernel_distance(a[:200], a[200:] + 1, size=100)[0] > 1
 
 
-def test_features_that_make_no_distance_are_refused() -> None:
+def test_kernel_distance_of_invalid_input_raises() -> None:
     a = drawn("a", 5)
     for wrong in (drawn("b", 5, 3), a[:1], a[0], a * torch.nan):
         with pytest.raises(DataError):

@@ -22,13 +22,15 @@ def drawn(count: int, width: int = 5, away: float = 0.0) -> Tensor:
 
 @pytest.mark.parametrize("sizes", [(40,), (1, 39), (7, 20, 13), (1,) * 40])
 @pytest.mark.parametrize("away", [0.0, 1e4])
-def test_parts_come_to_the_moments_of_the_whole(sizes: tuple[int, ...], away: float) -> None:
+def test_moments_merged_from_parts_equal_those_of_the_whole(
+    sizes: tuple[int, ...], away: float
+) -> None:
     features = drawn(40, away=away)
-    found = Moments.none(5)
+    moments = Moments.empty(5)
     for part in torch.split(features, list(sizes)):
-        found = found + Moments.of(part)
+        moments = moments + Moments.from_features(part)
     values = features.double().numpy()
-    statistics = found.statistics("Net")
+    statistics = moments.to_statistics("Net")
     assert (statistics.count, statistics.network) == (40, "Net")
     np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-12)
     np.testing.assert_allclose(
@@ -36,49 +38,49 @@ def test_parts_come_to_the_moments_of_the_whole(sizes: tuple[int, ...], away: fl
     )
 
 
-def test_nothing_added_changes_nothing() -> None:
-    some = Moments.of(drawn(3))
-    for sum_ in (some + Moments.none(5), Moments.none(5) + some):
+def test_moments_plus_empty_moments_are_unchanged() -> None:
+    some = Moments.from_features(drawn(3))
+    for sum_ in (some + Moments.empty(5), Moments.empty(5) + some):
         assert torch.equal(sum_.scatter, some.scatter)
         assert sum_.count == 3
-    assert (Moments.none(5) + Moments.none(5)).count == 0
+    assert (Moments.empty(5) + Moments.empty(5)).count == 0
 
 
-def test_moments_without_a_gaussian_are_refused() -> None:
+def test_moments_without_a_gaussian_raise_data_error() -> None:
     with pytest.raises(DataError, match="1 images have no covariance; give at least 2"):
-        Moments.of(drawn(1)).statistics()
+        Moments.from_features(drawn(1)).to_statistics()
     with pytest.raises(DataError, match="widths 5 and 4 make no one set"):
-        Moments.of(drawn(3)) + Moments.of(drawn(3, 4))
+        Moments.from_features(drawn(3)) + Moments.from_features(drawn(3, 4))
     for wrong in (torch.nan, torch.inf):
         with pytest.raises(DataError, match="NaN or Inf"):
-            Moments.of(torch.tensor([[0.0], [wrong], [1.0]])).statistics()
+            Moments.from_features(torch.tensor([[0.0], [wrong], [1.0]])).to_statistics()
     with pytest.raises(DataError, match=r"mean \[3\] and covariance \[2, 2\]"):
         Statistics(np.zeros(3), np.eye(2))
 
 
-def test_files_come_back_whole_and_hold_what_pytorch_fid_reads(tmp_path: Path) -> None:
-    given = Moments.of(drawn(9)).statistics("Net")
+def test_save_and_load_statistics_round_trip_in_the_format_of_pytorch_fid(tmp_path: Path) -> None:
+    statistics = Moments.from_features(drawn(9)).to_statistics("Net")
     path = tmp_path / "new" / "stats.npz"
-    save_statistics(path, given)
-    found = load_statistics(path)
-    assert (found.count, found.network) == (9, "Net")
-    np.testing.assert_array_equal(found.mean, given.mean)
-    np.testing.assert_array_equal(found.covariance, given.covariance)
+    save_statistics(path, statistics)
+    loaded = load_statistics(path)
+    assert (loaded.count, loaded.network) == (9, "Net")
+    np.testing.assert_array_equal(loaded.mean, statistics.mean)
+    np.testing.assert_array_equal(loaded.covariance, statistics.covariance)
     with np.load(path) as held:  # as pytorch_fid.fid_score does
-        np.testing.assert_array_equal(held["mu"][:], given.mean)
-        np.testing.assert_array_equal(held["sigma"][:], given.covariance)
+        np.testing.assert_array_equal(held["mu"][:], statistics.mean)
+        np.testing.assert_array_equal(held["sigma"][:], statistics.covariance)
 
 
-def test_a_file_of_pytorch_fid_says_neither_count_nor_network(tmp_path: Path) -> None:
+def test_load_statistics_of_pytorch_fid_has_no_count_and_no_network(tmp_path: Path) -> None:
     path = tmp_path / "theirs.npz"
     np.savez_compressed(path, mu=np.zeros(3), sigma=np.eye(3))
-    found = load_statistics(path)
-    assert (found.count, found.network) == (None, None)
-    save_statistics(path, found)
+    loaded = load_statistics(path)
+    assert (loaded.count, loaded.network) == (None, None)
+    save_statistics(path, loaded)
     assert load_statistics(path).count is None
 
 
-def test_files_that_are_no_statistics_are_refused(tmp_path: Path) -> None:
+def test_statistics_of_invalid_files_raise(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read the statistics .*none.npz"):
         load_statistics(tmp_path / "none.npz")
     path = tmp_path / "bad.npz"
@@ -96,4 +98,6 @@ def test_files_that_are_no_statistics_are_refused(tmp_path: Path) -> None:
         load_statistics(path)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
-        save_statistics(tmp_path / "file" / "x.npz", Moments.of(drawn(9)).statistics())
+        save_statistics(
+            tmp_path / "file" / "x.npz", Moments.from_features(drawn(9)).to_statistics()
+        )

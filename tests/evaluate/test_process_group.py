@@ -1,4 +1,4 @@
-"""Two processes say together what one says alone."""
+"""Scores of two processes against those of one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from sparsedm_compiler.diffusion import (
 from sparsedm_compiler.diffusion.image_batches import ProcessShare
 from sparsedm_compiler.errors import ConfigError
 from sparsedm_compiler.evaluate import FeatureNetwork, Metrics, Moments, Score, score_images
-from sparsedm_compiler.evaluate.process_group import gathered, own_share, total, total_moments
+from sparsedm_compiler.evaluate.process_group import (
+    gather_objects,
+    merge_moments,
+    own_share,
+    sum_over_processes,
+)
 from tests.group import run_group
 
 METRICS = Metrics(kid=True, precision_recall=True, stored=30, subsets=4, subset_size=20)
@@ -46,8 +51,8 @@ class Shifts(nn.Module):
         self.register_buffer("shift", torch.tensor(0.25))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        found: Tensor = self.scale * x + self.shift
-        return found
+        shifted: Tensor = self.scale * x + self.shift
+        return shifted
 
 
 def drawn(model: nn.Module, share: ProcessShare) -> dict[range, Tensor]:
@@ -58,24 +63,24 @@ def drawn(model: nn.Module, share: ProcessShare) -> dict[range, Tensor]:
 
 
 def together(rank: int, folder: Path) -> None:
-    """What one of two processes finds out."""
+    """Runs in one of two processes: checks the helpers and saves samples and scores."""
     assert own_share() == (rank, 2)
-    assert total(torch.tensor([1.0, rank])).tolist() == [2.0, 1.0]
-    assert gathered(("rank", rank)) == [("rank", 0), ("rank", 1)]
-    assert total_moments(None) is None
+    assert sum_over_processes(torch.tensor([1.0, rank])).tolist() == [2.0, 1.0]
+    assert gather_objects(("rank", rank)) == [("rank", 0), ("rank", 1)]
+    assert merge_moments(None) is None
     features = images("ours").flatten(1)
-    whole = Moments.of(features)
+    whole = Moments.from_features(features)
     for own in (features[rank * 13 :][: 13 + 24 * rank], features if rank else features[:0]):
-        found = total_moments(Moments.of(own) if len(own) else None)
-        assert found is not None
-        assert found.count == 50
-        torch.testing.assert_close(found.mean, whole.mean, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(found.scatter, whole.scatter, rtol=1e-12, atol=1e-14)
+        merged = merge_moments(Moments.from_features(own) if len(own) else None)
+        assert merged is not None
+        assert merged.count == 50
+        torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(merged.scatter, whole.scatter, rtol=1e-12, atol=1e-14)
     torch.save(drawn(DistributedDataParallel(Shifts()), (rank, 2)), folder / f"drawn{rank}.pt")
     torch.save([scores((rank, 2)), scores((rank, 2), last=7)], folder / f"{rank}.pt")
 
 
-def test_two_processes_score_as_one_does(tmp_path: Path) -> None:
+def test_score_images_in_two_processes_equals_one_process(tmp_path: Path) -> None:
     run_group(together, tmp_path)
     halves = [torch.load(tmp_path / f"drawn{rank}.pt", weights_only=False) for rank in range(2)]
     whole = drawn(Shifts(), (0, 1))
@@ -83,19 +88,21 @@ def test_two_processes_score_as_one_does(tmp_path: Path) -> None:
     assert all(torch.equal(images, whole[n]) for half in halves for n, images in half.items())
     alone = [scores((0, 1)), scores((0, 1), last=7)]
     for rank in range(2):
-        for found, expected in zip(
+        for own, expected in zip(
             torch.load(tmp_path / f"{rank}.pt", weights_only=False), alone, strict=True
         ):
-            assert [str(score) for score in found] == [str(score) for score in expected]
-            values = [score.value for score in found]
+            assert [str(score) for score in own] == [str(score) for score in expected]
+            values = [score.value for score in own]
             assert values == pytest.approx([score.value for score in expected], rel=1e-9)
 
 
-def test_alone_there_is_nobody_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_group_helpers_without_a_group_return_their_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert own_share() == (0, 1)
-    assert gathered(3) == [3]
-    assert total(torch.ones(2)).tolist() == [1, 1]
+    assert gather_objects(3) == [3]
+    assert sum_over_processes(torch.ones(2)).tolist() == [1, 1]
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"4 processes, .* call accelerate.PartialState"):
         own_share()

@@ -1,4 +1,4 @@
-"""Scores of a stream against each metric computed on all of it by hand."""
+"""``score_images`` of a stream against every metric on all of its features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsedm_compiler.evaluate import (
     frechet_distance,
     kernel_distance,
     precision_recall,
-    reference_of,
+    prepare_reference,
     save_statistics,
     score_images,
 )
@@ -43,61 +43,61 @@ def scored(ours: Tensor, theirs: object, **options: object) -> tuple[Score, ...]
     )
 
 
-def test_every_metric_equals_itself_on_all_features_at_once() -> None:
+def test_score_images_equals_every_metric_on_all_features() -> None:
     ours, theirs = images("a"), images("b", 30)
     x, y = (round_to_uint8(side).flatten(1) for side in (ours, theirs))
-    found = scored(ours, theirs, metrics=ALL)
-    assert [score.metric for score in found] == ["FD", "KID", "precision", "recall"]
+    scores = scored(ours, theirs, metrics=ALL)
+    assert [score.metric for score in scores] == ["FD", "KID", "precision", "recall"]
     kid, spread = kernel_distance(x[:20], y[:20], subsets=3, size=12, seed=1)
     precision, recall = precision_recall(x[:20], y[:20])
     expected = [frechet_distance(x, y), kid, precision, recall]
-    assert [score.value for score in found] == pytest.approx(expected, rel=1e-6)
-    assert found[1].spread == spread
-    assert [(s.count, s.reference_count) for s in found] == [(40, 30)] + [(20, 20)] * 3
-    assert {(score.network, score.sampler) for score in found} == {("Pixels", "DDIM 5 steps")}
+    assert [score.value for score in scores] == pytest.approx(expected, rel=1e-6)
+    assert scores[1].spread == spread
+    assert [(s.count, s.reference_count) for s in scores] == [(40, 30)] + [(20, 20)] * 3
+    assert {(score.network, score.sampler) for score in scores} == {("Pixels", "DDIM 5 steps")}
 
 
-def test_a_score_alone_stores_no_features_and_is_the_frechet_distance() -> None:
-    (found,) = scored(images("a"), images("b"))
-    assert found == scored(images("a"), images("b"), metrics=ALL)[0]
-    assert not len(reference_of(PIXELS, images("b")).stored)
+def test_score_images_without_metrics_returns_the_frechet_distance_alone() -> None:
+    (score,) = scored(images("a"), images("b"))
+    assert score == scored(images("a"), images("b"), metrics=ALL)[0]
+    assert not len(prepare_reference(PIXELS, images("b")).stored)
     one = scored(images("a"), images("b"), metrics=replace(ALL, kid=False))
     assert [score.metric for score in one] == ["FD", "precision", "recall"]
 
 
-def test_scores_in_words() -> None:
+def test_score_as_text() -> None:
     score = Score(1.23456, "Net", 10, 20, "DDIM 5 steps")
     assert str(score) == "FD-Net 1.235 (10 vs 20 images, DDIM 5 steps)"
     kid = replace(score, metric="KID", value=0.001234567, spread=0.000345, reference_count=None)
     assert str(kid) == "KID-Net 0.001235 ± 0.00034 (10 vs unknown images, DDIM 5 steps)"
 
 
-def test_a_reference_is_computed_once_and_used_again(tmp_path: Path) -> None:
+def test_prepare_reference_is_reusable_and_checks_network_and_features(tmp_path: Path) -> None:
     ours, theirs = images("a"), images("b")
-    known = reference_of(PIXELS, theirs, keep=ALL.keep)
+    known = prepare_reference(PIXELS, theirs, keep=ALL.keep)
     assert scored(ours, known, metrics=ALL) == scored(ours, theirs, metrics=ALL)
     path = tmp_path / "known.npz"
     save_statistics(path, known.statistics)
     assert scored(ours, path) == scored(ours, str(path)) == scored(ours, theirs)
     with pytest.raises(ConfigError, match=r"which stored 0: make it with .*keep=20"):
-        scored(ours, reference_of(PIXELS, theirs), metrics=ALL)
+        scored(ours, prepare_reference(PIXELS, theirs), metrics=ALL)
     with pytest.raises(ConfigError, match=r"known.npz holds statistics and no features"):
         scored(ours, path, metrics=ALL)
     other = FeatureNetwork("Other", PIXELS.network)
     with pytest.raises(DataError, match="holds statistics of Pixels, not of Other"):
-        reference_of(other, path)
+        prepare_reference(other, path)
     with pytest.raises(DataError, match="statistics of Other and of Pixels cannot be compared"):
         score_images(other, image_batches(ours), reference=known, sampler="none")
 
 
-def test_a_reference_smaller_than_what_is_stored_is_taken_whole() -> None:
+def test_prepare_reference_smaller_than_stored_keeps_all_features() -> None:
     metrics = replace(ALL, stored=35)
-    known = reference_of(PIXELS, images("b", 30), keep=metrics.keep)
-    found = scored(images("a"), known, metrics=metrics)
-    assert [(s.count, s.reference_count) for s in found[1:]] == [(35, 30)] * 3
+    known = prepare_reference(PIXELS, images("b", 30), keep=metrics.keep)
+    scores = scored(images("a"), known, metrics=metrics)
+    assert [(s.count, s.reference_count) for s in scores[1:]] == [(35, 30)] * 3
 
 
-def test_any_data_are_a_reference(tmp_path: Path) -> None:
+def test_score_images_accepts_npz_folder_and_data_as_reference(tmp_path: Path) -> None:
     theirs = images("b")
     held = ((round_to_uint8(theirs) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "images.npz", images=held)
@@ -106,17 +106,17 @@ def test_any_data_are_a_reference(tmp_path: Path) -> None:
         assert scored(images("a"), reference)[0].value == pytest.approx(expected, rel=1e-6)
     save_images(tmp_path / "pictures", range(40), theirs)
     wide = FeatureNetwork("Pixels", lambda x: x[:, :1].flatten(1))  # a folder is in colour
-    found = score_images(
+    scores = score_images(
         wide, image_batches(images("a")), reference=tmp_path / "pictures", sampler="none"
     )
-    assert found[0].value == pytest.approx(expected, rel=1e-6)
+    assert scores[0].value == pytest.approx(expected, rel=1e-6)
     with pytest.raises(DataError, match="does not exist"):
         scored(images("a"), tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"cannot read .*nowhere.npz"):
         scored(images("a"), tmp_path / "nowhere.npz")
 
 
-def test_the_reference_is_read_before_any_image_is_drawn(tmp_path: Path) -> None:
+def test_score_images_reads_the_reference_before_the_batches(tmp_path: Path) -> None:
     def batches() -> None:
         raise AssertionError("an image was drawn")
         yield
@@ -125,7 +125,9 @@ def test_the_reference_is_read_before_any_image_is_drawn(tmp_path: Path) -> None
         score_images(PIXELS, batches(), reference=tmp_path / "nowhere", sampler="none")
 
 
-def test_few_images_are_noted_and_too_few_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_images_of_few_images_prints_a_note_and_of_too_few_raises(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     scored(images("a"), images("b"))
     assert capsys.readouterr().out == ""
     scored(images("a"), images("b", 5))
@@ -138,7 +140,7 @@ def test_few_images_are_noted_and_too_few_refused(capsys: pytest.CaptureFixture[
         scored(images("a", 3), images("b"), metrics=ALL)
 
 
-def test_broken_features_and_other_networks_are_refused() -> None:
+def test_score_images_of_broken_or_mismatched_features_raises_data_error() -> None:
     broken = FeatureNetwork("Broken", lambda x: x.flatten(1) / 0)
     with pytest.raises(DataError, match="NaN or Inf"):
         score_images(broken, image_batches(images("a")), reference=images("b"), sampler="none")
@@ -149,6 +151,6 @@ def test_broken_features_and_other_networks_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("stored", 1), ("subsets", 0), ("subset_size", 1), ("neighbours", 0)]
 )
-def test_numbers_that_cannot_be_are_refused(name: str, value: int) -> None:
+def test_metrics_with_invalid_numbers_raise_config_error(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"{name} {value} of Metrics is not >= {value + 1}"):
         Metrics(**{name: value})

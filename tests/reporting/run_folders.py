@@ -21,58 +21,60 @@ FD = {
 }
 
 
-def write(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def lines(images: int, *, loss: float = 0.1, masked: bool = True) -> list[dict[str, Any]]:
+def make_log(images: int, *, loss: float = 0.1, masked: bool = True) -> list[dict[str, Any]]:
     """A log of 60 steps with six held-out losses."""
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for number in range(60):
         seen, left = images * (number + 1) // 60, math.exp(-number / 8)
         step = {"images": seen, "loss": loss + left + 0.01 * (number % 3), "lr": 1e-3 * left}
         flips = {"flip_rate": 0.02 * left if masked else None, "images_per_second": 100.0}
-        found.append({**step, **flips, "noise_loss": loss, "teacher_loss": None, "grad_norm": 1.0})
+        entries.append(
+            {**step, **flips, "noise_loss": loss, "teacher_loss": None, "grad_norm": 1.0}
+        )
         if number % 10 == 9:
             held = {"held_out": loss + left / 2, "held_out_ema": loss + left / 3}
-            found.append({"images": seen, **held})
-    return found
+            entries.append({"images": seen, **held})
+    return entries
 
 
-def settings(*, method: str, pattern: str | None, seed: int, **train: Any) -> dict[str, Any]:
-    given = {"method": method, "images": 64_000, "seed": seed, "lr": 1e-3, "betas": [0.9, 0.99]}
+def make_config(*, method: str, pattern: str | None, seed: int, **train: Any) -> dict[str, Any]:
+    options = {"method": method, "images": 64_000, "seed": seed, "lr": 1e-3, "betas": [0.9, 0.99]}
     return {
         "model": {"name": "UViT", "options": {"depth": 4}},
         "prune": {"pattern": pattern or "2:4"},
-        "train": {**given, **train},
+        "train": {**options, **train},
         "sample": {"seed": 0},
         "out": f"runs/{method}{seed}",
     }
 
 
-def write_settings(folder: Path, values: dict[str, Any]) -> None:
-    write(folder / "run.json", values)
-    write(folder / "config.json", values["train"])
+def write_config(folder: Path, values: dict[str, Any]) -> None:
+    write_json(folder / "run.json", values)
+    write_json(folder / "config.json", values["train"])
 
 
-def grid(path: Path, colour: tuple[int, int, int]) -> None:
+def write_grid(path: Path, colour: tuple[int, int, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     ramp = np.linspace(0.2, 1, 160 * 60 * 3).reshape(60, 160, 3) * colour
     Image.fromarray(ramp.astype(np.uint8)).save(path)
 
 
-def unfinished(
+def write_unfinished_run(
     folder: Path, *, method: str = "sparsedm", pattern: str | None = "2:4", seed: int = 0
 ) -> Path:
     """A run that was killed after a fifth of its images, in the middle of a line."""
-    write_settings(folder, settings(method=method, pattern=pattern, seed=seed))
-    text = "".join(json.dumps(line) + "\n" for line in lines(12_800))
+    write_config(folder, make_config(method=method, pattern=pattern, seed=seed))
+    text = "".join(json.dumps(line) + "\n" for line in make_log(12_800))
     (folder / "log.jsonl").write_text(text + '{"images": 12')
     return folder
 
 
-def run(
+def write_run(
     folder: Path,
     *,
     method: str = "sparsedm",
@@ -82,11 +84,11 @@ def run(
     **changes: Any,
 ) -> Path:
     """A finished run; ``changes``: of its results."""
-    values = settings(method=method, pattern=pattern, seed=seed, **(train or {}))
-    write_settings(folder, values)
-    grid(folder / "samples" / "000000032000.png", (250, 250, 250))
-    grid(folder / "samples" / "000000064000.png", (90 + 40 * seed, 140, 220))
-    log = lines(64_000, masked=pattern is not None)
+    values = make_config(method=method, pattern=pattern, seed=seed, **(train or {}))
+    write_config(folder, values)
+    write_grid(folder / "samples" / "000000032000.png", (250, 250, 250))
+    write_grid(folder / "samples" / "000000064000.png", (90 + 40 * seed, 140, 220))
+    log = make_log(64_000, masked=pattern is not None)
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     sparse = {None: 10_703_616, "2:4": 5_376_768}.get(pattern, 2_713_344)
     held = {"images": 64_000, "student": 0.08 + 0.01 * seed, "ema": 0.07 + 0.01 * seed}
@@ -110,5 +112,5 @@ def run(
         "complete": True,
         **changes,
     }
-    write(folder / "results.json", results)
+    write_json(folder / "results.json", results)
     return folder

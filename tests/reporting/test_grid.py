@@ -1,4 +1,4 @@
-"""The picture: every pixel a square, every row where its label says."""
+"""``save_grid``: enlarged pixels, labelled rows, refusals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsedm_compiler.reporting import save_grid
 from sparsedm_compiler.reporting.grid import GAP
 
 
-def test_pixels_become_squares_and_keep_their_values(tmp_path: Path) -> None:
+def test_save_grid_enlarges_pixels_and_keeps_their_values(tmp_path: Path) -> None:
     ramp = torch.linspace(-1, 1, 12).reshape(3, 1, 2, 2)
     path = tmp_path / "new" / "grid.png"
     save_grid(path, {"up": ramp, "a longer label": -ramp}, columns=["a", "b", "c"], scale=6)
@@ -30,14 +30,14 @@ def test_pixels_become_squares_and_keep_their_values(tmp_path: Path) -> None:
     assert (labels < 128).any()
 
 
-def test_colour_and_values_out_of_range(tmp_path: Path) -> None:
+def test_save_grid_clamps_colours(tmp_path: Path) -> None:
     red = torch.tensor([5.0, -7.0, -1.0]).reshape(1, 3, 1, 1)
     save_grid(tmp_path / "grid.png", {"x": red}, scale=8)
     picture = Image.open(tmp_path / "grid.png")
     assert picture.getpixel((picture.width - GAP - 4, picture.height - GAP - 4)) == (255, 0, 0)
 
 
-def test_rows_that_make_no_grid_are_refused(tmp_path: Path) -> None:
+def test_save_grid_of_unequal_rows_raises_data_error(tmp_path: Path) -> None:
     for rows in ({}, {"a": torch.zeros(2, 1, 4, 4), "b": torch.zeros(3, 1, 4, 4)}):
         with pytest.raises(DataError, match="equally many"):
             save_grid(tmp_path / "grid.png", rows)

@@ -1,4 +1,4 @@
-"""Reports of hand-written runs: every cell right, every text escaped, alone in a browser."""
+"""``report_page`` of hand-written runs: its cells, its escaping, and its look in a browser."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ import pytest
 from PIL import Image
 
 from sparsedm_compiler.errors import DataError
-from sparsedm_compiler.reporting.page import report_page
-from sparsedm_compiler.reporting.run_record import read_run
-from tests.reporting.run_folders import FD, run, unfinished, write
+from sparsedm_compiler.reporting import read_run, report_page
+from tests.reporting.run_folders import FD, write_json, write_run, write_unfinished_run
 
 
-class Read(HTMLParser):
-    """What a page holds: its tables as rows of texts, the tags it uses, its attributes."""
+class ParsedPage(HTMLParser):
+    """A parsed page: its tables as rows of texts, its tags and its links."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -57,24 +56,25 @@ class Read(HTMLParser):
     def row(self, *starts: str) -> dict[str, str]:
         """The row of the first table that starts so, by the heads."""
         heads, *rows = self.tables[0]
-        (found,) = [cells for cells in rows if tuple(cells[: len(starts)]) == starts]
-        return dict(zip(heads, found, strict=True))
+        (row,) = [cells for cells in rows if tuple(cells[: len(starts)]) == starts]
+        return dict(zip(heads, row, strict=True))
 
     @property
     def text(self) -> str:
         return " ".join(self.words)
 
 
-def report(*runs: Path) -> Read:
+def report(*runs: Path) -> ParsedPage:
     out = runs[0].parent / "report.html"
     report_page(runs, out)
-    return Read(out.read_text(encoding="utf-8"))
+    return ParsedPage(out.read_text(encoding="utf-8"))
 
 
-def test_a_row_of_one_run(tmp_path: Path) -> None:
+def test_report_page_shows_one_row_per_run(tmp_path: Path) -> None:
     speed = {"ratio": 1.684, "baseline": "Inductor, frozen"}
     page = report(
-        run(tmp_path / "a", speed=speed), run(tmp_path / "b", method="dense", pattern=None)
+        write_run(tmp_path / "a", speed=speed),
+        write_run(tmp_path / "b", method="dense", pattern=None),
     )
     assert page.row("sparsedm") == {
         "method": "sparsedm",
@@ -82,7 +82,7 @@ def test_a_row_of_one_run(tmp_path: Path) -> None:
         "seed": "0",
         "images": "64,000",
         "held-out loss": "0.08",
-        "of the average": "0.07",
+        "of the EMA": "0.07",
         "FD-DigitsCNN [1]": "1.25",
         "MACs": "10.7 → 5.38 M ÷ 1.99",
         "speed": "1.68x",
@@ -100,22 +100,22 @@ def test_a_row_of_one_run(tmp_path: Path) -> None:
     assert "standard deviation" not in page.text
 
 
-def test_speeds_over_different_baselines_and_scores_of_nothing(tmp_path: Path) -> None:
+def test_report_page_names_every_speed_baseline_and_shows_a_score_of_zero(tmp_path: Path) -> None:
     page = report(
-        run(
+        write_run(
             tmp_path / "a", speed={"ratio": 2.0, "baseline": "eager"}, scores=[{**FD, "value": 0.0}]
         ),
-        run(tmp_path / "b", pattern="1:4", speed={"ratio": 3.0, "baseline": "Inductor"}),
+        write_run(tmp_path / "b", pattern="1:4", speed={"ratio": 3.0, "baseline": "Inductor"}),
     )
     assert "Speed of sparsedm 2:4: times faster than eager." in page.text
     assert "Speed of sparsedm 1:4: times faster than Inductor." in page.text
     assert page.row("sparsedm", "2:4")["FD-DigitsCNN [1]"] == "0"
 
 
-def test_seeds_of_one_experiment_share_a_row(tmp_path: Path) -> None:
+def test_report_page_averages_the_seeds_of_one_experiment(tmp_path: Path) -> None:
     losses = (0.0781, 0.0792, 0.0811)
     folders = [
-        run(
+        write_run(
             tmp_path / f"s{seed}",
             seed=seed,
             held_out=[{"images": 64_000, "student": loss, "ema": None}],
@@ -126,36 +126,38 @@ def test_seeds_of_one_experiment_share_a_row(tmp_path: Path) -> None:
     row = report(*folders).row("sparsedm")
     assert row["seed"] == "0, 1, 2"
     assert row["held-out loss"] == f"{np.mean(losses):.4g} ± {np.std(losses, ddof=1):.2g} n = 3"
-    assert row["of the average"] == "-"
+    assert row["of the EMA"] == "-"
     two = 10 * np.array(losses[1:])
     assert row["FD-DigitsCNN [1]"] == f"{np.mean(two):.4g} ± {np.std(two, ddof=1):.2g} n = 2"
 
 
-def test_only_seeds_are_averaged_over(tmp_path: Path) -> None:
+def test_report_page_averages_over_seeds_only(tmp_path: Path) -> None:
     folders = [
-        run(tmp_path / "first"),
-        run(tmp_path / "again"),
-        run(tmp_path / "lr", seed=1, train={"lr": 5e-3}),
-        run(tmp_path / "second", seed=2),
-        unfinished(tmp_path / "going", seed=3),
+        write_run(tmp_path / "first"),
+        write_run(tmp_path / "again"),
+        write_run(tmp_path / "lr", seed=1, train={"lr": 5e-3}),
+        write_run(tmp_path / "second", seed=2),
+        write_unfinished_run(tmp_path / "going", seed=3),
     ]
-    other = run(tmp_path / "model", seed=4)
+    other = write_run(tmp_path / "model", seed=4)
     values = json.loads((other / "run.json").read_text())
-    write(other / "run.json", {**values, "model": {**values["model"], "name": "ddpm-cifar10"}})
+    write_json(other / "run.json", {**values, "model": {**values["model"], "name": "ddpm-cifar10"}})
     heads, *rows = report(*folders, other).tables[0]
     assert [row[heads.index("seed")] for row in rows] == ["0, 2", "0", "1", "3", "4"]
 
 
-def test_rows_go_from_dense_to_sparse(tmp_path: Path) -> None:
+def test_report_page_sorts_rows_from_dense_to_sparse(tmp_path: Path) -> None:
     patterns = ("1:8", "2:4x4", None, "1:4", "2:4", "odd")
-    folders = [run(tmp_path / f"run{k}", pattern=pattern) for k, pattern in enumerate(patterns)]
+    folders = [
+        write_run(tmp_path / f"run{k}", pattern=pattern) for k, pattern in enumerate(patterns)
+    ]
     column = [row[1] for row in report(*folders).tables[0][1:]]
     assert column == ["dense", "2:4", "2:4x4", "1:4", "1:8", "odd"]
 
 
-def test_many_runs_have_charts_by_pattern(tmp_path: Path) -> None:
+def test_report_page_of_many_runs_draws_charts_by_pattern(tmp_path: Path) -> None:
     def of(name: str, seed: int = 0, pattern: str = "2:4") -> Path:
-        return run(tmp_path / name, pattern=pattern, seed=seed, train={"lr": int(name[1:])})
+        return write_run(tmp_path / name, pattern=pattern, seed=seed, train={"lr": int(name[1:])})
 
     pairs = [of(f"{'ab'[seed]}{lr}", seed) for lr in range(4) for seed in (0, 1)]
     few = report(*pairs)
@@ -170,9 +172,11 @@ def test_many_runs_have_charts_by_pattern(tmp_path: Path) -> None:
     assert many.tags.count("img") == 3 + 10
 
 
-def test_scores_that_cannot_be_compared_get_columns_of_their_own(tmp_path: Path) -> None:
+def test_report_page_separates_incomparable_scores(tmp_path: Path) -> None:
     other = {**FD, "count": 5000, "value": 3.5}
-    page = report(run(tmp_path / "a"), run(tmp_path / "b", method="ste", scores=[other]))
+    page = report(
+        write_run(tmp_path / "a"), write_run(tmp_path / "b", method="ste", scores=[other])
+    )
     heads = page.tables[0][0]
     assert [head for head in heads if head.startswith("FD")] == [
         "FD-DigitsCNN [1]",
@@ -183,8 +187,10 @@ def test_scores_that_cannot_be_compared_get_columns_of_their_own(tmp_path: Path)
     assert "5,000 samples" in page.text
 
 
-def test_an_unfinished_run_shows_what_there_is(tmp_path: Path) -> None:
-    page = report(unfinished(tmp_path / "going", method="ste"), run(tmp_path / "done"))
+def test_report_page_of_an_unfinished_run_shows_its_progress(tmp_path: Path) -> None:
+    page = report(
+        write_unfinished_run(tmp_path / "going", method="ste"), write_run(tmp_path / "done")
+    )
     row = page.row("ste unfinished")
     assert (row["images"], row["speed"], row["MACs"]) == ("12,800 of 64,000", "not measured", "-")
     assert float(row["held-out loss"]) == pytest.approx(0.1 + np.exp(-59 / 8) / 2, rel=1e-3)
@@ -192,35 +198,40 @@ def test_an_unfinished_run_shows_what_there_is(tmp_path: Path) -> None:
     assert page.tags.count("img") == 2  # the curves and the samples of the other
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+def test_report_page_of_a_run_without_log_reads_its_config(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
-    write(begun / "config.json", {"method": "dense", "images": 640, "seed": 4})
+    write_json(begun / "config.json", {"method": "dense", "images": 640, "seed": 4})
     row = report(begun).row("dense unfinished")
     assert (row["pattern"], row["seed"], row["images"]) == ("dense", "4", "0 of 640")
-    write(begun / "run.json", {"prune": {"pattern": "1:8"}, "train": {"method": "ste", "seed": 5}})
+    write_json(
+        begun / "run.json", {"prune": {"pattern": "1:8"}, "train": {"method": "ste", "seed": 5}}
+    )
     row = report(begun).row("ste unfinished")
     assert (row["pattern"], row["seed"], row["images"]) == ("1:8", "5", "0")
 
 
-def test_a_run_is_finished_when_it_has_been_scored(tmp_path: Path) -> None:
-    folder = run(tmp_path / "a", scores=[], complete=False)
+def test_report_page_marks_a_run_without_scores_as_unfinished(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", scores=[], complete=False)
     assert report(folder).row("sparsedm unfinished")["images"] == "64,000 of 64,000"
     (folder / "run.json").unlink()  # finetune alone scores nothing
     assert report(folder).row("sparsedm")["images"] == "64,000"
 
 
-def test_a_run_that_kept_no_log(tmp_path: Path) -> None:
-    silent = run(tmp_path / "silent")
+def test_read_run_without_log_rebuilds_it_from_the_results(tmp_path: Path) -> None:
+    silent = write_run(tmp_path / "silent")
     for name in ("log.jsonl", "config.json", "run.json"):
         (silent / name).unlink()
-    found = read_run(silent)
-    assert [entry.images for entry in found.log] == [64, 128, 0, 64_000]
-    assert found.config["images"] == 64_000
+    record = read_run(silent)
+    assert [entry.images for entry in record.log] == [64, 128, 0, 64_000]
+    assert record.config["images"] == 64_000
     assert report(silent).row("sparsedm")["images"] == "64,000"
 
 
-def test_only_options_that_differ_are_compared(tmp_path: Path) -> None:
-    first, second = run(tmp_path / "a"), run(tmp_path / "b", seed=1, train={"ema": None})
+def test_report_page_compares_only_options_that_differ(tmp_path: Path) -> None:
+    first, second = (
+        write_run(tmp_path / "a"),
+        write_run(tmp_path / "b", seed=1, train={"ema": None}),
+    )
     page = report(first, second)
     assert page.tables[1] == [
         ["option", "a", "b"],
@@ -231,9 +242,11 @@ def test_only_options_that_differ_are_compared(tmp_path: Path) -> None:
     assert len(report(first).tables) == 1
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_report_page_prefixes_runs_of_equal_name_with_their_folder(tmp_path: Path) -> None:
     page = report(
-        run(tmp_path / "x" / "r"), run(tmp_path / "y" / "r", seed=1), run(tmp_path / "r2")
+        write_run(tmp_path / "x" / "r"),
+        write_run(tmp_path / "y" / "r", seed=1),
+        write_run(tmp_path / "r2"),
     )
     assert page.tables[1][0] == ["option", "x/r", "y/r", "r2"]
 
@@ -241,13 +254,13 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)> &amp; "\''
 
 
-def test_every_text_is_escaped(tmp_path: Path) -> None:
+def test_report_page_escapes_every_text(tmp_path: Path) -> None:
     scores = [{**FD, "metric": EVIL, "network": EVIL, "sampler": EVIL}]
     speed = {"ratio": 2.0, "baseline": EVIL}
     changes = {"scores": scores, "speed": speed, "name": EVIL, "machine": {EVIL: EVIL}}
     page = report(
-        run(tmp_path / "a", method=EVIL, pattern=EVIL, train={EVIL: EVIL}, **changes),
-        run(tmp_path / "b"),
+        write_run(tmp_path / "a", method=EVIL, pattern=EVIL, train={EVIL: EVIL}, **changes),
+        write_run(tmp_path / "b"),
     )
     assert page.tags.count("script") == 1
     assert page.tags.count("img") == 3
@@ -255,8 +268,11 @@ def test_every_text_is_escaped(tmp_path: Path) -> None:
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
 
 
-def test_nothing_is_fetched_and_no_path_is_told(tmp_path: Path) -> None:
-    report_page([run(tmp_path / "a"), run(tmp_path / "b", seed=1)], tmp_path / "r" / "report.html")
+def test_report_page_fetches_nothing_and_contains_no_local_path(tmp_path: Path) -> None:
+    report_page(
+        [write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)],
+        tmp_path / "r" / "report.html",
+    )
     text = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
     for name in ("a", "b"):
         grid = (tmp_path / name / "samples" / "000000064000.png").read_bytes()
@@ -266,13 +282,15 @@ def test_nothing_is_fetched_and_no_path_is_told(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
 
 
-def test_statistics_that_do_not_count_their_images_say_so(tmp_path: Path) -> None:
-    page = report(run(tmp_path / "a", scores=[{**FD, "reference_count": None, "spread": 0.1}]))
+def test_report_page_with_an_unknown_reference_count_says_so(tmp_path: Path) -> None:
+    page = report(
+        write_run(tmp_path / "a", scores=[{**FD, "reference_count": None, "spread": 0.1}])
+    )
     assert "360 samples against an unknown number of images" in page.text
 
 
-def test_the_newest_grid_is_shown_where_none_is_named(tmp_path: Path) -> None:
-    folder = run(tmp_path / "a", samples=None)
+def test_read_run_without_named_samples_takes_the_newest_grid(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", samples=None)
     assert read_run(folder).samples == folder / "samples" / "000000064000.png"
 
 
@@ -292,8 +310,10 @@ def test_the_newest_grid_is_shown_where_none_is_named(tmp_path: Path) -> None:
     ],
     ids=["gone", "empty", "torn", "list", "version", "macs", "scores", "held", "log", "samples"],
 )
-def test_what_is_no_run_is_named(tmp_path: Path, spoil: Any, says: str) -> None:
-    folder = run(tmp_path / "a")
+def test_report_page_of_a_damaged_run_raises_data_error(
+    tmp_path: Path, spoil: Any, says: str
+) -> None:
+    folder = write_run(tmp_path / "a")
     spoil(folder)
     with pytest.raises(DataError, match=says):
         report_page([folder], tmp_path / "report.html")
@@ -302,11 +322,11 @@ def test_what_is_no_run_is_named(tmp_path: Path, spoil: Any, says: str) -> None:
 
 def change(folder: Path, **values: Any) -> None:
     results = json.loads((folder / "results.json").read_text())
-    write(folder / "results.json", {**results, **values})
+    write_json(folder / "results.json", {**results, **values})
 
 
-def test_requests_that_make_no_page(tmp_path: Path) -> None:
-    folder = run(tmp_path / "a")
+def test_report_page_of_invalid_requests_raises_data_error(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
     with pytest.raises(DataError, match="no run to report on"):
         report_page([], tmp_path / "report.html")
     with pytest.raises(DataError, match="named twice"):
@@ -351,16 +371,16 @@ addEventListener("load", () => {
 
 def browse(page: Path, folder: Path, *options: str, width: int) -> str:
     assert CHROMIUM is not None
-    place = [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1400"]
-    command = [CHROMIUM, *FLAGS, *place, *options, page.as_uri()]
+    window = [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1400"]
+    command = [CHROMIUM, *FLAGS, *window, *options, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
 @pytest.mark.parametrize("width", [1280, 800, 400])
-def test_a_browser_shows_the_page(tmp_path: Path, width: int) -> None:
-    folders = [run(tmp_path / "a"), run(tmp_path / "b", pattern="1:4", seed=1)]
-    given = report(*folders, unfinished(tmp_path / "c"))
+def test_report_page_renders_and_sorts_in_a_browser(tmp_path: Path, width: int) -> None:
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", pattern="1:4", seed=1)]
+    before = report(*folders, write_unfinished_run(tmp_path / "c"))
     copy = tmp_path / "copy.html"
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     copy.write_text(text.replace("<title>", WATCH + "<title>", 1), encoding="utf-8")
@@ -371,14 +391,14 @@ def test_a_browser_shows_the_page(tmp_path: Path, width: int) -> None:
     assert seen["widths"] == "1300,160,160"
     assert seen["up"].split(",") == ["2713344", "5376768", ""]
     assert seen["down"].split(",") == ["5376768", "2713344", ""]
-    shown = Read(dom)
-    assert sorted(shown.tables[0]) == sorted(given.tables[0])
-    assert shown.tables[1:] == given.tables[1:]
+    shown = ParsedPage(dom)
+    assert sorted(shown.tables[0]) == sorted(before.tables[0])
+    assert shown.tables[1:] == before.tables[1:]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
-def test_a_screenshot_follows_the_width(tmp_path: Path) -> None:
-    report(run(tmp_path / "a"), run(tmp_path / "b", seed=1))
+def test_report_page_screenshot_follows_the_window_width(tmp_path: Path) -> None:
+    report(write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1))
     shots = []
     for width in (1280, 400):
         shot = tmp_path / f"{width}.png"

@@ -1,4 +1,4 @@
-"""Saved images: their names, their bytes, and disks that do not take them."""
+"""``save_images``: names, bytes, resuming, and disks that are full."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsedm_compiler.data import open_data
 from sparsedm_compiler.diffusion import generator_at, image_batches
 from sparsedm_compiler.diffusion.image_batches import iterate_chunks, round_to_uint8
 from sparsedm_compiler.errors import CheckpointError, ConfigError, DataError
-from sparsedm_compiler.reporting import save_images, saved
+from sparsedm_compiler.reporting import has_images, save_images
 
 
 def images(count: int, channels: int = 3) -> Tensor:
@@ -23,42 +23,42 @@ def images(count: int, channels: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_bytes_are_those_of_the_formula_and_names_those_of_the_numbers(
+def test_save_images_writes_rounded_bytes_under_numbered_names(
     tmp_path: Path, channels: int
 ) -> None:
-    given = images(3, channels)
-    assert save_images(tmp_path / "new", range(7, 10), given) == 3
+    batch = images(3, channels)
+    assert save_images(tmp_path / "new", range(7, 10), batch) == 3
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "000007.png",
         "000008.png",
         "000009.png",
     ]
     for row, number in enumerate(range(7, 10)):
-        found = np.asarray(Image.open(tmp_path / "new" / f"{number:06d}.png").convert("RGB"))
-        values = np.rint((np.clip(given[row].double().numpy(), -1, 1) + 1) * 127.5)
-        np.testing.assert_array_equal(found, np.broadcast_to(values, (3, 3, 5)).transpose(1, 2, 0))
+        read = np.asarray(Image.open(tmp_path / "new" / f"{number:06d}.png").convert("RGB"))
+        values = np.rint((np.clip(batch[row].double().numpy(), -1, 1) + 1) * 127.5)
+        np.testing.assert_array_equal(read, np.broadcast_to(values, (3, 3, 5)).transpose(1, 2, 0))
 
 
-def test_what_is_read_back_is_what_rounded_says(tmp_path: Path) -> None:
+def test_save_images_read_back_equal_the_rounded_images(tmp_path: Path) -> None:
     save_images(tmp_path, range(4), images(4))
-    found = torch.cat([part for _, part in image_batches(open_data(tmp_path), batch_size=3)])
-    assert torch.equal(found, round_to_uint8(images(4)))
-    assert torch.equal(round_to_uint8(found), found)
+    read = torch.cat([part for _, part in image_batches(open_data(tmp_path), batch_size=3)])
+    assert torch.equal(read, round_to_uint8(images(4)))
+    assert torch.equal(round_to_uint8(read), read)
 
 
-def test_images_that_are_there_stay_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_save_images_with_resume_keeps_existing_files(tmp_path: Path) -> None:
     save_images(tmp_path, range(2), images(2))
     before = (tmp_path / "000001.png").read_bytes()
-    assert saved(tmp_path, range(2))
-    assert not saved(tmp_path, range(3))
+    assert has_images(tmp_path, range(2))
+    assert not has_images(tmp_path, range(3))
     assert save_images(tmp_path, range(1, 3), -images(2), resume=True) == 1
     assert (tmp_path / "000001.png").read_bytes() == before
-    assert saved(tmp_path, range(3))
+    assert has_images(tmp_path, range(3))
     assert save_images(tmp_path, range(1, 3), -images(2)) == 2
     assert (tmp_path / "000001.png").read_bytes() != before
 
 
-def test_images_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_save_images_of_invalid_images_raises_data_error(tmp_path: Path) -> None:
     for wrong in (images(2), images(3)[0], images(3).byte()):
         with pytest.raises(DataError, match="for 3 numbers are not floating-point"):
             save_images(tmp_path, range(3), wrong)
@@ -71,7 +71,7 @@ def test_images_that_are_none_are_refused(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_disk_that_takes_no_more_is_an_error_that_leaves_no_torn_file(tmp_path: Path) -> None:
+def test_save_images_on_a_full_disk_raises_and_leaves_no_torn_file(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))  # a write past that is an OSError
     try:
@@ -85,7 +85,7 @@ def test_a_disk_that_takes_no_more_is_an_error_that_leaves_no_torn_file(tmp_path
         save_images(tmp_path / "file", range(2), images(2))
 
 
-def test_chunks_do_not_depend_on_the_share() -> None:
+def test_chunks_are_equal_for_any_number_of_processes() -> None:
     whole = [*iterate_chunks(23, 4)]
     assert [number for part in whole for number in part] == [*range(23)]
     for processes in (1, 2, 3, 9):
@@ -97,7 +97,7 @@ def test_chunks_do_not_depend_on_the_share() -> None:
         [*iterate_chunks(5, 0)]
 
 
-def test_data_that_fetch_something_else_are_refused() -> None:
+def test_image_batches_of_invalid_data_raises_data_error() -> None:
     class Odd:
         def __len__(self) -> int:
             return 3
