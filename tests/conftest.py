@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes beside xdist's
 
 import pytest
 import torch
@@ -17,13 +18,14 @@ torch.set_num_threads(1)
 mend_torchvision()  # peft and transformers import it on their own
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fresh() -> Iterator[None]:
-    """Let go of what compilers hold after each file: a heap of gigabytes makes every gc slow.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None, object, object]:
+    """Lets go of compiled graphs after each test, and of looking for garbage in what stays.
 
-    What stays even so, in caches, is not looked through again.
+    A capture makes so many objects that full collections of all older ones take longer than it.
     """
-    yield
+    result = yield
     torch._dynamo.reset()
     gc.collect()
     gc.freeze()
+    return result
