@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sparsedm_compiler.optional_deps import mend_torchvision
+from tests.tiers import TESTS, is_slow, unmatched
 
 torch.set_num_threads(1)
 mend_torchvision()  # peft and transformers import it on their own
@@ -29,3 +30,20 @@ def pytest_runtest_teardown() -> Generator[None, object, object]:
     gc.collect()
     gc.freeze()
     return result
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the slow tests; refuses rows of the table that no test of the whole suite fits."""
+    tests = [
+        (item, item.path.relative_to(TESTS).as_posix())
+        for item in items
+        if item.path.is_relative_to(TESTS)
+    ]
+    for item, file in tests:
+        if is_slow(file, item.name):
+            item.add_marker(pytest.mark.slow)
+    if config.args == config.getini("testpaths"):
+        rows = unmatched((file, item.name) for item, file in tests)
+        if rows:
+            raise pytest.UsageError(f"these rows of tests/tiers.py fit no test: {rows}")
