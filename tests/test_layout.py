@@ -34,16 +34,16 @@ MAY_IMPORT = {
     "passes": f"{BASE} selection patterns graph config reports masks backends",
     "autotune": f"{BASE} selection patterns graph config reports masks backends passes",
     "compiler": f"{BASE} selection patterns graph config reports masks backends passes autotune",
-    "": "errors patterns reports compiler",
     "diffusion": f"{BASE}",
     "models": f"{BASE} diffusion",
     "data": f"{BASE} diffusion models",
     "evaluate": f"{BASE} diffusion models data",
     "reporting": f"{BASE} diffusion models data evaluate patterns reports",
+    "": "errors patterns reports compiler models",
     "train": f"{BASE} diffusion models data evaluate reporting",
     "experiment": f"{BASE} diffusion models data evaluate reporting train",
-    "cli": f"{BASE} patterns config reports autotune compiler diffusion models data evaluate"
-    " reporting train experiment",
+    "cli": f"{BASE} patterns config reports backends autotune compiler diffusion models data"
+    " evaluate reporting train experiment",
     "__main__": "cli",
 }
 
