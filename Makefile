@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test kills sanitize lint types check bench gpu study clean
+.PHONY: help env demo test test-quick kills sanitize lint types check bench gpu study clean
 
 help: ## show this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 env: $(READY) ## create the development environment in .venv
 
@@ -22,8 +22,11 @@ $(READY): pyproject.toml constraints.txt
 demo: env ## prune, fine-tune and sample a digit model; writes out/demo
 	$(BIN)/python examples/demo.py
 
-test: env ## run all tests
+test: env ## run all tests, under 15 minutes on two cores
 	$(BIN)/python -m pytest
+
+test-quick: env ## the tests to run before each commit, under 3 minutes
+	$(BIN)/python -m pytest -m "not slow"
 
 kills: env ## kill a training run 20 times with SIGKILL; it must end the same
 	SPARSEDM_KILLS=20 $(BIN)/python -m pytest -n0 -s tests/train/test_kill.py

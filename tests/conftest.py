@@ -4,26 +4,46 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes beside xdist's
 
 import pytest
 import torch
 
 from sparsedm_compiler.optional_deps import mend_torchvision
+from tests.tiers import TESTS, is_slow, unmatched
 
 torch.set_num_threads(1)
 mend_torchvision()  # peft and transformers import it on their own
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fresh() -> Iterator[None]:
-    """Let go of what compilers hold after each file: a heap of gigabytes makes every gc slow.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None, object, object]:
+    """Lets go of compiled graphs after each test, and of looking for garbage in what stays.
 
-    What stays even so, in caches, is not looked through again.
+    A capture makes so many objects that full collections of all older ones take longer than it.
     """
-    yield
+    result = yield
     torch._dynamo.reset()
     gc.collect()
     gc.freeze()
+    return result
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the slow tests; refuses rows of the table that no test of the whole suite fits."""
+    tests = [
+        (item, item.path.relative_to(TESTS).as_posix())
+        for item in items
+        if item.path.is_relative_to(TESTS)
+    ]
+    for item, file in tests:
+        if is_slow(file, item.name):
+            item.add_marker(pytest.mark.slow)
+    if config.args == config.getini("testpaths"):
+        rows = unmatched((file, item.name) for item, file in tests)
+        if rows:
+            raise pytest.UsageError(f"these rows of tests/tiers.py fit no test: {rows}")

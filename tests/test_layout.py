@@ -1,135 +1,256 @@
-"""The direction of imports, sizes, and what a fresh import costs."""
+"""The direction of imports, sizes, names, docstrings, and the cost of a fresh import."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 import sparsedm_compiler
+from tests.import_graph import Import, module_of, read_imports
+from tests.public_names import undocumented
 
 PACKAGE = Path(sparsedm_compiler.__file__).parent
+SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
+IMPORTS = read_imports(SOURCES)
 
-# Each group imports only from groups above it, or from inside itself.
-ORDER = (
-    ("errors", "files"),
-    ("pattern",),
-    ("cache", "config", "facts", "table", "networks", "recognise", "stale"),
-    ("selection",),
-    ("tiles",),
-    ("masks",),
-    ("backends.cuda", "backends.cuda.launching"),
-    ("backends.cuda.masking", "backends.cuda.masking_kernels"),
-    ("ops",),
-    ("backends.register", "backends.family", "backends.matrix"),
-    ("backends.cpu", "backends.cpu.call"),
-    ("backends.cpu.packed", "backends.cpu.library"),
-    ("backends.cpu.pack",),
-    ("backends.cpu.engine",),
-    ("backends.cpu.ops",),
-    ("backends.cpu.family",),
-    ("backends.cuda.support", "backends.cuda.format24"),
-    ("backends.cuda.tokens", "backends.cuda.conv", "backends.cuda.bare"),
-    ("backends.cuda.semi_ops",),
-    ("backends.cuda.semi",),
-    ("backends.cuda.quantized", "backends.cuda.training"),
-    ("backends.cuda.nvrtc", "backends.cuda.timing", "backends.cuda.vnm_format"),
-    ("backends.cuda.vnm_launch",),
-    ("backends.cuda.vnm",),
-    ("backends.cuda.vnm_family",),
-    ("backends.cuda.gather", "backends.cuda.gather_kernels"),
-    ("backends.cuda.gather_family",),
-    ("backends.families",),
-    ("folding",),
-    ("measuring",),
-    ("graph",),
-    ("capture",),
-    ("passes.find_sites",),
-    ("passes.topology",),
-    ("passes.find_uses",),
-    ("passes.mark_prunable", "passes.insert_mask_ste"),
-    ("passes.lower_sparse", "passes.carry_features", "passes.pad_tokens", "passes.train_sparse"),
-    ("passes.count_macs",),
-    ("passes",),
-    ("choose", "verify", "report"),
-    ("pipeline", "lowering"),
-    ("building", "state"),
-    ("runtime",),
-    ("compiler", "backends", "backends.dynamo"),
-    ("storage",),
+# Every folder (or module at the root; "" is the root itself) with all it may import from others.
+BASE = "errors fileio optional_deps triton_support"
+MAY_IMPORT = {
+    "errors": "",
+    "fileio": "errors",
+    "optional_deps": "errors",
+    "triton_support": "errors",
+    "selection": f"{BASE}",
+    "patterns": f"{BASE} selection",
+    "graph": f"{BASE} selection patterns",
+    "config": f"{BASE} selection patterns graph",
+    "reports": f"{BASE} selection patterns graph config",
+    "masks": f"{BASE} selection patterns graph config reports",
+    "backends": f"{BASE} selection patterns graph config reports masks",
+    "passes": f"{BASE} selection patterns graph config reports masks backends",
+    "autotune": f"{BASE} selection patterns graph config reports masks backends passes",
+    "compiler": f"{BASE} selection patterns graph config reports masks backends passes autotune",
+    "diffusion": f"{BASE}",
+    "models": f"{BASE} diffusion",
+    "data": f"{BASE} diffusion models",
+    "evaluate": f"{BASE} diffusion models data",
+    "reporting": f"{BASE} diffusion models data evaluate patterns reports",
+    "": "errors patterns reports compiler models",
+    "train": f"{BASE} diffusion models data evaluate reporting",
+    "experiment": f"{BASE} diffusion models data evaluate reporting train",
+    "cli": f"{BASE} patterns config reports backends autotune compiler diffusion models data"
+    " evaluate reporting train experiment",
+    "__main__": "cli",
+}
+
+# These use the compiler by what ``sparsedm_compiler.__all__`` names.
+USERS = {"train", "experiment", "cli"}
+
+# Not at import time: the root's names that need the extra "train".
+LAZY = {("", "train")}
+
+# These import what a user names, or a package of an extra: ``import_module(name)``.
+BY_NAME = {"data.image_data", "models.factories"}
+
+# The folders of kernel families; one of them is what the NVIDIA families share.
+SHARED = "backends.cuda"
+KERNEL_FAMILIES = ("backends.cpu", "backends.cusparselt", "backends.gather", "backends.vnm")
+
+BANNED = {"found", "each", "place", "how", "given", "asked"}
+
+
+def top(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def breaks_direction(edge: Import, public: set[str]) -> bool:
+    """True if the law of MAY_IMPORT (by name for USERS) forbids an import."""
+    if edge.target is None:
+        return edge.importer not in BY_NAME
+    folder, target = top(edge.importer), top(edge.target)
+    if "" in (edge.target, edge.door) and folder in USERS:
+        return edge.name is not None and edge.name not in public
+    if folder == target or (folder, target) in LAZY:
+        return False
+    return target not in MAY_IMPORT[folder].split()
+
+
+def kernel_family(module: str) -> str | None:
+    """The family folder that a module lies in."""
+    folders = (*KERNEL_FAMILIES, SHARED)
+    return next((f for f in folders if module == f or module.startswith(f"{f}.")), None)
+
+
+def breaks_families(edge: Import) -> bool:
+    """True for an import of a kernel family from outside, but for the registry's."""
+    if edge.target is None or (family := kernel_family(edge.target)) is None:
+        return False
+    own = kernel_family(edge.importer)
+    if family == SHARED:
+        return own is None
+    return own != family and edge.importer != "backends.registry"
+
+
+def cycles(imports: list[Import]) -> list[list[str]]:
+    """One cycle among the modules of each folder that has any."""
+    graphs: dict[str, dict[str, set[str]]] = {}
+    for edge in imports:
+        if edge.target is not None and top(edge.importer) == top(edge.target):
+            graph = graphs.setdefault(top(edge.importer), {})
+            graph.setdefault(edge.importer, set()).add(edge.target)
+    return [cycle for graph in graphs.values() if (cycle := cycle_of(graph))]
+
+
+def cycle_of(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def bindings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, name) of everything that a source names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.alias) and node.asname:
+            yield node.lineno, node.asname
+        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
+            yield node.lineno, node.name
+
+
+def listed(lines: list[str]) -> str:
+    return f"{len(lines)}:\n" + "\n".join(lines)
+
+
+def test_imports_between_folders_point_one_way() -> None:
+    public = set(sparsedm_compiler.__all__)
+    broken = [str(edge) for edge in IMPORTS if breaks_direction(edge, public)]
+    assert not broken, listed(broken)
+
+
+def test_law_of_imports_names_every_folder_and_has_no_circle() -> None:
+    assert {*MAY_IMPORT} == {top(module_of(path)) for path in SOURCES}
+    order = [*MAY_IMPORT]
+    for folder, allowed in MAY_IMPORT.items():
+        assert {*allowed.split()} <= {*order[: order.index(folder)]}, folder
+
+
+def test_imports_inside_a_folder_have_no_circle() -> None:
+    assert cycles(IMPORTS) == []
+
+
+def test_kernel_families_are_imported_by_the_registry_alone() -> None:
+    broken = [str(edge) for edge in IMPORTS if breaks_families(edge)]
+    assert not broken, listed(broken)
+
+
+TREE = {
+    "__init__.py": "from .compiler.api import compile\n__all__ = ['compile']",
+    "masks/__init__.py": "from .nm_mask import compute_mask",
+    "masks/nm_mask.py": "def compute_mask(): ...",
+    "compiler/__init__.py": "",
+    "compiler/api.py": "from ..masks import compute_mask\ndef compile(): ...",
+    "train/__init__.py": "",
+}
+FORBIDDEN_SPELLINGS = (
+    "import sparsedm_compiler.masks.nm_mask",
+    "import sparsedm_compiler.masks.nm_mask as hidden",
+    "import sparsedm_compiler as sdm\nsdm.masks.nm_mask.compute_mask()",
+    "import sparsedm_compiler as sdm\ngetattr(sdm, 'masks').nm_mask",
+    "from .. import masks",
+    "from .. import masks as hidden",
+    "from ..masks import nm_mask",
+    "from ..masks import compute_mask",
+    "from ..masks import *",
+    "from ..masks.nm_mask import compute_mask as hidden",
+    "from ..compiler.api import compute_mask",
+    "from .. import compute_mask",
+    "from sparsedm_compiler import masks",
+    "from sparsedm_compiler.masks import compute_mask",
+    "def late():\n    from ..masks.nm_mask import compute_mask",
+    "if True:\n    from ..masks import nm_mask",
+    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..masks import nm_mask",
+    "import importlib\nimportlib.import_module('sparsedm_compiler.masks')",
+    "import importlib as i\ni.import_module(name='sparsedm_compiler.masks.nm_mask')",
+    "from importlib import import_module as load\nload('..masks.nm_mask', __package__)",
+    "from importlib import import_module\nimport_module('sparsedm_compiler').masks.nm_mask",
+    "from importlib import import_module\nname = 'sparsedm_compiler.masks'\nimport_module(name)",
+    "from importlib import import_module\nimport_module(f'{__package__}.masks')",
+    "from importlib import import_module\nload = import_module\nload('..masks', __package__)",
+    "__import__('sparsedm_compiler.masks.nm_mask')",
+    "import builtins\nbuiltins.__import__('sparsedm_compiler.masks')",
+    "import pkgutil\npkgutil.resolve_name('sparsedm_compiler.masks.nm_mask:compute_mask')",
+    "import sys\nsys.modules['sparsedm_compiler.masks']",
+    "exec('from ..masks import nm_mask')",
 )
-RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
-APART = {"models", "data", "train", "evaluate", "cli", "__main__"}
+ALLOWED_SPELLINGS = (
+    "from .. import compile",
+    "from sparsedm_compiler import compile as sparse",
+    "import sparsedm_compiler as sdm\nsdm.compile()",
+    "from importlib import import_module\nimport_module('diffusers')",
+    "import torch.masks\ntorch.masks.nm_mask",
+    "raise ValueError('sparsedm_compiler.compile(model)')",
+)
 
 
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(parts).removesuffix(".__init__").removesuffix("__init__")] = path
-    return found
+def test_imports_are_read_in_every_spelling() -> None:
+    def broken(source: str) -> list[Import]:
+        imports = read_imports({**TREE, "train/loop.py": source})
+        return [edge for edge in imports if breaks_direction(edge, {"compile"})]
+
+    missed = [source for source in FORBIDDEN_SPELLINGS if not broken(source)]
+    assert not missed, listed(missed)
+    refused = {source: broken(source) for source in ALLOWED_SPELLINGS if broken(source)}
+    assert not refused
 
 
-def imports_of(name: str, path: Path) -> set[str]:
-    """The modules of the package that a module imports, at whatever depth of its code."""
-    base = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    base = [part for part in base if part]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            stem = base[: len(base) - node.level + 1]
-            target = ".".join([*stem, *(node.module or "").split(".")]).strip(".")
-            found |= {target} if target else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-            "sparsedm_compiler"
-        ):
-            found.add((node.module or "").removeprefix("sparsedm_compiler").lstrip("."))
-    return found - {""}
-
-
-CORE = {name: path for name, path in modules().items() if name.split(".")[0] not in {*APART, ""}}
-
-
-@pytest.mark.parametrize("name", CORE)
-def test_imports_point_one_way(name: str) -> None:
-    assert name in RANK, f"give {name} a place in ORDER"
-    for target in imports_of(name, CORE[name]):
-        assert target.split(".")[0] not in APART, f"{name} imports {target}"
-        assert RANK[target] <= RANK[name], f"{name} imports {target}, which is below it"
-
-
-def test_pattern_and_errors_need_no_torch() -> None:
-    for name in ("errors", "files", "pattern", "config"):
-        assert "torch" not in CORE[name].read_text().replace("torch.compile", "")
-
-
-def test_evaluate_and_models_know_nothing_of_the_compiler() -> None:
-    allowed = {
-        "models": {"errors", "models"},
-        "data": {"errors", "models", "data"},
-        "evaluate": {"errors", "files", "pattern", "models", "data", "evaluate"},
+def test_cycles_and_families_are_read_in_every_spelling() -> None:
+    lazy = {
+        "train/loop.py": "def f():\n    from . import step",
+        "train/step.py": "from .loop import f",
     }
-    for name, path in modules().items():
-        if (own := name.split(".")[0]) in allowed:
-            tops = {target.split(".")[0] for target in imports_of(name, path)}
-            assert tops <= allowed[own], f"{name} imports {tops - allowed[own]}"
+    assert cycles(read_imports({**TREE, **lazy})) == [["train.loop", "train.step", "train.loop"]]
+    through = {"backends/cpu/ops.py": "from ..door import pack", "backends/vnm/ops.py": "pack = 1"}
+    through |= {"backends/door.py": "from .vnm.ops import pack"}
+    broken = [edge for edge in read_imports({**TREE, **through}) if breaks_families(edge)]
+    assert {edge.importer for edge in broken} == {"backends.cpu.ops", "backends.door"}
 
 
-def test_train_uses_only_public_names() -> None:
-    for name, path in modules().items():
-        if name.split(".")[0] == "train":
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module is None:
-                    names = {alias.name for alias in node.names}
-                    assert names <= {*sparsedm_compiler.__all__}, name
+def test_modules_stay_below_300_lines() -> None:
+    lengths = {path: len(text.splitlines()) for path, text in SOURCES.items()}
+    assert not {path: length for path, length in lengths.items() if length >= 300}
 
 
-@pytest.mark.parametrize("name", modules())
-def test_modules_stay_small(name: str) -> None:
-    assert len(modules()[name].read_text().splitlines()) < 300
+def test_vague_words_name_nothing() -> None:
+    vague = [
+        f"{path}:{line}: {name}"
+        for path, text in sorted(SOURCES.items())
+        for line, name in sorted(bindings(ast.parse(text)))
+        if name in BANNED
+    ]
+    assert not vague, listed(vague)
+
+
+def test_public_names_have_the_sections_they_need() -> None:
+    lines = undocumented(SOURCES)
+    assert not lines, listed(lines)
+
+
+def test_errors_files_and_options_need_no_torch() -> None:
+    for path in ("errors.py", "fileio.py", "config.py"):
+        assert "torch" not in SOURCES[path].replace("torch.compile", "")
 
 
 def test_importing_the_package_needs_only_the_core_dependencies() -> None:
@@ -144,7 +265,7 @@ def test_importing_the_package_needs_only_the_core_dependencies() -> None:
     assert run.stdout.strip() == "[]"
 
 
-def test_the_package_works_where_there_is_no_triton() -> None:
+def test_package_works_where_there_is_no_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import torch, sparsedm_compiler; "
         "from sparsedm_compiler.triton_support import why_unavailable; "

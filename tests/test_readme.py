@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there, on a model of ours."""
+"""The Python of the README runs as it stands there, on a small model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsedm_compiler.models import UViT
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_readme_runs(
+def test_python_blocks_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

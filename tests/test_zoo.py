@@ -1,4 +1,4 @@
-"""The zoo keeps what it promises: a battery on a model that cannot fail proves nothing."""
+"""Models of the zoo have the traits they state: a battery on a model that cannot fail is void."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from tests.zoo import FAMILIES, Family, sample_of
 
-each = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
 def run(family: Family, model: torch.nn.Module, **ask: int) -> torch.Tensor:
@@ -15,16 +15,16 @@ def run(family: Family, model: torch.nn.Module, **ask: int) -> torch.Tensor:
     return sample_of(model(*args, **kwargs))
 
 
-@each
-def test_every_parameter_gets_a_gradient(family: Family) -> None:
+@families
+def test_backward_gives_every_parameter_a_gradient_but_the_unread(family: Family) -> None:
     model, args, kwargs = family.make(batch=2)
     sample_of(model(*args, **kwargs)).square().sum().backward()
     silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert silent == family.unread
 
 
-@each
-def test_same_seed_same_model_same_inputs(family: Family) -> None:
+@families
+def test_same_seed_gives_same_model_and_same_inputs(family: Family) -> None:
     one = run(family, family.build())
     torch.randn(1)
     two = run(family, family.build())
@@ -34,8 +34,8 @@ def test_same_seed_same_model_same_inputs(family: Family) -> None:
     assert one.std() > 0.01
 
 
-@each
-def test_batches_sizes_and_timesteps_as_promised(family: Family) -> None:
+@families
+def test_batches_sizes_and_timesteps_are_those_the_family_states(family: Family) -> None:
     model = family.build()
     small = run(family, model, batch=1)
     assert run(family, model, batch=3).shape == (3, *small.shape[1:])
@@ -50,8 +50,8 @@ def test_batches_sizes_and_timesteps_as_promised(family: Family) -> None:
         assert torch.equal(plain, small)
 
 
-@each
-def test_checkpointing_as_promised(family: Family) -> None:
+@families
+def test_checkpointing_gives_the_same_gradients(family: Family) -> None:
     model = family.build().train()
     read = [param for name, param in model.named_parameters() if name not in family.unread]
 
@@ -65,8 +65,8 @@ def test_checkpointing_as_promised(family: Family) -> None:
     torch.testing.assert_close(gradients(), plain)
 
 
-@each
-def test_random_in_train_as_promised(family: Family) -> None:
+@families
+def test_outputs_in_train_are_random_where_the_family_says_so(family: Family) -> None:
     model = family.build().train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -74,8 +74,8 @@ def test_random_in_train_as_promised(family: Family) -> None:
     assert family.random_in_train == any(not torch.equal(outputs[0], out) for out in outputs)
 
 
-@each
-def test_small_and_without_zeros(family: Family) -> None:
+@families
+def test_models_are_small_and_hold_no_zero_parameter(family: Family) -> None:
     params = list(family.build().parameters())
     assert sum(param.numel() for param in params) < 200_000
     assert all(param.any() for param in params)
