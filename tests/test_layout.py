@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "data": f"{BASE} diffusion models",
     "evaluate": f"{BASE} diffusion models data",
     "reporting": f"{BASE} diffusion models data evaluate patterns reports",
-    "": "errors patterns reports compiler models",
+    "": "errors patterns reports masks compiler models",
     "train": f"{BASE} diffusion models data evaluate reporting",
     "experiment": f"{BASE} diffusion models data evaluate reporting train",
     "cli": f"{BASE} patterns config reports backends autotune compiler diffusion models data"
@@ -54,7 +54,7 @@ USERS = {"train", "experiment", "cli"}
 LAZY = {("", "train")}
 
 # These import what a user names, or a package of an extra: ``import_module(name)``.
-BY_NAME = {"data.image_data", "models.factories"}
+BY_NAME = {"optional_deps", "models.factories"}
 
 # The folders of kernel families; one of them is what the NVIDIA families share.
 SHARED = "backends.cuda"

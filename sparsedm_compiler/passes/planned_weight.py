@@ -15,7 +15,11 @@ from ..reports import Choice
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A reason why no kernel can run a weight, as a sentence."""
+    """A reason why no kernel can run a weight.
+
+    Attributes:
+        sentence: The reason, as ``explain`` shows it.
+    """
 
     sentence: str
 
@@ -32,7 +36,12 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class KernelTimes:
-    """Median milliseconds of one call of dense and of the fastest sparse kernel."""
+    """What was measured for one weight.
+
+    Attributes:
+        dense_ms: Median milliseconds of one call of dense.
+        sparse_ms: The same of the fastest sparse kernel.
+    """
 
     dense_ms: float
     sparse_ms: float

@@ -19,7 +19,13 @@ FILES = ("run.json", "config.json", "results.json")
 
 @dataclass(frozen=True, slots=True)
 class Macs:
-    """MACs of one forward: conv and linear layers, dense and pruned, and those of attention."""
+    """MACs of one forward.
+
+    Attributes:
+        dense: Of convolutions and linear layers, before pruning.
+        sparse: The same, after pruning.
+        attention: Of attention, which are in neither.
+    """
 
     dense: int
     sparse: int
@@ -28,7 +34,12 @@ class Macs:
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """The speed of the pruned model over that of the dense ``baseline``."""
+    """How many times faster the pruned model ran than a dense one.
+
+    Attributes:
+        ratio: The speed of the pruned model over that of ``baseline``.
+        baseline: The dense model, its compiler, batch and machine, as text.
+    """
 
     ratio: float
     baseline: str

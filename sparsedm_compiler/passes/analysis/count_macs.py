@@ -11,7 +11,15 @@ from .mark_prunable import index_by_weight
 
 
 def count_macs(sites: Iterable[Site], decisions: tuple[Decision, ...]) -> MacsReport:
-    """Counts the MACs of one run of the graph; a pruned weight counts its kept share, exactly."""
+    """Counts the MACs of one run of the graph; a pruned weight counts its kept share, exactly.
+
+    Args:
+        sites: Every product of the graph.
+        decisions: What happens to the weights.
+
+    Returns:
+        The report, one row per site.
+    """
     by_weight = index_by_weight(decisions)
     return _sum_rows(
         _count_site(site, by_weight.get(strip_adapter_prefix(site.label))) for site in sites

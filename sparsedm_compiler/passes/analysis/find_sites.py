@@ -48,7 +48,14 @@ class Sites:
 
 
 def find_sites(captured: CapturedGraph) -> Sites:
-    """Returns every product in the graph and its sub-graphs, in execution order."""
+    """Finds every product in the graph and its sub-graphs, in execution order.
+
+    Args:
+        captured: The graph; not edited.
+
+    Returns:
+        The products, with the ops, parameters and inputs they were found among.
+    """
     ops = flatten(captured.gm)
     parameters = captured.map_parameters(ops)
     placeholders = (op for op in ops if op.node.op == "placeholder" and op not in parameters)
@@ -94,7 +101,14 @@ def _explain_misread(product: Product, reading: ParameterRead, index: int) -> st
 
 
 def find_eager_sites(seen: Sequence[EagerProduct]) -> tuple[Site, ...]:
-    """Returns the products of an eager run, in order, for models with graph breaks."""
+    """Finds the products of an eager run, for models with graph breaks.
+
+    Args:
+        seen: The ops of the run, in order.
+
+    Returns:
+        The products, in order.
+    """
     return tuple(
         _eager_site(number, product, call)
         for number, call in enumerate(seen)

@@ -16,9 +16,15 @@ from ..planned_weight import Refusal, WeightUse
 
 
 def find_uses(weight: fx.Node) -> tuple[WeightUse, ...] | Refusal:
-    """Returns every use of a weight's placeholder, or why no kernel can run them.
+    """Finds every use of a weight as a kernel would run it.
 
     One use that no kernel can run refuses them all: the placeholder stands for one thing.
+
+    Args:
+        weight: The placeholder that stands for the weight.
+
+    Returns:
+        The uses, at least one, or why no kernel can run them.
     """
     uses = []
     for node in weight.users:

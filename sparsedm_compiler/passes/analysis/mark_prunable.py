@@ -19,11 +19,18 @@ UVIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 def mark_prunable(
     sites: Sites, config: CompileConfig, known: Collection[str] | None = None, *, whole: bool = True
 ) -> tuple[Decision, ...]:
-    """Returns one decision per weight (a tied weight has one), in execution order.
+    """Decides on every weight of a captured graph (a tied weight has one decision).
 
-    ``known``: the names of the parameters that were in the model when it was compiled; weights
-    added since (adapters) stay dense. None: all are known. ``whole``: the graph is the whole
-    model, so that its first and last ops are the model's.
+    Args:
+        sites: Every product of the graph.
+        config: The user's options.
+        known: Names of the parameters that were in the model when it was compiled; weights added
+            since (adapters) stay dense. None: all are known.
+        whole: Whether the graph is the whole model, so that its first and last ops are the
+            model's.
+
+    Returns:
+        One decision per weight, in execution order.
     """
     first, last = find_ends(sites) if whole else (frozenset[Op](), frozenset[Op]())
     at_end = {**dict.fromkeys(last, "last"), **dict.fromkeys(first, "first")}
@@ -35,7 +42,16 @@ def mark_prunable(
 def mark_eager(
     sites: Sequence[Site], config: CompileConfig, known: Collection[str] | None = None
 ) -> tuple[Decision, ...]:
-    """Returns the decisions for an eager run, whose first and last ops ran first and last."""
+    """Decides on every weight of an eager run, whose first and last ops ran first and last.
+
+    Args:
+        sites: The products of the run, in order.
+        config: The user's options.
+        known: As in ``mark_prunable``.
+
+    Returns:
+        One decision per weight, in execution order.
+    """
     weighted = [site for site in sites if site.kind != "attention"]
     at_end = {weighted[0]: "first", weighted[-1]: "last"} if weighted else {}
     return _decide_all(sites, config, known, at_end)
@@ -60,7 +76,17 @@ def _decide_all(
 def decide_weight(
     site: Site, refusal: str | None, config: CompileConfig, known: Collection[str] | None = None
 ) -> Decision:
-    """Returns the decision for one weight: the user's options, then ``refusal``, then its size."""
+    """Decides on one weight: by the user's options, then ``refusal``, then its size.
+
+    Args:
+        site: A product by the weight.
+        refusal: Why its use in the graph keeps it dense; None if it does not.
+        config: The user's options.
+        known: As in ``mark_prunable``.
+
+    Returns:
+        The decision.
+    """
     names = tuple(strip_adapter_prefix(name) for name in site.names) or (site.node,)
     pattern = next((p for glob, p in config.overrides if matches(glob, names)), config.pattern)
     refusal = _refuse_by_options(names, config, known if site.names else None) or refusal

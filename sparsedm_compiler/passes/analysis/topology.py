@@ -61,7 +61,14 @@ def find_ends(sites: Sites) -> tuple[frozenset[Op], frozenset[Op]]:
 
 
 def trace_topology(sites: Sites) -> Topology:
-    """Returns how the graph's prunable ops are wired: ends, skip connections, critical path."""
+    """Describes how the graph's prunable ops are wired.
+
+    Args:
+        sites: Every product of the graph.
+
+    Returns:
+        First and last ops, skip connections and the critical path.
+    """
     names = name_weighted_ops(sites)
     first, last = find_ends(sites)
     macs = dict.fromkeys(names, 0)
