@@ -34,7 +34,7 @@ def pytest_runtest_teardown() -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the slow tests; refuses rows of the table that no test of the whole suite fits."""
+    """Marks the slow tests; refuses entries of SLOW that fit no test of the whole suite."""
     tests = [
         (item, item.path.relative_to(TESTS).as_posix())
         for item in items
@@ -44,6 +44,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if is_slow(file, item.name):
             item.add_marker(pytest.mark.slow)
     if config.args == config.getini("testpaths"):
-        rows = unmatched((file, item.name) for item, file in tests)
-        if rows:
-            raise pytest.UsageError(f"these rows of tests/tiers.py fit no test: {rows}")
+        stale = unmatched((file, item.name) for item, file in tests)
+        if stale:
+            raise pytest.UsageError(f"tests/tiers.py names what is no test: {'; '.join(stale)}")

@@ -83,7 +83,9 @@ FIRES: dict[str, tuple[str, Callable[[], Case], int]] = {
 
 PASSES = {"train": TRAIN, "infer": INFER}
 ALL = [(mode, rewrite) for mode, rewrites in PASSES.items() for rewrite in rewrites]
-each_rewrite = pytest.mark.parametrize(("mode", "rewrite"), ALL, ids=lambda v: str(v))
+each_rewrite = pytest.mark.parametrize(
+    ("mode", "rewrite"), ALL, ids=lambda value: value if isinstance(value, str) else name_of(value)
+)
 
 
 def name_of(rewrite: Rewrite) -> str:
