@@ -193,22 +193,28 @@ class KernelFamily(ABC):
         """
 
     @abstractmethod
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat) -> Tensor:
         """Returns the masked dense weight of that shape, to the bit."""
 
     @abstractmethod
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
+    def check(
+        self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat
+    ) -> torch.dtype:
         """Returns the dtype of a packed weight from a file: as of ``to_portable``, on the CPU.
 
         Raises PackError unless it is one of that shape that may be run or unpacked.
         """
 
-    def to_portable(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
+    def to_portable(
+        self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat
+    ) -> Tensor:
         """Returns the packed weight as files hold it, on the CPU, for ``check`` and ``unpack``."""
         return packed.cpu()
 
     @abstractmethod
-    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
+    def call(
+        self, problem: MatmulProblem, weight_format: WeightFormat, tile: tuple[int, ...]
+    ) -> OpCall:
         """Returns the op for a product and its arguments behind (x, packed weight, bias, rows)."""
 
     @abstractmethod
