@@ -110,14 +110,16 @@ def bench_model(
     calls = {key: bind(run, args, kwargs) for key, run in baselines(model).items()}
     dtype = short(next(model.parameters()).dtype)
     if dtype == "fp32":
-        calls["inductor bf16"] = bind(frozen(copy.deepcopy(model).bfloat16()), *halved(call))
+        calls["inductor bf16"] = bind(
+            compile_frozen(copy.deepcopy(model).bfloat16()), *cast_half(call)
+        )
     for text in patterns:
         calls[text] = bind(sdm.compile(model, text, mode="infer", policy=policy), args, kwargs)
     samples = interleaved(calls, rounds=rounds)
     return over_baselines(name, dtype, samples, patterns)
 
 
-def halved(call: tuple[Any, Any]) -> tuple[Any, Any]:
+def cast_half(call: tuple[Any, Any]) -> tuple[Any, Any]:
     """The same inputs in bfloat16."""
     half: tuple[Any, Any] = torch.utils._pytree.tree_map(
         lambda x: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x, call
@@ -144,11 +146,11 @@ def baselines(model: nn.Module) -> dict[str, Any]:
     return {
         "eager": model,
         "inductor": torch.compile(copy.deepcopy(model)),
-        "inductor frozen": frozen(copy.deepcopy(model)),
+        "inductor frozen": compile_frozen(copy.deepcopy(model)),
     }
 
 
-def frozen(model: nn.Module) -> Any:
+def compile_frozen(model: nn.Module) -> Any:
     """Inductor's best for inference: weights are constants, packed as the matrix library likes."""
     return torch.compile(model, options={"freezing": True})
 
@@ -268,7 +270,7 @@ def main() -> None:
     model, call = whole("uvit-cifar10-small", 1)
     wide = ("2:4", "1:8", "2:4x64", "1:4x64", "1:8x64")
     results["bf16"] = bench_model(
-        "U-ViT-S CIFAR10, batch 1", model.bfloat16(), halved(call), wide, args.rounds
+        "U-ViT-S CIFAR10, batch 1", model.bfloat16(), cast_half(call), wide, args.rounds
     )
     results["sampling"] = bench_sampling(("2:4", "1:4", "1:8", "1:16"), 3)
     for path in (args.out, args.chart):

@@ -33,7 +33,7 @@ def environment(arguments: list[str], commit: str | None) -> dict[str, Any]:
 
     found = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "commit": commit or described() or "unknown",
+        "commit": commit or describe_commit() or "unknown",
         "arguments": arguments,
         **machine(),
         "system": platform.platform(),
@@ -73,7 +73,7 @@ def triton() -> str | None:
     return version
 
 
-def described() -> str | None:
+def describe_commit() -> str | None:
     """The commit of this copy, where it is a clone; "-dirty" if it was changed."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
