@@ -1,8 +1,8 @@
 """The base class of kernel families, and the values that pass between them and the passes.
 
-A family is the kernels of one device that read one packed format. It declares which kinds of
-pattern it runs and which wishes its ops have; passes and kernel selection ask ``registry`` and
-never name a family.
+A family is the kernels of one device that read one packed format. It declares the kinds of pattern
+that it runs and the needs of its ops; passes and kernel selection ask ``registry`` and never name
+a family.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class KernelConfig:
 
 @dataclass(frozen=True, slots=True)
 class MatmulProblem:
-    """One product by a weight: what a kernel has to compute.
+    """One product by a weight, as a kernel has to compute it.
 
     Attributes:
         inputs: Shape of x; hints where a size is symbolic.
@@ -104,7 +104,8 @@ class WeightFormat:
 class KernelFamily(ABC):
     """The kernels of one device that read one packed format.
 
-    A new family is one concrete subclass, registered by ``registry.register_family``.
+    A new family is one concrete subclass, registered by ``registry.register_family``; the smallest
+    one is in ``tests/backends/test_toy_family.py``.
 
     Attributes:
         device: Device type of the tensors that it runs on: "cpu", "cuda".
