@@ -26,7 +26,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.autotune.timer import Samples, interleaved, machine, ratio, spread
+from sparsedm_compiler.autotune.timer import (
+    Samples,
+    compute_ratio,
+    describe_machine,
+    format_ratio,
+    sample_in_turns,
+)
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from sparsedm_compiler.backends.packing import fold_weight
 from sparsedm_compiler.backends.registry import find_families
@@ -87,11 +93,13 @@ def bench_ops(rounds: int) -> list[dict[str, Any]]:
                 pattern = Pattern.parse(text)
                 for kernel in CPU.list_candidates(pattern, dtype):
                     calls[f"{text}/{kernel}"] = sparse_op(given, held, pattern, kernel)
-            samples = interleaved(calls, rounds=rounds)
+            samples = sample_in_turns(calls, rounds=rounds)
             dense = samples["dense"].wall
             for text in (*FREE, *SHARED):
                 keys = [key for key in calls if key.startswith(text + "/")]
-                best = max((ratio(dense, samples[key].wall) for key in keys), key=lambda r: r[1])
+                best = max(
+                    (compute_ratio(dense, samples[key].wall) for key in keys), key=lambda r: r[1]
+                )
                 rows.append({"what": name, "dtype": short(dtype), "pattern": text, "ratio": best})
             print(table(rows[-len(FREE) - len(SHARED) :]), flush=True)
     return rows
@@ -115,7 +123,7 @@ def bench_model(
         )
     for text in patterns:
         calls[text] = bind(sdm.compile(model, text, mode="infer", policy=policy), args, kwargs)
-    samples = interleaved(calls, rounds=rounds)
+    samples = sample_in_turns(calls, rounds=rounds)
     return over_baselines(name, dtype, samples, patterns)
 
 
@@ -133,7 +141,7 @@ def over_baselines(
     rows = []
     for text in patterns:
         found = {
-            key: ratio(samples[key].wall, samples[text].wall)
+            key: compute_ratio(samples[key].wall, samples[text].wall)
             for key in samples
             if key not in patterns
         }
@@ -189,7 +197,7 @@ def bench_sampling(patterns: tuple[str, ...], rounds: int) -> list[dict[str, Any
     calls = {"eager": draw_image(model), "inductor frozen": draw_image(compiled)}
     for text in patterns:
         calls[text] = draw_image(sdm.compile(model, text, mode="infer"))
-    samples = interleaved(calls, rounds=rounds, warmup=1)
+    samples = sample_in_turns(calls, rounds=rounds, warmup=1)
     return over_baselines("U-ViT-S, 20-step image", "fp32", samples, patterns)
 
 
@@ -199,7 +207,10 @@ def short(dtype: torch.dtype) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     body = [
-        {key: spread(value) if isinstance(value, tuple) else value for key, value in row.items()}
+        {
+            key: format_ratio(value) if isinstance(value, tuple) else value
+            for key, value in row.items()
+        }
         for row in rows
     ]
     return tabulate(body, headers="keys", disable_numparse=True) + "\n"
@@ -256,7 +267,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     patterns = ("31:32", "2:4", "1:4", "1:8", "1:16", "2:4x4", "1:8x4")
-    results: dict[str, Any] = {"machine": machine(), "commit": commit(), "argv": sys.argv[1:]}
+    results: dict[str, Any] = {
+        "machine": describe_machine(),
+        "commit": commit(),
+        "argv": sys.argv[1:],
+    }
     results["ops"] = bench_ops(2 * args.rounds)
     results["models"] = bench_model(
         "one U-ViT-S block", *uvit_block(), patterns, 2 * args.rounds, policy="all"

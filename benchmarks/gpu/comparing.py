@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsedm_compiler.autotune.timer import interleaved, ratio
+from sparsedm_compiler.autotune.timer import compute_ratio, sample_in_turns
 from sparsedm_compiler.backends.cuda.timer import sample_calls
 
 from .case import format_error
@@ -28,12 +28,12 @@ def sample_ops(calls: Calls, plan: Plan, rounds: int) -> Milliseconds:
     """Of kernels: replayed CUDA graphs with a cold L2 cache; on a CPU by the clock on the wall."""
     if plan.device == "cuda":
         return sample_calls(calls, torch.device("cuda", 0), rounds)
-    samples = interleaved(calls, rounds=rounds)
+    samples = sample_in_turns(calls, rounds=rounds)
     return {name: [1e3 * each for each in sample.wall] for name, sample in samples.items()}
 
 
 def sample_sound_ops(calls: Calls, plan: Plan, rounds: int) -> tuple[Milliseconds, dict[str, str]]:
-    """As ``of_ops``, and why some could not be timed, as in a CUDA graph; "dense" always can."""
+    """As ``sample_ops``, and why some could not be timed, as in a CUDA graph; not "dense"."""
     try:
         return sample_ops(calls, plan, rounds), {}
     except Exception:
@@ -58,9 +58,9 @@ def why_not(call: Callable[[], object], plan: Plan) -> str | None:
 
 def sample_models(calls: Calls, seconds: float) -> Milliseconds:
     """Of whole calls, from the call to the end of the GPU's work; for about so many seconds."""
-    first = interleaved(calls, rounds=1, warmup=_WARMUP)
+    first = sample_in_turns(calls, rounds=1, warmup=_WARMUP)
     each = sum(sample.wall[0] for sample in first.values())
-    samples = interleaved(calls, rounds=max(_LEAST, min(_MOST, int(seconds / each))), warmup=0)
+    samples = sample_in_turns(calls, rounds=max(_LEAST, min(_MOST, int(seconds / each))), warmup=0)
     return {name: [1e3 * one for one in sample.wall] for name, sample in samples.items()}
 
 
@@ -68,7 +68,7 @@ def compute_speedup(
     times: Milliseconds, name: str, over: str = "dense"
 ) -> tuple[float, float, float]:
     """How many times faster ``name`` is: quartiles of the ratios of the rounds."""
-    return ratio(times[over], times[name])
+    return compute_ratio(times[over], times[name])
 
 
 def compute_medians(times: Milliseconds) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparsedm_compiler.autotune.timer import spread
+from sparsedm_compiler.autotune.timer import format_ratio
 
 from .goals import judge_goals, models
 from .quality import Quality, quality
@@ -230,7 +230,7 @@ def losses(known: Quality, patterns: Sequence[str], before: int) -> Cells:
 def speed(results: Results, quartiles: Sequence[float]) -> str:
     """A ratio; in a rehearsal, that there is one."""
     low, middle, high = quartiles
-    return "ran" if results["rehearsal"] else spread((low, middle, high))
+    return "ran" if results["rehearsal"] else format_ratio((low, middle, high))
 
 
 def counts(kernels: dict[str, int]) -> str:
