@@ -29,7 +29,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from sparsedm_compiler.autotune.timer import Samples, interleaved, machine, ratio, spread
+from sparsedm_compiler.autotune.timer import (
+    Samples,
+    compute_ratio,
+    describe_machine,
+    format_ratio,
+    sample_in_turns,
+)
 from sparsedm_compiler.masks.mask_ste import mask_ste
 from sparsedm_compiler.masks.nm_mask import apply_mask, compute_mask
 from sparsedm_compiler.models import UViT, UViTConfig
@@ -233,7 +239,7 @@ def compare(name: str, text: str, args: argparse.Namespace) -> dict[str, Any]:
             before = read_cpu_seconds()
             losses[key] = float(steps[key]())  # type: ignore[arg-type]
             compiled[key] = read_cpu_seconds() - before
-    samples: dict[str, Samples] = interleaved(steps, rounds=args.rounds)
+    samples: dict[str, Samples] = sample_in_turns(steps, rounds=args.rounds)
     times = {key: sample.of(args.clock) for key, sample in samples.items()}
     return {
         "model": name,
@@ -242,7 +248,7 @@ def compare(name: str, text: str, args: argparse.Namespace) -> dict[str, Any]:
         "first_compile_cpu_s": compiled,
         "first_loss": losses,
         "step_ms": {key: 1e3 * sorted(ts)[len(ts) // 2] for key, ts in times.items()},
-        "step_over_dense": {key: ratio(ts, times["dense"]) for key, ts in times.items()},
+        "step_over_dense": {key: compute_ratio(ts, times["dense"]) for key, ts in times.items()},
     }
 
 
@@ -255,7 +261,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             key,
             row["first_compile_cpu_s"][key],
             row["step_ms"][key],
-            spread(row["step_over_dense"][key]),
+            format_ratio(row["step_over_dense"][key]),
             f"{row['first_loss'][key]:.7f}",
         )
         for row in rows
@@ -286,7 +292,9 @@ def main() -> None:
             rows.append(compare(name, text, args))
             print(format_table(rows[-1:]), flush=True)
     if args.out:
-        args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,12 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from sparsedm_compiler.autotune.timer import interleaved, machine, ratio, spread
+from sparsedm_compiler.autotune.timer import (
+    compute_ratio,
+    describe_machine,
+    format_ratio,
+    sample_in_turns,
+)
 from sparsedm_compiler.masks.nm_mask import compute_mask
 from sparsedm_compiler.patterns import Pattern
 
@@ -59,7 +64,7 @@ def compare(weight: Tensor, pattern: Pattern, rounds: int) -> dict[str, Any]:
         "topk": lambda: mask_by_topk(weight, n, m),
         "copy": weight.clone,
     }
-    samples = interleaved(calls, rounds=rounds)
+    samples = sample_in_turns(calls, rounds=rounds)
     row: dict[str, Any] = {"pattern": str(pattern), "shape": list(weight.shape)}
     for clock in ("wall", "cpu"):
         times = {name: sample.of(clock) for name, sample in samples.items()}
@@ -67,7 +72,7 @@ def compare(weight: Tensor, pattern: Pattern, rounds: int) -> dict[str, Any]:
             "median_ms": {name: 1e3 * sorted(ts)[len(ts) // 2] for name, ts in times.items()},
             "min_ms": {name: 1e3 * min(ts) for name, ts in times.items()},
             "times_faster": {
-                name: ratio(times[name], times["nm_mask"]) for name in ("argsort", "topk")
+                name: compute_ratio(times[name], times["nm_mask"]) for name in ("argsort", "topk")
             },
         }
     return row
@@ -82,8 +87,8 @@ def format_table(rows: list[dict[str, Any]], clock: str) -> str:
             row[clock]["median_ms"]["nm_mask"],
             row[clock]["min_ms"]["nm_mask"],
             row[clock]["median_ms"]["copy"],
-            spread(row[clock]["times_faster"]["argsort"]),
-            spread(row[clock]["times_faster"]["topk"]),
+            format_ratio(row[clock]["times_faster"]["argsort"]),
+            format_ratio(row[clock]["times_faster"]["topk"]),
         )
         for row in rows
     ]
@@ -113,7 +118,9 @@ def main() -> None:
     print(f"{args.clock} time; ratios are medians [quartiles] of the same rounds")
     print(format_table(rows, args.clock))
     if args.out:
-        args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.autotune.timer import Samples, interleaved, machine, ratio, spread
+from sparsedm_compiler.autotune.timer import (
+    Samples,
+    compute_ratio,
+    describe_machine,
+    format_ratio,
+    sample_in_turns,
+)
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from sparsedm_compiler.backends.packing import fold_weight
 from sparsedm_compiler.backends.registry import find_families
@@ -87,11 +93,13 @@ def bench_ops(rounds: int) -> list[dict[str, Any]]:
                 pattern = Pattern.parse(text)
                 for kernel in CPU.list_candidates(pattern, dtype):
                     calls[f"{text}/{kernel}"] = sparse_op(given, held, pattern, kernel)
-            samples = interleaved(calls, rounds=rounds)
+            samples = sample_in_turns(calls, rounds=rounds)
             dense = samples["dense"].wall
             for text in (*FREE, *SHARED):
                 keys = [key for key in calls if key.startswith(text + "/")]
-                best = max((ratio(dense, samples[key].wall) for key in keys), key=lambda r: r[1])
+                best = max(
+                    (compute_ratio(dense, samples[key].wall) for key in keys), key=lambda r: r[1]
+                )
                 rows.append({"what": name, "dtype": short(dtype), "pattern": text, "ratio": best})
             print(table(rows[-len(FREE) - len(SHARED) :]), flush=True)
     return rows
@@ -110,14 +118,16 @@ def bench_model(
     calls = {key: bind(run, args, kwargs) for key, run in baselines(model).items()}
     dtype = short(next(model.parameters()).dtype)
     if dtype == "fp32":
-        calls["inductor bf16"] = bind(frozen(copy.deepcopy(model).bfloat16()), *halved(call))
+        calls["inductor bf16"] = bind(
+            compile_frozen(copy.deepcopy(model).bfloat16()), *cast_half(call)
+        )
     for text in patterns:
         calls[text] = bind(sdm.compile(model, text, mode="infer", policy=policy), args, kwargs)
-    samples = interleaved(calls, rounds=rounds)
+    samples = sample_in_turns(calls, rounds=rounds)
     return over_baselines(name, dtype, samples, patterns)
 
 
-def halved(call: tuple[Any, Any]) -> tuple[Any, Any]:
+def cast_half(call: tuple[Any, Any]) -> tuple[Any, Any]:
     """The same inputs in bfloat16."""
     half: tuple[Any, Any] = torch.utils._pytree.tree_map(
         lambda x: x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x, call
@@ -131,7 +141,7 @@ def over_baselines(
     rows = []
     for text in patterns:
         found = {
-            key: ratio(samples[key].wall, samples[text].wall)
+            key: compute_ratio(samples[key].wall, samples[text].wall)
             for key in samples
             if key not in patterns
         }
@@ -144,11 +154,11 @@ def baselines(model: nn.Module) -> dict[str, Any]:
     return {
         "eager": model,
         "inductor": torch.compile(copy.deepcopy(model)),
-        "inductor frozen": frozen(copy.deepcopy(model)),
+        "inductor frozen": compile_frozen(copy.deepcopy(model)),
     }
 
 
-def frozen(model: nn.Module) -> Any:
+def compile_frozen(model: nn.Module) -> Any:
     """Inductor's best for inference: weights are constants, packed as the matrix library likes."""
     return torch.compile(model, options={"freezing": True})
 
@@ -187,7 +197,7 @@ def bench_sampling(patterns: tuple[str, ...], rounds: int) -> list[dict[str, Any
     calls = {"eager": draw_image(model), "inductor frozen": draw_image(compiled)}
     for text in patterns:
         calls[text] = draw_image(sdm.compile(model, text, mode="infer"))
-    samples = interleaved(calls, rounds=rounds, warmup=1)
+    samples = sample_in_turns(calls, rounds=rounds, warmup=1)
     return over_baselines("U-ViT-S, 20-step image", "fp32", samples, patterns)
 
 
@@ -197,7 +207,10 @@ def short(dtype: torch.dtype) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     body = [
-        {key: spread(value) if isinstance(value, tuple) else value for key, value in row.items()}
+        {
+            key: format_ratio(value) if isinstance(value, tuple) else value
+            for key, value in row.items()
+        }
         for row in rows
     ]
     return tabulate(body, headers="keys", disable_numparse=True) + "\n"
@@ -254,7 +267,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     patterns = ("31:32", "2:4", "1:4", "1:8", "1:16", "2:4x4", "1:8x4")
-    results: dict[str, Any] = {"machine": machine(), "commit": commit(), "argv": sys.argv[1:]}
+    results: dict[str, Any] = {
+        "machine": describe_machine(),
+        "commit": commit(),
+        "argv": sys.argv[1:],
+    }
     results["ops"] = bench_ops(2 * args.rounds)
     results["models"] = bench_model(
         "one U-ViT-S block", *uvit_block(), patterns, 2 * args.rounds, policy="all"
@@ -268,7 +285,7 @@ def main() -> None:
     model, call = whole("uvit-cifar10-small", 1)
     wide = ("2:4", "1:8", "2:4x64", "1:4x64", "1:8x64")
     results["bf16"] = bench_model(
-        "U-ViT-S CIFAR10, batch 1", model.bfloat16(), halved(call), wide, args.rounds
+        "U-ViT-S CIFAR10, batch 1", model.bfloat16(), cast_half(call), wide, args.rounds
     )
     results["sampling"] = bench_sampling(("2:4", "1:4", "1:8", "1:16"), 3)
     for path in (args.out, args.chart):

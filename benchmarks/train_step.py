@@ -26,7 +26,12 @@ from tabulate import tabulate
 from torch import nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.autotune.timer import interleaved, machine, ratio, spread
+from sparsedm_compiler.autotune.timer import (
+    compute_ratio,
+    describe_machine,
+    format_ratio,
+    sample_in_turns,
+)
 from sparsedm_compiler.models import preset
 
 MODELS = ("uvit-cifar10-small", "ddpm-cifar10")
@@ -68,14 +73,16 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
         student(*calls[0], **calls[1])
         masked = sum(w.numel() for w, _ in sdm.masked_parameters(student).values())
         shares[pattern] = masked / sum(w.numel() for w in student.parameters())
-    samples = interleaved(steps, rounds=args.rounds)
+    samples = sample_in_turns(steps, rounds=args.rounds)
     times = {key: sample.of(args.clock) for key, sample in samples.items()}
     return {
         "model": name,
         "batch": args.batch,
         "masked_share": shares,
         "step_over_dense": {
-            key: ratio(values, times["dense"]) for key, values in times.items() if key != "dense"
+            key: compute_ratio(values, times["dense"])
+            for key, values in times.items()
+            if key != "dense"
         },
     }
 
@@ -88,7 +95,10 @@ def format_table(rows: list[dict[str, Any]], patterns: list[str]) -> str:
             row["batch"],
             pattern,
             f"{row['masked_share'][pattern]:.3f}",
-            *(spread(row["step_over_dense"][f"{pattern} {kind}"]) for kind in ("mask", "sr-ste")),
+            *(
+                format_ratio(row["step_over_dense"][f"{pattern} {kind}"])
+                for kind in ("mask", "sr-ste")
+            ),
         )
         for row in rows
         for pattern in patterns
@@ -118,7 +128,7 @@ def main() -> None:
     print(f"{time.perf_counter() - started:.0f} s; {args.clock} clock; medians [quartiles]")
     if args.out:
         plain = {key: value for key, value in vars(args).items() if key != "out"}
-        record = {"machine": machine(), "arguments": plain, "rows": rows}
+        record = {"machine": describe_machine(), "arguments": plain, "rows": rows}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

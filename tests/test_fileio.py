@@ -13,7 +13,7 @@ def listing(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
-def test_a_file_is_replaced_when_its_block_ends_well(tmp_path: Path) -> None:
+def test_replace_atomically_when_the_block_ends_replaces_the_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
     for text in ("first", "second"):
         with replace_atomically(path) as part:
@@ -23,7 +23,7 @@ def test_a_file_is_replaced_when_its_block_ends_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_block_that_fails_leaves_what_was_there(
+def test_replace_atomically_when_the_block_raises_keeps_the_old_file(
     error: type[BaseException], tmp_path: Path
 ) -> None:
     path = tmp_path / "a.txt"
@@ -41,7 +41,7 @@ def test_a_block_that_fails_leaves_what_was_there(
     assert listing(tmp_path) == {"a.txt": "before"}
 
 
-def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
+def test_replace_atomically_overwrites_the_part_of_a_killed_process(tmp_path: Path) -> None:
     with replace_atomically(tmp_path / "a.txt") as left:
         left.write_text("")
     left.write_text("half, and longer than the whole")

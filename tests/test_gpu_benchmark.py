@@ -17,14 +17,14 @@ from torch import nn
 
 from benchmarks.gpu.case import Read, read, write
 from benchmarks.gpu.clock import Clock
-from benchmarks.gpu.goals import GOALS, MET, MISSED, OPEN, verdicts
+from benchmarks.gpu.goals import GOALS, MET, MISSED, OPEN, judge_goals
 from benchmarks.gpu.main import main
 from benchmarks.gpu.models import DiT, Flux
-from benchmarks.gpu.processes import ended
+from benchmarks.gpu.processes import wait_or_stop
 from benchmarks.gpu.quality import NOT_HERE, Quality, quality
-from benchmarks.gpu.results import SECTIONS, empty, failures, load
+from benchmarks.gpu.results import SECTIONS, empty, list_failures, load
 from benchmarks.gpu.summary import REHEARSAL, summary
-from benchmarks.gpu.testing import marked_files, outcomes
+from benchmarks.gpu.testing import find_marked_files, read_outcomes
 
 ROOT = Path(__file__).parents[1]
 MADE_UP = {"gpu": "made up", "commit": "none", "card": None, "time": "never"}
@@ -43,7 +43,7 @@ def op(ratio: float, **more: Any) -> dict[str, Any]:
 
 
 def statuses(results: dict[str, Any]) -> dict[str, str]:
-    return {each.goal: each.status for each in verdicts(results)}
+    return {each.goal: each.status for each in judge_goals(results)}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_a_process_is_stopped_with_all_that_it_started() -> None:
         [sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True
     )
     try:
-        assert ended(process, time.time() + 1) is None
+        assert wait_or_stop(process, time.time() + 1) is None
         assert process.returncode is not None
     finally:
         assert process.stdin is not None
@@ -151,7 +151,7 @@ def test_a_process_is_stopped_with_all_that_it_started() -> None:
 
 
 def test_marked_tests_are_found() -> None:
-    files = marked_files()
+    files = find_marked_files()
     assert "tests/masks/test_nm_mask.py" in files
     assert all((ROOT / file).exists() for file in files)
 
@@ -161,7 +161,7 @@ def test_outcomes_of_tests() -> None:
         return json.dumps({"test": test, "outcome": outcome, "reason": reason})
 
     missing = "ModuleNotFoundError: No module named"
-    found = outcomes(
+    found = read_outcomes(
         "\n".join(
             [
                 line("a", "passed"),
@@ -214,15 +214,15 @@ def test_no_speed_without_its_quality() -> None:
 def test_all_that_went_wrong_is_told() -> None:
     found = results_of(
         ops=[op(1.5, wrong={"kernel/2": "off by 1"})],
-        tests={**outcomes(""), "failed": {"t": "why"}, "seconds": 1, "stopped": False},
+        tests={**read_outcomes(""), "failed": {"t": "why"}, "seconds": 1, "stopped": False},
         sections={"table": {"seconds": 1, "stopped": "", "failed": {"cell": "no memory"}}},
     )
-    assert failures(found) == [
+    assert list_failures(found) == [
         "test t: why",
         "table: cell: no memory",
         "ops: FLUX proj at 2:4: kernel/2 is wrong: off by 1",
     ]
-    assert all(f"- {line}" in summary(found) for line in failures(found))
+    assert all(f"- {line}" in summary(found) for line in list_failures(found))
 
 
 def test_runs_are_put_together(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_runs_are_put_together(tmp_path: Path) -> None:
     both = load([first, second])
     assert [row["key"] for row in both["ops"]] == ["FLUX proj"]
     assert both["environment"]["commit"] == "none, later"
-    assert failures(both) == []
+    assert list_failures(both) == []
     other.write_text(json.dumps({**results_of(), "rehearsal": True}))
     with pytest.raises(ValueError, match="different machines"):
         load([first, other])

@@ -16,10 +16,10 @@ from sparsedm_compiler.models import UViTConfig
 from sparsedm_compiler.models.uvit import Block
 
 from .case import Case, Row, Tell
-from .comparing import bound, dense, faster, of_models, typical
+from .comparing import bind_call, compute_medians, compute_speedup, dense, sample_models
 from .models import Call
 from .plan import PAPER, Plan
-from .pruned import checked, kernels_of, student_of
+from .pruned import check_student, kernels_of, student_of
 
 PATTERN = "2:4"
 
@@ -43,22 +43,24 @@ def compare(plan: Plan, cell: tuple[str, int, int, int], key: str, tell: Tell) -
     torch.compiler.reset()
     torch.manual_seed(0)
     dtype, batch, ratio, patch = cell
-    model, call = opened(plan, dtype, batch, (ratio, patch))
+    model, call = build_block(plan, dtype, batch, (ratio, patch))
     student = student_of(model, PATTERN, plan, policy="all")
     with torch.no_grad():
-        errors = checked(model, student, call)
+        errors = check_student(model, student, call)
         if errors["wrong"]:
             raise RuntimeError(f"the sparse block is wrong: {errors}")
         runs = {"eager": model, "dense": dense(model, plan), "sparse": student}
-        times = of_models({name: bound(run, call) for name, run in runs.items()}, plan.seconds)
+        times = sample_models(
+            {name: bind_call(run, call) for name, run in runs.items()}, plan.seconds
+        )
     row: Row = {
         **{"dtype": dtype, "batch": batch, "mlp_ratio": ratio, "patch": patch},
         **{"tokens": call[0][0].shape[1], "width": plan.block.width, "pattern": PATTERN},
         **errors,
         "kernels": kernels_of(student),
-        "ms": typical(times),
-        "over_eager": faster(times, "sparse", "eager"),
-        "over_compiled": faster(times, "sparse"),
+        "ms": compute_medians(times),
+        "over_eager": compute_speedup(times, "sparse", "eager"),
+        "over_compiled": compute_speedup(times, "sparse"),
         "paper": PAPER.get(ratio, {}).get(patch),
     }
     print(
@@ -69,7 +71,7 @@ def compare(plan: Plan, cell: tuple[str, int, int, int], key: str, tell: Tell) -
     yield row
 
 
-def opened(plan: Plan, dtype: str, batch: int, shape: tuple[int, int]) -> tuple[Block, Call]:
+def build_block(plan: Plan, dtype: str, batch: int, shape: tuple[int, int]) -> tuple[Block, Call]:
     """The block for (mlp_ratio, patch), and its input."""
     ratio, patch = shape
     config = UViTConfig(

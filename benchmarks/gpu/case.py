@@ -48,7 +48,7 @@ def read(log: Path) -> Read:
     tried: list[str] = []
     last, note, stopped = "", "", ""
     for line in log.read_text().splitlines() if log.exists() else ():
-        entry = _parsed(line)
+        entry = _parse(line)
         if "begin" in entry:
             last, note, stopped = entry["begin"], "", ""
         if "note" in entry:
@@ -75,7 +75,7 @@ def write(log: Path, **entry: str) -> None:
         file.write("\n" + json.dumps(entry) + "\n")
 
 
-def _parsed(line: str) -> Row:
+def _parse(line: str) -> Row:
     """The entry of a line; nothing for one that was cut short."""
     try:
         found: Row = json.loads(line)
@@ -84,7 +84,7 @@ def _parsed(line: str) -> Row:
     return found
 
 
-def plainly(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """The error with the lines of ours that led to it, named from the root of the repository."""
     import traceback
 

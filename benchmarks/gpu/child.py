@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--part", type=int, default=0, help="of --parts, the number of the processes that share")
     add("--parts", type=int, default=1)
     options = parser.parse_args(arguments)
-    with Log(options.log) as log, prepared(options.tiny) as plan:
+    with Log(options.log) as log, prepare(options.tiny) as plan:
         return work(options, log, plan)
 
 
@@ -57,7 +57,7 @@ class Log:
 
 
 @contextmanager
-def prepared(tiny: bool) -> Iterator[Any]:
+def prepare(tiny: bool) -> Iterator[Any]:
     """Torch as all sections want it, and the plan."""
     import torch
 
@@ -75,8 +75,8 @@ def prepared(tiny: bool) -> Iterator[Any]:
 
 def work(options: argparse.Namespace, log: Log, plan: Any) -> int:
     """0 when all cases were tried or there was no time for more, LOST when the GPU is gone."""
-    from .case import plainly
-    from .comparing import lost, tidy
+    from .case import format_error
+    from .comparing import free_memory, is_device_lost
     from .sections import CASES
 
     longest = 0.0
@@ -97,12 +97,12 @@ def work(options: argparse.Namespace, log: Log, plan: Any) -> int:
                     log.tell(stopped=f"in {case.key}")
                     break
         except Exception as error:
-            print(f"{options.section}: {case.key}: {plainly(error)}", flush=True)
-            log.tell(key=case.key, failed=plainly(error))
-            if lost():
+            print(f"{options.section}: {case.key}: {format_error(error)}", flush=True)
+            log.tell(key=case.key, failed=format_error(error))
+            if is_device_lost():
                 return LOST
         log.tell(end=case.key)
-        tidy()
+        free_memory()
         longest = max(longest, time.time() - start)
     return 0
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsedm_compiler.autotune.timer import interleaved, ratio
+from sparsedm_compiler.autotune.timer import compute_ratio, sample_in_turns
 from sparsedm_compiler.backends.cuda.timer import sample_calls
 
-from .case import plainly
+from .case import format_error
 from .models import Call
 from .plan import Plan
 
@@ -24,57 +24,59 @@ _LEAST, _MOST = 7, 41
 _WARMUP = 4  # CUDA graphs are recorded in the second call
 
 
-def of_ops(calls: Calls, plan: Plan, rounds: int) -> Milliseconds:
+def sample_ops(calls: Calls, plan: Plan, rounds: int) -> Milliseconds:
     """Of kernels: replayed CUDA graphs with a cold L2 cache; on a CPU by the clock on the wall."""
     if plan.device == "cuda":
         return sample_calls(calls, torch.device("cuda", 0), rounds)
-    samples = interleaved(calls, rounds=rounds)
+    samples = sample_in_turns(calls, rounds=rounds)
     return {name: [1e3 * each for each in sample.wall] for name, sample in samples.items()}
 
 
-def each_alone(calls: Calls, plan: Plan, rounds: int) -> tuple[Milliseconds, dict[str, str]]:
-    """As ``of_ops``, and why some could not be timed, as in a CUDA graph; "dense" always can."""
+def sample_sound_ops(calls: Calls, plan: Plan, rounds: int) -> tuple[Milliseconds, dict[str, str]]:
+    """As ``sample_ops``, and why some could not be timed, as in a CUDA graph; not "dense"."""
     try:
-        return of_ops(calls, plan, rounds), {}
+        return sample_ops(calls, plan, rounds), {}
     except Exception:
-        if lost():
+        if is_device_lost():
             raise
     whys = {name: why_not(call, plan) for name, call in calls.items() if name != "dense"}
     broken = {name: why for name, why in whys.items() if why is not None}
     sound = {name: call for name, call in calls.items() if name not in broken}
-    return of_ops(sound, plan, rounds), broken
+    return sample_ops(sound, plan, rounds), broken
 
 
 def why_not(call: Callable[[], object], plan: Plan) -> str | None:
     """Why a call cannot be timed; None if it can."""
     try:
-        of_ops({"dense": call}, plan, 1)
+        sample_ops({"dense": call}, plan, 1)
     except Exception as error:
-        if lost():
+        if is_device_lost():
             raise
-        return plainly(error)
+        return format_error(error)
     return None
 
 
-def of_models(calls: Calls, seconds: float) -> Milliseconds:
+def sample_models(calls: Calls, seconds: float) -> Milliseconds:
     """Of whole calls, from the call to the end of the GPU's work; for about so many seconds."""
-    first = interleaved(calls, rounds=1, warmup=_WARMUP)
+    first = sample_in_turns(calls, rounds=1, warmup=_WARMUP)
     each = sum(sample.wall[0] for sample in first.values())
-    samples = interleaved(calls, rounds=max(_LEAST, min(_MOST, int(seconds / each))), warmup=0)
+    samples = sample_in_turns(calls, rounds=max(_LEAST, min(_MOST, int(seconds / each))), warmup=0)
     return {name: [1e3 * one for one in sample.wall] for name, sample in samples.items()}
 
 
-def faster(times: Milliseconds, name: str, over: str = "dense") -> tuple[float, float, float]:
+def compute_speedup(
+    times: Milliseconds, name: str, over: str = "dense"
+) -> tuple[float, float, float]:
     """How many times faster ``name`` is: quartiles of the ratios of the rounds."""
-    return ratio(times[over], times[name])
+    return compute_ratio(times[over], times[name])
 
 
-def typical(times: Milliseconds) -> dict[str, float]:
+def compute_medians(times: Milliseconds) -> dict[str, float]:
     """The median milliseconds of each."""
     return {name: median(each) for name, each in times.items()}
 
 
-def bound(run: nn.Module | Callable[..., Any], call: Call) -> Callable[[], object]:
+def bind_call(run: nn.Module | Callable[..., Any], call: Call) -> Callable[[], object]:
     """The call of a model; what it returns is dropped, as CUDA graphs want it."""
     args, kwargs = call
 
@@ -107,7 +109,7 @@ def error(out: Tensor, exact: Tensor) -> float:
     return found if found == found else float("inf")
 
 
-def lost() -> bool:
+def is_device_lost() -> bool:
     """Whether the GPU can be used no more by this process."""
     if not torch.cuda.is_available():
         return False
@@ -118,7 +120,7 @@ def lost() -> bool:
     return False
 
 
-def tidy() -> None:
+def free_memory() -> None:
     """Give back the memory of what was compared."""
     gc.collect()
     if torch.cuda.is_available():

@@ -29,13 +29,13 @@ def environment(arguments: list[str], commit: str | None) -> dict[str, Any]:
     """As it is now, before anything has run."""
     import torch
 
-    from sparsedm_compiler.autotune.timer import machine
+    from sparsedm_compiler.autotune.timer import describe_machine
 
     found = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "commit": commit or described() or "unknown",
+        "commit": commit or describe_commit() or "unknown",
         "arguments": arguments,
-        **machine(),
+        **describe_machine(),
         "system": platform.platform(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
@@ -73,7 +73,7 @@ def triton() -> str | None:
     return version
 
 
-def described() -> str | None:
+def describe_commit() -> str | None:
     """The commit of this copy, where it is a clone; "-dirty" if it was changed."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:

@@ -27,7 +27,7 @@ Point = tuple[float, str]
 """A median ratio, and of what."""
 
 
-def verdicts(results: Results) -> list[Verdict]:
+def judge_goals(results: Results) -> list[Verdict]:
     """Every goal; a rehearsal judges none."""
     found = [judge(results) for judge in GOALS]
     if results["rehearsal"]:

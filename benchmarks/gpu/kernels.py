@@ -16,11 +16,11 @@ from sparsedm_compiler.backends.registry import find_families
 from sparsedm_compiler.patterns import Pattern
 
 from .case import Case, Row, Tell
-from .comparing import bound, dense
-from .models import opened
-from .ops import DTYPE, calls, operands
+from .comparing import bind_call, dense
+from .models import open_model
+from .ops import DTYPE, calls, draw_operands
 from .plan import Layer, Plan
-from .training import step_of
+from .training import build_step_of
 
 AHEAD = 4
 """Models compiled ahead: the first of the plan, as few more are timed in the time there is."""
@@ -29,39 +29,39 @@ AHEAD = 4
 def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
     """In the order in which they are needed."""
     for name, batch in plan.models[:AHEAD] if plan.compiled else ():
-        yield Case(f"{name} {batch}", partial(compiled, plan, name, batch))
+        yield Case(f"{name} {batch}", partial(compile_dense, plan, name, batch))
     acts = sorted({layer.act for layer in plan.layers})
     for text in plan.op_patterns:
         for act in acts:
-            yield Case(f"{text} {act}", partial(built, plan, text, act))
+            yield Case(f"{text} {act}", partial(build_kernels, plan, text, act))
     for which in plan.training[:1] if plan.compiled else ():
         for pattern in (None, *plan.train_patterns):
-            yield Case(f"training {pattern}", partial(trained, plan, which, pattern))
+            yield Case(f"training {pattern}", partial(compile_step, plan, which, pattern))
 
 
-def compiled(plan: Plan, name: str, batch: int, tell: Tell) -> Iterator[Row]:
+def compile_dense(plan: Plan, name: str, batch: int, tell: Tell) -> Iterator[Row]:
     """A dense model, compiled."""
     with torch.no_grad():
-        model, call = opened(name, batch, plan.device, DTYPE)
-        bound(dense(model, plan), call)()
+        model, call = open_model(name, batch, plan.device, DTYPE)
+        bind_call(dense(model, plan), call)()
     yield {}
 
 
-def trained(plan: Plan, which: tuple[str, int], text: str | None, tell: Tell) -> Iterator[Row]:
+def compile_step(plan: Plan, which: tuple[str, int], text: str | None, tell: Tell) -> Iterator[Row]:
     """A training step, compiled; text: None for the dense model's."""
     with suppress(PatternError):
-        step_of(plan, which, text)()
+        build_step_of(plan, which, text)()
     yield {}
 
 
-def built(plan: Plan, text: str, act: str, tell: Tell) -> Iterator[Row]:
+def build_kernels(plan: Plan, text: str, act: str, tell: Tell) -> Iterator[Row]:
     """All kernels for a pattern and an activation, compiled."""
     with suppress(PatternError):
         pattern = Pattern.parse(text)
-        given = operands(Layer("any", "any", 256, 256, act), 512, plan.device)
-        for family in find_families(given.x.device.type):
+        operands = draw_operands(Layer("any", "any", 256, 256, act), 512, plan.device)
+        for family in find_families(operands.x.device.type):
             if not (family.why_unavailable() or family.why_refused(pattern, 256, 256, DTYPE)):
-                for _, run in calls(given, pattern, family):
+                for _, run in calls(operands, pattern, family):
                     with suppress(KernelError):
                         run()
     yield {}

@@ -24,7 +24,7 @@ from typing import Any
 from .case import ROOT, read, write
 from .clock import Clock
 from .packages import losses, refusal
-from .processes import ended
+from .processes import wait_or_stop
 
 SHARES = {"tests": 110, "ops": 140, "models": 145, "table": 65, "training": 60, "memory": 15}
 """Seconds of nine minutes."""
@@ -35,7 +35,7 @@ _AHEAD = 6
 
 def main(arguments: list[str] | None = None) -> int:
     """0: all went well; 1: something failed; 2: nothing can run here."""
-    options = parsed(arguments)
+    options = parse_arguments(arguments)
     missing = refusal()
     if missing is not None:
         print(missing)
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run(options, out, Path(scratch))
 
 
-def parsed(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
@@ -76,7 +76,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace, out: Path, scratch: Path) -> int:
     """All sections, and the report."""
     from .environment import card, environment
-    from .results import empty, failures, save
+    from .results import empty, list_failures, save
 
     chosen = {name: share for name, share in SHARES.items() if name in (options.only or SHARES)}
     clock = Clock(options.minutes, chosen)
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace, out: Path, scratch: Path) -> int:
     save(results, out / "results.json")
     write_report(results, out)
     print((out / "summary.md").read_text())
-    wrong = failures(results)
+    wrong = list_failures(results)
     print("\n".join(wrong) or "nothing failed")
     return 1 if wrong else 0
 
@@ -126,7 +126,7 @@ class Runner:
             self.results["tests"] = run_tests(self.out, self.scratch, until, self.environment)
         finally:
             for process in ahead:
-                ended(process, until)
+                wait_or_stop(process, until)
         save(self.results, self.out / "results.json")
 
     def section(self, name: str, until: float) -> None:
@@ -134,7 +134,7 @@ class Runner:
         start, log = time.time(), self.scratch / f"{name}-0.jsonl"
         for _ in range(_RESTARTS):
             process = self.child(name, until)
-            code = ended(process, until + _LAST_ROW, lambda: self.keep(name, log, start))
+            code = wait_or_stop(process, until + _LAST_ROW, lambda: self.keep(name, log, start))
             if code == 0:
                 break
             if code is None:
@@ -174,9 +174,9 @@ def path_with(root: Path) -> str:
 def write_report(results: dict[str, Any], out: Path) -> None:
     """summary.md, and the charts where matplotlib is installed."""
     from .charts import draw
-    from .packages import absent
+    from .packages import find_absent
     from .summary import summary
 
     (out / "summary.md").write_text(summary(results))
-    if not absent(["matplotlib"]):
+    if not find_absent(["matplotlib"]):
         draw(results, out)

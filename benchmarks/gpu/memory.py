@@ -18,7 +18,7 @@ from torch import nn
 import sparsedm_compiler as sdm
 
 from .case import Case, Row, Tell
-from .models import ENTRIES, Call, opened, per_model
+from .models import ENTRIES, Call, open_model, per_model
 from .plan import Plan
 from .pruned import kernels_of
 
@@ -37,7 +37,7 @@ def compare(
     entry = ENTRIES[name]
     row: Row = {"model": entry.title, "batch": batch, "dtype": "bfloat16", "patterns": {}}
     with torch.no_grad():
-        model, call = opened(name, batch, "cpu", torch.bfloat16)
+        model, call = open_model(name, batch, "cpu", torch.bfloat16)
         row["dense"] = bytes_of(copy.deepcopy(model), call, plan.device)
         for text in plan.model_patterns:
             crumb = f"{name} batch {batch} at {text}"

@@ -216,7 +216,7 @@ ENTRIES = {
 NEEDS_DIFFUSERS = ("sdxl",)
 
 
-def opened(name: str, batch: int, device: str, dtype: torch.dtype) -> tuple[nn.Module, Call]:
+def open_model(name: str, batch: int, device: str, dtype: torch.dtype) -> tuple[nn.Module, Call]:
     """A named model in eval() with random weights, and one call of it."""
     entry = ENTRIES[name]
     torch.manual_seed(0)

@@ -31,8 +31,15 @@ from sparsedm_compiler.backends.packing import fold_weight
 from sparsedm_compiler.backends.registry import find_families
 from sparsedm_compiler.patterns import Pattern
 
-from .case import Case, Row, Tell, plainly
-from .comparing import each_alone, error, faster, lost, of_ops, typical
+from .case import Case, Row, Tell, format_error
+from .comparing import (
+    compute_medians,
+    compute_speedup,
+    error,
+    is_device_lost,
+    sample_ops,
+    sample_sound_ops,
+)
 from .plan import Layer, Plan
 
 DTYPE = torch.bfloat16
@@ -44,7 +51,7 @@ Run = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class Operands:
     """The operands of one case: x [tokens, cols], weight [rows, cols], bias [rows]."""
 
     layer: Layer
@@ -70,51 +77,51 @@ def compare(
 ) -> Iterator[Row]:
     """The row of one layer."""
     torch.compiler.reset()
-    given = operands(layer, tokens, plan.device)
+    operands = draw_operands(layer, tokens, plan.device)
     row: Row = {
         **{"model": layer.model, "layer": layer.name, "tokens": tokens, "cols": layer.cols},
         **{"rows": layer.rows, "act": layer.act, "dtype": "bfloat16", "patterns": {}},
     }
-    baseline, finalists = dense(given, plan), dict[str, Run]()
+    baseline, finalists = dense(operands, plan), dict[str, Run]()
     for text in plan.op_patterns:
-        trial = Trial(given, text, avoid, tell)
+        trial = Trial(operands, text, avoid, tell)
         best = trial.fastest(baseline, plan)
         row["patterns"][text] = trial.found
         if best is not None:
             finalists[text] = best
-    times = of_ops({"dense": baseline, **finalists}, plan, plan.rounds)
-    row["dense_ms"] = typical(times)["dense"]
+    times = sample_ops({"dense": baseline, **finalists}, plan, plan.rounds)
+    row["dense_ms"] = compute_medians(times)["dense"]
     for text in finalists:
-        row["patterns"][text]["ratio"] = faster(times, text)
-    print(told(row), flush=True)
+        row["patterns"][text]["ratio"] = compute_speedup(times, text)
+    print(format_row(row), flush=True)
     yield row
 
 
-def operands(layer: Layer, tokens: int, device: str) -> Given:
+def draw_operands(layer: Layer, tokens: int, device: str) -> Operands:
     """Random ones: as large as those of a real layer, and no zeros, which would run faster."""
     torch.manual_seed(0)
     draw = partial(torch.randn, device=device)
     weight = draw(layer.rows, layer.cols) / layer.cols**0.5
     x, bias = draw(tokens, layer.cols), 0.1 * draw(layer.rows)
-    return Given(layer, x.to(DTYPE), weight.to(DTYPE), bias.to(DTYPE))
+    return Operands(layer, x.to(DTYPE), weight.to(DTYPE), bias.to(DTYPE))
 
 
-def dense(given: Given, plan: Plan) -> Run:
+def dense(operands: Operands, plan: Plan) -> Run:
     """The unpruned layer as torch runs it, compiled where an activation can be fused to it."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return apply_activation(F.linear(x, weight, bias), given.layer.act)
+        return apply_activation(F.linear(x, weight, bias), operands.layer.act)
 
-    if given.layer.act != "none" and plan.compiled:
+    if operands.layer.act != "none" and plan.compiled:
         run = torch.compile(run, fullgraph=True, dynamic=False)
-    return partial(run, given.x, given.weight, given.bias)
+    return partial(run, operands.x, operands.weight, operands.bias)
 
 
 class Trial:
     """One layer at one pattern: what every kernel does. ``found``: what was seen, by kernel."""
 
-    def __init__(self, given: Given, text: str, avoid: frozenset[str], tell: Tell) -> None:
-        self.given, self.text, self.avoid, self.tell = given, text, avoid, tell
+    def __init__(self, operands: Operands, text: str, avoid: frozenset[str], tell: Tell) -> None:
+        self.operands, self.text, self.avoid, self.tell = operands, text, avoid, tell
         self.found: dict[str, Any] = {"refused": {}, "wrong": {}, "error": {}, "ms": {}}
         self.found["inexact"] = []
         self.ready: dict[str, Run] = {}
@@ -126,29 +133,29 @@ class Trial:
         except PatternError as why:
             self.found["refused"]["pattern"] = str(why)
             return None
-        exact = expected(self.given, pattern)
-        for family in find_families(self.given.x.device.type):
+        exact = compute_exact(self.operands, pattern)
+        for family in find_families(self.operands.x.device.type):
             if not family.inexact or self.text == INEXACT_AT:
                 self.try_family(family, pattern, exact)
-        return self.screened(baseline, plan) if self.ready else None
+        return self.screen(baseline, plan) if self.ready else None
 
     def try_family(self, family: KernelFamily, pattern: Pattern, exact: Tensor) -> None:
         """All kernels of a family."""
-        size, name = (self.given.layer.rows, self.given.layer.cols), "/".join(family.names)
+        size, name = (self.operands.layer.rows, self.operands.layer.cols), "/".join(family.names)
         why_not = family.why_unavailable() or family.why_refused(pattern, *size, DTYPE)
         if why_not is not None:
             self.found["refused"][name] = why_not
             return
         bound = INEXACT if family.inexact else TOLERANCE
         try:
-            for kernel, run in calls(self.given, pattern, family):
+            for kernel, run in calls(self.operands, pattern, family):
                 if self.fits(str(kernel), run, exact, bound):
                     self.ready[str(kernel)] = run
                     self.found["inexact"] += [str(kernel)] if family.inexact else []
         except Exception as bug:  # of packing
-            if lost():
+            if is_device_lost():
                 raise
-            self.found["wrong"][name] = plainly(bug)
+            self.found["wrong"][name] = format_error(bug)
 
     def fits(self, kernel: str, run: Run, exact: Tensor, bound: float) -> bool:
         """Whether a kernel runs this shape and is as near to float32 as that."""
@@ -164,19 +171,19 @@ class Trial:
             self.found["refused"][kernel] = str(why)[:200]
             return False
         except Exception as bug:
-            if lost():
+            if is_device_lost():
                 raise
-            self.found["wrong"][kernel] = plainly(bug)
+            self.found["wrong"][kernel] = format_error(bug)
             return False
         self.found["error"][kernel] = float(f"{off:.3g}")
         if off > bound:
             self.found["wrong"][kernel] = f"off by {off:.2g}"
         return off <= bound
 
-    def screened(self, baseline: Run, plan: Plan) -> Run | None:
+    def screen(self, baseline: Run, plan: Plan) -> Run | None:
         """The fastest of a few rounds of all, and what the gate would say to it."""
-        samples, broken = each_alone({"dense": baseline, **self.ready}, plan, plan.screening)
-        times = {name: round(ms, 6) for name, ms in typical(samples).items()}
+        samples, broken = sample_sound_ops({"dense": baseline, **self.ready}, plan, plan.screening)
+        times = {name: round(ms, 6) for name, ms in compute_medians(samples).items()}
         self.found["wrong"] |= broken
         self.found["screened_dense_ms"] = dense_ms = times.pop("dense")
         self.found["ms"] = times
@@ -190,17 +197,20 @@ class Trial:
 
 
 def calls(
-    given: Given, pattern: Pattern, family: KernelFamily
+    operands: Operands, pattern: Pattern, family: KernelFamily
 ) -> Iterator[tuple[KernelConfig, Run]]:
     """Every kernel of a family with its call; weights are packed once for all that share them."""
     packed: dict[KernelConfig, Tensor] = {}
     for kernel in family.list_candidates(pattern, DTYPE):
         form = WeightFormat(pattern, DTYPE, kernel.untiled)
         if kernel.untiled not in packed:
-            packed[kernel.untiled] = fold_weight(given.weight, form, "weight")
-        op, arguments = family.call(given.work, form, kernel.tile)
+            packed[kernel.untiled] = fold_weight(operands.weight, form, "weight")
+        op, arguments = family.call(operands.work, form, kernel.tile)
         weight = packed[kernel.untiled]
-        yield kernel, partial(op, given.x, weight, given.bias, given.layer.rows, **arguments)
+        yield (
+            kernel,
+            partial(op, operands.x, weight, operands.bias, operands.layer.rows, **arguments),
+        )
 
 
 def poison(like: Tensor) -> None:
@@ -209,14 +219,14 @@ def poison(like: Tensor) -> None:
     del del_me
 
 
-def expected(given: Given, pattern: Pattern) -> Tensor:
+def compute_exact(operands: Operands, pattern: Pattern) -> Tensor:
     """The masked layer in float32."""
-    weight = fold_weight(given.weight, WeightFormat(pattern), "weight")
-    out = F.linear(given.x.float(), weight.float(), given.bias.float())
-    return apply_activation(out, given.layer.act)
+    weight = fold_weight(operands.weight, WeightFormat(pattern), "weight")
+    out = F.linear(operands.x.float(), weight.float(), operands.bias.float())
+    return apply_activation(out, operands.layer.act)
 
 
-def told(row: Row) -> str:
+def format_row(row: Row) -> str:
     """The row in one line."""
     parts = [
         f"{text} {each['ratio'][1]:.2f}" if "ratio" in each else f"{text} -"

@@ -26,25 +26,25 @@ HELPFUL = {
 """Import name -> (name to install, what happens without it)."""
 
 
-def absent(names: Iterable[str]) -> list[str]:
+def find_absent(names: Iterable[str]) -> list[str]:
     """Those that cannot be imported here."""
     return [name for name in names if find_spec(name) is None]
 
 
 def refusal() -> str | None:
     """Why nothing can run at all, and which wheels to bring; None if everything needed is here."""
-    missing = [NEEDED[name] for name in absent(NEEDED)]
+    missing = [NEEDED[name] for name in find_absent(NEEDED)]
     if not missing:
         return None
-    return f"missing: {', '.join(missing)}. {how_to_bring(missing)}"
+    return f"missing: {', '.join(missing)}. {explain_install(missing)}"
 
 
 def losses() -> list[str]:
     """One sentence for every helpful package that is missing."""
-    return [f"without {HELPFUL[name][0]}: {HELPFUL[name][1]}" for name in absent(HELPFUL)]
+    return [f"without {HELPFUL[name][0]}: {HELPFUL[name][1]}" for name in find_absent(HELPFUL)]
 
 
-def how_to_bring(names: Iterable[str]) -> str:
+def explain_install(names: Iterable[str]) -> str:
     """How to install packages on a machine without a network."""
     return (
         "Where there is no network, download them elsewhere (python3 -m pip download --no-deps "

@@ -13,7 +13,7 @@ _PAUSE = 1.0
 _GRACE = 3.0
 
 
-def ended(
+def wait_or_stop(
     process: subprocess.Popen[bytes], until: float, meanwhile: Callable[[], object] | None = None
 ) -> int | None:
     """The exit code of a process that leads its own session; None if it had to be stopped."""

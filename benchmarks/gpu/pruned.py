@@ -29,21 +29,21 @@ def student_of(
     return sdm.compile(model, pattern, mode="infer", policy=policy, backend=backend, kernels=pinned)
 
 
-def checked(model: nn.Module, student: nn.Module, call: Call) -> dict[str, Any]:
+def check_student(model: nn.Module, student: nn.Module, call: Call) -> dict[str, Any]:
     """How far the student is from the masked model in float32, and how far plain torch is.
 
     ``wrong``: whether it is more than twice as far as the same masked weights run dense in the
     model's dtype. The first call of the student, which compiles it, is in here.
     """
     out = output(student, call).clone()
-    plain = masked(model, student)
+    plain = make_masked(model, student)
     rounded = output(plain, call)
     exact = output(plain.float(), cast(call, torch.float32))
     off, usual = error(out, exact), error(rounded, exact)
     return {"error": off, "dense_error": usual, "wrong": not off <= 2 * usual + SLACK}
 
 
-def masked(model: nn.Module, student: nn.Module) -> nn.Module:
+def make_masked(model: nn.Module, student: nn.Module) -> nn.Module:
     """A copy of the model with the student's masks in its weights."""
     plain = copy.deepcopy(model)
     with torch.no_grad():

@@ -71,7 +71,7 @@ def load(paths: Sequence[Path]) -> Results:
     return whole
 
 
-def failures(results: Results) -> list[str]:
+def list_failures(results: Results) -> list[str]:
     """One sentence for everything that went wrong: tests, sections, kernels that are not right."""
     tests = results["tests"] or {"failed": {}}
     found = [f"test {name}: {why}" for name, why in tests["failed"].items()]

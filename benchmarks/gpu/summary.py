@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparsedm_compiler.autotune.timer import spread
+from sparsedm_compiler.autotune.timer import format_ratio
 
-from .goals import models, verdicts
+from .goals import judge_goals, models
 from .quality import Quality, quality
-from .results import Results, failures
+from .results import Results, list_failures
 
 REHEARSAL = "CPU rehearsal, not a measurement"
 _GONE = "–"  # noqa: RUF001
@@ -27,14 +27,14 @@ def summary(results: Results) -> str:
             mark = f" ({REHEARSAL})" if results["rehearsal"] else ""
             parts += [f"## {title}{mark}", section(results, known)]
     parts += [known.about] if any(results[key] for _, key, _ in SECTIONS) else []
-    wrong = failures(results)
+    wrong = list_failures(results)
     parts += ["## What failed", "\n".join(f"- {line}" for line in wrong)] if wrong else []
     return "\n\n".join(parts) + "\n"
 
 
 def head(results: Results) -> list[str]:
     """Title, machine, goals, how far each section came."""
-    about, goals = results["environment"], verdicts(results)
+    about, goals = results["environment"], judge_goals(results)
     if results["rehearsal"]:
         title = f"# {REHEARSAL}"
         said = "Every section at toy sizes on a CPU, the CUDA kernels by their references in torch."
@@ -230,7 +230,7 @@ def losses(known: Quality, patterns: Sequence[str], before: int) -> Cells:
 def speed(results: Results, quartiles: Sequence[float]) -> str:
     """A ratio; in a rehearsal, that there is one."""
     low, middle, high = quartiles
-    return "ran" if results["rehearsal"] else spread((low, middle, high))
+    return "ran" if results["rehearsal"] else format_ratio((low, middle, high))
 
 
 def counts(kernels: dict[str, int]) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .case import ROOT
-from .packages import absent
-from .processes import ended
+from .packages import find_absent
+from .processes import wait_or_stop
 from .recorder import LOG
 
 MARK = re.compile(r"\bmark\.gpu\b")
@@ -23,7 +23,7 @@ _TOGETHER = 8
 _EACH = 120
 
 
-def marked_files(root: Path = ROOT) -> list[str]:
+def find_marked_files(root: Path = ROOT) -> list[str]:
     """The test files that hold tests marked ``gpu``, or import a helper that marks them."""
     texts = {path: path.read_text() for path in sorted((root / "tests").rglob("*.py"))}
     marking = [path for path, text in texts.items() if MARK.search(text)]
@@ -39,7 +39,7 @@ def marked_files(root: Path = ROOT) -> list[str]:
 
 def command(files: list[str]) -> list[str]:
     """pytest on these files, without the options of pyproject.toml that need plugins."""
-    missing = absent(("xdist", "pytest_timeout"))
+    missing = find_absent(("xdist", "pytest_timeout"))
     options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "default"]
     options += ["-p", "benchmarks.gpu.recorder", "--continue-on-collection-errors"]
     together = min(_TOGETHER, (os.cpu_count() or 1) // 2)
@@ -52,7 +52,7 @@ def command(files: list[str]) -> list[str]:
 
 def run_tests(out: Path, scratch: Path, until: float, given: Mapping[str, str]) -> dict[str, Any]:
     """What became of every test; what pytest said is written to ``out``/tests.txt."""
-    files, log = marked_files(), scratch / "tests.jsonl"
+    files, log = find_marked_files(), scratch / "tests.jsonl"
     log.touch()
     start = time.time()
     keep = {key: value for key, value in given.items() if not key.startswith("PYTEST_")}
@@ -62,8 +62,8 @@ def run_tests(out: Path, scratch: Path, until: float, given: Mapping[str, str]) 
             command(files), cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
-        code = ended(process, until)
-    found = outcomes(log.read_text())
+        code = wait_or_stop(process, until)
+    found = read_outcomes(log.read_text())
     found |= {"files": files, "stopped": code is None, "seconds": time.time() - start}
     # 5: no test was collected. None: the time was up.
     broken = code not in (0, 1, 5, None) and not found["failed"] and not found["left_out"]
@@ -72,7 +72,7 @@ def run_tests(out: Path, scratch: Path, until: float, given: Mapping[str, str]) 
     return found
 
 
-def outcomes(log: str) -> dict[str, Any]:
+def read_outcomes(log: str) -> dict[str, Any]:
     """{"passed": [...], "failed": {name: why}, "skipped": {...}, "left_out": {file: why}}."""
     found: dict[str, Any] = {"passed": [], "failed": {}, "skipped": {}, "left_out": {}}
     for line in log.splitlines():
@@ -83,7 +83,7 @@ def outcomes(log: str) -> dict[str, Any]:
             found["passed"].append(name)
         elif outcome.endswith("skipped"):
             found["skipped"][name] = why
-        elif missing and absent([missing[1].split(".")[0]]):
+        elif missing and find_absent([missing[1].split(".")[0]]):
             found["left_out"][name] = f"needs {missing[1]}, which is not installed"
         elif "which is not installed" in why:  # as the package words it where it wants an extra
             found["left_out"][name] = why

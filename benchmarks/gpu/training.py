@@ -16,8 +16,8 @@ import sparsedm_compiler as sdm
 from benchmarks.train_step import build_step
 
 from .case import Case, Row, Tell
-from .comparing import faster, of_models, typical
-from .models import ENTRIES, opened, per_model
+from .comparing import compute_medians, compute_speedup, sample_models
+from .models import ENTRIES, open_model, per_model
 from .plan import Plan
 from .pruned import kernels_of
 
@@ -38,7 +38,7 @@ def compare(
     name, batch = which
     entry = ENTRIES[name]
     row: Row = {"model": entry.title, "batch": batch, "dtype": "bfloat16 autocast", "patterns": {}}
-    model, call = opened(name, batch, plan.device, torch.float32)
+    model, call = open_model(name, batch, plan.device, torch.float32)
     dense = build_step(torch.compile(model, backend=backend(plan)), call, sr_ste=False)
     for text in plan.train_patterns:
         crumb = f"{name} batch {batch} at {text}"
@@ -55,13 +55,13 @@ def compare(
                 model, text, backend=backend(plan), policy=entry.policy, kernels={"*": "sparse"}
             )
             steps["sparse"] = build_step(pinned, call, sr_ste=False)
-        times = of_models({"dense": dense, **steps}, plan.seconds)
+        times = sample_models({"dense": dense, **steps}, plan.seconds)
         masked = sum(weight.numel() for weight, _ in sdm.masked_parameters(student).values())
         row["patterns"][text] = {
             "masked_share": masked / sum(weight.numel() for weight in student.parameters()),
-            "ms": typical(times),
+            "ms": compute_medians(times),
             # the other way round than everywhere else: a step over the dense step
-            "step": {kind: faster(times, "dense", kind) for kind in steps},
+            "step": {kind: compute_speedup(times, "dense", kind) for kind in steps},
         }
         if text in SPARSE:
             row["patterns"][text]["sparse_kernels"] = kernels_of(pinned)
@@ -70,10 +70,10 @@ def compare(
         yield row
 
 
-def step_of(plan: Plan, which: tuple[str, int], text: str | None) -> Callable[[], None]:
+def build_step_of(plan: Plan, which: tuple[str, int], text: str | None) -> Callable[[], None]:
     """One training step, of the dense model where there is no pattern."""
     name, batch = which
-    model, call = opened(name, batch, plan.device, torch.float32)
+    model, call = open_model(name, batch, plan.device, torch.float32)
     if text is None:
         return build_step(torch.compile(model, backend=backend(plan)), call, sr_ste=False)
     student = sdm.compile(model, text, backend=backend(plan), policy=ENTRIES[name].policy)

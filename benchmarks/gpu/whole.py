@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from .case import Case, Row, Tell
-from .comparing import bound, dense, faster, of_models, typical
-from .models import ENTRIES, NEEDS_DIFFUSERS, opened, per_model
+from .comparing import bind_call, compute_medians, compute_speedup, dense, sample_models
+from .models import ENTRIES, NEEDS_DIFFUSERS, open_model, per_model
 from .plan import Plan
-from .pruned import checked, kernels_of, reasons_of, student_of
+from .pruned import check_student, kernels_of, reasons_of, student_of
 
 DTYPE = torch.bfloat16
 
@@ -39,7 +39,7 @@ def compare(
     row: Row = {"model": entry.title, "name": name, "batch": batch, "dtype": "bfloat16"}
     row |= {"stand_in": "stand-in" in entry.title, "patterns": {}}
     with torch.no_grad():
-        model, call = opened(name, batch, plan.device, DTYPE)
+        model, call = open_model(name, batch, plan.device, DTYPE)
         compiled = dense(model, plan)
         for text in plan.model_patterns:
             crumb = f"{name} batch {batch} at {text}"
@@ -48,20 +48,20 @@ def compare(
                 continue
             tell(crumb)
             student = student_of(model, text, plan, policy=entry.policy, kernels=plan.kernels)
-            found: dict[str, Any] = checked(model, student, call)
+            found: dict[str, Any] = check_student(model, student, call)
             found |= {"kernels": kernels_of(student), "dense_because": reasons_of(student)}
             if not found["wrong"]:
                 runs = {"dense": compiled, "sparse": student}
-                calls = {key: bound(run, call) for key, run in runs.items()}
-                times = of_models(calls, plan.seconds)
-                found |= {"ratio": faster(times, "sparse"), "ms": typical(times)}
+                calls = {key: bind_call(run, call) for key, run in runs.items()}
+                times = sample_models(calls, plan.seconds)
+                found |= {"ratio": compute_speedup(times, "sparse"), "ms": compute_medians(times)}
             row["patterns"][text] = found
             del student
-            print(told(row, text), flush=True)
+            print(format_row(row, text), flush=True)
             yield row
 
 
-def told(row: Row, text: str) -> str:
+def format_row(row: Row, text: str) -> str:
     """One pattern of a row in one line."""
     found = row["patterns"][text]
     speed = f"{found['ratio'][1]:.3f} times as fast" if "ratio" in found else "wrong"

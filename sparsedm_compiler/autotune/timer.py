@@ -1,4 +1,4 @@
-"""Timing side by side: every candidate once per round, in a new order each round."""
+"""Times candidates side by side: every one once per round, in a new order in every round."""
 
 from __future__ import annotations
 
@@ -17,32 +17,37 @@ from ..backends.interleaved_timer import interleave
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Seconds of every round: by the clock on the wall, and of CPU time of this process."""
+    """Seconds of every round.
+
+    Attributes:
+        wall: By the clock on the wall.
+        cpu: CPU time of this process.
+    """
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def of(self, clock: str) -> list[float]:
-        """The seconds by "wall" or "cpu"."""
+        """Returns the seconds by "wall" or "cpu"."""
         return {"wall": self.wall, "cpu": self.cpu}[clock]
 
 
-def interleaved(
+def sample_in_turns(
     calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
 ) -> dict[str, Samples]:
-    """Samples of every call, taken in turns so that all of them meet the same machine."""
+    """Returns samples of every call, taken in turns so that all of them meet the same machine."""
     for _ in range(warmup):
         for call in calls.values():
             call()
-    seconds = interleave(calls, timed, range(rounds))
+    seconds = interleave(calls, time_call, range(rounds))
     return {
         name: Samples([wall for wall, _ in pairs], [cpu for _, cpu in pairs])
         for name, pairs in seconds.items()
     }
 
 
-def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds on the wall and of CPU time that one call takes, the accelerator's work included."""
+def time_call(call: Callable[[], object]) -> tuple[float, float]:
+    """Returns the seconds on the wall and of CPU time of one call, with the accelerator's work."""
     _wait()
     wall, cpu = time.perf_counter(), time.process_time()
     call()
@@ -55,22 +60,22 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def ratio(of: list[float], over: list[float]) -> tuple[float, float, float]:
-    """Quartiles (25 %, median, 75 %) of ``of / over``, round by round."""
+def compute_ratio(of: list[float], over: list[float]) -> tuple[float, float, float]:
+    """Returns the quartiles (25 %, median, 75 %) of ``of / over``, round by round."""
     low, middle, high = statistics.quantiles(
         [a / b for a, b in zip(of, over, strict=True)], n=4, method="inclusive"
     )
     return low, middle, high
 
 
-def spread(quartiles: tuple[float, float, float]) -> str:
-    """A ratio as text: the median, and the quartiles in brackets."""
+def format_ratio(quartiles: tuple[float, float, float]) -> str:
+    """Returns a ratio as text: the median, and the quartiles in brackets."""
     low, middle, high = quartiles
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def machine() -> dict[str, Any]:
-    """What a number needs beside it to mean something."""
+def describe_machine() -> dict[str, Any]:
+    """Returns the facts about this machine that a measured number needs beside it."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -1,8 +1,8 @@
 """The base class of kernel families, and the values that pass between them and the passes.
 
-A family is the kernels of one device that read one packed format. It declares which kinds of
-pattern it runs and which wishes its ops have; passes and kernel selection ask ``registry`` and
-never name a family.
+A family is the kernels of one device that read one packed format. It declares the kinds of pattern
+that it runs and the needs of its ops; passes and kernel selection ask ``registry`` and never name
+a family.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class KernelConfig:
 
 @dataclass(frozen=True, slots=True)
 class MatmulProblem:
-    """One product by a weight: what a kernel has to compute.
+    """One product by a weight, as a kernel has to compute it.
 
     Attributes:
         inputs: Shape of x; hints where a size is symbolic.
@@ -104,7 +104,8 @@ class WeightFormat:
 class KernelFamily(ABC):
     """The kernels of one device that read one packed format.
 
-    A new family is one concrete subclass, registered by ``registry.register_family``.
+    A new family is one concrete subclass, registered by ``registry.register_family``; the smallest
+    one is in ``tests/backends/test_toy_family.py``.
 
     Attributes:
         device: Device type of the tensors that it runs on: "cpu", "cuda".
@@ -193,22 +194,28 @@ class KernelFamily(ABC):
         """
 
     @abstractmethod
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat) -> Tensor:
         """Returns the masked dense weight of that shape, to the bit."""
 
     @abstractmethod
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
+    def check(
+        self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat
+    ) -> torch.dtype:
         """Returns the dtype of a packed weight from a file: as of ``to_portable``, on the CPU.
 
         Raises PackError unless it is one of that shape that may be run or unpacked.
         """
 
-    def to_portable(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
+    def to_portable(
+        self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat
+    ) -> Tensor:
         """Returns the packed weight as files hold it, on the CPU, for ``check`` and ``unpack``."""
         return packed.cpu()
 
     @abstractmethod
-    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
+    def call(
+        self, problem: MatmulProblem, weight_format: WeightFormat, tile: tuple[int, ...]
+    ) -> OpCall:
         """Returns the op for a product and its arguments behind (x, packed weight, bias, rows)."""
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""All kernel families: by device, by the names of their kernels, and by what their ops wish."""
+"""All kernel families: by device, by the names of their kernels, and by the ops they declare."""
 
 from __future__ import annotations
 

@@ -165,34 +165,34 @@ def measure(
     """Returns the seconds that ``call`` takes with every candidate, timed in turns."""
     from functools import partial
 
-    from ..autotune.timer import interleaved
+    from ..autotune.timer import sample_in_turns
 
     calls = {name: partial(call, candidate) for name, candidate in candidates.items()}
-    return interleaved(calls, rounds=rounds)
+    return sample_in_turns(calls, rounds=rounds)
 
 
 def compute_ratios(
     times: Mapping[str, Samples], patterns: Sequence[str]
 ) -> dict[str, dict[str, Quartiles]]:
     """Returns the speed-up of every pattern over every dense candidate, in quartiles."""
-    from ..autotune.timer import ratio
+    from ..autotune.timer import compute_ratio
 
     dense = [name for name in times if name not in patterns]
     return {
-        text: {name: ratio(times[name].wall, times[text].wall) for name in dense}
+        text: {name: compute_ratio(times[name].wall, times[text].wall) for name in dense}
         for text in patterns
     }
 
 
 def store_speedup(results: Path, ratios: Mapping[str, Mapping[str, Quartiles]], batch: int) -> None:
     """Stores the speed-up of a run over the fastest dense model in its results.json."""
-    from ..autotune.timer import machine
+    from ..autotune.timer import describe_machine
     from ..backends.processor import read_cpu_name
     from ..train.checkpoint import replace_text
 
     (own,) = ratios.values()
     name, (_, median, _) = min(own.items(), key=lambda item: item[1][1])
-    facts = {"processor": read_cpu_name(), **machine()}
+    facts = {"processor": read_cpu_name(), **describe_machine()}
     about = describe_machine(facts).rpartition(", load")[0]
     values = json.loads(results.read_text(encoding="utf-8"))
     values["speed"] = {"ratio": median, "baseline": f"{name}, batch {batch}, {about}"}
@@ -203,18 +203,18 @@ def print_ratios(
     times: Mapping[str, Samples], case: BenchmarkCase, options: argparse.Namespace, backend: str
 ) -> None:
     """Prints the ratios as a table, or as JSON."""
-    from ..autotune.timer import machine, spread
+    from ..autotune.timer import describe_machine, format_ratio
     from ..backends.processor import read_cpu_name
 
     ratios = compute_ratios(times, case.patterns)
     dense = [*next(iter(ratios.values()))]
-    facts = {"processor": read_cpu_name(), **machine()}
+    facts = {"processor": read_cpu_name(), **describe_machine()}
     if options.json:
         values = {"model": options.model, "batch": options.batch or 1, "prune": case.prune}
         values |= {"backend": backend, "rounds": options.rounds, "machine": facts}
         print(json.dumps({**values, "times_faster": ratios}, indent=2))
         return
-    body = [[text, *(spread(ratios[text][name]) for name in dense)] for text in case.patterns]
+    body = [[text, *(format_ratio(ratios[text][name]) for name in dense)] for text in case.patterns]
     print(f"{options.model}, batch {options.batch or 1}: times faster than")
     print(tabulate(body, ["pattern", *dense], disable_numparse=True))
     print(f"medians of {options.rounds} rounds [quartiles]; {describe_machine(facts)}")

@@ -63,16 +63,20 @@ class ToyFamily(KernelFamily):
         self.require_accepted(pattern)
         return to_matrix(weight.detach() * mask)
 
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat) -> Tensor:
         return from_matrix(packed, shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
+    def check(
+        self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat
+    ) -> torch.dtype:
         if tuple(packed.shape) != shape:
             raise PackError(f"it is packed as {tuple(packed.shape)}, not {shape}")
         return packed.dtype
 
-    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
-        return toy_linear_op, {"act": work.act}
+    def call(
+        self, problem: MatmulProblem, weight_format: WeightFormat, tile: tuple[int, ...]
+    ) -> OpCall:
+        return toy_linear_op, {"act": problem.act}
 
     def describe_machine(self) -> tuple[Any, ...]:
         return ("toy",)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.autotune.timer import Samples, interleaved, ratio
+from sparsedm_compiler.autotune.timer import Samples, compute_ratio, sample_in_turns
 from sparsedm_compiler.cli.bench import BenchmarkCase, describe_machine, make_candidates
 from sparsedm_compiler.models import UViT
 from tests.cli.conftest import Shell
@@ -132,10 +132,10 @@ def test_bench_of_an_invalid_request_is_refused(shell: Shell, argv: list[str], s
 
 def test_interleaved_takes_turns_and_ratio_compares_within_rounds() -> None:
     order: list[str] = []
-    times = interleaved({name: lambda n=name: order.append(n) for name in "abc"}, rounds=2)
+    times = sample_in_turns({name: lambda n=name: order.append(n) for name in "abc"}, rounds=2)
     assert "".join(order) == "abc" * 2 + "abc" + "bca"
     assert {len(samples.of("wall")) for samples in times.values()} == {2}
-    assert ratio([1.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == (1.5, 2.0, 2.5)
+    assert compute_ratio([1.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == (1.5, 2.0, 2.5)
     assert Samples([1.0], [2.0]).of("cpu") == [2.0]
 
 

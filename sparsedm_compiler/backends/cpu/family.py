@@ -55,19 +55,23 @@ class CpuFamily(KernelFamily):
         accepted = self.require_accepted(pattern)
         return pack(weight, mask, accepted, width=width, wide=bool(wide))
 
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat) -> Tensor:
         return unpack_weight(packed, shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
+    def check(
+        self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat
+    ) -> torch.dtype:
         check(packed)
         layout = read_layout(packed)
         if (layout.rows, layout.rows * layout.cols) != (shape[0], math.prod(shape)):
             raise PackError(f"it is packed as {layout.rows} x {layout.cols}, not {shape}")
         return layout.dtype
 
-    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
+    def call(
+        self, problem: MatmulProblem, weight_format: WeightFormat, tile: tuple[int, ...]
+    ) -> OpCall:
         (vectors,) = tile
-        return work.choose_op(nm_linear_op, nm_conv2d_op, act=work.act, tile=vectors)
+        return problem.choose_op(nm_linear_op, nm_conv2d_op, act=problem.act, tile=vectors)
 
     def describe_machine(self) -> tuple[Any, ...]:
         capability = torch.backends.cpu.get_cpu_capability()

@@ -18,7 +18,7 @@ _HEADER: Final = struct.Struct("<12iq3q")
 HEADER_BYTES: Final = _HEADER.size
 _MAGIC: Final = 0x314D4E53
 TYPES: Final = (torch.float32, torch.bfloat16)
-"""Of values and activations; their index is their code in vec.h."""
+"""Dtypes of values and activations; their index is their code in vec.h."""
 _ALIGN: Final = 64
 _UNIT, _DEPTH = 16, 32  # rows and kept columns of a block of the wide layout
 

@@ -62,22 +62,29 @@ class RawFormatFamily(CudaFamily):
         accepted = self.require_accepted(pattern)
         return self.format.pack(to_matrix(weight.detach()), to_matrix(mask), accepted)
 
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
-        accepted, dtype = self.require_accepted(form.pattern), self._find_dtype(form)
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat) -> Tensor:
+        accepted, dtype = (
+            self.require_accepted(weight_format.pattern),
+            self._find_dtype(weight_format),
+        )
         dense = self.format.unpack(packed, *_find_size(shape), accepted, dtype)
         return from_matrix(dense, shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
-        dtype, size = self._find_dtype(form), _find_size(shape)
-        reason = self.why_refused(form.pattern, *size, dtype)
+    def check(
+        self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat
+    ) -> torch.dtype:
+        dtype, size = self._find_dtype(weight_format), _find_size(shape)
+        reason = self.why_refused(weight_format.pattern, *size, dtype)
         if reason is not None:
-            raise PackError(f"no weight of {list(shape)} is packed to {form.pattern}: {reason}")
-        self.format.check(packed, *size, self.require_accepted(form.pattern), dtype)
+            raise PackError(
+                f"no weight of {list(shape)} is packed to {weight_format.pattern}: {reason}"
+            )
+        self.format.check(packed, *size, self.require_accepted(weight_format.pattern), dtype)
         return dtype
 
-    def _find_dtype(self, form: WeightFormat) -> torch.dtype:
-        assert form.kernel is not None
-        (code,) = form.kernel.layout
+    def _find_dtype(self, weight_format: WeightFormat) -> torch.dtype:
+        assert weight_format.kernel is not None
+        (code,) = weight_format.kernel.layout
         return self.format.TYPES[code]
 
 

@@ -61,24 +61,30 @@ class CuSparseLtFamily(CudaFamily):
         values, mask = check_matrices(weight, mask, pattern, self)
         return torch._cslt_compress(values) if values.is_cuda else pack24(values, mask)
 
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat) -> Tensor:
         return from_matrix(to_dense(packed, shape[0], math.prod(shape[1:])), shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
+    def check(
+        self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat
+    ) -> torch.dtype:
         dtype, rows, cols = read_header(packed)
         if (rows, rows * cols) != (shape[0], math.prod(shape)):
             raise PackError(f"it is packed as {rows} x {cols}, not {shape}")
         return dtype
 
-    def to_portable(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
+    def to_portable(
+        self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat
+    ) -> Tensor:
         if not packed.is_cuda:
             return packed
-        dense = to_matrix(self.unpack(packed, shape, form))
+        dense = to_matrix(self.unpack(packed, shape, weight_format))
         return pack24(dense, dense != 0)
 
-    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
+    def call(
+        self, problem: MatmulProblem, weight_format: WeightFormat, tile: tuple[int, ...]
+    ) -> OpCall:
         setting = CuSparseLtSetting(*tile)._asdict()
-        return work.choose_op(semi_linear, semi_conv2d, act=work.act, **setting)
+        return problem.choose_op(semi_linear, semi_conv2d, act=problem.act, **setting)
 
 
 def check_matrices(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import PackError
 
 TYPES: Final = (torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
-"""Of the values; their index is their code in the header."""
+"""Dtypes of the values; their index is their code in the header."""
 GROUP, KEPT = 4, 2
 _HEADER: Final = struct.Struct("<4i")
 _MAGIC: Final = 0x3432534E

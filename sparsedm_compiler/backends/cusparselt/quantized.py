@@ -78,18 +78,22 @@ class QuantizedFamily(CudaFamily):
         packed = torch._cslt_compress(rounded) if values.is_cuda else pack24(rounded, mask)
         return torch.cat((scales.flatten().view(torch.uint8), packed.view(torch.uint8).flatten()))
 
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> Tensor:
+    def unpack(self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat) -> Tensor:
         """Returns the dequantized weight in float32; the original values are not recoverable."""
         cols = to_matrix(torch.empty(shape, device="meta")).shape[1]
         return from_matrix(_dequantize(packed, shape[0], cols, self.kind), shape[2:])
 
-    def check(self, packed: Tensor, shape: tuple[int, ...], form: WeightFormat) -> torch.dtype:
+    def check(
+        self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat
+    ) -> torch.dtype:
         raise PackError(f"no file holds weights packed for {self.names[0]}: it {self.inexact}")
 
-    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
+    def call(
+        self, problem: MatmulProblem, weight_format: WeightFormat, tile: tuple[int, ...]
+    ) -> OpCall:
         ops = semi_quantized_linear, semi_quantized_conv2d
         setting = CuSparseLtSetting(*tile)._asdict()
-        return work.choose_op(*ops, act=work.act, kind=self.kind, **setting)
+        return problem.choose_op(*ops, act=problem.act, kind=self.kind, **setting)
 
 
 def quantize(values: Tensor, kind: str, *, per_row: bool = False) -> tuple[Tensor, Tensor]:

@@ -34,12 +34,14 @@ class GatherFamily(RawFormatFamily):
         tiles = ops.list_tiles(self.require_accepted(pattern), dtype)
         return tuple(KernelConfig("cuda_gather", layout, tile) for tile in tiles)
 
-    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
-        pattern = self.require_accepted(form.pattern)
-        return work.choose_op(
+    def call(
+        self, problem: MatmulProblem, weight_format: WeightFormat, tile: tuple[int, ...]
+    ) -> OpCall:
+        pattern = self.require_accepted(weight_format.pattern)
+        return problem.choose_op(
             gather_linear_op,
             gather_conv2d_op,
-            act=work.act,
+            act=problem.act,
             n=pattern.n,
             m=pattern.m,
             rows_per_mask=pattern.height,

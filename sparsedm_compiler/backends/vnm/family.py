@@ -58,12 +58,14 @@ class VnmFamily(RawFormatFamily):
             if count
         )
 
-    def call(self, work: MatmulProblem, form: WeightFormat, tile: tuple[int, ...]) -> OpCall:
-        pattern = self.require_accepted(form.pattern)
-        return work.choose_op(
+    def call(
+        self, problem: MatmulProblem, weight_format: WeightFormat, tile: tuple[int, ...]
+    ) -> OpCall:
+        pattern = self.require_accepted(weight_format.pattern)
+        return problem.choose_op(
             vnm_linear_op,
             vnm_conv2d_op,
-            act=work.act,
+            act=problem.act,
             n=pattern.n,
             m=pattern.m,
             rows_per_block=pattern.height,

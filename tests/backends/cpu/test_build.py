@@ -56,7 +56,7 @@ def run(code: str, cache: Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=full)
 
 
-def test_many_processes_build_at_once(tmp_path: Path) -> None:
+def test_load_library_in_many_processes_builds_one_library(tmp_path: Path) -> None:
     code = CHECK + "print(build.load_library().sdm_isa())"
     env = {**os.environ, "SPARSEDM_CACHE": str(tmp_path)}
     runs = [
@@ -68,19 +68,21 @@ def test_many_processes_build_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("capability", "isa"), [("avx2", "avx2"), ("default", "portable")])
-def test_other_instructions_give_the_same(capability: str, isa: str, tmp_path: Path) -> None:
+def test_kernels_of_other_instruction_sets_give_the_same(
+    capability: str, isa: str, tmp_path: Path
+) -> None:
     done = run(PARITY, tmp_path, ATEN_CPU_CAPABILITY=capability)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == isa
 
 
-def test_without_a_compiler_the_reason_is_shown_and_dense_runs(tmp_path: Path) -> None:
+def test_compile_without_a_compiler_runs_dense_and_shows_the_reason(tmp_path: Path) -> None:
     done = run(WITHOUT.format(cxx="no-such-compiler"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("no C++ compiler here to build CPU kernels with") == 2
 
 
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
+def test_why_unavailable_with_a_failing_compiler_quotes_it(tmp_path: Path) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'out of cheese' >&2\nexit 1\n")
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
@@ -89,14 +91,14 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     assert done.stdout.count("cannot build the CPU kernels: out of cheese") == 2
 
 
-def test_a_cache_that_cannot_be_written_is_left_alone(tmp_path: Path) -> None:
+def test_load_library_without_a_writable_cache_still_builds(tmp_path: Path) -> None:
     taken = tmp_path / "file"
     taken.write_text("")
     done = run(CHECK + "print(build.load_library().sdm_isa())", taken / "below")
     assert done.returncode == 0, done.stderr
 
 
-def test_without_a_compiler_the_ops_are_dense(tmp_path: Path) -> None:
+def test_ops_without_a_compiler_run_the_reference(tmp_path: Path) -> None:
     """Bytes packed elsewhere still run: through the reference."""
     held, path = case("2:4", 8, 20, torch.float32), str(tmp_path / "held.pt")
     torch.save((held.packed, held.masked), path)
@@ -148,7 +150,7 @@ for _ in range(3):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
-def test_a_kernel_that_ran_out_of_memory_says_so_and_runs_again() -> None:
+def test_nm_linear_out_of_memory_raises_and_runs_again() -> None:
     done = run(OUT_OF_MEMORY, cache_folder(""))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["a CPU kernel ran out of memory"] * 3

@@ -47,7 +47,7 @@ def test_unpack_inverts_the_wide_layout(text: str, kernel: tuple[int, ...]) -> N
         assert_same(unpack_weight(held.packed, kernel), held.masked)
 
 
-def test_signed_zeros_and_denormals_survive() -> None:
+def test_pack_keeps_signed_zeros_and_denormals() -> None:
     weight = torch.tensor([[-0.0, 1e-45, 0.0, -1e-40], [5.0, -0.0, -0.0, -3.0]])
     mask = nm_mask(weight, Pattern.parse("2:4"))
     found = unpack(pack(weight, mask, Pattern.parse("2:4")))
@@ -56,7 +56,7 @@ def test_signed_zeros_and_denormals_survive() -> None:
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:8x4", "2:4x5"])
-def test_damaged_bytes_never_leave_their_bounds(text: str) -> None:
+def test_check_of_damaged_bytes_never_passes_bad_bounds(text: str) -> None:
     """Each byte changed in turn: refused, or the kernel runs it (under `make sanitize` too)."""
     held = case(text, 4, 21, torch.float32)
     rows, cols = held.masked.shape
@@ -86,12 +86,12 @@ def test_damaged_bytes_never_leave_their_bounds(text: str) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 1, 79, 80, 500])
-def test_a_cut_file_is_refused(cut: int) -> None:
+def test_read_layout_of_cut_bytes_raises(cut: int) -> None:
     with pytest.raises(PackError):
         read_layout(case("2:4", 8, 20, torch.float32).packed[:cut])
 
 
-def test_other_tensors_are_refused() -> None:
+def test_read_layout_of_other_tensors_raises() -> None:
     for tensor in (torch.zeros(4096, dtype=torch.uint8), torch.zeros(99), torch.zeros(2, 2)):
         with pytest.raises(PackError):
             check(tensor)
@@ -105,7 +105,7 @@ def test_other_tensors_are_refused() -> None:
         ("1:512", (8, 512), torch.float32, "wider than the 256 columns"),
     ],
 )
-def test_what_cannot_be_packed_says_why(
+def test_pack_of_a_refused_weight_raises_the_reason(
     text: str, shape: tuple[int, ...], dtype: torch.dtype, why: str
 ) -> None:
     weight, pattern = torch.randn(shape).to(dtype), Pattern.parse(text)
@@ -148,14 +148,14 @@ def stating(packed: Tensor, **fields: int) -> Tensor:
         ("2:4x4", {"group": 8}),
     ],
 )
-def test_a_header_that_contradicts_itself_is_refused(text: str, fields: dict[str, int]) -> None:
+def test_read_layout_of_a_contradictory_header_raises(text: str, fields: dict[str, int]) -> None:
     held = case(text, 8, 300, torch.float32, width=16)
     with pytest.raises(PackError):
         check(stating(held.packed, **fields))
 
 
 @pytest.mark.parametrize("blocks", [(0, 8, 3), (0, 6, 4), (0, 64, 4), (4, 8, 6), (4, 6, 4)])
-def test_blocks_that_split_a_group_or_a_unit_are_refused(blocks: tuple[int, int, int]) -> None:
+def test_read_layout_of_blocks_that_split_a_group_raises(blocks: tuple[int, int, int]) -> None:
     """Though the header is true to its own size. blocks: share, columns, rows."""
     check(allocate(Layout(torch.float32, 12, 24, 2, 4, 4, 8, 4)))
     with pytest.raises(PackError, match="blocks that cannot be"):
@@ -163,7 +163,7 @@ def test_blocks_that_split_a_group_or_a_unit_are_refused(blocks: tuple[int, int,
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:256", "255:256"])
-def test_the_widest_block_of_columns_is_accepted(text: str) -> None:
+def test_read_layout_accepts_the_widest_block_of_columns(text: str) -> None:
     held = case(text, 512 // int(text.split(":")[1]), 8, torch.float32, width=256)
     assert read_layout(held.packed).col_block == 256
     check(held.packed)
@@ -193,9 +193,7 @@ def runs_within_bounds(packed: Tensor) -> None:
     st.sampled_from((1, 2, 3, 9, 300)),
     seeds,
 )
-def test_a_forgery_of_whatever_layout_never_leaves_the_bounds(
-    sizes, blocks, dtype, top, seed
-) -> None:  # type: ignore[no-untyped-def]
+def test_check_of_a_forged_layout_never_passes_bad_bounds(sizes, blocks, dtype, top, seed) -> None:  # type: ignore[no-untyped-def]
     """A header true to its own size, before random bytes below ``top``."""
     (rows, groups, n, m), (share, col_block, row_block) = sizes, blocks
     near = seed % 4 > 0  # to what pack writes: most of the rest is refused
@@ -227,9 +225,7 @@ words = st.one_of(
     st.lists(st.tuples(st.integers(128, 2**31), st.integers(0, 255)), max_size=20),
     seeds,
 )
-def test_damage_to_sizes_and_sections_never_leaves_the_bounds(
-    text, dtype, edits, bytes_, seed
-) -> None:  # type: ignore[no-untyped-def]
+def test_check_of_damaged_sizes_never_passes_bad_bounds(text, dtype, edits, bytes_, seed) -> None:  # type: ignore[no-untyped-def]
     """Over several blocks of rows and columns, the last ones smaller."""
     torch.manual_seed(seed)
     packed = case(text, 5, 261, dtype, width=16).packed
@@ -247,13 +243,13 @@ def layout_header(packed: Tensor) -> dict[str, int]:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.binary(max_size=300), st.booleans())
-def test_bytes_of_any_kind_are_refused(content: bytes, begins_well: bool) -> None:
+def test_check_of_random_bytes_raises(content: bytes, begins_well: bool) -> None:
     magic = (0x314D4E53).to_bytes(4, "little") if begins_well else b""
     with pytest.raises(PackError):
         check(torch.tensor([*magic, *content], dtype=torch.uint8))
 
 
-def test_slices_and_steps_are_read_where_they_lie() -> None:
+def test_unpack_reads_slices_and_strided_bytes() -> None:
     """Files and larger buffers put the bytes anywhere; a kernel asks for aligned ones."""
     for text in ("2:4", "2:4x4"):
         held = case(text, 8, 20, torch.float32)
@@ -267,7 +263,7 @@ def test_slices_and_steps_are_read_where_they_lie() -> None:
                 nm_linear_op(torch.randn(3, 32), packed, None, 20, "none", 4)
 
 
-def test_a_file_with_odd_sizes_loads_aligned(tmp_path: Path) -> None:
+def test_load_of_a_file_with_odd_sizes_is_aligned(tmp_path: Path) -> None:
     """safetensors maps the file: after 3 bytes of another tensor every address is odd."""
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
     net.register_buffer("a", torch.zeros(3, dtype=torch.uint8))

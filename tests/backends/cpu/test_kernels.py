@@ -36,7 +36,7 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def test_there_are_kernels_here() -> None:
+def test_cpu_kernels_are_available_here() -> None:
     """Else every test of this file would compare dense with dense."""
     assert why_unavailable() is None
 
@@ -68,7 +68,9 @@ def check_linear(held: Case, x: Tensor, bias: Tensor | None, act: str, tile: int
     st.sampled_from((None, 8, 40)),
     seeds,
 )
-def test_linear(text, groups, rows, lead, dtype, bias, act, tile, width, seed) -> None:  # type: ignore[no-untyped-def]
+def test_nm_linear_matches_float64(
+    text, groups, rows, lead, dtype, bias, act, tile, width, seed
+) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(seed)
     torch.set_num_threads(1 + seed % 2)
     held = case(text, groups, rows, dtype, width=width)
@@ -86,7 +88,7 @@ def test_linear(text, groups, rows, lead, dtype, bias, act, tile, width, seed) -
     st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(1, 3), st.booleans()),
     seeds,
 )
-def test_linear_of_any_strides(text, groups, tokens, rows, dtype, how, seed) -> None:  # type: ignore[no-untyped-def]
+def test_nm_linear_takes_any_strides(text, groups, tokens, rows, dtype, how, seed) -> None:  # type: ignore[no-untyped-def]
     """x is every step'th row of a window into a larger matrix, or into its transpose."""
     torch.manual_seed(seed)
     before, after, step, transposed = how
@@ -99,7 +101,7 @@ def test_linear_of_any_strides(text, groups, tokens, rows, dtype, how, seed) -> 
 
 
 @pytest.mark.parametrize("way", ["slice", "transpose", "expand", "every other", "offset"])
-def test_linear_of_a_view(way: str) -> None:
+def test_nm_linear_takes_views(way: str) -> None:
     held = case("2:4", 9, 20, torch.float32)
     x = {
         "slice": torch.randn(7, 50)[:, 5:41],
@@ -112,7 +114,7 @@ def test_linear_of_a_view(way: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["1:4", "1:8x16", "2:4x5", "1:4x3", "16:2:8"])
-def test_more_row_blocks_than_one_are_split_among_threads(text: str) -> None:
+def test_nm_linear_splits_row_blocks_among_threads(text: str) -> None:
     held, kernel = case(text, 40, 701, torch.float32), case(text, 5, 301, torch.bfloat16, (3, 3))
     x = torch.randn(19, held.masked.shape[1])
     image = torch.randn(1, kernel.masked.shape[1], 5, 6, dtype=torch.bfloat16)
@@ -125,12 +127,12 @@ def test_more_row_blocks_than_one_are_split_among_threads(text: str) -> None:
 
 
 @pytest.mark.parametrize("tile", [-3, 0, 9, 2**31 - 1])
-def test_a_tile_no_kernel_has_is_rounded_to_one(tile: int) -> None:
+def test_nm_linear_rounds_unknown_tiles(tile: int) -> None:
     held = case("2:4", 9, 20, torch.float32)
     check_linear(held, torch.randn(300, 36), None, "none", tile)
 
 
-def test_a_bias_may_be_a_view_but_has_a_value_for_each_row() -> None:
+def test_nm_linear_takes_a_view_as_bias_and_refuses_other_sizes() -> None:
     held, x = case("2:4", 9, 20, torch.float32), torch.randn(7, 36)
     kernel, image = case("2:4", 2, 20, torch.float32, (3, 3)), torch.randn(1, 8, 5, 5)
     geometry = ((1, 1), (1, 1), (1, 1))
@@ -182,7 +184,9 @@ shared_widely = st.sampled_from(("2:4x16", "1:4x32", "1:8x64", "3:8x48", "31:32x
     st.sampled_from(("plain", "best")),
     seeds,
 )
-def test_wide_linear(text, groups, rows, lead, bias, act, tile, width, how, seed) -> None:  # type: ignore[no-untyped-def]
+def test_nm_linear_wide_matches_float64(
+    text, groups, rows, lead, bias, act, tile, width, how, seed
+) -> None:  # type: ignore[no-untyped-def]
     """What AVX512-BF16 or AMX multiplies, and the vector code that stands in for them."""
     torch.manual_seed(seed)
     torch.set_num_threads(1 + seed % 2)
@@ -194,14 +198,14 @@ def test_wide_linear(text, groups, rows, lead, bias, act, tile, width, how, seed
         check_linear(held, x, bias_of(len(held.masked), bias), act, tile)
 
 
-def test_wide_conv2d() -> None:
+def test_nm_conv2d_wide_matches_float64() -> None:
     held = case("1:4x32", 4, 64, torch.bfloat16, (3, 3), width=64, wide=True)
     for form in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 16, 9, 16).bfloat16().to(memory_format=form)
         check_conv(held, x, torch.randn(64), ((1, 2), (1, 1), (1, 1)), "silu", 3)
 
 
-def test_a_weight_packed_for_bfloat16_takes_no_float32() -> None:
+def test_nm_linear_wide_with_float32_activations_raises() -> None:
     held = case("1:4x16", 8, 16, torch.bfloat16, wide=True)
     with pytest.raises(KernelError, match="takes bfloat16 activations"):
         nm_linear_op(torch.randn(3, 32), held.packed, None, 16, "none", 4)
@@ -223,7 +227,9 @@ pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
     st.tuples(dtypes, biases, acts, tiles),
     seeds,
 )
-def test_conv2d(text, groups, rows, kernel, size, stride, padding, dilation, how, seed) -> None:  # type: ignore[no-untyped-def]
+def test_nm_conv2d_matches_float64(
+    text, groups, rows, kernel, size, stride, padding, dilation, how, seed
+) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(seed)
     torch.set_num_threads(1 + seed % 2)
     dtype, bias, act, tile = how
@@ -241,7 +247,7 @@ def test_conv2d(text, groups, rows, kernel, size, stride, padding, dilation, how
 
 
 @pytest.mark.parametrize("size", [16, 8, 4, 32])
-def test_conv2d_of_planes_that_fill_vectors(size: int) -> None:
+def test_nm_conv2d_of_planes_that_fill_vectors(size: int) -> None:
     """The shapes of real UNets, in which every run of pixels is a vector or a part of one."""
     held = case("1:4", 8, 48, torch.float32, (3, 3))
     x = torch.randn(2, 32, size, size)
@@ -249,7 +255,7 @@ def test_conv2d_of_planes_that_fill_vectors(size: int) -> None:
         check_conv(held, x.to(memory_format=form), None, ((1, 1), (1, 1), (1, 1)), "silu", 5)
 
 
-def test_nan_and_infinity_pass_through() -> None:
+def test_nm_linear_passes_nan_and_infinity_on() -> None:
     held = case("2:4", 8, 20, torch.bfloat16)
     x = torch.ones(3, 32, dtype=torch.bfloat16)
     x[0, :] = torch.nan
@@ -260,14 +266,14 @@ def test_nan_and_infinity_pass_through() -> None:
     assert out[2].isfinite().all()
 
 
-def test_a_nan_of_any_payload_stays_one_in_bfloat16() -> None:
+def test_nm_linear_keeps_a_nan_of_any_payload_in_bfloat16() -> None:
     held = case("2:4", 8, 20, torch.bfloat16)
     bias = torch.full((20,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     x = torch.ones(17, 32, dtype=torch.bfloat16)
     assert nm_linear_op(x, held.packed, bias, 20, "none", 4).isnan().all()
 
 
-def test_a_packed_weight_of_another_size_is_refused() -> None:
+def test_nm_linear_with_a_weight_of_another_size_raises() -> None:
     held = case("2:4", 8, 20, torch.float32)
     with pytest.raises(PackError, match="not one of 21 x 32"):
         nm_linear_op(torch.randn(3, 32), held.packed, None, 21, "none", 4)

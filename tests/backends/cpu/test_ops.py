@@ -36,7 +36,7 @@ def test_opcheck_of_conv2d(form: torch.memory_format) -> None:
     torch.library.opcheck(nm_conv2d_op, conv_arguments(form))
 
 
-def test_the_gradient_of_x_is_dense_s() -> None:
+def test_gradient_of_x_is_that_of_the_dense_op() -> None:
     torch.manual_seed(0)
     held, x = case("1:4", 8, 20, torch.float32), torch.randn(3, 5, 32, requires_grad=True)
     bias = torch.randn(20)
@@ -57,7 +57,7 @@ def test_the_gradient_of_x_is_dense_s() -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_they_give_the_same(backend: str) -> None:
+def test_ops_under_a_compiler_give_the_same(backend: str) -> None:
     first = case("2:4", 8, 32, torch.float32)
     second = case("2:4", 8, 16, torch.float32, (3, 3))
 

@@ -24,13 +24,13 @@ MI300 = replace(H100, name="MI300X", capability=(9, 4), cuda=None, hip="6.4", cu
 WINDOWS = replace(H100, platform="win32", cusparselt=None)
 
 
-def test_an_h100_runs_everything() -> None:
+def test_why_no_functions_on_an_h100_return_none() -> None:
     for sentence in (why_no_tensor_cores, why_no_fp8_cores, why_no_cusparselt, why_no_nvrtc):
         assert sentence(H100) is None
         assert sentence(None) == "no CUDA device can be used"
 
 
-def test_old_cards_are_named_with_what_they_lack() -> None:
+def test_why_no_tensor_cores_on_an_old_device_names_its_capability() -> None:
     assert why_no_tensor_cores(T4) == (
         "no sparse tensor cores: Tesla T4 has compute capability 7.5, 8.0 is needed"
     )
@@ -41,7 +41,7 @@ def test_old_cards_are_named_with_what_they_lack() -> None:
     assert why_no_fp8_cores(replace(A100, capability=(8, 9))) is None
 
 
-def test_rocm_is_named() -> None:
+def test_why_no_functions_on_rocm_name_it() -> None:
     for sentence in (why_no_tensor_cores, why_no_fp8_cores, why_no_nvrtc):
         assert "torch is built for ROCm" in str(sentence(MI300))
 
@@ -56,7 +56,9 @@ def test_rocm_is_named() -> None:
         ((1, 0, 0), True),
     ],
 )
-def test_old_cusparselt_is_refused(version: tuple[int, int, int], fits: bool) -> None:
+def test_why_no_cusparselt_for_old_versions_refuses_them(
+    version: tuple[int, int, int], fits: bool
+) -> None:
     why = why_no_cusparselt(replace(H100, cusparselt=version))
     assert (why is None) == fits
     if why is not None:
@@ -64,28 +66,28 @@ def test_old_cusparselt_is_refused(version: tuple[int, int, int], fits: bool) ->
         assert "0.8.0, which is slower than dense on H100" in why
 
 
-def test_windows_has_nvrtc_but_no_cusparselt() -> None:
+def test_why_no_cusparselt_on_windows_refuses_and_nvrtc_runs() -> None:
     assert "wheels for Windows" in str(why_no_cusparselt(WINDOWS))
     assert why_no_nvrtc(WINDOWS) is None
     assert "built without it" in str(why_no_cusparselt(replace(WINDOWS, platform="linux")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_here_is_no_card() -> None:
+def test_find_device_without_a_gpu_returns_none() -> None:
     assert find_device() is None
     assert find_device(3) is None
 
 
-def test_a_device_that_fails_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_device_when_the_driver_fails_returns_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(index: int) -> CudaDevice:
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda_device, "_card", fails)
+    monkeypatch.setattr(cuda_device, "_read_device", fails)
     assert find_device(0) is None
 
 
-def test_the_version_of_the_header_stands_in_for_a_library_that_cannot_be_asked(
+def test_read_cusparselt_version_without_the_library_returns_the_headers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def absent(name: str) -> None:
@@ -93,6 +95,6 @@ def test_the_version_of_the_header_stands_in_for_a_library_that_cannot_be_asked(
 
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 801)
     monkeypatch.setattr(cuda_device.ctypes, "CDLL", absent)
-    assert cuda_device._cusparselt() == (0, 8, 1)
+    assert cuda_device._read_cusparselt_version() == (0, 8, 1)
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: None)
-    assert cuda_device._cusparselt() is None
+    assert cuda_device._read_cusparselt_version() is None

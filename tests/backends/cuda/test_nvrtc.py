@@ -42,14 +42,16 @@ def code(
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_every_card_gets_machine_code(capability: tuple[int, int]) -> None:
+def test_compile_kernel_for_every_capability_gives_machine_code(
+    capability: tuple[int, int],
+) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         assert code(dtype, capability)[:4] == b"\x7fELF"
 
 
 @pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_instructions_are_those_of_sparse_tensor_cores(
+def test_compile_kernel_uses_sparse_tensor_core_instructions(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     (tmp_path / "code.cubin").write_bytes(code(dtype, (9, 0)))
@@ -61,7 +63,9 @@ def test_the_instructions_are_those_of_sparse_tensor_cores(
     assert not {"LDL", "STL"} & {*text.split()}  # nothing spills
 
 
-def test_code_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_kernel_twice_reads_the_code_from_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nvrtc, "cache_folder", lambda name: tmp_path)
     first = nvrtc.compile_kernel(read_sources(), (9, 0), specify_transpose(torch.float16).macros)
     monkeypatch.setattr(nvrtc, "_compile", None)
@@ -72,17 +76,19 @@ def test_code_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len([*tmp_path.iterdir()]) == 1
 
 
-def test_a_kernel_that_does_not_compile_says_why() -> None:
+def test_compile_kernel_of_bad_source_raises_the_compilers_words() -> None:
     with pytest.raises(KernelError, match='identifier "nonsense" is undefined'):
         nvrtc.compile_kernel("__global__ void f() { nonsense; }", (9, 0), ())
 
 
-def test_an_unknown_card_is_refused() -> None:
+def test_compile_kernel_for_an_unknown_capability_raises() -> None:
     with pytest.raises(KernelError, match=r"does not know compute capability 99\.0"):
         nvrtc.compile_kernel(read_sources(), (99, 0), ())
 
 
-def test_without_nvrtc_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_nvrtc_without_the_library_raises_with_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def missing(name: str) -> None:
         raise OSError(name)
 

@@ -77,7 +77,9 @@ def check(fast: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 @ways
-def test_every_batch(device: str, pattern: str, backend: str) -> None:
+def test_cuda_families_match_the_oracle_for_every_batch(
+    device: str, pattern: str, backend: str
+) -> None:
     fast = fast_of(uvit(device), pattern, backend)
     for batch in (1, 2, 3):
         for _ in range(3):  # CUDA graphs: warm, record, replay
@@ -88,7 +90,9 @@ def test_every_batch(device: str, pattern: str, backend: str) -> None:
 
 
 @ways
-def test_images_of_every_size_and_layout(device: str, pattern: str, backend: str) -> None:
+def test_cuda_families_match_the_oracle_for_images_of_every_layout(
+    device: str, pattern: str, backend: str
+) -> None:
     torch.manual_seed(0)
     fast = fast_of(Convs().to(device, BF16), pattern, backend)
     for size in (8, 11):
@@ -99,7 +103,7 @@ def test_images_of_every_size_and_layout(device: str, pattern: str, backend: str
 
 
 @patterns
-def test_copies_updates_and_hooks(device: str, pattern: str) -> None:
+def test_cuda_families_follow_copies_updates_and_hooks(device: str, pattern: str) -> None:
     fast, inputs = fast_of(uvit(device), pattern), call(device)
     before = check(fast, *inputs)
     file = io.BytesIO()
@@ -119,7 +123,7 @@ def test_copies_updates_and_hooks(device: str, pattern: str) -> None:
 
 
 @patterns
-def test_an_outer_compiler_runs_it(device: str, pattern: str) -> None:
+def test_cuda_families_run_under_an_outer_compiler(device: str, pattern: str) -> None:
     fast, inputs = fast_of(uvit(device), pattern), call(device)
     expected = check(fast, *inputs)
     with torch.no_grad():
@@ -127,7 +131,7 @@ def test_an_outer_compiler_runs_it(device: str, pattern: str) -> None:
 
 
 @patterns
-def test_autocast_and_casts(device: str, pattern: str) -> None:
+def test_cuda_families_follow_autocast_and_casts(device: str, pattern: str) -> None:
     fast = fast_of(uvit(device, torch.float32), pattern)
     inputs = call(device, dtype=torch.float32)
     with torch.autocast(device, BF16):
@@ -139,7 +143,7 @@ def test_autocast_and_casts(device: str, pattern: str) -> None:
 
 
 @patterns
-def test_finalized_saved_and_loaded(device: str, pattern: str, tmp_path: Path) -> None:
+def test_cuda_families_finalize_save_and_load(device: str, pattern: str, tmp_path: Path) -> None:
     plain, fast = fast_of(uvit(device), pattern), fast_of(uvit(device), pattern, finalize=True)
     inputs = call(device)
     expected = check(plain, *inputs)
@@ -157,7 +161,7 @@ def test_finalized_saved_and_loaded(device: str, pattern: str, tmp_path: Path) -
 
 
 @patterns
-def test_training_reaches_every_weight(device: str, pattern: str) -> None:
+def test_training_updates_every_weight(device: str, pattern: str) -> None:
     student = sdm.compile(uvit(device, torch.float32), pattern, backend="eager")
     inputs = call(device, dtype=torch.float32)
     student(*inputs)
@@ -165,7 +169,7 @@ def test_training_reaches_every_weight(device: str, pattern: str) -> None:
 
 
 @patterns
-def test_what_would_run_dense_raises(device: str, pattern: str) -> None:
+def test_calls_that_would_run_dense_raise(device: str, pattern: str) -> None:
     fast, inputs = fast_of(uvit(device), pattern), call(device)
     with torch.compiler.set_stance("force_eager"), pytest.raises(sdm.DenseRunError):
         fast(*inputs)
@@ -173,7 +177,7 @@ def test_what_would_run_dense_raises(device: str, pattern: str) -> None:
 
 
 @patterns
-def test_measured_choices_have_their_times(device: str, pattern: str) -> None:
+def test_explain_shows_the_times_of_measured_choices(device: str, pattern: str) -> None:
     fast, inputs = fast_of(uvit(device), pattern, kernels={}), call(device)
     check(fast, *inputs)
     choices = sdm.explain(fast).choices

@@ -12,7 +12,9 @@ from tests.oracle import assert_same
 
 @pytest.mark.parametrize("leading", [(1,), (8,), (3, 3), (2, 2, 4), ()])
 @pytest.mark.parametrize("multiple", [8, 16])
-def test_rows_are_padded_to_a_multiple_by_zeros(leading: tuple[int, ...], multiple: int) -> None:
+def test_apply_to_tokens_pads_to_a_multiple_with_zeros(
+    leading: tuple[int, ...], multiple: int
+) -> None:
     seen: list[Tensor] = []
     x = torch.randn(*leading, 4)
 
@@ -29,7 +31,7 @@ def test_rows_are_padded_to_a_multiple_by_zeros(leading: tuple[int, ...], multip
     assert (seen[0].data_ptr() == x.data_ptr()) == (tokens % multiple == 0)
 
 
-def test_what_lies_at_an_odd_address_is_moved() -> None:
+def test_align_at_an_odd_address_copies() -> None:
     x = torch.randn(8 * 4 + 1)[1:].view(8, 4)
     assert x.data_ptr() % ALIGN
 
@@ -41,7 +43,7 @@ def test_what_lies_at_an_odd_address_is_moved() -> None:
     assert_same(apply_to_tokens(x.t(), 8, 4, check), x.t())
 
 
-def test_no_tokens_ask_nothing_of_the_kernel() -> None:
+def test_apply_to_tokens_without_tokens_does_not_run_the_kernel() -> None:
     def never(flat: Tensor) -> Tensor:
         raise AssertionError(flat.shape)
 

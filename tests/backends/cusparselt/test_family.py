@@ -28,7 +28,7 @@ def packed_of(
     return FAMILY.pack(weight, mask, Pattern.parse(pattern), KERNEL), weight
 
 
-def test_the_families_and_the_config_name_the_same_kernels() -> None:
+def test_list_kernels_names_the_kernels_of_all_families() -> None:
     names = [name for family in list_families() for name in family.names]
     assert ("auto", "dense", "sparse", *names) == list_kernels()
 
@@ -40,7 +40,7 @@ def test_the_families_and_the_config_name_the_same_kernels() -> None:
         *(("64:2:8", 2), ("3:4", 3), ("2:3", 4), ("2:6", 4), ("4:8", 4), ("31:32", 4), ("3:16", 3)),
     ],
 )
-def test_what_a_pattern_can_keep_of_four(pattern: str, most: int) -> None:
+def test_why_refused_allows_patterns_of_at_most_two_of_four(pattern: str, most: int) -> None:
     """Refused beyond two, and never exceeded by masks that a brute force makes."""
     parsed = Pattern.parse(pattern)
     assert parsed.most_kept(4) == most
@@ -64,7 +64,9 @@ def test_what_a_pattern_can_keep_of_four(pattern: str, most: int) -> None:
         (16, 24, torch.float16, "24 columns are not a multiple of 16"),
     ],
 )
-def test_what_is_refused(rows: int, cols: int, dtype: torch.dtype, said: str) -> None:
+def test_why_refused_and_pack_name_the_reason(
+    rows: int, cols: int, dtype: torch.dtype, said: str
+) -> None:
     assert said in str(FAMILY.why_refused(NM(2, 4), rows, cols, dtype))
     with pytest.raises(PackError, match=said):
         FAMILY.pack(*pruned((rows, cols), "2:4", dtype), NM(2, 4), KERNEL)
@@ -72,7 +74,7 @@ def test_what_is_refused(rows: int, cols: int, dtype: torch.dtype, said: str) ->
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:8", "2:8", "1:2", "2:4x4", "16:2:8"])
 @pytest.mark.parametrize("shape", [(32, 64), (16, 16, 3, 3)])
-def test_weights_come_back_to_the_bit(pattern: str, shape: tuple[int, ...]) -> None:
+def test_unpack_returns_weights_to_the_bit(pattern: str, shape: tuple[int, ...]) -> None:
     weight, mask = pruned(shape, pattern, torch.float16)
     weight.view(-1)[mask.reshape(-1).nonzero()[::7].flatten()] = -0.0  # kept, and zero
     parsed = Pattern.parse(pattern)
@@ -86,7 +88,7 @@ def test_weights_come_back_to_the_bit(pattern: str, shape: tuple[int, ...]) -> N
         FAMILY.check(packed, (shape[0] * 2, *shape[1:]), WeightFormat(parsed))
 
 
-def test_a_mask_of_three_is_refused_whatever_the_values() -> None:
+def test_pack_with_a_mask_of_three_raises_whatever_the_values() -> None:
     mask = torch.zeros(16, 16, dtype=torch.bool)
     mask[5, :3] = True
     with pytest.raises(PackError, match="keeps 3 of 4"):
@@ -96,7 +98,9 @@ def test_a_mask_of_three_is_refused_whatever_the_values() -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("act", ["none", "gelu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize("leading", [(16,), (3,), (2, 5), (), (0,), (2, 0)])
-def test_it_is_the_linear_layer(dtype: torch.dtype, act: str, leading: tuple[int, ...]) -> None:
+def test_semi_linear_matches_the_linear_layer(
+    dtype: torch.dtype, act: str, leading: tuple[int, ...]
+) -> None:
     packed, weight = packed_of((48, 32), dtype=dtype)
     torch.manual_seed(1)
     x, bias = torch.randn(*leading, 32).to(dtype), torch.randn(48)
@@ -117,7 +121,7 @@ def _form(act: str) -> str:
     return "tanh" if act == "gelu_tanh" else "none"
 
 
-def test_inputs_that_lie_apart_are_gathered() -> None:
+def test_semi_linear_takes_inputs_of_any_strides() -> None:
     packed, _ = packed_of((16, 32))
     wide = torch.randn(4, 9, 64).bfloat16()
     for x in (wide[..., ::2], wide[..., 1:33], wide[:, ::2, :32], wide.transpose(0, 1)[..., 5:37]):
@@ -127,7 +131,7 @@ def test_inputs_that_lie_apart_are_gathered() -> None:
         assert_same(semi_linear_op(x, packed, None, 16, *DEFAULT), expected)
 
 
-def test_another_dtype_or_size_is_refused() -> None:
+def test_semi_linear_of_another_dtype_or_size_raises() -> None:
     packed, _ = packed_of((16, 32))
     with pytest.raises(KernelError, match=r"packed for torch.bfloat16 takes inputs of it"):
         semi_linear_op(torch.randn(8, 32).half(), packed, None, 16, *DEFAULT)
@@ -136,14 +140,14 @@ def test_another_dtype_or_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize("tokens", [8, 5])
-def test_the_op_is_sound(tokens: int) -> None:
+def test_semi_linear_passes_opcheck(tokens: int) -> None:
     packed, _ = packed_of((16, 32))
     x = torch.randn(2, tokens, 32).bfloat16().requires_grad_()
     for bias in (None, torch.randn(16).bfloat16()):
         opcheck(semi_linear_op, (x, packed, bias, 16, *DEFAULT))
 
 
-def test_the_gradient_of_the_input() -> None:
+def test_semi_linear_gradient_of_the_input_is_dense() -> None:
     packed, weight = packed_of((16, 32), dtype=torch.float16)
     x = torch.randn(3, 32).half().requires_grad_()
     (ours,) = torch.autograd.grad(
@@ -163,7 +167,7 @@ def test_the_gradient_of_the_input() -> None:
         ((3, 2), (2, 1), (0, 2), (2, 3)),
     ],
 )
-def test_a_convolution_is_the_linear_layer_over_its_patches(
+def test_semi_conv2d_matches_the_dense_convolution(
     channels_last: bool,
     kernel: tuple[int, int],
     stride: tuple[int, int],
@@ -185,14 +189,14 @@ def test_a_convolution_is_the_linear_layer_over_its_patches(
     assert out.stride() == exact.contiguous(memory_format=form).stride()
 
 
-def test_a_pointwise_convolution_over_channels_last_copies_nothing() -> None:
+def test_extract_patches_of_a_pointwise_convolution_is_a_view() -> None:
     from sparsedm_compiler.backends.cuda.im2col import extract_patches
 
     x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     assert extract_patches(x, (1, 1), (1, 1), (0, 0), (1, 1)).data_ptr() == x.data_ptr()
 
 
-def test_candidates_are_the_algorithms_of_the_library() -> None:
+def test_list_candidates_are_the_algorithms_of_the_library() -> None:
     found = FAMILY.list_candidates(NM(2, 4), torch.bfloat16)
     assert found[0] == KernelConfig("cuda_semi", (), DEFAULT)
     assert len({kernel.untiled for kernel in found}) == 1  # packed once for all of them

@@ -49,7 +49,9 @@ def assert_near(ours: Tensor, theirs: Tensor) -> None:
 @both
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
 @pytest.mark.parametrize("pattern", ["2:4", "1:8"])
-def test_parity_for_every_batch(backend: str, dtype: torch.dtype, pattern: str) -> None:
+def test_semi_models_match_the_oracle_for_every_batch(
+    backend: str, dtype: torch.dtype, pattern: str
+) -> None:
     fast = fast_of(dtype, pattern, backend)
     with torch.no_grad():
         for batch in (2, 3, 5):  # static shapes, then symbolic ones
@@ -62,7 +64,7 @@ def test_parity_for_every_batch(backend: str, dtype: torch.dtype, pattern: str) 
 
 
 @both
-def test_images_that_lie_channels_last(backend: str) -> None:
+def test_semi_models_take_channels_last_images(backend: str) -> None:
     class Convs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -89,7 +91,7 @@ def test_images_that_lie_channels_last(backend: str) -> None:
 
 
 @both
-def test_a_small_uvit(backend: str) -> None:
+def test_semi_models_match_the_oracle_on_a_small_uvit(backend: str) -> None:
     torch.manual_seed(0)
     net = UViT(img_size=8, patch_size=2, embed_dim=32, depth=3, num_heads=2, num_classes=5)
     fast = sdm.compile(
@@ -167,7 +169,7 @@ def test_a_file_holds_the_portable_form_and_loads_dense(tmp_path: Path) -> None:
     assert_same(loaded(x_of()), expected)
 
 
-def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+def test_load_of_a_damaged_file_raises(tmp_path: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -207,9 +209,7 @@ def test_a_machine_without_the_kernels_gets_the_dense_weights(
 
 
 @pytest.mark.parametrize("kernel", ["cuda_semi", "cpu_free"])
-def test_no_map_location_moves_what_pickle_holds(
-    kernel: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unpickling_ignores_map_location(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel == "cpu_free":
         monkeypatch.undo()
     fast = fast_of(finalize=True)
@@ -238,7 +238,7 @@ def test_a_dtype_that_no_kernel_runs_brings_the_dense_weights_back() -> None:
     assert half.plain.weight.untyped_storage().nbytes() == 2
 
 
-def test_what_lies_on_another_device_suits_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_weight_on_another_device_suits_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, _ = finalized()
     packed = fast._sparsedm.weights.packed["plain.weight"]
     monkeypatch.setattr(packing, "find_families", lambda device: list_families())
@@ -247,7 +247,7 @@ def test_what_lies_on_another_device_suits_no_weight(monkeypatch: pytest.MonkeyP
     assert not packed.suits(fast.plain.weight.float())
 
 
-def test_another_device_gets_the_values_back() -> None:
+def test_settle_on_another_device_restores_the_values() -> None:
     fast, _ = finalized()
     folds = fast._sparsedm.weights
     fast.to("meta")

@@ -58,7 +58,7 @@ def assert_near(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     )
 
 
-def test_the_card_is_described() -> None:
+def test_find_device_on_a_gpu_describes_it() -> None:
     here = find_device()
     assert here is not None
     assert here.capability >= (8, 0)
@@ -70,7 +70,7 @@ def test_the_card_is_described() -> None:
 @halves
 @pytest.mark.parametrize("tokens", [1, 7, 8, 154, 2048])
 @pytest.mark.parametrize(("rows", "cols"), [(16, 16), (96, 48), (1536, 512), (512, 2048)])
-def test_numbers_against_float64(dtype: torch.dtype, tokens: int, rows: int, cols: int) -> None:
+def test_semi_linear_matches_float64(dtype: torch.dtype, tokens: int, rows: int, cols: int) -> None:
     packed, weight = packed_of((rows, cols), dtype)
     x, bias = torch.randn(tokens, cols, device="cuda").to(dtype), torch.randn(rows, device="cuda")
     for b in (None, bias, bias.to(dtype)):
@@ -81,7 +81,7 @@ def test_numbers_against_float64(dtype: torch.dtype, tokens: int, rows: int, col
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 5), (2, 4, 8)])
-def test_any_leading_shape(leading: tuple[int, ...]) -> None:
+def test_semi_linear_takes_any_leading_shape(leading: tuple[int, ...]) -> None:
     packed, weight = packed_of((64, 32))
     x = torch.randn(*leading, 32, device="cuda").to(BF16)
     out = semi_linear_op(x, packed, None, 64, *DEFAULT)
@@ -91,7 +91,7 @@ def test_any_leading_shape(leading: tuple[int, ...]) -> None:
         assert_near(out, F.linear(x.double(), weight.double()), BF16)
 
 
-def test_inputs_that_lie_oddly() -> None:
+def test_semi_linear_takes_inputs_of_any_strides() -> None:
     packed, weight = packed_of((64, 32))
     wide = torch.randn(16, 9, 64, device="cuda").to(BF16)
     for x in (wide[..., ::2], wide[..., 1:33], wide[:, ::2, :32], wide.transpose(0, 1)[..., 5:37]):
@@ -102,7 +102,7 @@ def test_inputs_that_lie_oddly() -> None:
     assert_near(out, F.linear(wide[:, 0, :32].double(), weight.double(), bias.double()), BF16)
 
 
-def test_a_whole_number_of_tokens_is_not_copied() -> None:
+def test_semi_linear_with_a_whole_multiple_of_tokens_does_not_copy() -> None:
     packed, _ = packed_of((512, 512))
     x, bias = torch.randn(64, 512, device="cuda").to(BF16), torch.zeros(512, device="cuda").to(BF16)
     semi_linear_op(x, packed, bias, 512, *DEFAULT)
@@ -114,7 +114,7 @@ def test_a_whole_number_of_tokens_is_not_copied() -> None:
 
 
 @halves
-def test_every_algorithm_is_right_or_refuses(dtype: torch.dtype) -> None:
+def test_semi_linear_with_every_algorithm_is_right_or_raises(dtype: torch.dtype) -> None:
     packed, weight = packed_of((256, 512), dtype)
     x = torch.randn(136, 512, device="cuda").to(dtype)
     exact = F.linear(x.double(), weight.double())
@@ -134,7 +134,7 @@ def test_every_algorithm_is_right_or_refuses(dtype: torch.dtype) -> None:
 @halves
 @pytest.mark.parametrize("pattern", ["2:4", "1:8", "2:8"])
 @pytest.mark.parametrize("shape", [(32, 64), (48, 2064), (16, 16, 3, 3)])
-def test_weights_come_back_to_the_bit(
+def test_unpack_returns_weights_to_the_bit(
     dtype: torch.dtype, pattern: str, shape: tuple[int, ...]
 ) -> None:
     weight, mask = pruned(shape, pattern, dtype)
@@ -152,20 +152,20 @@ def test_weights_come_back_to_the_bit(
     assert_same(FAMILY.unpack(held, shape, FORM), weight)
 
 
-def test_a_negative_zero_loses_its_sign_only() -> None:
+def test_unpack_of_a_negative_zero_loses_its_sign_only() -> None:
     weight, mask = pruned((16, 16), "2:4", BF16)
     weight.view(-1)[mask.reshape(-1).nonzero()[::3].flatten()] = -0.0
     packed = FAMILY.pack(weight.cuda(), mask.cuda(), NM(2, 4), KERNEL)
     assert bool((FAMILY.unpack(packed, (16, 16), FORM).cpu() == weight).all())
 
 
-def test_packed_weights_take_nine_sixteenths() -> None:
+def test_pack_takes_nine_sixteenths_of_the_memory() -> None:
     packed, weight = packed_of((1024, 1024))
     assert packed.nbytes <= weight.nbytes * 0.6
 
 
 @pytest.mark.parametrize("tokens", [8, 5])
-def test_the_op_is_sound(tokens: int) -> None:
+def test_semi_linear_passes_opcheck(tokens: int) -> None:
     packed, weight = packed_of((64, 32))
     x = torch.randn(2, tokens, 32, device="cuda").to(BF16).requires_grad_()
     opcheck(semi_linear_op, (x, packed, torch.randn(64, device="cuda"), 64, *DEFAULT))
@@ -193,7 +193,7 @@ def replayed(run: Callable[[Tensor], Tensor], x: Tensor, then: Tensor) -> Tensor
 
 
 @pytest.mark.parametrize("tokens", [64, 77])
-def test_a_cuda_graph_holds_it(tokens: int) -> None:
+def test_semi_linear_is_captured_in_a_cuda_graph(tokens: int) -> None:
     packed, _ = packed_of((256, 128))
     bias = torch.randn(256, device="cuda").to(BF16)
     x, then = (torch.randn(tokens, 128, device="cuda").to(BF16) for _ in range(2))
@@ -207,7 +207,7 @@ def test_a_cuda_graph_holds_it(tokens: int) -> None:
 @halves
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_a_convolution(dtype: torch.dtype, channels_last: bool, kernel: int) -> None:
+def test_semi_conv2d_matches_float64(dtype: torch.dtype, channels_last: bool, kernel: int) -> None:
     packed, weight = packed_of((64, 32, kernel, kernel), dtype)
     x = torch.randn(3, 32, 9, 10, device="cuda").to(dtype)
     if channels_last:
@@ -226,7 +226,7 @@ def test_a_convolution(dtype: torch.dtype, channels_last: bool, kernel: int) -> 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("tokens", [5, 64])
-def test_eight_bits_give_what_the_cpu_gives(kind: str, tokens: int) -> None:
+def test_semi_quantized_linear_on_a_gpu_matches_the_cpu(kind: str, tokens: int) -> None:
     family = QuantizedFamily(kind)
     if (why := family.why_unavailable()) is not None:
         pytest.skip(why)

@@ -42,7 +42,7 @@ def packed_of(
 
 
 @kinds
-def test_quantizing_is_rounding_by_a_scale(kind: str) -> None:
+def test_quantize_rounds_by_a_scale(kind: str) -> None:
     dtype, largest = KINDS[kind]
     values = torch.randn(5, 64) * torch.tensor([1e-30, 0.0, 1.0, 300.0, 1e30])[:, None]
     for each_row in (False, True):
@@ -61,7 +61,7 @@ def test_quantizing_is_rounding_by_a_scale(kind: str) -> None:
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("leading", [(16,), (2, 5), (0,), ()])
-def test_it_is_the_linear_layer_of_rounded_numbers(
+def test_semi_quantized_linear_matches_the_layer_of_rounded_numbers(
     kind: str, dtype: torch.dtype, leading: tuple[int, ...]
 ) -> None:
     packed, weight = packed_of(kind, dtype=dtype)
@@ -78,7 +78,7 @@ def test_it_is_the_linear_layer_of_rounded_numbers(
     assert (out - dense).abs().max() < RELATIVE[kind] * dense.abs().max()
 
 
-def test_sums_of_integers_are_exact() -> None:
+def test_semi_quantized_linear_sums_integers_exactly() -> None:
     """Sums beyond what float32 holds: one scale of a power of two, so that they show."""
     weight = torch.zeros(32, 4096)
     weight[:, ::2] = 127.0
@@ -91,7 +91,7 @@ def test_sums_of_integers_are_exact() -> None:
 
 
 @kinds
-def test_the_op_is_sound(kind: str) -> None:
+def test_semi_quantized_linear_passes_opcheck(kind: str) -> None:
     packed, weight = packed_of(kind)
     x = torch.randn(2, 5, 32).bfloat16().requires_grad_()
     opcheck(semi_quantized_linear_op, (x, packed, None, 64, kind, *DEFAULT))
@@ -102,7 +102,7 @@ def test_the_op_is_sound(kind: str) -> None:
 
 
 @kinds
-def test_a_convolution(kind: str) -> None:
+def test_semi_quantized_conv2d_matches_the_dense_convolution(kind: str) -> None:
     packed, weight = packed_of(kind, (32, 32, 3, 3))
     x = torch.randn(1, 32, 5, 6).bfloat16()
     geometry = {"kernel": (3, 3), "stride": (1, 2), "padding": (1, 0), "dilation": (1, 1)}
@@ -118,7 +118,7 @@ def test_a_convolution(kind: str) -> None:
     assert (again - weight).abs().max() < RELATIVE[kind] * weight.abs().max()
 
 
-def test_what_is_refused() -> None:
+def test_why_refused_and_check_name_the_reason() -> None:
     family = QuantizedFamily("int8")
     assert family.why_refused(PATTERN, 32, 48, torch.bfloat16) == (
         "48 columns are not a multiple of 32, as cuSPARSELt wants"
@@ -144,7 +144,7 @@ X = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 @kinds
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_it_runs_where_it_is_asked_for_by_name(
+def test_quantized_kernel_runs_where_it_is_pinned_by_name(
     kind: str, backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     semi_on_cpu(monkeypatch)
@@ -177,7 +177,9 @@ def sdm_student() -> nn.Module:
     return student
 
 
-def test_why_it_cannot_run_is_said_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_kernel_pinned_on_an_old_device_shows_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     semi_on_cpu(monkeypatch)
     old = CudaDevice("NVIDIA A100", (8, 0), cusparselt=(0, 8, 1))
     monkeypatch.setattr(quantized, "find_device", lambda: old)
@@ -197,7 +199,9 @@ def test_why_it_cannot_run_is_said_to_who_asks(monkeypatch: pytest.MonkeyPatch) 
     assert found["c.weight"].kernel == "cuda_semi_int8"
 
 
-def test_nobody_gets_it_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_quantized_kernel_never_runs_unless_pinned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     semi_on_cpu(monkeypatch)
     monkeypatch.setattr(measuring, "cache_folder", lambda name: tmp_path)
     for how, expected in (("sparse", {"cuda_semi"}), ("auto", {"cuda_semi", "dense"})):

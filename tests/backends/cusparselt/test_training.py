@@ -57,7 +57,9 @@ def targets(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("pattern", ["2:4", "2:4t", "1:4t"])
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_gradients_are_those_of_the_masked_model(device: str, pattern: str, backend: str) -> None:
+def test_semi_train_gradients_match_the_masked_model(
+    device: str, pattern: str, backend: str
+) -> None:
     student = student_of(device, pattern, backend)
     x = torch.randn(3, 5, 16, device=device)
     with torch.autocast(device, BF16):
@@ -70,7 +72,9 @@ def test_gradients_are_those_of_the_masked_model(device: str, pattern: str, back
     assert "cuda_semi" in str(sdm.explain(student))
 
 
-def test_the_graph_holds_the_sparse_product(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_with_kernels_option_runs_the_sparse_product(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = targets(monkeypatch)
     student = student_of(device, "2:4t", **{"up": "cuda_semi"})
     with torch.autocast(device, BF16):
@@ -79,7 +83,7 @@ def test_the_graph_holds_the_sparse_product(device: str, monkeypatch: pytest.Mon
     assert [choice.weight for choice in sdm.explain(student).choices] == ["up.weight"]
 
 
-def test_refusals(device: str) -> None:
+def test_training_where_no_kernel_fits_shows_the_reason(device: str) -> None:
     x = torch.randn(3, 16, device=device)
     for pattern, kernels, said in (
         ("2:4", {}, "no 2:4 kernel for float32"),
@@ -95,13 +99,13 @@ def test_refusals(device: str) -> None:
         assert all(said in choice.reason for choice in choices)
 
 
-def test_nobody_asked_nobody_told(device: str) -> None:
+def test_training_without_kernels_option_stays_dense_and_unexplained(device: str) -> None:
     student = sdm.compile(Net().to(device), "2:4", backend="eager")
     student(torch.randn(3, 16, device=device))
     assert sdm.explain(student).choices == ()
 
 
-def test_without_a_gpu_it_stays_dense_with_the_reason() -> None:
+def test_training_without_a_gpu_stays_dense_with_the_reason() -> None:
     student = student_of("cpu", "2:4t")
     student(torch.randn(3, 16))
     reasons = {choice.reason for choice in sdm.explain(student).choices}
@@ -109,7 +113,7 @@ def test_without_a_gpu_it_stays_dense_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 13])
-def test_the_op_keeps_its_word(device: str, tokens: int) -> None:
+def test_semi_train_passes_opcheck(device: str, tokens: int) -> None:
     weight = torch.randn(32, 48, device=device).to(BF16)
     weight = apply_mask(weight, nm_mask(weight, "2:4t")).requires_grad_()
     x = torch.randn(2, tokens, 48, device=device).to(BF16).requires_grad_()

@@ -96,7 +96,7 @@ def test_unpack_inverts_pack(  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_the_packed_form(dtype: torch.dtype) -> None:
+def test_pack_stores_values_and_ascending_columns_once(dtype: torch.dtype) -> None:
     """Values by share, kept column and row, then the ascending columns: nothing is stored twice."""
     case = Case("2:8x48", 2, 11, dtype)
     values, columns = view_sections(case.packed, case.rows, case.cols, case.pattern, dtype)
@@ -111,14 +111,14 @@ def test_the_packed_form(dtype: torch.dtype) -> None:
         assert part.data_ptr() % 16 == 0
 
 
-def test_sections_begin_at_a_multiple_of_16_bytes_and_so_does_the_end() -> None:
+def test_pack_aligns_sections_to_16_bytes() -> None:
     case = Case("17:19x16", 1, 1, torch.float16)
     assert case.packed.numel() == 16 * 17 * 2 + 80
     _, columns = view_sections(case.packed, 16, 19, case.pattern, torch.float16)
     assert columns.data_ptr() - case.packed.data_ptr() == 16 * 17 * 2
 
 
-def test_signed_zeros_nan_and_denormals_survive() -> None:
+def test_pack_keeps_signed_zeros_nan_and_denormals() -> None:
     weight = torch.tensor([-0.0, 1e-45, torch.nan, 0.0]).repeat(16, 16)
     mask = (torch.arange(64) % 4 != 3).expand(16, 64)
     pattern = Pattern.parse("3:4x16")
@@ -140,7 +140,9 @@ def test_signed_zeros_nan_and_denormals_survive() -> None:
         ("1:8x16", 64, 128, torch.bfloat16, None),
     ],
 )
-def test_refusals(text: str, rows: int, cols: int, dtype: torch.dtype, why: str | None) -> None:
+def test_why_refused_names_the_reason(
+    text: str, rows: int, cols: int, dtype: torch.dtype, why: str | None
+) -> None:
     assert why_refused(Pattern.parse(text), rows, cols, dtype) == why
     if why is not None:
         weight = torch.zeros(rows, cols, dtype=dtype)
@@ -148,7 +150,7 @@ def test_refusals(text: str, rows: int, cols: int, dtype: torch.dtype, why: str 
             pack(weight, weight.bool(), Pattern.parse(text))
 
 
-def test_a_mask_of_another_pattern_is_refused() -> None:
+def test_pack_with_a_mask_of_another_pattern_raises() -> None:
     pattern, weight = Pattern.parse("2:4x16"), torch.randn(32, 64)
     mask = nm_mask(weight, pattern)
     unshared, unequal = mask.clone(), mask.clone()
@@ -159,7 +161,7 @@ def test_a_mask_of_another_pattern_is_refused() -> None:
             pack(weight, wrong, pattern)
 
 
-def test_bytes_of_another_size_are_refused() -> None:
+def test_view_sections_of_another_size_raises() -> None:
     case = Case("2:4x16", 2, 16, torch.float16)
     for packed, rows, dtype in (
         (case.packed, 48, torch.float16),
@@ -174,7 +176,7 @@ def test_bytes_of_another_size_are_refused() -> None:
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_the_reference(dtype: torch.dtype, act: str) -> None:
+def test_reference_linear_matches_float64(dtype: torch.dtype, act: str) -> None:
     torch.manual_seed(0)
     for text in PATTERNS:
         case = Case(text, 2, 9, dtype)
@@ -186,7 +188,7 @@ def test_the_reference(dtype: torch.dtype, act: str) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("text", PATTERNS)
-def test_settings_are_few_and_fit_the_kernel(text: str, dtype: torch.dtype) -> None:
+def test_list_tiles_are_few_and_powers_of_two(text: str, dtype: torch.dtype) -> None:
     pattern = Pattern.parse(text)
     tiles = list_tiles(pattern, dtype)
     assert 1 <= len(tiles) == len({*tiles}) <= 6
@@ -197,7 +199,7 @@ def test_settings_are_few_and_fit_the_kernel(text: str, dtype: torch.dtype) -> N
 @on_device
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("text", PATTERNS)
-def test_every_setting(text: str, dtype: torch.dtype) -> None:
+def test_run_linear_with_every_tile_matches_float64(text: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     case = Case(text, 2, 20, dtype)
     for tile in list_tiles(case.pattern, dtype):
@@ -208,7 +210,9 @@ def test_every_setting(text: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("kind", [None, *TYPES], ids=str)
-def test_bias_and_activation(kind: torch.dtype | None, dtype: torch.dtype, act: str) -> None:
+def test_run_linear_applies_bias_and_activation(
+    kind: torch.dtype | None, dtype: torch.dtype, act: str
+) -> None:
     torch.manual_seed(0)
     case = Case("2:4x48", 2, 10, dtype)
     x = 3 * torch.randn(41, case.cols)
@@ -217,7 +221,7 @@ def test_bias_and_activation(kind: torch.dtype | None, dtype: torch.dtype, act: 
 
 @on_device
 @pytest.mark.parametrize("act", ACTS)
-def test_the_activation_alone(act: str) -> None:
+def test_run_linear_activation_alone_is_exact(act: str) -> None:
     """Every output is act(x[t, 0]), no sum to be rounded, which would hide a wrong constant."""
     pattern, weight, x = Pattern.parse("2:4x16"), torch.zeros(16, 32), torch.zeros(41, 32)
     weight[:, 0], x[:, 0] = 1, torch.linspace(-6, 6, 41)
@@ -229,7 +233,7 @@ def test_the_activation_alone(act: str) -> None:
 
 @on_device
 @pytest.mark.parametrize("lead", LEADS, ids=str)
-def test_any_leading_shape(lead: tuple[int, ...]) -> None:
+def test_run_linear_takes_any_leading_shape(lead: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     case = Case("2:4x16", 2, 10, torch.float16)
     case.run(torch.randn(*lead, case.cols).half(), None, "none", (16, 16, 16, 1, 1))
@@ -248,7 +252,7 @@ def test_any_leading_shape(lead: tuple[int, ...]) -> None:
     st.sampled_from(ACTS),
     seeds,
 )
-def test_any_shape(  # type: ignore[no-untyped-def]
+def test_run_linear_handles_tails_of_any_shape(  # type: ignore[no-untyped-def]
     text, shares, groups, tokens, dtype, cut, kind, act, seed
 ) -> None:
     """Tails of tokens, of kept columns and of rows."""
@@ -260,7 +264,7 @@ def test_any_shape(  # type: ignore[no-untyped-def]
 
 @on_device
 @pytest.mark.parametrize("way", ["slice", "transpose", "every other", "offset", "far"])
-def test_a_view(way: str) -> None:
+def test_run_linear_takes_views(way: str) -> None:
     torch.manual_seed(0)
     case = Case("2:4x16", 2, 10, torch.float16)
     far = torch.zeros(2 * 2**23 + 40).as_strided((3, 40), (2**23, 1))
@@ -276,7 +280,7 @@ def test_a_view(way: str) -> None:
 
 
 @on_device
-def test_one_token_many_times() -> None:
+def test_run_linear_takes_an_expanded_token() -> None:
     torch.manual_seed(0)
     case = Case("2:4x16", 2, 10, torch.float16)
     x, tile = moved(torch.randn(1, 40).half()).expand(37, 40), (16, 16, 16, 1, 1)
@@ -289,7 +293,7 @@ def test_one_token_many_times() -> None:
 
 
 @on_device
-def test_what_is_no_bias_is_refused() -> None:
+def test_run_linear_with_a_bad_bias_raises() -> None:
     case = Case("2:4x16", 1, 8, torch.float32)
     tile, x = (16, 16, 16, 1, 1), torch.randn(3, 32)
     for bias in (torch.randn(1), torch.randn(16, 1), torch.randn(16).double()):
@@ -298,14 +302,14 @@ def test_what_is_no_bias_is_refused() -> None:
 
 
 @on_device
-def test_a_bias_of_any_stride() -> None:
+def test_run_linear_takes_a_bias_of_any_stride() -> None:
     case = Case("2:4x16", 1, 8, torch.float32)
     case.run(torch.randn(3, 32), torch.randn(32)[::2], "silu", (16, 16, 16, 1, 1))
 
 
 @on_cuda
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_more_than_2_to_the_31_elements(dtype: torch.dtype) -> None:
+def test_run_linear_beyond_2_to_the_31_elements(dtype: torch.dtype) -> None:
     case = Case("1:8x64", 1, 256, dtype)
     x = torch.zeros(2**20 + 70, case.cols, dtype=dtype, device="cuda")
     x[-70:] = torch.randn(70, case.cols).to(dtype)
@@ -316,7 +320,7 @@ def test_more_than_2_to_the_31_elements(dtype: torch.dtype) -> None:
 
 
 @on_cuda
-def test_a_tile_that_reaches_more_than_2_to_the_31_elements_far() -> None:
+def test_run_linear_with_strides_beyond_2_to_the_31_elements() -> None:
     case = Case("2:4x16", 2, 10, torch.float16)
     x = torch.zeros(200 * 2**24, dtype=torch.float16, device="cuda").as_strided(
         (200, 40), (2**24, 1)

@@ -38,7 +38,7 @@ def test_unpack_inverts_pack(
     assert torch.equal(found.view(torch.int16), apply_mask(weight, mask).view(torch.int16))
 
 
-def test_it_takes_little_memory() -> None:
+def test_pack_takes_little_memory() -> None:
     weight = torch.randn(1536, 512).bfloat16()
     for text, share in (("64:2:8", 0.29), ("64:2:16", 0.15)):
         packed = pack(weight, nm_mask(weight, text), Pattern.parse(text))
@@ -60,7 +60,9 @@ def test_it_takes_little_memory() -> None:
         ("64:2:8", 64, 64, torch.bfloat16, None),
     ],
 )
-def test_refusals(text: str, rows: int, cols: int, dtype: torch.dtype, said: str | None) -> None:
+def test_why_refused_names_the_reason(
+    text: str, rows: int, cols: int, dtype: torch.dtype, said: str | None
+) -> None:
     pattern = Pattern.parse(text)
     found = why_refused(pattern, rows, cols, dtype)
     if said is None:
@@ -73,7 +75,7 @@ def test_refusals(text: str, rows: int, cols: int, dtype: torch.dtype, said: str
         pack(weight, weight.bool(), pattern)
 
 
-def test_a_mask_of_another_pattern_is_refused() -> None:
+def test_pack_with_a_mask_of_another_pattern_raises() -> None:
     weight = torch.randn(64, 64).bfloat16()
     with pytest.raises(PackError, match="keeps more than 4 columns"):
         pack(weight, nm_mask(weight, "2:8"), Pattern.parse("64:2:8"))
@@ -83,14 +85,14 @@ def test_a_mask_of_another_pattern_is_refused() -> None:
         pack(weight, full, Pattern.parse("64:2:8"))
 
 
-def test_other_bytes_are_refused() -> None:
+def test_unpack_of_other_bytes_raises() -> None:
     pattern = Pattern.parse("64:2:8")
     for packed in (torch.zeros(100, dtype=torch.uint8), torch.zeros(2368, dtype=torch.int8)):
         with pytest.raises(PackError, match="which takes 2368 bytes"):
             unpack(packed, 64, 64, pattern, torch.bfloat16)
 
 
-def test_damaged_bytes_are_refused() -> None:
+def test_check_of_damaged_bytes_raises() -> None:
     pattern, weight = Pattern.parse("64:2:8"), torch.randn(64, 128).bfloat16()
     layout = Layout(64, 128, pattern)
     packed = pack(weight, nm_mask(weight, pattern), pattern)

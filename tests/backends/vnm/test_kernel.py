@@ -48,7 +48,7 @@ def assert_close(out: Tensor, x: Tensor, case: Held, bias: Tensor | None, act: s
         ("32:1:32", 32, 512, 1, SMALL),
     ],
 )
-def test_products(
+def test_vnm_linear_on_the_emulator_matches_float64(
     text: str,
     rows: int,
     cols: int,
@@ -67,7 +67,7 @@ def test_products(
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_bias_and_activation_are_part_of_it(act: str) -> None:
+def test_vnm_linear_applies_bias_and_activation(act: str) -> None:
     for dtype, wide in zip(HALVES, (act in ACTS[:2], act in ACTS[2:]), strict=True):
         case = held("64:2:8", 128, 64, dtype)
         x, bias = torch.randn(20, 64).to(dtype), torch.randn(128)
@@ -99,7 +99,7 @@ def layouts(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", layouts(torch.float16))
-def test_activations_may_lie_in_any_way(name: str) -> None:
+def test_vnm_linear_takes_activations_of_any_strides(name: str) -> None:
     torch.manual_seed(1)
     case = held("64:2:8", 64, 64, torch.float16)
     x = layouts(torch.float16)[name]
@@ -108,7 +108,7 @@ def test_activations_may_lie_in_any_way(name: str) -> None:
     assert_close(out, x, case, None, "none")
 
 
-def test_feature_major_activations_are_not_copied() -> None:
+def test_vnm_linear_does_not_copy_feature_major_activations() -> None:
     names = []
 
     def launch(build: object, *rest: object) -> None:
@@ -123,7 +123,7 @@ def test_feature_major_activations_are_not_copied() -> None:
         assert names == [*turned, "vnm_linear"], name
 
 
-def test_a_layer_feeds_the_next_without_a_copy() -> None:
+def test_vnm_linear_output_feeds_the_next_layer_without_a_copy() -> None:
     first, second = held("64:2:8", 64, 64, torch.float16), held("64:2:8", 64, 64, torch.float16, 1)
     x = torch.randn(21, 64).half()
     middle = run_linear(
@@ -134,7 +134,7 @@ def test_a_layer_feeds_the_next_without_a_copy() -> None:
     assert_close(out, middle, second, None, "none")
 
 
-def test_the_order_of_threads_changes_nothing() -> None:
+def test_vnm_linear_is_the_same_for_any_order_of_threads() -> None:
     case = held("64:2:8", 128, 320, torch.bfloat16)
     x = torch.randn(40, 320).bfloat16()
     outs = [
@@ -152,7 +152,7 @@ def test_the_order_of_threads_changes_nothing() -> None:
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-def test_what_no_row_keeps_is_not_read() -> None:
+def test_vnm_linear_ignores_columns_that_no_row_keeps() -> None:
     """Columns that a block did not choose may hold anything."""
     case = held("64:2:8", 64, 64, torch.bfloat16)
     x = torch.randn(9, 64).bfloat16()
@@ -163,7 +163,7 @@ def test_what_no_row_keeps_is_not_read() -> None:
     )
 
 
-def test_nothing_to_do_and_bad_arguments() -> None:
+def test_vnm_linear_without_tokens_or_with_bad_arguments() -> None:
     case = held("64:2:8", 64, 64, torch.float16)
     empty = torch.empty(0, 64, dtype=torch.float16)
     assert run_linear(

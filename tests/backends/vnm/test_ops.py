@@ -14,7 +14,7 @@ from tests.oracle import assert_same
 
 
 @pytest.mark.parametrize("feature_major", [False, True])
-def test_the_op_keeps_its_word(feature_major: bool) -> None:
+def test_vnm_linear_passes_opcheck(feature_major: bool) -> None:
     case = held("64:2:8", 64, 64, torch.bfloat16)
     x = torch.randn(2, 5, 64).bfloat16().requires_grad_()
     bias = torch.randn(64).bfloat16()
@@ -22,7 +22,7 @@ def test_the_op_keeps_its_word(feature_major: bool) -> None:
     torch.library.opcheck(vnm_linear_op, (x, case.packed, bias, 64), arguments)
 
 
-def test_inductor_keeps_the_layout_between_layers() -> None:
+def test_vnm_linear_under_inductor_keeps_feature_major_activations() -> None:
     case = held("64:2:8", 64, 64, torch.bfloat16)
     turned, plain = case.arguments(SMALL, True), case.arguments(SMALL)
 

@@ -6,7 +6,7 @@
 struct Header {
   int32_t magic, type, layout;     // type of a value; layout: rows per unit (2 in pairs)
   int32_t rows, cols, n, m;        // cols: every tap of a kernel has its own run of channels
-  int32_t share, group;            // rows that share a mask (0: free); the same, padded to units
+  int32_t share, group;            // rows that share a mask (0: each its own); the same, padded to units
   int32_t col_block, row_block;    // multiples of m and of whole units
   int32_t wide;                     // 1: the bfloat16 layout of wide.h
   int64_t values, index, units, common;  // where the sections begin, in bytes
