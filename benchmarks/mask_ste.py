@@ -29,7 +29,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from sparsedm_compiler.autotune.timer import (
+from sparsedm_compiler.autotune.side_by_side import (
     Samples,
     compute_ratio,
     describe_machine,

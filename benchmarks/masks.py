@@ -18,7 +18,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from sparsedm_compiler.autotune.timer import (
+from sparsedm_compiler.autotune.side_by_side import (
     compute_ratio,
     describe_machine,
     format_ratio,

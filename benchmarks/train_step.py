@@ -26,7 +26,7 @@ from tabulate import tabulate
 from torch import nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.autotune.timer import (
+from sparsedm_compiler.autotune.side_by_side import (
     compute_ratio,
     describe_machine,
     format_ratio,

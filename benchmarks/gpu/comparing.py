@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsedm_compiler.autotune.timer import compute_ratio, sample_in_turns
+from sparsedm_compiler.autotune.side_by_side import compute_ratio, sample_in_turns
 from sparsedm_compiler.backends.cuda.timer import sample_calls
 
 from .case import format_error

@@ -29,7 +29,7 @@ def environment(arguments: list[str], commit: str | None) -> dict[str, Any]:
     """As it is now, before anything has run."""
     import torch
 
-    from sparsedm_compiler.autotune.timer import describe_machine
+    from sparsedm_compiler.autotune.side_by_side import describe_machine
 
     found = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),

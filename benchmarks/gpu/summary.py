@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparsedm_compiler.autotune.timer import format_ratio
+from sparsedm_compiler.autotune.side_by_side import format_ratio
 
 from .goals import judge_goals, models
 from .quality import Quality, quality

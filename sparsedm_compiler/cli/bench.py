@@ -24,7 +24,7 @@ from .options import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..autotune.timer import Samples
+    from ..autotune.side_by_side import Samples
 
 ABOUT = """\
 measure how much faster a model runs pruned than dense on this machine
@@ -165,7 +165,7 @@ def measure(
     """Returns the seconds that ``call`` takes with every candidate, timed in turns."""
     from functools import partial
 
-    from ..autotune.timer import sample_in_turns
+    from ..autotune.side_by_side import sample_in_turns
 
     calls = {name: partial(call, candidate) for name, candidate in candidates.items()}
     return sample_in_turns(calls, rounds=rounds)
@@ -175,7 +175,7 @@ def compute_ratios(
     times: Mapping[str, Samples], patterns: Sequence[str]
 ) -> dict[str, dict[str, Quartiles]]:
     """Returns the speed-up of every pattern over every dense candidate, in quartiles."""
-    from ..autotune.timer import compute_ratio
+    from ..autotune.side_by_side import compute_ratio
 
     dense = [name for name in times if name not in patterns]
     return {
@@ -186,14 +186,14 @@ def compute_ratios(
 
 def store_speedup(results: Path, ratios: Mapping[str, Mapping[str, Quartiles]], batch: int) -> None:
     """Stores the speed-up of a run over the fastest dense model in its results.json."""
-    from ..autotune.timer import describe_machine
+    from ..autotune.side_by_side import describe_machine
     from ..backends.processor import read_cpu_name
     from ..train.checkpoint import replace_text
 
     (own,) = ratios.values()
     name, (_, median, _) = min(own.items(), key=lambda item: item[1][1])
     facts = {"processor": read_cpu_name(), **describe_machine()}
-    about = describe_machine(facts).rpartition(", load")[0]
+    about = format_machine(facts).rpartition(", load")[0]
     values = json.loads(results.read_text(encoding="utf-8"))
     values["speed"] = {"ratio": median, "baseline": f"{name}, batch {batch}, {about}"}
     replace_text(results, json.dumps(values, indent=1) + "\n")
@@ -203,7 +203,7 @@ def print_ratios(
     times: Mapping[str, Samples], case: BenchmarkCase, options: argparse.Namespace, backend: str
 ) -> None:
     """Prints the ratios as a table, or as JSON."""
-    from ..autotune.timer import describe_machine, format_ratio
+    from ..autotune.side_by_side import describe_machine, format_ratio
     from ..backends.processor import read_cpu_name
 
     ratios = compute_ratios(times, case.patterns)
@@ -217,10 +217,10 @@ def print_ratios(
     body = [[text, *(format_ratio(ratios[text][name]) for name in dense)] for text in case.patterns]
     print(f"{options.model}, batch {options.batch or 1}: times faster than")
     print(tabulate(body, ["pattern", *dense], disable_numparse=True))
-    print(f"medians of {options.rounds} rounds [quartiles]; {describe_machine(facts)}")
+    print(f"medians of {options.rounds} rounds [quartiles]; {format_machine(facts)}")
 
 
-def describe_machine(facts: Mapping[str, Any]) -> str:
+def format_machine(facts: Mapping[str, Any]) -> str:
     """Returns processor, threads, torch version and load as text."""
     processor = facts["gpu"] or f"{facts['processor']}, {facts['cpu']}"
     return (

@@ -6,8 +6,8 @@ extra "train" when they are called.
 
 from __future__ import annotations
 
-from .api import finetune
 from .finetune_config import FinetuneConfig
+from .finetuning import finetune
 from .fixed_mask import static_mask
 from .methods import METHODS, Method
 from .result import FinetuneResult, HeldOutLoss

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.autotune.timer import Samples, compute_ratio, sample_in_turns
+from sparsedm_compiler.autotune.side_by_side import Samples, compute_ratio, sample_in_turns
 from sparsedm_compiler.cli.bench import BenchmarkCase, describe_machine, make_candidates
 from sparsedm_compiler.models import UViT
 from tests.cli.conftest import Shell
