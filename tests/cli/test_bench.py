@@ -12,7 +12,7 @@ import torch
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.autotune.side_by_side import Samples, compute_ratio, sample_in_turns
-from sparsedm_compiler.cli.bench import BenchmarkCase, describe_machine, make_candidates
+from sparsedm_compiler.cli.bench import BenchmarkCase, format_machine, make_candidates
 from sparsedm_compiler.models import UViT
 from tests.cli.conftest import Shell
 
@@ -141,5 +141,5 @@ def test_interleaved_takes_turns_and_ratio_compares_within_rounds() -> None:
 
 def test_describe_machine() -> None:
     facts = {"processor": "X", "cpu": "AVX2", "threads": 1, "cores": 2, "torch": "2", "load": [0.5]}
-    assert describe_machine({**facts, "gpu": None}) == "X, AVX2, 1 of 2 threads, torch 2, load 0.5"
-    assert describe_machine({**facts, "gpu": "Y"}) == "Y, 1 of 2 threads, torch 2, load 0.5"
+    assert format_machine({**facts, "gpu": None}) == "X, AVX2, 1 of 2 threads, torch 2, load 0.5"
+    assert format_machine({**facts, "gpu": "Y"}) == "Y, 1 of 2 threads, torch 2, load 0.5"
