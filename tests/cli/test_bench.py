@@ -139,7 +139,7 @@ def test_interleaved_takes_turns_and_ratio_compares_within_rounds() -> None:
     assert Samples([1.0], [2.0]).of("cpu") == [2.0]
 
 
-def test_describe_machine() -> None:
+def test_format_machine() -> None:
     facts = {"processor": "X", "cpu": "AVX2", "threads": 1, "cores": 2, "torch": "2", "load": [0.5]}
     assert format_machine({**facts, "gpu": None}) == "X, AVX2, 1 of 2 threads, torch 2, load 0.5"
     assert format_machine({**facts, "gpu": "Y"}) == "Y, 1 of 2 threads, torch 2, load 0.5"
