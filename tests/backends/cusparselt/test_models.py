@@ -221,7 +221,7 @@ def test_unpickling_ignores_map_location(kernel: str, monkeypatch: pytest.Monkey
     held = twin._sparsedm.weights
     assert {each.kernel.name for each in held.packed.values()} == {kernel}
     assert {each.data.device.type for each in held.packed.values()} == {"cpu"}
-    held.settle(twin.named_parameters())
+    held.settle(twin)
     assert held.packed == {}
 
 
@@ -251,7 +251,7 @@ def test_settle_on_another_device_restores_the_values() -> None:
     fast, _ = finalized()
     folds = fast._sparsedm.weights
     fast.to("meta")
-    folds.settle(fast.named_parameters())
+    folds.settle(fast)
     assert folds.packed == {}
     assert fast.plain.weight.stride() == (16, 1)
     assert fast.plain.weight.device.type == "meta"
