@@ -87,12 +87,12 @@ def bench_ops(rounds: int) -> list[dict[str, Any]]:
     rows = []
     for name, x, weight in op_cases():
         for dtype in (torch.float32, torch.bfloat16):
-            given, held = x.to(dtype), weight.to(dtype)
-            calls = {"dense": dense_op(given, held)}
+            inputs, held = x.to(dtype), weight.to(dtype)
+            calls = {"dense": dense_op(inputs, held)}
             for text in (*FREE, *SHARED):
                 pattern = Pattern.parse(text)
                 for kernel in CPU.list_candidates(pattern, dtype):
-                    calls[f"{text}/{kernel}"] = sparse_op(given, held, pattern, kernel)
+                    calls[f"{text}/{kernel}"] = sparse_op(inputs, held, pattern, kernel)
             samples = sample_in_turns(calls, rounds=rounds)
             dense = samples["dense"].wall
             for text in (*FREE, *SHARED):
@@ -140,12 +140,12 @@ def over_baselines(
 ) -> list[dict[str, Any]]:
     rows = []
     for text in patterns:
-        found = {
+        ratios = {
             key: compute_ratio(samples[key].wall, samples[text].wall)
             for key in samples
             if key not in patterns
         }
-        rows.append({"what": name, "dtype": dtype, "pattern": text, **found})
+        rows.append({"what": name, "dtype": dtype, "pattern": text, **ratios})
     print(table(rows), flush=True)
     return rows
 
@@ -249,10 +249,10 @@ def chart(results: dict[str, Any], path: Path) -> None:
 
 
 def commit() -> str:
-    found = subprocess.run(
+    result = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
-    return found.stdout.strip()
+    return result.stdout.strip()
 
 
 @torch.no_grad()

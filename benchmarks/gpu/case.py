@@ -78,10 +78,10 @@ def write(log: Path, **entry: str) -> None:
 def _parse(line: str) -> Row:
     """The entry of a line; nothing for one that was cut short."""
     try:
-        found: Row = json.loads(line)
+        entry: Row = json.loads(line)
     except ValueError:
         return {}
-    return found
+    return entry
 
 
 def format_error(error: BaseException) -> str:

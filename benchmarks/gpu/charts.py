@@ -45,7 +45,7 @@ def ops(results: Results, known: Quality) -> Any:
         axis.set_xscale("log", base=2)
         axis.minorticks_off()
         tokens = sorted({row["tokens"] for row in results["ops"]})
-        axis.set_xticks(tokens, [short(each) for each in tokens])
+        axis.set_xticks(tokens, [short(count) for count in tokens])
         axis.set_xlabel("tokens", color=LIGHT.ink)
     for axis in figure.axes[len(models) :]:
         axis.set_visible(False)
@@ -60,21 +60,21 @@ def ops(results: Results, known: Quality) -> Any:
 
 def widths_of(results: Results) -> dict[str, int]:
     """The width of every model: its narrowest side."""
-    found: dict[str, int] = {}
+    widths: dict[str, int] = {}
     for row in results["ops"]:
         width = min(row["cols"], row["rows"])
-        found[row["model"]] = min(width, found.get(row["model"], width))
-    return found
+        widths[row["model"]] = min(width, widths.get(row["model"], width))
+    return widths
 
 
 def points_of(results: Results, pattern: str, model: str | None = None) -> Points:
     """The ratios of a pattern, by tokens."""
-    found: Points = {}
+    points: Points = {}
     for row in results["ops"]:
-        each = row["patterns"].get(pattern, {})
-        if "ratio" in each and model in (None, row["model"]):
-            found.setdefault(row["tokens"], []).append(each["ratio"][1])
-    return dict(sorted(found.items()))
+        cell = row["patterns"].get(pattern, {})
+        if "ratio" in cell and model in (None, row["model"]):
+            points.setdefault(row["tokens"], []).append(cell["ratio"][1])
+    return dict(sorted(points.items()))
 
 
 def curve(axis: Any, points: Points, ink: str) -> None:
@@ -82,23 +82,23 @@ def curve(axis: Any, points: Points, ink: str) -> None:
     if not points:
         return
     tokens = list(points)
-    means = [exp(sum(map(log, each)) / len(each)) for each in points.values()]
+    means = [exp(sum(map(log, values)) / len(values)) for values in points.values()]
     axis.plot(tokens, means, color=ink, marker="o", markersize=4, linewidth=1.8)
-    low, high = ([f(each) for each in points.values()] for f in (min, max))
+    low, high = ([f(values) for values in points.values()] for f in (min, max))
     axis.fill_between(tokens, low, high, color=ink, alpha=0.12, linewidth=0)
 
 
 def bars(results: Results, known: Quality) -> Any:
     """A group of bars per model and batch, and the paper's block; the line is the dense model."""
     groups = groups_of(results)
-    patterns = list(dict.fromkeys(text for _, each in groups for text in each))
+    patterns = list(dict.fromkeys(text for _, ratios in groups for text in ratios))
     figure = blank((10.5, 0.62 * len(groups) + 2.2))
     axis = figure.subplots()
     height = 0.8 / max(1, len(patterns))
-    longest = max((high for _, each in groups for _, _, high in each.values()), default=1.0)
-    for at, (_, each) in enumerate(groups):
-        for place, (text, (low, middle, high)) in enumerate(each.items()):
-            y = at + (place - (len(each) - 1) / 2) * height
+    longest = max((high for _, ratios in groups for _, _, high in ratios.values()), default=1.0)
+    for at, (_, ratios) in enumerate(groups):
+        for index, (text, (low, middle, high)) in enumerate(ratios.items()):
+            y = at + (index - (len(ratios) - 1) / 2) * height
             spread = [[middle - low], [high - middle]]
             axis.barh(
                 y, middle, height * 0.9, color=colour(text), xerr=spread,
@@ -123,9 +123,9 @@ def groups_of(results: Results) -> list[tuple[str, dict[str, list[float]]]]:
     """(name, {pattern: quartiles}) of every model, and of the best cell of the table."""
     groups = []
     for row in results["models"]:
-        found = {text: each["ratio"] for text, each in row["patterns"].items() if "ratio" in each}
-        if found:
-            groups.append((f"{row['model']}\nbatch {row['batch']}", found))
+        ratios = {text: cell["ratio"] for text, cell in row["patterns"].items() if "ratio" in cell}
+        if ratios:
+            groups.append((f"{row['model']}\nbatch {row['batch']}", ratios))
     if results["table"]:
         best = max(results["table"], key=lambda row: row["over_compiled"][1])
         name = f"U-ViT block of width {best['width']}\nmlp_ratio {best['mlp_ratio']}, patch "
@@ -190,8 +190,8 @@ def save(figure: Any, path: Path) -> None:
 def colour(pattern: str) -> str:
     """The same in both pictures."""
     known = FULL.op_patterns
-    place = known.index(pattern) if pattern in known else len(known)
-    return LIGHT.runs[place]
+    index = known.index(pattern) if pattern in known else len(known)
+    return LIGHT.runs[index]
 
 
 def short(tokens: int) -> str:

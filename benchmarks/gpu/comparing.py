@@ -29,7 +29,7 @@ def sample_ops(calls: Calls, plan: Plan, rounds: int) -> Milliseconds:
     if plan.device == "cuda":
         return sample_calls(calls, torch.device("cuda", 0), rounds)
     samples = sample_in_turns(calls, rounds=rounds)
-    return {name: [1e3 * each for each in sample.wall] for name, sample in samples.items()}
+    return {name: [1e3 * seconds for seconds in sample.wall] for name, sample in samples.items()}
 
 
 def sample_sound_ops(calls: Calls, plan: Plan, rounds: int) -> tuple[Milliseconds, dict[str, str]]:
@@ -59,8 +59,10 @@ def why_not(call: Callable[[], object], plan: Plan) -> str | None:
 def sample_models(calls: Calls, seconds: float) -> Milliseconds:
     """Of whole calls, from the call to the end of the GPU's work; for about so many seconds."""
     first = sample_in_turns(calls, rounds=1, warmup=_WARMUP)
-    each = sum(sample.wall[0] for sample in first.values())
-    samples = sample_in_turns(calls, rounds=max(_LEAST, min(_MOST, int(seconds / each))), warmup=0)
+    round_seconds = sum(sample.wall[0] for sample in first.values())
+    samples = sample_in_turns(
+        calls, rounds=max(_LEAST, min(_MOST, int(seconds / round_seconds))), warmup=0
+    )
     return {name: [1e3 * one for one in sample.wall] for name, sample in samples.items()}
 
 
@@ -73,7 +75,7 @@ def compute_speedup(
 
 def compute_medians(times: Milliseconds) -> dict[str, float]:
     """The median milliseconds of each."""
-    return {name: median(each) for name, each in times.items()}
+    return {name: median(values) for name, values in times.items()}
 
 
 def bind_call(run: nn.Module | Callable[..., Any], call: Call) -> Callable[[], object]:
@@ -98,15 +100,15 @@ def output(run: nn.Module, call: Call) -> Tensor:
     """What a model returns, as one tensor."""
     args, kwargs = call
     out = run(*args, **kwargs)
-    found: Tensor = out if isinstance(out, Tensor) else out.sample
-    return found
+    value: Tensor = out if isinstance(out, Tensor) else out.sample
+    return value
 
 
 def error(out: Tensor, exact: Tensor) -> float:
     """||out - exact|| / ||exact||; infinite for NaN."""
     exact = exact.float()
-    found = float((out.float() - exact).norm() / exact.norm())
-    return found if found == found else float("inf")
+    distance = float((out.float() - exact).norm() / exact.norm())
+    return distance if distance == distance else float("inf")
 
 
 def is_device_lost() -> bool:

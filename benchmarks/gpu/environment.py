@@ -31,7 +31,7 @@ def environment(arguments: list[str], commit: str | None) -> dict[str, Any]:
 
     from sparsedm_compiler.autotune.side_by_side import describe_machine
 
-    found = {
+    facts = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "commit": commit or describe_commit() or "unknown",
         "arguments": arguments,
@@ -46,10 +46,10 @@ def environment(arguments: list[str], commit: str | None) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         seen = torch.cuda.get_device_properties(0)
-        found["capability"] = f"{seen.major}.{seen.minor}"
-        found["multiprocessors"] = seen.multi_processor_count
-        found["l2_bytes"] = seen.L2_cache_size
-    return found
+        facts["capability"] = f"{seen.major}.{seen.minor}"
+        facts["multiprocessors"] = seen.multi_processor_count
+        facts["l2_bytes"] = seen.L2_cache_size
+    return facts
 
 
 def card() -> dict[str, str] | None:
@@ -66,10 +66,10 @@ def card() -> dict[str, str] | None:
 def triton() -> str | None:
     """The version of Triton."""
     try:
-        import triton as found
+        import triton as module
     except ImportError:
         return None
-    version: str = found.__version__
+    version: str = module.__version__
     return version
 
 

@@ -29,10 +29,10 @@ Point = tuple[float, str]
 
 def judge_goals(results: Results) -> list[Verdict]:
     """Every goal; a rehearsal judges none."""
-    found = [judge(results) for judge in GOALS]
+    verdicts = [judge(results) for judge in GOALS]
     if results["rehearsal"]:
-        return [Verdict(each.goal, OPEN, "a rehearsal measures nothing") for each in found]
-    return found
+        return [Verdict(verdict.goal, OPEN, "a rehearsal measures nothing") for verdict in verdicts]
+    return verdicts
 
 
 def gated(results: Results) -> list[Point]:
@@ -41,19 +41,19 @@ def gated(results: Results) -> list[Point]:
     for row in results["table"]:
         points.append((row["over_compiled"][1], f"table: {row['key']}"))
     for row in results["ops"]:
-        for text, each in row["patterns"].items():
-            if each.get("gated") == "sparse":
-                points.append((each["ratio"][1], f"{row['key']} at {text}"))
+        for text, cell in row["patterns"].items():
+            if cell.get("gated") == "sparse":
+                points.append((cell["ratio"][1], f"{row['key']} at {text}"))
     return points
 
 
 def models(results: Results) -> list[Point]:
     """Whole models."""
     return [
-        (each["ratio"][1], f"{row['key']} at {text}")
+        (cell["ratio"][1], f"{row['key']} at {text}")
         for row in results["models"]
-        for text, each in row["patterns"].items()
-        if "ratio" in each
+        for text, cell in row["patterns"].items()
+        if "ratio" in cell
     ]
 
 
@@ -125,38 +125,38 @@ def above_paper(results: Results) -> Verdict:
 
 
 def dit(results: Results) -> Verdict:
-    found = [
+    points = [
         (row["patterns"]["64:2:8"]["ratio"][1], row["key"])
         for row in results["models"]
         if (row["name"], row["batch"]) == ("dit", 16)
         and "ratio" in row["patterns"].get("64:2:8", {})
     ]
-    return at_least("DiT-XL/2, batch 16, at 64:2:8 >= 1.4 over compiled dense", 1.4, found)
+    return at_least("DiT-XL/2, batch 16, at 64:2:8 >= 1.4 over compiled dense", 1.4, points)
 
 
 def step(results: Results) -> Verdict:
-    goal, found = "a masked training step <= 1.05 of a dense one", list[Point]()
+    goal, points = "a masked training step <= 1.05 of a dense one", list[Point]()
     for row in results["training"]:
-        for text, each in row["patterns"].items():
-            for kind, quartiles in each.get("step", {}).items():
+        for text, cell in row["patterns"].items():
+            for kind, quartiles in cell.get("step", {}).items():
                 if kind != "sparse":  # which must be asked for
-                    found.append((quartiles[1], f"{row['key']} at {text}, {kind}"))
-    if not found:
+                    points.append((quartiles[1], f"{row['key']} at {text}, {kind}"))
+    if not points:
         return Verdict(goal, OPEN, "")
-    value, name = max(found)
+    value, name = max(points)
     return Verdict(goal, MET if value <= 1.05 else MISSED, f"highest {value:.3f} ({name})")
 
 
 def tests(results: Results) -> Verdict:
-    goal, found = "all tests marked gpu pass", results["tests"]
-    if not found or not (found["passed"] or found["failed"]):
+    goal, outcomes = "all tests marked gpu pass", results["tests"]
+    if not outcomes or not (outcomes["passed"] or outcomes["failed"]):
         return Verdict(goal, OPEN, "")
-    counts = {key: len(found[key]) for key in ("passed", "failed", "skipped", "left_out")}
+    counts = {key: len(outcomes[key]) for key in ("passed", "failed", "skipped", "left_out")}
     said = ", ".join(f"{count} {key.replace('_', ' ')}" for key, count in counts.items())
-    if found["stopped"]:
+    if outcomes["stopped"]:
         said += "; then the time was up"
-    good = OPEN if found["stopped"] else MET
-    return Verdict(goal, MISSED if found["failed"] else good, said)
+    good = OPEN if outcomes["stopped"] else MET
+    return Verdict(goal, MISSED if outcomes["failed"] else good, said)
 
 
 GOALS: tuple[Callable[[dict[str, Any]], Verdict], ...] = (

@@ -55,13 +55,13 @@ def compare(
                 finalize=True,
                 inplace=True,
             )
-            found = bytes_of(student, call, plan.device)
+            sizes = bytes_of(student, call, plan.device)
             choices = {choice.weight: choice for choice in sdm.explain(student).choices}
-            found["folded"] = sum(choice.run_bytes for choice in choices.values())
-            found["folded_dense"] = sum(choice.dense_bytes for choice in choices.values())
-            found["kernels"] = kernels_of(student)
-            row["patterns"][text] = found
-            print(f"memory: {entry.title}, {text}: {found}", flush=True)
+            sizes["folded"] = sum(choice.run_bytes for choice in choices.values())
+            sizes["folded_dense"] = sum(choice.dense_bytes for choice in choices.values())
+            sizes["kernels"] = kernels_of(student)
+            row["patterns"][text] = sizes
+            print(f"memory: {entry.title}, {text}: {sizes}", flush=True)
             del student
             yield row
 

@@ -94,14 +94,14 @@ class Stream(nn.Module):
     def begin(self, x: Tensor, condition: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(q, k, v) and the six modulations."""
         parts = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, dim=-1)
-        given = self.norm(x) * (1 + parts[1]) + parts[0]
-        return (self.q(given), self.k(given), self.v(given)), parts
+        normed = self.norm(x) * (1 + parts[1]) + parts[0]
+        return (self.q(normed), self.k(normed), self.v(normed)), parts
 
     def end(self, x: Tensor, mixed: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         """What the attention and the MLP add."""
         x = x + parts[2] * self.proj(mixed)
-        given = self.norm(x) * (1 + parts[4]) + parts[3]
-        return x + parts[5] * self.fc2(F.gelu(self.fc1(given), approximate="tanh"))
+        normed = self.norm(x) * (1 + parts[4]) + parts[3]
+        return x + parts[5] * self.fc2(F.gelu(self.fc1(normed), approximate="tanh"))
 
 
 class Double(nn.Module):
@@ -134,9 +134,9 @@ class Single(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(F.silu(condition)).unsqueeze(1).chunk(3, dim=-1)
-        given = self.norm(x) * (1 + scale) + shift
-        mixed = attention(self.q(given), self.k(given), self.v(given), self.heads)
-        hidden = F.gelu(self.fc(given), approximate="tanh")
+        normed = self.norm(x) * (1 + scale) + shift
+        mixed = attention(self.q(normed), self.k(normed), self.v(normed), self.heads)
+        hidden = F.gelu(self.fc(normed), approximate="tanh")
         return x + gate * self.out(torch.cat([mixed, hidden], dim=-1))
 
 
@@ -160,7 +160,7 @@ class Flux(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """[B, tokens, width] each -> the same, by so many heads."""
-    parts = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (q, k, v))
+    parts = (tensor.unflatten(2, (heads, -1)).transpose(1, 2) for tensor in (q, k, v))
     return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
 
 
@@ -236,7 +236,7 @@ def per_model(
 
 def cast(call: Call, dtype: torch.dtype) -> Call:
     """The same call with its noise and text in another dtype."""
-    found: Call = torch.utils._pytree.tree_map(
+    converted: Call = torch.utils._pytree.tree_map(
         lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, call
     )
-    return found
+    return converted

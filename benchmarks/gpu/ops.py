@@ -86,7 +86,7 @@ def compare(
     for text in plan.op_patterns:
         trial = Trial(operands, text, avoid, tell)
         best = trial.fastest(baseline, plan)
-        row["patterns"][text] = trial.found
+        row["patterns"][text] = trial.record
         if best is not None:
             finalists[text] = best
     times = sample_ops({"dense": baseline, **finalists}, plan, plan.rounds)
@@ -118,12 +118,12 @@ def dense(operands: Operands, plan: Plan) -> Run:
 
 
 class Trial:
-    """One layer at one pattern: what every kernel does. ``found``: what was seen, by kernel."""
+    """One layer at one pattern: what every kernel does. ``record``: what was seen, by kernel."""
 
     def __init__(self, operands: Operands, text: str, avoid: frozenset[str], tell: Tell) -> None:
         self.operands, self.text, self.avoid, self.tell = operands, text, avoid, tell
-        self.found: dict[str, Any] = {"refused": {}, "wrong": {}, "error": {}, "ms": {}}
-        self.found["inexact"] = []
+        self.record: dict[str, Any] = {"refused": {}, "wrong": {}, "error": {}, "ms": {}}
+        self.record["inexact"] = []
         self.ready: dict[str, Run] = {}
 
     def fastest(self, baseline: Run, plan: Plan) -> Run | None:
@@ -131,7 +131,7 @@ class Trial:
         try:
             pattern = Pattern.parse(self.text)
         except PatternError as why:
-            self.found["refused"]["pattern"] = str(why)
+            self.record["refused"]["pattern"] = str(why)
             return None
         exact = compute_exact(self.operands, pattern)
         for family in find_families(self.operands.x.device.type):
@@ -144,55 +144,55 @@ class Trial:
         size, name = (self.operands.layer.rows, self.operands.layer.cols), "/".join(family.names)
         why_not = family.why_unavailable() or family.why_refused(pattern, *size, DTYPE)
         if why_not is not None:
-            self.found["refused"][name] = why_not
+            self.record["refused"][name] = why_not
             return
         bound = INEXACT if family.inexact else TOLERANCE
         try:
             for kernel, run in calls(self.operands, pattern, family):
                 if self.fits(str(kernel), run, exact, bound):
                     self.ready[str(kernel)] = run
-                    self.found["inexact"] += [str(kernel)] if family.inexact else []
+                    self.record["inexact"] += [str(kernel)] if family.inexact else []
         except Exception as bug:  # of packing
             if is_device_lost():
                 raise
-            self.found["wrong"][name] = format_error(bug)
+            self.record["wrong"][name] = format_error(bug)
 
     def fits(self, kernel: str, run: Run, exact: Tensor, bound: float) -> bool:
         """Whether a kernel runs this shape and is as near to float32 as that."""
         name = f"{kernel} at {self.text}"
         if name in self.avoid:
-            self.found["wrong"][kernel] = "the process died of it"
+            self.record["wrong"][kernel] = "the process died of it"
             return False
         self.tell(name)
         poison(exact)
         try:
             off = error(run(), exact)
         except KernelError as why:
-            self.found["refused"][kernel] = str(why)[:200]
+            self.record["refused"][kernel] = str(why)[:200]
             return False
         except Exception as bug:
             if is_device_lost():
                 raise
-            self.found["wrong"][kernel] = format_error(bug)
+            self.record["wrong"][kernel] = format_error(bug)
             return False
-        self.found["error"][kernel] = float(f"{off:.3g}")
+        self.record["error"][kernel] = float(f"{off:.3g}")
         if off > bound:
-            self.found["wrong"][kernel] = f"off by {off:.2g}"
+            self.record["wrong"][kernel] = f"off by {off:.2g}"
         return off <= bound
 
     def screen(self, baseline: Run, plan: Plan) -> Run | None:
         """The fastest of a few rounds of all, and what the gate would say to it."""
         samples, broken = sample_sound_ops({"dense": baseline, **self.ready}, plan, plan.screening)
         times = {name: round(ms, 6) for name, ms in compute_medians(samples).items()}
-        self.found["wrong"] |= broken
-        self.found["screened_dense_ms"] = dense_ms = times.pop("dense")
-        self.found["ms"] = times
-        exactly = [name for name in times if name not in self.found["inexact"]]
+        self.record["wrong"] |= broken
+        self.record["screened_dense_ms"] = dense_ms = times.pop("dense")
+        self.record["ms"] = times
+        exactly = [name for name in times if name not in self.record["inexact"]]
         if not exactly:
             return None
         best = min(exactly, key=times.__getitem__)
         gated = "sparse" if times[best] < MARGIN * dense_ms else "dense"
-        self.found |= {"kernel": best, "gated": gated}
+        self.record |= {"kernel": best, "gated": gated}
         return self.ready[best]
 
 
@@ -229,8 +229,8 @@ def compute_exact(operands: Operands, pattern: Pattern) -> Tensor:
 def format_row(row: Row) -> str:
     """The row in one line."""
     parts = [
-        f"{text} {each['ratio'][1]:.2f}" if "ratio" in each else f"{text} -"
-        for text, each in row["patterns"].items()
+        f"{text} {cell['ratio'][1]:.2f}" if "ratio" in cell else f"{text} -"
+        for text, cell in row["patterns"].items()
     ]
     size = f"{row['tokens']}x{row['cols']}x{row['rows']}"
     return f"ops: {row['model']} {row['layer']} {size}: {', '.join(parts)}"

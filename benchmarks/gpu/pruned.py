@@ -55,8 +55,8 @@ def make_masked(model: nn.Module, student: nn.Module) -> nn.Module:
 
 def kernels_of(student: nn.Module) -> dict[str, int]:
     """How many of its pruned weights each kernel runs."""
-    found = {choice.weight: choice.kernel for choice in sdm.explain(student).choices}
-    return dict(Counter(found.values()))
+    kernels = {choice.weight: choice.kernel for choice in sdm.explain(student).choices}
+    return dict(Counter(kernels.values()))
 
 
 def reasons_of(student: nn.Module) -> dict[str, int]:

@@ -43,11 +43,10 @@ def quality(path: Path = MEASURED) -> Quality:
     """What was measured of each pattern; nothing where the file is missing."""
     if not path.exists():
         return Quality(None, {})
-    runs = json.loads(path.read_text())["methods"]
-    found: dict[str | None, list[float]] = {}
-    for run in runs:
+    grouped: dict[str | None, list[float]] = {}
+    for run in json.loads(path.read_text())["methods"]:
         if run["method"] in (METHOD, "dense"):
-            found.setdefault(run["pattern"], []).append(run["loss"])
-    dense = found.pop(None, None)
-    losses = {pattern: mean(each) for pattern, each in found.items() if pattern is not None}
+            grouped.setdefault(run["pattern"], []).append(run["loss"])
+    dense = grouped.pop(None, None)
+    losses = {pattern: mean(values) for pattern, values in grouped.items() if pattern is not None}
     return Quality(None if dense is None else mean(dense), losses)

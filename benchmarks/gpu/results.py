@@ -29,13 +29,13 @@ def empty(environment: dict[str, Any], *, rehearsal: bool) -> Results:
     }
 
 
-def take(results: Results, section: str, found: Read, seconds: float) -> None:
+def take(results: Results, section: str, log: Read, seconds: float) -> None:
     """Put in what a section has found so far."""
-    results[section] = [{"key": key, **row} for key, row in found.rows.items()]
+    results[section] = [{"key": key, **row} for key, row in log.rows.items()]
     results["sections"][section] = {
         "seconds": round(seconds, 1),
-        "stopped": found.stopped,
-        "failed": found.failed,
+        "stopped": log.stopped,
+        "failed": log.failed,
     }
 
 
@@ -74,15 +74,15 @@ def load(paths: Sequence[Path]) -> Results:
 def list_failures(results: Results) -> list[str]:
     """One sentence for everything that went wrong: tests, sections, kernels that are not right."""
     tests = results["tests"] or {"failed": {}}
-    found = [f"test {name}: {why}" for name, why in tests["failed"].items()]
+    failures = [f"test {name}: {why}" for name, why in tests["failed"].items()]
     for name, said in results["sections"].items():
-        found += [f"{name}: {key}: {why}" for key, why in said["failed"].items()]
+        failures += [f"{name}: {key}: {why}" for key, why in said["failed"].items()]
     for row in results["ops"]:
-        for text, each in row["patterns"].items():
-            for kernel, why in each.get("wrong", {}).items():
-                found.append(f"ops: {row['key']} at {text}: {kernel} is wrong: {why}")
+        for text, cell in row["patterns"].items():
+            for kernel, why in cell.get("wrong", {}).items():
+                failures.append(f"ops: {row['key']} at {text}: {kernel} is wrong: {why}")
     for row in results["models"]:
-        for text, each in row["patterns"].items():
-            if each["wrong"]:
-                found.append(f"models: {row['key']} at {text} is wrong")
-    return found
+        for text, cell in row["patterns"].items():
+            if cell["wrong"]:
+                failures.append(f"models: {row['key']} at {text} is wrong")
+    return failures

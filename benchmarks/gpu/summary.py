@@ -69,14 +69,16 @@ def machine_line(about: dict[str, Any]) -> str:
     )
 
 
-def tests(found: dict[str, Any]) -> str:
+def tests(outcomes: dict[str, Any]) -> str:
     """Counts, and the names of what did not pass."""
-    end = ", then the time was up." if found["stopped"] else "."
-    lines = [f"{len(found['passed'])} passed in {found['seconds']:.0f} s{end}"]
+    end = ", then the time was up." if outcomes["stopped"] else "."
+    lines = [f"{len(outcomes['passed'])} passed in {outcomes['seconds']:.0f} s{end}"]
     for key in ("failed", "left_out"):
-        lines += [f"- {key.replace('_', ' ')}: {name}: {why}" for name, why in found[key].items()]
+        lines += [
+            f"- {key.replace('_', ' ')}: {name}: {why}" for name, why in outcomes[key].items()
+        ]
     skipped: dict[str, int] = {}
-    for why in found["skipped"].values():
+    for why in outcomes["skipped"].values():
         skipped[why] = skipped.get(why, 0) + 1
     lines += [f"- {count} skipped: {why}" for why, count in skipped.items()]
     return "\n".join(lines)
@@ -104,13 +106,13 @@ def ops(results: Results, known: Quality) -> str:
     )
 
 
-def op_cell(results: Results, found: dict[str, Any]) -> str:
+def op_cell(results: Results, cell: dict[str, Any]) -> str:
     """Ratio and kernel, or why there is none."""
-    if "ratio" not in found:
+    if "ratio" not in cell:
         return _GONE
-    family = found["kernel"].partition("/")[0]
-    shown = speed(results, found["ratio"])
-    return f"{shown} {family}" + (" (dense)" if found["gated"] == "dense" else "")
+    family = cell["kernel"].partition("/")[0]
+    shown = speed(results, cell["ratio"])
+    return f"{shown} {family}" + (" (dense)" if cell["gated"] == "dense" else "")
 
 
 def table(results: Results, known: Quality) -> str:
@@ -153,10 +155,10 @@ def whole(results: Results, known: Quality) -> str:
 
 def model_cell(results: Results, row: dict[str, Any], text: str) -> str:
     """Ratio and gate decisions."""
-    found = row["patterns"].get(text, {})
-    if "ratio" not in found:
-        return "wrong" if found.get("wrong") else _GONE
-    return f"{speed(results, found['ratio'])} ({counts(found['kernels'])})"
+    cell = row["patterns"].get(text, {})
+    if "ratio" not in cell:
+        return "wrong" if cell.get("wrong") else _GONE
+    return f"{speed(results, cell['ratio'])} ({counts(cell['kernels'])})"
 
 
 def training(results: Results, known: Quality) -> str:
@@ -166,12 +168,12 @@ def training(results: Results, known: Quality) -> str:
             row["model"],
             row["batch"],
             text,
-            *(step_cell(results, found["step"], kind) for kind in ("mask", "sr-ste", "sparse")),
+            *(step_cell(results, cell["step"], kind) for kind in ("mask", "sr-ste", "sparse")),
             known.of(text),
         )
         for row in results["training"]
-        for text, found in row["patterns"].items()
-        if "step" in found
+        for text, cell in row["patterns"].items()
+        if "step" in cell
     ]
     note = (
         "Forward, backward and AdamW; bf16 autocast, Inductor. Times the dense step: < 1 is faster."
@@ -192,15 +194,15 @@ def memory(results: Results, known: Quality) -> str:
             row["model"],
             row["batch"],
             text,
-            megabytes(found["folded_dense"]),
-            megabytes(found["folded"]),
+            megabytes(cell["folded_dense"]),
+            megabytes(cell["folded"]),
             *(megabytes(row["dense"][key]) for key in ("resting", "peak")),
-            *(megabytes(found[key]) for key in ("resting", "peak")),
+            *(megabytes(cell[key]) for key in ("resting", "peak")),
             known.of(text),
         )
         for row in results["memory"]
-        for text, found in row["patterns"].items()
-        if "folded" in found
+        for text, cell in row["patterns"].items()
+        if "folded" in cell
     ]
     note = "MiB, every layer that a kernel takes pinned to it and finalized; eager."
     names = ("model", "batch", "pattern", "weights dense", "folded", "model", "peak of a call")

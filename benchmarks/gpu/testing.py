@@ -28,13 +28,13 @@ def find_marked_files(root: Path = ROOT) -> list[str]:
     texts = {path: path.read_text() for path in sorted((root / "tests").rglob("*.py"))}
     marking = [path for path, text in texts.items() if MARK.search(text)]
     helpers = {".".join(path.relative_to(root).with_suffix("").parts) for path in marking}
-    found = [
+    files = [
         path
         for path, text in texts.items()
         if path.name.startswith("test_")
         and (path in marking or any(f"from {name} import" in text for name in helpers))
     ]
-    return [str(path.relative_to(root)) for path in found]
+    return [str(path.relative_to(root)) for path in files]
 
 
 def command(files: list[str]) -> list[str]:
@@ -50,12 +50,14 @@ def command(files: list[str]) -> list[str]:
     return [sys.executable, "-m", "pytest", *options, *files]
 
 
-def run_tests(out: Path, scratch: Path, until: float, given: Mapping[str, str]) -> dict[str, Any]:
+def run_tests(
+    out: Path, scratch: Path, until: float, environment: Mapping[str, str]
+) -> dict[str, Any]:
     """What became of every test; what pytest said is written to ``out``/tests.txt."""
     files, log = find_marked_files(), scratch / "tests.jsonl"
     log.touch()
     start = time.time()
-    keep = {key: value for key, value in given.items() if not key.startswith("PYTEST_")}
+    keep = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
     environment = {**keep, LOG: str(log)}
     with (out / "tests.txt").open("w") as said:
         process = subprocess.Popen(
@@ -63,31 +65,31 @@ def run_tests(out: Path, scratch: Path, until: float, given: Mapping[str, str]) 
             start_new_session=True,
         )  # fmt: skip
         code = wait_or_stop(process, until)
-    found = read_outcomes(log.read_text())
-    found |= {"files": files, "stopped": code is None, "seconds": time.time() - start}
+    outcomes = read_outcomes(log.read_text())
+    outcomes |= {"files": files, "stopped": code is None, "seconds": time.time() - start}
     # 5: no test was collected. None: the time was up.
-    broken = code not in (0, 1, 5, None) and not found["failed"] and not found["left_out"]
+    broken = code not in (0, 1, 5, None) and not outcomes["failed"] and not outcomes["left_out"]
     if broken:
-        found["failed"]["pytest"] = f"ended with code {code}; see tests.txt"
-    return found
+        outcomes["failed"]["pytest"] = f"ended with code {code}; see tests.txt"
+    return outcomes
 
 
 def read_outcomes(log: str) -> dict[str, Any]:
     """{"passed": [...], "failed": {name: why}, "skipped": {...}, "left_out": {file: why}}."""
-    found: dict[str, Any] = {"passed": [], "failed": {}, "skipped": {}, "left_out": {}}
+    outcomes: dict[str, Any] = {"passed": [], "failed": {}, "skipped": {}, "left_out": {}}
     for line in log.splitlines():
         entry = json.loads(line)
         name, outcome, why = entry["test"], entry["outcome"], entry["reason"]
         missing = _MISSING.search(why)
         if outcome == "passed":
-            found["passed"].append(name)
+            outcomes["passed"].append(name)
         elif outcome.endswith("skipped"):
-            found["skipped"][name] = why
+            outcomes["skipped"][name] = why
         elif missing and find_absent([missing[1].split(".")[0]]):
-            found["left_out"][name] = f"needs {missing[1]}, which is not installed"
+            outcomes["left_out"][name] = f"needs {missing[1]}, which is not installed"
         elif "which is not installed" in why:  # as the package words it where it wants an extra
-            found["left_out"][name] = why
+            outcomes["left_out"][name] = why
         else:
-            found["failed"][name] = why
-    found["passed"] = [name for name in found["passed"] if name not in found["failed"]]
-    return found
+            outcomes["failed"][name] = why
+    outcomes["passed"] = [name for name in outcomes["passed"] if name not in outcomes["failed"]]
+    return outcomes

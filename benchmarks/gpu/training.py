@@ -65,7 +65,10 @@ def compare(
         }
         if text in SPARSE:
             row["patterns"][text]["sparse_kernels"] = kernels_of(pinned)
-        middle = {kind: round(each[1], 3) for kind, each in row["patterns"][text]["step"].items()}
+        middle = {
+            kind: round(quartiles[1], 3)
+            for kind, quartiles in row["patterns"][text]["step"].items()
+        }
         print(f"training: {entry.title}, {text}, times the dense step: {middle}", flush=True)
         yield row
 

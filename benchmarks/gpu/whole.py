@@ -25,7 +25,7 @@ DTYPE = torch.bfloat16
 def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
     """One per model and batch."""
     here = find_spec("diffusers") is not None
-    models = (each for each in plan.models if here or each[0] not in NEEDS_DIFFUSERS)
+    models = (model for model in plan.models if here or model[0] not in NEEDS_DIFFUSERS)
     return per_model(models, partial(compare, plan=plan, avoid=avoid))
 
 
@@ -48,14 +48,14 @@ def compare(
                 continue
             tell(crumb)
             student = student_of(model, text, plan, policy=entry.policy, kernels=plan.kernels)
-            found: dict[str, Any] = check_student(model, student, call)
-            found |= {"kernels": kernels_of(student), "dense_because": reasons_of(student)}
-            if not found["wrong"]:
+            cell: dict[str, Any] = check_student(model, student, call)
+            cell |= {"kernels": kernels_of(student), "dense_because": reasons_of(student)}
+            if not cell["wrong"]:
                 runs = {"dense": compiled, "sparse": student}
                 calls = {key: bind_call(run, call) for key, run in runs.items()}
                 times = sample_models(calls, plan.seconds)
-                found |= {"ratio": compute_speedup(times, "sparse"), "ms": compute_medians(times)}
-            row["patterns"][text] = found
+                cell |= {"ratio": compute_speedup(times, "sparse"), "ms": compute_medians(times)}
+            row["patterns"][text] = cell
             del student
             print(format_row(row, text), flush=True)
             yield row
@@ -63,6 +63,6 @@ def compare(
 
 def format_row(row: Row, text: str) -> str:
     """One pattern of a row in one line."""
-    found = row["patterns"][text]
-    speed = f"{found['ratio'][1]:.3f} times as fast" if "ratio" in found else "wrong"
-    return f"models: {row['model']}, batch {row['batch']}, {text}: {speed}, {found['kernels']}"
+    cell = row["patterns"][text]
+    speed = f"{cell['ratio'][1]:.3f} times as fast" if "ratio" in cell else "wrong"
+    return f"models: {row['model']}, batch {row['batch']}, {text}: {speed}, {cell['kernels']}"
