@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
@@ -20,12 +21,17 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError, Pattern
-from sparsedm_compiler.backends.registry import list_families, unregister_family
+from sparsedm_compiler.backends.kernel_family import KernelFamily
+from sparsedm_compiler.backends.registry import (
+    list_families,
+    register_family,
+    unregister_family,
+)
 from sparsedm_compiler.models import PRESETS, example_inputs, open_model
 from sparsedm_compiler.models.model_classes import MODEL_CLASSES
 from sparsedm_compiler.models.presets import Preset
 from sparsedm_compiler.passes import INFER, run_passes
-from sparsedm_compiler.patterns import unregister_pattern
+from sparsedm_compiler.patterns import register_pattern, unregister_pattern
 from sparsedm_compiler.train import METHODS, FinetuneConfig
 from tests.oracle import assert_same, oracle_of
 from tests.passes import test_laws as laws
@@ -48,51 +54,77 @@ PATH = re.compile(r"[\w.-]+(/[\w.-]+)*/?")
 every_page = pytest.mark.parametrize("page", PAGES)
 
 
-@contextmanager
-def run_page(name: str) -> Iterator[Mapping[str, Any]]:
-    """Runs the Python of a page and yields its names; what it registers is removed afterwards."""
+@dataclass(frozen=True)
+class Page:
+    """The names that the Python of a page defines, and the values that it registers."""
+
+    names: Mapping[str, Any]
+    families: tuple[KernelFamily, ...]
+    kinds: tuple[type[Pattern], ...]
+
+    def unregister(self) -> None:
+        for family in self.families:
+            unregister_family(family)
+        for kind in self.kinds:
+            unregister_pattern(kind)
+
+
+@cache
+def run_blocks(name: str) -> Page:
+    """Runs the Python of a page, once per process: an op cannot be registered twice."""
     module = types.ModuleType(f"develop_{Path(name).stem}")
     sys.modules[module.__name__] = module
-    families = list_families()
+    before, text = {*list_families()}, (FOLDER / name).read_text()
     try:
-        text = (FOLDER / name).read_text()
         for block in FENCE.finditer(text):
             if block[1] == "python":
                 lines = text[: block.start(2)].count("\n")
                 exec(compile("\n" * lines + block[2], str(FOLDER / name), "exec"), vars(module))
-        yield vars(module)
     finally:
-        del sys.modules[module.__name__]
-        for family in set(list_families()) - set(families):
-            unregister_family(family)
-        for value in vars(module).values():
-            own = isinstance(value, type) and value.__module__ == module.__name__
-            if own and issubclass(value, Pattern):
-                unregister_pattern(value)
+        families = tuple(family for family in list_families() if family not in before)
+        classes = [value for value in vars(module).values() if isinstance(value, type)]
+        own = [value for value in classes if value.__module__ == module.__name__]
+        kinds = tuple(value for value in own if issubclass(value, Pattern))
+        page = Page(vars(module), families, kinds)
+        page.unregister()
+    return page
+
+
+@contextmanager
+def open_page(name: str) -> Iterator[Mapping[str, Any]]:
+    """Yields the names of a page, with what it registers registered."""
+    page = run_blocks(name)
+    for family in page.families:
+        register_family(family)
+    for kind in page.kinds:
+        register_pattern(kind)
+    try:
+        yield page.names
+    finally:
+        page.unregister()
 
 
 @pytest.fixture(scope="module")
 def pattern_page() -> Iterator[Mapping[str, Any]]:
-    with run_page("add_a_pattern.md") as names:
+    with open_page("add_a_pattern.md") as names:
         yield names
 
 
 @pytest.fixture(scope="module")
 def family_page() -> Iterator[Mapping[str, Any]]:
-    """Once per process: an op cannot be registered twice."""
-    with run_page("add_a_kernel_family.md") as names:
+    with open_page("add_a_kernel_family.md") as names:
         yield names
 
 
 @pytest.fixture(scope="module")
 def pass_page() -> Iterator[Mapping[str, Any]]:
-    with run_page("add_a_pass.md") as names:
+    with open_page("add_a_pass.md") as names:
         yield names
 
 
 @pytest.fixture(scope="module")
 def method_page() -> Iterator[Mapping[str, Any]]:
-    with run_page("add_a_training_method.md") as names:
+    with open_page("add_a_training_method.md") as names:
         yield names
 
 
@@ -108,7 +140,7 @@ def method_row(method_page: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def preset_row(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, Any]]:
     """The names of the page on presets; the tables hold its row for one test."""
-    with run_page("add_a_model_preset.md") as names:
+    with open_page("add_a_model_preset.md") as names:
         row = names["PRIOR"]
         monkeypatch.setitem(MODEL_CLASSES, row.name, row)  # type: ignore[arg-type]
         for name, (title, config) in row.presets.items():
@@ -298,7 +330,7 @@ def test_preset_page_counts_the_macs_of_its_preset(preset_row: Mapping[str, Any]
 
 
 def test_testing_page_compares_with_the_oracle_and_sees_a_test_red() -> None:
-    with run_page("testing.md") as names:
+    with open_page("testing.md") as names:
         assert "is read unmasked by" in names["red"]
 
 
