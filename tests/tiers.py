@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 INDUCTOR = ("inductor",)
 SLOW: Mapping[str, tuple[str, ...]] = {
@@ -65,6 +67,9 @@ SLOW: Mapping[str, tuple[str, ...]] = {
 
 The name of a test is followed by its parameters in brackets.
 """
+
+UNMATCHED = pytest.StashKey[list[str]]()
+"""Entries of SLOW that fit no test, where the whole suite was collected."""
 
 
 def is_slow(file: str, name: str) -> bool:
