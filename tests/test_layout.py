@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import sparsedm_compiler
 from tests.import_graph import Import, module_of, read_imports
 from tests.public_names import undocumented
+from tests.tiers import UNMATCHED
 
 PACKAGE = Path(sparsedm_compiler.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
@@ -246,6 +249,12 @@ def test_vague_words_name_nothing() -> None:
 def test_public_names_have_the_sections_they_need() -> None:
     lines = undocumented(SOURCES)
     assert not lines, listed(lines)
+
+
+def test_every_entry_of_the_slow_list_fits_a_test(pytestconfig: pytest.Config) -> None:
+    """Of the whole suite, that is: what is checked here is known where all of it was collected."""
+    stale = pytestconfig.stash.get(UNMATCHED, [])
+    assert not stale, listed(stale)
 
 
 def test_errors_files_and_options_need_no_torch() -> None:

@@ -9,14 +9,17 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 INDUCTOR = ("inductor",)
+DIFFUSERS = r"\[(unet|dit|sd3|flux|pixart|wan)"
 SLOW: Mapping[str, tuple[str, ...]] = {
     # Captures of diffusers models; of the battery a row of uvit stays.
     "compiler/test_battery.py": (r"\[(?!uvit\]|uvit-sparse\])",),
-    "compiler/test_dynamo_backend.py": (r"\[(?!uvit\])", "import"),
+    "compiler/test_dynamo_backend.py": (DIFFUSERS, "import"),
     "compiler/test_pipelines.py": ("",),
-    "diffusion/test_predict.py": (r"\[(unet|dit|sd3|flux|pixart|wan)", "import"),
+    "diffusion/test_predict.py": (DIFFUSERS, "import"),
     "test_zoo.py": (r"\[(?!uvit\]|unet_condition\])",),
     # Inductor: a C++ compiler for every graph. One row stays, in test_guarded_forward.py.
     "autotune/test_select_kernel.py": INDUCTOR,
@@ -65,6 +68,9 @@ SLOW: Mapping[str, tuple[str, ...]] = {
 
 The name of a test is followed by its parameters in brackets.
 """
+
+UNMATCHED = pytest.StashKey[list[str]]()
+"""Entries of SLOW that fit no test, where the whole suite was collected."""
 
 
 def is_slow(file: str, name: str) -> bool:
