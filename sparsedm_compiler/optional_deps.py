@@ -65,15 +65,17 @@ def require_extra(user: str, extra: str) -> Iterator[None]:
         ) from error
 
 
-def import_diffusers() -> ModuleType:
-    """Imports diffusers. Raises ConfigError if it is not installed."""
+def import_diffusers(
+    *, reason: str = "this model comes from diffusers", extra: str = "diffusers"
+) -> ModuleType:
+    """Imports diffusers, or raises ConfigError if it is not installed.
+
+    ``reason`` and ``extra``: the first half of the error, and the extra of this package it names.
+    """
     if is_installed("diffusers"):
         mend_torchvision()
-    return import_optional(
-        "diffusers",
-        reason="this model comes from diffusers",
-        install='"sparsedm-compiler[diffusers]"',
-    )
+    install = f'"sparsedm-compiler[{extra}]"'
+    return import_optional("diffusers", reason=reason, install=install)
 
 
 def mend_torchvision() -> bool:

@@ -23,6 +23,7 @@ from ..errors import (
     SparseDMError,
     StoppedError,
 )
+from ..optional_deps import require_extra
 
 DONE, FAILED, REFUSED = 0, 1, 2
 """Exit statuses: success; failure while running; a request that cannot be carried out."""
@@ -64,11 +65,12 @@ def execute(name: str, command: Command, options: argparse.Namespace) -> int:
     """
     with handle_signals() as last_signal:
         try:
-            job = command.prepare(options)
-            if options.dry_run:
-                print("\n".join([*job.lines, "dry run: nothing was computed or written"]))
-            else:
-                job.run()
+            with require_extra("this command", "train"):
+                job = command.prepare(options)
+                if options.dry_run:
+                    print("\n".join([*job.lines, "dry run: nothing was computed or written"]))
+                else:
+                    job.run()
             sys.stdout.flush()
         except StoppedError as error:
             return print_failure(name, str(error), SIGNALLED + (last_signal() or signal.SIGTERM))

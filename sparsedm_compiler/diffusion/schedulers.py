@@ -63,7 +63,7 @@ def make_scheduler(sampler: str, objective: str, *, clip: bool = False) -> Any:
         )
     if clip and sampler not in CLIPPING:
         raise ConfigError(f"sampler {sampler!r} does not clip; use {' or '.join(CLIPPING)}")
-    diffusers = import_diffusers()
+    diffusers = import_diffusers(reason="samplers need diffusers", extra="train")
     if (sampler, objective) == ("euler", "flow"):
         return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=LEVELS)
     options: dict[str, Any] = {"use_flow_sigmas": True} if objective == "flow" else {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,24 +13,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from ..diffusion import generator_at
 from ..diffusion.condition import Condition, check_count, take_rows
+from ..diffusion.image_batches import Batch, ImageSource
 from ..errors import DataError
 
-Batch: TypeAlias = "tuple[Tensor, Condition | None]"
 Data = Tensor | tuple[Tensor, Tensor] | Dataset[Any] | Iterable[Any]
 """Images; (images, labels); a map-style Dataset of either; or an iterable of batches of either."""
 
 Fetch = Callable[[list[int]], Any]
-
-
-@runtime_checkable
-class Fetches(Protocol):
-    """Data that hand out many images at once, e.g. ``sparsedm_compiler.data.ImageData``."""
-
-    def __len__(self) -> int:
-        """Returns the number of images."""
-
-    def fetch(self, numbers: Sequence[int]) -> Batch:
-        """Returns the images with those numbers, and their condition."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +174,7 @@ def index_data(data: Data) -> tuple[int, Fetch] | None:
 
     Raises DataError for data that hold no images, and for labels of another count.
     """
-    if isinstance(data, Fetches):
+    if isinstance(data, ImageSource):
         return check_not_empty(len(data)), data.fetch
     if isinstance(data, Tensor):
         images, labels = data, None
