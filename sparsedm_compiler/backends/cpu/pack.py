@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelError, PackError
-from ...patterns import Pattern
+from ...patterns import Pattern, SharedNM
 from ..weight_matrix import to_matrix
 from .build import load_library
 from .format import allocate, plan_layout, why_refused
@@ -24,8 +24,11 @@ def pack(
 
     weight, mask: [rows, cols] or [rows, channels, kh, kw]; ``mask`` is one of ``pattern``.
     ``width``: columns of a block. ``wide``: the layout for bfloat16 and masks shared by a multiple
-    of 16 rows. Raises PackError for a weight that cannot be packed, KernelError
-    where there is no kernel library.
+    of 16 rows.
+
+    Raises:
+        PackError: A weight that cannot be packed, or a mask that is not one of ``pattern``.
+        KernelError: No kernel library here.
     """
     weight, mask = to_matrix(weight.detach()), to_matrix(mask)
     rows, cols = weight.shape
@@ -34,6 +37,19 @@ def pack(
         raise PackError(f"a weight of {list(weight.shape)} cannot be packed to {pattern}: {why}")
     packed = allocate(plan_layout(pattern, rows, cols, weight.dtype, width=width, wide=wide))
     mask = mask.to(torch.bool).contiguous()
+    if not _keeps_n(mask, pattern):  # the packer trusts it, and would write out of bounds
+        raise PackError(f"the mask is not one of {pattern}")
     if load_library().sdm_pack(weight.data_ptr(), mask.data_ptr(), packed.data_ptr()) != 0:
         raise KernelError("packing a weight ran out of memory")
     return packed
+
+
+def _keeps_n(mask: Tensor, pattern: Pattern) -> bool:
+    """Returns whether every group keeps exactly n, in the same places where rows share a mask."""
+    counts = torch.unflatten(mask, 1, (-1, pattern.m)).sum(2)
+    if bool((counts != pattern.n).any()):
+        return False
+    if not isinstance(pattern, SharedNM):
+        return True
+    blocks = torch.split(mask, pattern.rows)
+    return all(torch.equal(block, block[:1].expand_as(block)) for block in blocks)

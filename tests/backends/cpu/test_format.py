@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -276,3 +277,19 @@ def test_load_of_a_file_with_odd_sizes_is_aligned(tmp_path: Path) -> None:
         sdm.save(fast, tmp_path / "net.safetensors")
         again = sdm.load(tmp_path / "net.safetensors", net, backend="eager")
         assert_same(again(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "change"),
+    [
+        ("2:4", lambda mask: mask[3, :4].fill_(True)),
+        ("2:4", lambda mask: mask[0, 8:12].fill_(False)),
+        ("2:4x4", lambda mask: mask[1, :4].copy_(mask[1, :4].logical_not())),
+    ],
+)
+def test_pack_of_a_mask_of_another_pattern_is_refused(text: str, change: Any) -> None:
+    weight = torch.randn(8, 16)
+    mask = nm_mask(weight, text)
+    change(mask)
+    with pytest.raises(PackError, match=f"the mask is not one of {text}"):
+        pack(weight, mask, Pattern.parse(text))
