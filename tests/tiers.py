@@ -56,6 +56,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "reporting/test_page.py": ("browser", "screenshot", "charts_by_pattern"),
     "test_gpu_benchmark.py": ("rehears", "report_can_be", "process_is_stopped"),
     "test_layout.py": ("core_dependencies", "no_triton"),
+    "train/test_core_install.py": ("",),
     "train/test_distributed.py": ("",),
     "train/test_sr_ste.py": ("two_processes",),
     # Whole runs and whole models.
