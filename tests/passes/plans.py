@@ -45,6 +45,18 @@ class Mlp(nn.Module):
         return self.out(self.fc2(F.gelu(self.fc1(x))))
 
 
+class Autocast(nn.Module):
+    """A float32 layer that multiplies in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.fc(x)
+
+
 @dataclass(frozen=True)
 class Case:
     """A captured graph, its plan, and the inputs it takes."""

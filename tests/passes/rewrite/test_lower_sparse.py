@@ -12,7 +12,7 @@ from sparsedm_compiler.masks.nm_mask import apply_mask, nm_mask
 from sparsedm_compiler.passes import PlannedWeight
 from sparsedm_compiler.passes.rewrite.lower_sparse import lower_sparse
 from tests.oracle import assert_same
-from tests.passes.plans import Mlp, capture_model, first_kernel, plan_kernel, plan_masks
+from tests.passes.plans import Autocast, Mlp, capture_model, first_kernel, plan_kernel, plan_masks
 
 KERNEL = first_kernel("cpu_free", "2:4")
 X = torch.randn(5, 16)
@@ -110,16 +110,7 @@ def test_lower_sparse_rewrites_every_use_of_a_weight(uses: int) -> None:
 
 
 def test_lower_sparse_casts_x_where_autocast_would() -> None:
-    class Cast(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return self.fc(x)
-
-    graph = capture_model(Cast(), X)
+    graph = capture_model(Autocast(), X)
     kernel = first_kernel("cpu_free", "2:4", torch.bfloat16)
     assert lower_sparse(graph.gm, plan_kernel(plan_masks(graph, "fc.weight"), kernel)) == 1
     casts = graph.gm.graph.find_nodes(op="call_method", target="to")

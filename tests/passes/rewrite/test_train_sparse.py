@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsedm_compiler.backends.kernel_family import KernelConfig
 from sparsedm_compiler.passes import run_passes
 from sparsedm_compiler.passes.rewrite.insert_mask_ste import insert_mask_ste
 from sparsedm_compiler.passes.rewrite.train_sparse import train_sparse
-from tests.passes.plans import Mlp, capture_model, plan_kernel, plan_masks
+from tests.passes.plans import Autocast, Mlp, capture_model, plan_kernel, plan_masks
 
 KERNEL = KernelConfig("cuda_semi")
 X = torch.randn(5, 16)
@@ -55,16 +55,7 @@ def test_train_sparse_gives_the_output_and_gradients_of_the_masked_graph() -> No
 
 
 def test_train_sparse_casts_its_operands_where_autocast_would() -> None:
-    class Cast(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return self.fc(x)
-
-    graph = capture_model(Cast(), X)
+    graph = capture_model(Autocast(), X)
     plan = plan_kernel(plan_masks(graph, "fc.weight"), KERNEL)
     assert run_passes(graph.gm, plan, "train") == 2
     casts = graph.gm.graph.find_nodes(op="call_method", target="to")
