@@ -82,7 +82,7 @@ def test_run_writes_weights_grids_scores_and_macs(config: RunConfig) -> None:
     drawn = matplotlib.image.imread("run/" + values["samples"])
     assert (drawn == matplotlib.image.imread("again.png")).mean() > 0.99
     for model, same in ((saved, True), (dense, False)):
-        scores = runs.scores_of(config, opened, model, progress=False)
+        scores = runs.score_samples(config, opened, model, progress=False)
         assert (scores[0]["value"] == pytest.approx(metrics["FD"]["value"], rel=1e-6)) == same
     assert drawn.shape[0] > 2 * 64  # twelve images are two rows of ten
     assert drawn.std() > 0.1
@@ -108,7 +108,7 @@ def test_run_killed_while_scoring_resumes_with_the_scores(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "scores_of", fails)
+        patch.setattr(runs, "score_samples", fails)
         with pytest.raises(KeyboardInterrupt):
             run(config, progress=False)
     assert "complete" not in json.loads(Path("run/results.json").read_text())
