@@ -71,7 +71,8 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "masks/test_transposable_training.py": (r"finetune.*\[(?!asp)",),
     "train/test_kill.py": ("",),
     "train/test_methods.py": ("flip_rate", "different_losses", "transfer", "progressive"),
-    "train/test_precision.py": (r"\[",),
+    "train/test_precision.py": (r"\[", "twice"),
+    "train/test_run_log.py": ("curves_png", "tensorboard", "mean_losses"),
     "train/test_resume.py": ("",),
 }
 """By file below this folder: what the names of its slow tests hold, as regular expressions.
