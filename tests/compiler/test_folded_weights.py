@@ -104,6 +104,7 @@ def test_finalized_weights_take_no_memory_and_still_run() -> None:
     assert_same(fast.line.weight, oracle_of(Reference.of(fast)).line.weight)
     found = {choice.weight: choice for choice in sdm.explain(fast).choices}
     plain = found["plain.weight"]
+    assert plain.reason == "pinned by kernels="  # as chosen, not "finalized" by the next graph
     assert plain.dense_bytes == 16 * 16 * 4
     assert plain.run_bytes == fast._sparsedm.weights.packed["plain.weight"].data.nbytes
     assert "MiB dense" in str(sdm.explain(fast))

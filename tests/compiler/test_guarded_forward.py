@@ -48,6 +48,20 @@ def test_many_python_scalars_stay_masked() -> None:
         assert_same(student(x, scale=float(step)), hand_masked_out(student, x, float(step)))
 
 
+def test_decisions_of_the_first_capture_hold_for_later_graphs() -> None:
+    """In a later graph another layer is the last one; what is pruned stays the same."""
+
+    class Deeper(Net):
+        def forward(self, x: Tensor, *, deeper: bool = False) -> Tensor:
+            x = self.c(torch.relu(self.b(self.a(x))))
+            return self.b(x) if deeper else x
+
+    student, x = student_of(Deeper()), torch.randn(2, 8)
+    assert sdm.explain(student, x).masked == ("b.weight",)
+    assert_same(student(x, deeper=True), oracle_of(student)(x, deeper=True))
+    assert sdm.explain(student).masked == ("b.weight",)
+
+
 def hand_masked_out(student: nn.Module, x: Tensor, scale: float) -> Tensor:
     out = oracle_of(student)(x, scale=scale)
     assert isinstance(out, Tensor)
