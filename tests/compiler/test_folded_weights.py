@@ -113,6 +113,17 @@ def test_finalized_weights_take_no_memory_and_still_run() -> None:
     assert_same(fast(X), expected)
 
 
+def test_finalized_weights_under_autocast_run_unpacked_and_say_so() -> None:
+    fast, _ = finalized()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = fast(X), folded("infer")(X)
+    assert out.dtype == torch.bfloat16
+    assert_same(out.float(), expected.float(), tolerance=0.05)
+    reasons = {choice.weight: choice.reason for choice in sdm.explain(fast).choices}
+    why = "unpacked: finalized in another dtype than it runs in here"
+    assert reasons["plain.weight"] == why
+
+
 class Reference:
     @staticmethod
     def of(fast: nn.Module) -> nn.Module:
