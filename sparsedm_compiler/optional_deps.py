@@ -8,8 +8,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-import torch
-
 from .errors import ConfigError
 
 MISSING_OPS = {
@@ -93,6 +91,8 @@ def mend_torchvision() -> bool:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
+        import torch  # here, so that the command line can be imported without it
+
         for name, schema in MISSING_OPS.items():
             torch.library.define(f"torchvision::{name}", schema)
         import_module("torchvision")

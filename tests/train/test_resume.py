@@ -47,7 +47,8 @@ def test_finetune_interrupted_and_resumed_ends_the_same(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, student = short(method, tmp_path / "whole")
-    for step in (2, 4, 3, 1):  # checkpoints lie every third step; the stages change at the sixth
+    # Checkpoints lie every third step; the stages of staged methods change at the sixth.
+    for step in (2, 4, 3, 1) if method in ("sparsedm", "progressive", "transfer") else (2, 4):
         short_until(step, monkeypatch, method, tmp_path / "parts")
     again, resumed = short(method, tmp_path / "parts")
     assert all(map(torch.equal, weights(student), weights(resumed)))

@@ -58,7 +58,7 @@ def run(code: str, cache: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 def test_load_library_in_many_processes_builds_one_library(tmp_path: Path) -> None:
     code = CHECK + "print(build.load_library().sdm_isa())"
-    env = {**os.environ, "SPARSEDM_CACHE": str(tmp_path)}
+    env = {**os.environ, "SPARSEDM_CACHE": str(tmp_path), "SPARSEDM_CXXFLAGS": "-O0"}
     runs = [
         subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL)
         for _ in range(4)
