@@ -36,7 +36,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "backends/cusparselt/test_training.py": INDUCTOR,
     "backends/vnm/test_ops.py": INDUCTOR,
     "compiler/test_graph_breaks.py": INDUCTOR,
-    "compiler/test_guarded_forward.py": (r"inductor.*\[train\]", "environment"),
+    "compiler/test_guarded_forward.py": (r"inductor.*\[train\]", "environment", "many_instances"),
     "masks/test_mask_ste.py": INDUCTOR,
     "test_readme.py": ("",),
     # Builds of kernels, and code for cards that are not here.
@@ -49,6 +49,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "cli/test_commands.py": ("python_m", "closed_pipe"),
     "cli/test_sample.py": ("two_processes",),
     "data/test_open_data.py": ("optional_package",),
+    "data/test_rowfile.py": ("two_writers",),
     "evaluate/test_frechet.py": ("fresh_process",),
     "evaluate/test_process_group.py": ("",),
     "masks/test_triton_mask.py": ("interpret",),
@@ -70,9 +71,15 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "models/test_presets.py": (r"published.*\[(?!uvit)", "importing"),
     "masks/test_transposable_training.py": (r"finetune.*\[(?!asp)",),
     "train/test_kill.py": ("",),
-    "train/test_methods.py": ("flip_rate", "different_losses", "transfer", "progressive"),
+    "train/test_methods.py": (
+        "flip_rate",
+        "different_losses",
+        "transfer",
+        "progressive",
+        "by_the_teacher",
+    ),
     "train/test_precision.py": (r"\[", "twice"),
-    "train/test_run_log.py": ("curves_png", "tensorboard", "mean_losses"),
+    "train/test_run_log.py": ("curves_png", "tensorboard", "mean_losses", "ema_at_fixed"),
     "train/test_resume.py": ("",),
 }
 """By file below this folder: what the names of its slow tests hold, as regular expressions.
