@@ -22,10 +22,10 @@ $(READY): pyproject.toml constraints.txt
 demo: env ## prune, fine-tune and sample a digit model; writes out/demo
 	$(BIN)/python examples/demo.py
 
-test: env ## run all tests, under 15 minutes on two cores
+test: env ## run all tests, about 20 minutes on two cores
 	$(BIN)/python -m pytest
 
-test-quick: env ## the tests to run before each commit, under 3 minutes
+test-quick: env ## the tests to run before each commit, about 3 minutes
 	$(BIN)/python -m pytest -m "not slow"
 
 kills: env ## kill a training run 20 times with SIGKILL; it must end the same
