@@ -36,7 +36,11 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "backends/cusparselt/test_training.py": INDUCTOR,
     "backends/vnm/test_ops.py": INDUCTOR,
     "compiler/test_graph_breaks.py": INDUCTOR,
-    "compiler/test_guarded_forward.py": (r"inductor.*\[train\]", "environment", "many_instances"),
+    "compiler/test_guarded_forward.py": (
+        r"inductor.*\[train\]",
+        "environment",
+        "instances_of_one_class",
+    ),
     "masks/test_mask_ste.py": INDUCTOR,
     "test_readme.py": ("",),
     # Builds of kernels, and code for cards that are not here.

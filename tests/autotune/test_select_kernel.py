@@ -69,7 +69,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, **times: float) -> list[set[str]]:
 
 
 @pytest.mark.usefixtures("cache")
-def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autotuning_when_one_kernel_is_faster_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for sparse, kernel in ((1.0, "cpu_free"), (2.0, "dense"), (1.95, "dense")):
         with monkeypatch.context() as patched:
             patched.setattr(measuring, "_read_times", lambda path: None)
@@ -85,7 +85,9 @@ def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found["twice.weight"].inputs == ((2, 8, 16), (2, 8, 16))
 
 
-def test_a_choice_is_kept_on_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autotuning_when_run_again_reads_the_choice_from_disk(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = measured(monkeypatch, dense=2.0, sparse=1.0)
     fast_of()(X)
     files = sorted(cache.glob("*.json"))
@@ -117,7 +119,7 @@ def refuses() -> None:
     [refuses, lambda: [torch.ones(2, 8, 16)] * 2, lambda: [torch.full((2, 8, 16), torch.nan)] * 2],
     ids=["refuses", "wrong", "NaN"],
 )
-def test_a_kernel_that_cannot_be_trusted_is_not_chosen(
+def test_autotuning_when_a_kernel_fails_its_check_keeps_dense(
     call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured(monkeypatch, dense=2.0, sparse=1.0)
@@ -131,7 +133,7 @@ def test_a_kernel_that_cannot_be_trusted_is_not_chosen(
 
 
 @pytest.mark.usefixtures("cache")
-def test_no_time_to_search_means_dense_with_the_reason() -> None:
+def test_autotuning_without_time_keeps_dense_with_the_reason() -> None:
     fast = fast_of(autotune_seconds=0)
     assert_same(fast(X), oracle_of(fast)(X))
     found = choices(fast)["plain.weight"]
@@ -140,7 +142,7 @@ def test_no_time_to_search_means_dense_with_the_reason() -> None:
 
 
 @pytest.mark.usefixtures("cache")
-def test_kernels_are_pinned_and_forbidden() -> None:
+def test_kernels_when_pinned_or_excluded_are_chosen_or_not() -> None:
     fast = fast_of(kernels={"plain": "cpu_free", "conv": "dense", "active": "cpu_shared"})
     fast(X)
     found = choices(fast)
@@ -154,7 +156,7 @@ def test_kernels_are_pinned_and_forbidden() -> None:
     assert {choice.kernel for choice in choices(fast).values()} == {"dense"}
 
 
-def test_shared_masks_have_their_own_kernel() -> None:
+def test_layers_with_shared_masks_get_their_own_kernel() -> None:
     fast = sdm.compile(Net(), "2:4x4", mode="infer", backend="eager", kernels={"*": "sparse"})
     fast(X)
     assert choices(fast)["plain.weight"].kernel == "cpu_shared"
@@ -169,12 +171,12 @@ def test_shared_masks_have_their_own_kernel() -> None:
         ({"mode": "train", "finalize": True}, "finalize=True drops the dense weights"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
+def test_kernel_options_with_bad_values_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(sdm.ConfigError, match=said):
         sdm.compile(Net(), "2:4", **{"mode": "infer", **options})
 
 
-def test_activations_are_fused_into_the_kernel() -> None:
+def test_activations_after_a_sparse_layer_are_fused_into_the_kernel() -> None:
     graphs: list[str] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -190,7 +192,7 @@ def test_activations_are_fused_into_the_kernel() -> None:
     assert graphs[0].count("sparsedm.nm_linear") == 4
 
 
-def test_a_bias_that_is_not_one_value_per_row_stays_dense() -> None:
+def test_layer_with_a_bias_not_of_one_value_per_row_stays_dense() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -207,7 +209,7 @@ def test_a_bias_that_is_not_one_value_per_row_stays_dense() -> None:
 
 
 @pytest.mark.usefixtures("cache")
-def test_another_default_device_changes_nothing() -> None:
+def test_autotuning_under_another_default_device_decides_the_same() -> None:
     expected = fast_of(kernels={"*": "sparse"})(X)
     fast, measured_too = fast_of(kernels={"*": "sparse"}), fast_of()
     with torch.device("meta"):
@@ -217,7 +219,7 @@ def test_another_default_device_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("backend", ["inductor", "inductor-graphs"])
-def test_inductor_runs_what_is_left(backend: str) -> None:
+def test_graph_around_sparse_kernels_with_inductor_runs(backend: str) -> None:
     fast = fast_of(backend=backend, kernels={"*": "sparse"})
     with torch.no_grad():
         for batch in (2, 3, 5):  # static shapes, then symbolic ones
@@ -226,7 +228,7 @@ def test_inductor_runs_what_is_left(backend: str) -> None:
     assert {choice.kernel for choice in choices(fast).values()} == {"dense", "cpu_free"}
 
 
-def test_guidance_takes_gradients_of_the_input() -> None:
+def test_gradients_of_the_input_through_sparse_kernels_match_oracle() -> None:
     fast = fast_of(kernels={"*": "sparse"})
     x = X.clone().requires_grad_()
     (ours,) = torch.autograd.grad(fast(x).sin().sum(), x)

@@ -93,14 +93,16 @@ def test_plain_call_matches_oracle_and_leaves_class_and_state_alone(
 
 
 @families
-def test_gradients_of_every_parameter_match_oracle(family: Family) -> None:
+def test_gradients_of_every_parameter_in_training_match_oracle(family: Family) -> None:
     student, call = compiled(family), family.inputs(family.build(), 2)
     run(student, call)
     assert_gradients(student, oracle_of(student), call, family.unread)
 
 
 @situation(1, in_full=("uvit",))  # a graph for every shape: the longest situation by far
-def test_other_shapes_timesteps_and_flags_match_oracle(family: Family, mode: str) -> None:
+def test_calls_with_other_shapes_timesteps_and_flags_match_oracle(
+    family: Family, mode: str
+) -> None:
     student = compiled(family, mode)
     call = family.inputs(student, 1)
     check(student, call, mode=mode)
@@ -116,7 +118,7 @@ def test_other_shapes_timesteps_and_flags_match_oracle(family: Family, mode: str
 
 
 @situation(2)
-def test_toggling_train_and_eval_matches_oracle(family: Family, mode: str) -> None:
+def test_calls_when_train_and_eval_toggle_match_oracle(family: Family, mode: str) -> None:
     student = compiled(family, mode)
     call = family.inputs(student, 2)
     for training in (True, False, True):
@@ -130,7 +132,7 @@ def test_toggling_train_and_eval_matches_oracle(family: Family, mode: str) -> No
 
 
 @situation(2)
-def test_autocast_and_bfloat16_match_oracle(family: Family, mode: str) -> None:
+def test_calls_under_autocast_and_in_bfloat16_match_oracle(family: Family, mode: str) -> None:
     student = compiled(family, mode)
     call = family.inputs(student)
     # DiT uses two weights twice. Autocast casts a parameter once and so adds its two gradients in
@@ -150,7 +152,7 @@ def test_autocast_and_bfloat16_match_oracle(family: Family, mode: str) -> None:
 
 
 @situation(0)
-def test_copies_mask_their_own_weights(family: Family, mode: str) -> None:
+def test_copies_with_changed_weights_mask_their_own(family: Family, mode: str) -> None:
     """deepcopy, AveragedModel and torch.save: the copy masks its own weights, called or not."""
     student = compiled(family, mode)
     call = family.inputs(student)
@@ -172,7 +174,7 @@ def test_copies_mask_their_own_weights(family: Family, mode: str) -> None:
 
 
 @situation(1)
-def test_outer_compile_matches_oracle(family: Family, mode: str) -> None:
+def test_calls_inside_an_outer_torch_compile_match_oracle(family: Family, mode: str) -> None:
     student = compiled(family, mode)
     call = family.inputs(student)
     run(student, call)
@@ -185,7 +187,7 @@ def test_outer_compile_matches_oracle(family: Family, mode: str) -> None:
 
 
 @situation(2)
-def test_weight_updates_are_masked_by_the_next_call(family: Family, mode: str) -> None:
+def test_weights_when_updated_are_masked_by_the_next_call(family: Family, mode: str) -> None:
     student = compiled(family, mode)
     call = family.inputs(student)
     check(student, call, mode=mode)
@@ -202,7 +204,7 @@ def test_weight_updates_are_masked_by_the_next_call(family: Family, mode: str) -
 
 
 @situation(0)
-def test_hooks_added_afterwards_run(family: Family, mode: str) -> None:
+def test_hooks_when_added_after_compile_run(family: Family, mode: str) -> None:
     student = compiled(family, mode)
     call = family.inputs(student)
     before = run(student, call)
@@ -221,7 +223,7 @@ def test_hooks_added_afterwards_run(family: Family, mode: str) -> None:
 
 
 @situation(1)
-def test_lora_added_afterwards_stays_dense(family: Family, mode: str) -> None:
+def test_lora_adapters_when_added_after_compile_stay_dense(family: Family, mode: str) -> None:
     import peft
 
     student = compiled(family, mode)
@@ -246,7 +248,7 @@ def test_lora_added_afterwards_stays_dense(family: Family, mode: str) -> None:
 
 
 @families
-def test_gradient_checkpointing_matches_oracle(family: Family) -> None:
+def test_gradients_under_gradient_checkpointing_match_oracle(family: Family) -> None:
     if not family.checkpointing:
         pytest.skip("the family has no gradient checkpointing")
     student = compiled(family)
@@ -263,7 +265,9 @@ def test_gradient_checkpointing_matches_oracle(family: Family) -> None:
 
 
 @situation(2)
-def test_save_and_save_pretrained_round_trip(family: Family, mode: str, tmp_path: Any) -> None:
+def test_student_when_saved_and_loaded_gives_the_same_output(
+    family: Family, mode: str, tmp_path: Any
+) -> None:
     student = compiled(family, mode)
     call = family.inputs(student)
     check(student, call, mode=mode)
@@ -283,7 +287,7 @@ def test_save_and_save_pretrained_round_trip(family: Family, mode: str, tmp_path
 
 
 @families
-def test_ddp_with_many_buckets_matches_oracle(family: Family, tmp_path: Any) -> None:
+def test_gradients_under_ddp_with_many_buckets_match_oracle(family: Family, tmp_path: Any) -> None:
     student = compiled(family)
     call = family.inputs(student)
     torch.distributed.init_process_group(
@@ -304,7 +308,7 @@ def test_ddp_with_many_buckets_matches_oracle(family: Family, tmp_path: Any) -> 
 
 
 @situation(0)
-def test_force_eager_raises_and_recovers(family: Family, mode: str) -> None:
+def test_calls_under_force_eager_raise_and_then_recover(family: Family, mode: str) -> None:
     student = compiled(family, mode)
     call = family.inputs(student)
     with torch.compiler.set_stance("force_eager"), pytest.raises(sdm.DenseRunError):
@@ -315,7 +319,7 @@ def test_force_eager_raises_and_recovers(family: Family, mode: str) -> None:
     check(student, call, mode=mode)
 
 
-def test_rotation_meets_every_mode_by_family_and_by_situation() -> None:
+def test_rotation_over_all_situations_meets_every_mode() -> None:
     met = [
         (name, *row.id.rsplit("-", 1))
         for name, test in globals().items()

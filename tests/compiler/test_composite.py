@@ -41,7 +41,7 @@ EXPECTED |= {f"cross.{name}_proj_weight" for name in "qkv"} | {"cross.out_proj.w
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", ["train", "infer"])
-def test_all_weights_of_a_composite_node_run_masked(mode: str, training: bool) -> None:
+def test_weights_of_a_composite_node_when_run_are_all_masked(mode: str, training: bool) -> None:
     """Without gradients and in eval, torch swaps in the fused layer: it must be masked too."""
     torch.manual_seed(0)
     student = sdm.compile(Blocks(), "2:4", policy="all", **OPTIONS[mode], backend="eager").train(
@@ -58,14 +58,14 @@ def test_all_weights_of_a_composite_node_run_masked(mode: str, training: bool) -
         assert operators == {"encoder_layer", "multi_head_attention"}
 
 
-def test_gradients_reach_every_weight_of_a_composite_node() -> None:
+def test_gradients_of_a_composite_node_in_training_reach_every_weight() -> None:
     torch.manual_seed(0)
     student = sdm.compile(Blocks(), "2:4", policy="all", backend="eager")
     student(*call()[0])
     assert_gradients(student, oracle_of(student), call())
 
 
-def test_the_in_projection_can_be_kept_dense() -> None:
+def test_in_projection_of_attention_when_in_keep_dense_stays_dense() -> None:
     student = sdm.compile(
         Blocks(), "2:4", policy="all", keep_dense=["*.in_proj_weight"], backend="eager"
     )

@@ -26,7 +26,7 @@ def chosen(model: nn.Module, call: Any) -> dict[str, str]:
 
 
 @families
-def test_the_entry_point_prunes_what_compile_prunes(family: Family) -> None:
+def test_dynamo_backend_by_its_entry_point_prunes_the_weights_of_compile(family: Family) -> None:
     torch._dynamo.reset()
     model = family.build()
     call = family.inputs(model, 2)
@@ -43,7 +43,7 @@ def test_the_entry_point_prunes_what_compile_prunes(family: Family) -> None:
         assert_same(ours[f"_orig_mod.{name}"], gradient)
 
 
-def test_no_import_of_ours_is_needed() -> None:
+def test_dynamo_backend_without_an_import_of_the_package_is_discovered() -> None:
     code = (
         "import torch\n"
         "net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])\n"
@@ -56,7 +56,7 @@ def test_no_import_of_ours_is_needed() -> None:
     assert run.stdout.strip() == "False"
 
 
-def test_weights_changed_after_folding_are_folded_again() -> None:
+def test_folded_weights_when_changed_are_folded_again() -> None:
     torch._dynamo.reset()
     net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
     fast = torch.compile(net, backend="sparsedm", options={"pattern": "2:4", "backend": "eager"})
@@ -76,7 +76,7 @@ def test_weights_changed_after_folding_are_folded_again() -> None:
         ({"pattern": "2:4", "mode": "fast"}, "mode 'fast'"),
     ],
 )
-def test_bad_options(options: dict[str, Any] | None, error: str) -> None:
+def test_dynamo_backend_with_bad_options_raises(options: dict[str, Any] | None, error: str) -> None:
     torch._dynamo.reset()
     net = nn.Linear(8, 8)
     fast = torch.compile(net, backend="sparsedm", options=options)
@@ -85,14 +85,14 @@ def test_bad_options(options: dict[str, Any] | None, error: str) -> None:
     assert isinstance(raised.value.inner_exception, sdm.SparseDMError)
 
 
-def test_a_dense_model_without_a_pattern_is_not_run_in_silence() -> None:
+def test_dynamo_backend_without_a_pattern_on_a_dense_model_warns() -> None:
     torch._dynamo.reset()
     fast = torch.compile(nn.Linear(8, 8), backend="sparsedm")
     with torch.no_grad(), pytest.warns(UserWarning, match="satisfies an N:M pattern"):
         fast(torch.randn(1, 8))
 
 
-def test_training_through_folded_weights_raises() -> None:
+def test_dynamo_backend_when_training_through_folded_weights_raises() -> None:
     torch._dynamo.reset()
     net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
     fast = torch.compile(net, backend="sparsedm", options={"pattern": "2:4", "backend": "eager"})

@@ -25,7 +25,7 @@ def folded(way: str, **options: Any) -> nn.Module:
 
 
 @both
-def test_every_kind_of_update_is_seen(way: str) -> None:
+def test_folded_weights_after_every_kind_of_update_are_folded_again(way: str) -> None:
     fast = folded(way)
     tolerance = 1e-4 if way == "sparse" else 0.0
     fast(X)
@@ -49,7 +49,7 @@ def test_every_kind_of_update_is_seen(way: str) -> None:
 
 
 @both
-def test_a_device_that_is_not_waited_for_tells_of_edits_one_call_late(
+def test_weight_edits_on_an_asynchronous_device_are_noticed_one_call_late(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -70,7 +70,7 @@ def test_a_device_that_is_not_waited_for_tells_of_edits_one_call_late(
         assert_same(fast(X), oracle_of(fast)(X), tolerance=tolerance)
 
 
-def test_weights_with_gaps_are_watched_too() -> None:
+def test_folded_weights_with_gaps_in_memory_when_edited_are_folded_again() -> None:
     wide = torch.randn(16, 40)
     fast = folded("infer")
     fast.plain.weight = nn.Parameter(wide[:, 3:19], requires_grad=False)
@@ -80,7 +80,7 @@ def test_weights_with_gaps_are_watched_too() -> None:
     assert_same(fast(X), oracle_of(fast)(X))
 
 
-def test_graphs_share_their_folded_weights() -> None:
+def test_folded_weights_of_several_graphs_are_shared() -> None:
     fast = folded("sparse")
     for batch in (1, 2, 3):
         fast(torch.randn(batch, 8, 16))
@@ -96,7 +96,7 @@ def finalized(**options: Any) -> tuple[nn.Module, torch.Tensor]:
     return fast, expected
 
 
-def test_finalized_weights_take_no_memory_and_still_run() -> None:
+def test_finalized_weights_free_their_memory_and_still_run() -> None:
     fast, expected = finalized()
     assert fast.plain.weight.untyped_storage().nbytes() == 4
     assert bool(fast.plain.weight.isnan().all())
@@ -113,7 +113,7 @@ def test_finalized_weights_take_no_memory_and_still_run() -> None:
     assert_same(fast(X), expected)
 
 
-def test_finalized_weights_under_autocast_run_unpacked_and_say_so() -> None:
+def test_finalized_weights_under_autocast_run_unpacked_with_the_reason() -> None:
     fast, _ = finalized()
     with torch.autocast("cpu", torch.bfloat16):
         out, expected = fast(X), folded("infer")(X)
@@ -133,7 +133,7 @@ class Reference:
         return student
 
 
-def test_the_state_dict_of_a_finalized_model_is_the_masked_dense_one() -> None:
+def test_state_dict_when_finalized_holds_masked_dense_weights() -> None:
     fast, _ = finalized()
     expected = oracle_of(Reference.of(fast)).state_dict()
     state = fast.state_dict()
@@ -142,7 +142,7 @@ def test_the_state_dict_of_a_finalized_model_is_the_masked_dense_one() -> None:
         assert_same(tensor, expected[name])
 
 
-def test_copies_of_a_finalized_model_run() -> None:
+def test_copies_of_a_finalized_model_give_the_same_output() -> None:
     fast, expected = finalized()
     file = io.BytesIO()
     torch.save(fast, file)
@@ -155,7 +155,7 @@ def test_copies_of_a_finalized_model_run() -> None:
     assert_same(half(X.bfloat16()).float(), expected, tolerance=0.05)
 
 
-def test_a_finalized_model_is_saved_packed_and_loaded(tmp_path: Path) -> None:
+def test_finalized_model_when_saved_packed_loads_again(tmp_path: Path) -> None:
     fast, expected = finalized()
     sdm.save(fast, tmp_path / "packed")
     sdm.save(folded("sparse"), tmp_path / "dense")
@@ -168,7 +168,7 @@ def test_a_finalized_model_is_saved_packed_and_loaded(tmp_path: Path) -> None:
         sdm.load(tmp_path / "packed", nn.Linear(4, 4))
 
 
-def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
+def test_packed_file_when_damaged_is_refused(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     fast, _ = finalized()
@@ -182,7 +182,7 @@ def test_a_damaged_packed_file_is_refused(tmp_path: Path) -> None:
         sdm.load(tmp_path / "file", Net())
 
 
-def test_new_values_for_a_finalized_weight_are_refused_or_run() -> None:
+def test_finalized_weight_when_replaced_refuses_or_runs_the_new_values() -> None:
     fast, _ = finalized()
     with pytest.raises(RuntimeError, match="single memory location"):
         fast.load_state_dict(Net().state_dict())

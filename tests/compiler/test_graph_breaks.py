@@ -60,7 +60,7 @@ def call(net: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_partial_graphs_run_masked_where_all_is_covered(mode: str, backend: str) -> None:
+def test_partial_graphs_when_all_weights_are_covered_run_masked(mode: str, backend: str) -> None:
     student = sdm.compile(Ragged(), "2:4", **OPTIONS[mode], backend=backend)
     out = call(student)
     assert sdm.explain(student).masked == ("b.weight", "c.weight")
@@ -73,7 +73,7 @@ def test_partial_graphs_run_masked_where_all_is_covered(mode: str, backend: str)
     assert "set(lengths.tolist())" in str(sdm.explain(student).broken)
 
 
-def test_the_recompile_limit_raises_for_partial_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_graphs_at_the_recompile_limit_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("recompile_limit", "accumulated_recompile_limit"):
         monkeypatch.setitem(capture._SETTINGS, key, 2)
     student = sdm.compile(Ragged(), "2:4", backend="eager")
@@ -83,13 +83,13 @@ def test_the_recompile_limit_raises_for_partial_graphs(monkeypatch: pytest.Monke
         student(torch.randn(1, 1, 1, 16), LENGTHS)
 
 
-def test_gradients_flow_through_partial_graphs() -> None:
+def test_gradients_through_partial_graphs_match_oracle() -> None:
     student = sdm.compile(Ragged(), "2:4", backend="eager")
     call(student)
     assert_gradients(student, oracle_of(student), ((torch.randn(3, 16), LENGTHS), {}))
 
 
-def test_the_deciding_run_leaves_no_trace() -> None:
+def test_deciding_run_over_graph_breaks_leaves_no_trace() -> None:
     student = sdm.compile(Ragged(), "2:4", backend="eager")
     torch.manual_seed(0)
     call(student)
@@ -102,7 +102,7 @@ def test_the_deciding_run_leaves_no_trace() -> None:
 
 
 @pytest.mark.parametrize("kind", [Uncovered, UncoveredCast])
-def test_an_uncovered_weight_is_an_error_that_shows_the_line(kind: Any) -> None:
+def test_weight_outside_every_partial_graph_raises_with_its_line(kind: Any) -> None:
     student = sdm.compile(kind(), "2:4", backend="eager")
     line = "return self.b(x)" if kind is Uncovered else "nn.functional.linear(x.double(), weight)"
     shown = (
@@ -117,7 +117,7 @@ def test_an_uncovered_weight_is_an_error_that_shows_the_line(kind: Any) -> None:
     assert_same(out, call(oracle_of(kept)))
 
 
-def test_macs_of_a_model_without_one_graph() -> None:
+def test_macs_of_a_model_with_graph_breaks_are_counted() -> None:
     report = sdm.count_macs(Ragged(), torch.randn(3, 16), LENGTHS)
     assert (report.dense, report.sparse) == (4 * 768, 3 * 768)
     reasons = {row.name: row.refusal for row in report.rows if row.refusal}

@@ -29,7 +29,7 @@ def student_of(net: nn.Module | None = None, **options: Any) -> nn.Module:
     return sdm.compile(net or Net(), "2:4", **{"backend": "eager", **options})
 
 
-def test_many_instances_and_shapes_of_one_class() -> None:
+def test_instances_of_one_class_with_many_shapes_all_run_masked() -> None:
     """Past Dynamo's own limit of 8 graphs per code object, all of them still run masked."""
     for number in range(12):
         torch.manual_seed(number)
@@ -42,13 +42,13 @@ def test_many_instances_and_shapes_of_one_class() -> None:
         assert_same(student(x), oracle_of(student)(x))
 
 
-def test_many_python_scalars_stay_masked() -> None:
+def test_calls_with_many_python_scalars_stay_masked() -> None:
     student, x = student_of(), torch.randn(2, 8)
     for step in range(12):
         assert_same(student(x, scale=float(step)), hand_masked_out(student, x, float(step)))
 
 
-def test_decisions_of_the_first_capture_hold_for_later_graphs() -> None:
+def test_decisions_of_the_first_capture_when_captured_again_hold() -> None:
     """In a later graph another layer is the last one; what is pruned stays the same."""
 
     class Deeper(Net):
@@ -68,7 +68,7 @@ def hand_masked_out(student: nn.Module, x: Tensor, scale: float) -> Tensor:
     return out
 
 
-def test_the_recompile_limit_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_at_the_recompile_limit_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsedm_compiler.graph import capture
 
     for key in ("recompile_limit", "accumulated_recompile_limit"):
@@ -80,7 +80,9 @@ def test_the_recompile_limit_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         student(torch.randn(1, 1, 1, 8))
 
 
-def test_instances_do_not_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recompile_limit_of_one_instance_when_reached_leaves_others_running(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from sparsedm_compiler.graph import capture
 
     for key in ("recompile_limit", "accumulated_recompile_limit"):
@@ -90,7 +92,7 @@ def test_instances_do_not_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None
         assert_same(student(x), oracle_of(student)(x))
 
 
-def test_disabled_by_the_environment_raises() -> None:
+def test_call_with_dynamo_disabled_by_the_environment_raises() -> None:
     code = (
         "import torch, sparsedm_compiler as sdm\n"
         "net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])\n"
@@ -106,7 +108,7 @@ def test_disabled_by_the_environment_raises() -> None:
     assert run.stdout.startswith("raised: Sequential ran without its masks")
 
 
-def test_suppressed_errors_do_not_hide_a_failed_compile() -> None:
+def test_failed_compile_with_suppress_errors_still_raises() -> None:
     def failing(gm: Any, inputs: Any) -> Any:
         raise RuntimeError("no such kernel")
 
@@ -115,7 +117,7 @@ def test_suppressed_errors_do_not_hide_a_failed_compile() -> None:
         student(torch.randn(1, 8))
 
 
-def test_dispatch_modes_run_masked_or_raise() -> None:
+def test_calls_under_dispatch_modes_run_masked_or_raise() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     student, x = student_of(), torch.randn(1, 8)
@@ -128,7 +130,7 @@ def test_dispatch_modes_run_masked_or_raise() -> None:
     assert_same(out, expected)
 
 
-def test_an_outer_fullgraph_compile_runs_the_masks() -> None:
+def test_outer_fullgraph_compile_of_the_student_runs_masked() -> None:
     x = torch.randn(1, 8)
     for _ in range(12):  # more than Dynamo's limit of graphs per code object
         student = student_of()
@@ -136,14 +138,14 @@ def test_an_outer_fullgraph_compile_runs_the_masks() -> None:
         assert_same(outer(x), oracle_of(student)(x))
 
 
-def test_a_fullgraph_compile_of_a_caller_is_told_what_to_do() -> None:
+def test_outer_fullgraph_compile_of_a_caller_raises_with_advice() -> None:
     student = student_of()
     outer = torch.compile(lambda x: student(x) + 1, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="leave out fullgraph=True"):
         outer(torch.randn(1, 8))
 
 
-def test_threads_share_a_student() -> None:
+def test_student_when_called_from_threads_runs_masked() -> None:
     student, x = student_of(), torch.randn(2, 8)
     student(x)
     expected, outs = oracle_of(student)(x), []
@@ -157,7 +159,7 @@ def test_threads_share_a_student() -> None:
         assert_same(out, expected)
 
 
-def test_a_gradient_through_folded_weights_raises() -> None:
+def test_gradient_through_folded_weights_when_requested_raises() -> None:
     folded = student_of(**OPTIONS["infer"])
     x = torch.randn(2, 8)
     assert not folded(x).requires_grad
@@ -168,7 +170,7 @@ def test_a_gradient_through_folded_weights_raises() -> None:
         assert_same(folded(x), oracle_of(folded)(x))
 
 
-def test_functional_call_swaps_the_weights() -> None:
+def test_functional_call_with_other_weights_masks_those() -> None:
     student, x = student_of(), torch.randn(2, 8)
     student(x)
     torch.manual_seed(1)
@@ -180,7 +182,7 @@ def test_functional_call_swaps_the_weights() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mode", ["train", "infer"])
-def test_weights_without_magnitudes_are_named(value: float, mode: str) -> None:
+def test_weights_with_nan_or_infinity_are_named_in_the_error(value: float, mode: str) -> None:
     net = Net()
     with torch.no_grad():
         net.b.weight[3, 5] = value
@@ -188,7 +190,7 @@ def test_weights_without_magnitudes_are_named(value: float, mode: str) -> None:
         student_of(net, **OPTIONS[mode])(torch.randn(1, 8))
 
 
-def test_a_student_can_be_compiled_again() -> None:
+def test_student_when_compiled_again_has_the_new_pattern() -> None:
     student, x = student_of(), torch.randn(2, 8)
     student(x)
     sparser = sdm.compile(student, "1:4", backend="eager", **OPTIONS["infer"])
@@ -199,14 +201,14 @@ def test_a_student_can_be_compiled_again() -> None:
     assert_same(student(x), oracle_of(student)(x))
 
 
-def test_inplace_changes_the_model_itself() -> None:
+def test_compile_with_inplace_changes_the_model_itself() -> None:
     net = Net()
     assert sdm.compile(net, "2:4", inplace=True, backend="eager") is net
     net(torch.randn(1, 8))
     assert sdm.explain(net).masked == ("b.weight",)
 
 
-def test_a_forward_of_the_instance_is_kept() -> None:
+def test_forward_set_on_the_instance_when_compiled_is_kept() -> None:
     net = Net()
     own = net.forward
     net.forward = lambda x: own(x) + 1  # type: ignore[method-assign]
@@ -216,7 +218,7 @@ def test_a_forward_of_the_instance_is_kept() -> None:
     assert_same(out, oracle_of(student)(x) + 1)
 
 
-def test_the_signature_is_the_forwards() -> None:
+def test_signature_of_a_compiled_model_is_its_forwards() -> None:
     assert inspect.signature(student_of().forward) == inspect.signature(Net().forward)
 
 
@@ -232,12 +234,12 @@ def test_the_signature_is_the_forwards() -> None:
         ({"keep_dense": [3]}, r"keep_dense \(3,\) is not made of names"),
     ],
 )
-def test_bad_options(options: dict[str, Any], error: str) -> None:
+def test_compile_with_bad_options_raises(options: dict[str, Any], error: str) -> None:
     with pytest.raises(sdm.SparseDMError, match=error):
         sdm.compile(Net(), **{"pattern": "2:4", **options})
 
 
-def test_what_cannot_be_compiled() -> None:
+def test_compile_of_unsupported_models_raises() -> None:
     with pytest.raises(sdm.ConfigError, match="Module, not a function"):
         sdm.compile(lambda x: x, "2:4")  # type: ignore[type-var]
     with pytest.raises(sdm.ConfigError, match="OptimizedModule wraps the model"):
@@ -246,7 +248,7 @@ def test_what_cannot_be_compiled() -> None:
         sdm.explain(Net())
 
 
-def test_explain_before_and_after_the_first_call() -> None:
+def test_explain_before_and_after_the_first_call_says_what_is_masked() -> None:
     student = student_of()
     assert "not captured yet" in str(sdm.explain(student))
     shown = str(sdm.explain(student, torch.randn(1, 8)))
@@ -254,7 +256,7 @@ def test_explain_before_and_after_the_first_call() -> None:
     assert "1 of 3 weights masked, mode 'train', compiled by 'eager'" in shown
 
 
-def test_the_default_inner_compiler_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_backend_without_a_cpp_compiler_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsedm_compiler.compiler import inner_backend
 
     for compiler, expected in (("c++", "inductor"), (None, "eager")):
@@ -263,7 +265,7 @@ def test_the_default_inner_compiler_follows_the_machine(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
-def test_inductor_agrees_with_the_oracle(mode: str) -> None:
+def test_student_with_inductor_agrees_with_the_oracle(mode: str) -> None:
     student = student_of(backend="inductor", **OPTIONS[mode])
     x = torch.randn(4, 8)
     out = student(x)

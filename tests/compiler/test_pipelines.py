@@ -30,7 +30,7 @@ def ddpm_image(unet: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
-def test_ddpm_pipeline(mode: str) -> None:
+def test_ddpm_pipeline_with_a_student_matches_oracle(mode: str) -> None:
     student = student_of("unet", mode)
     image = ddpm_image(student)
     assert_same(image, ddpm_image(oracle_of(student)))
@@ -66,13 +66,13 @@ def text_to_latent(unet: nn.Module) -> torch.Tensor:
     return latents
 
 
-def test_stable_diffusion_pipeline_with_guidance() -> None:
+def test_stable_diffusion_pipeline_with_guidance_matches_oracle() -> None:
     student = student_of("unet_condition", "train")
     latents = text_to_latent(student)
     assert_same(latents, text_to_latent(oracle_of(student)))
 
 
-def test_a_pipeline_saves_its_student_as_the_plain_model(tmp_path: Path) -> None:
+def test_pipeline_with_a_student_when_saved_holds_the_plain_model(tmp_path: Path) -> None:
     student = student_of("unet", "train")
     image = ddpm_image(student)
     pipeline = diffusers.DDPMPipeline(student, diffusers.DDPMScheduler(10))

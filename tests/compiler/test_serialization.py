@@ -37,7 +37,7 @@ def saved(tmp_path: Path) -> tuple[nn.Module, Path]:
     return student, tmp_path / "s.safetensors"
 
 
-def test_the_file_is_plain_safetensors(saved: tuple[nn.Module, Path]) -> None:
+def test_student_when_saved_is_plain_safetensors(saved: tuple[nn.Module, Path]) -> None:
     student, path = saved
     tensors = load_file(path)
     assert sorted({*student.state_dict()} - {*tensors}) == ["c.weight"]
@@ -50,7 +50,7 @@ def test_the_file_is_plain_safetensors(saved: tuple[nn.Module, Path]) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_loaded_student_is_the_saved_one(saved: tuple[nn.Module, Path]) -> None:
+def test_student_when_loaded_is_the_saved_one(saved: tuple[nn.Module, Path]) -> None:
     student, path = saved
     dense = Tied()
     before = dense.b.weight.clone()
@@ -63,7 +63,7 @@ def test_a_loaded_student_is_the_saved_one(saved: tuple[nn.Module, Path]) -> Non
     assert_same(dense.b.weight, before)
 
 
-def test_saving_before_the_first_call_keeps_the_options(tmp_path: Path) -> None:
+def test_student_when_saved_before_the_first_call_keeps_its_options(tmp_path: Path) -> None:
     student = sdm.compile(Tied(), "1:2", overrides={"b": "1:8"}, backend="eager")
     sdm.save(student, tmp_path / "s")
     loaded = sdm.load(tmp_path / "s", Tied(), backend="eager")
@@ -72,7 +72,9 @@ def test_saving_before_the_first_call_keeps_the_options(tmp_path: Path) -> None:
     assert {str(p) for _, p in sdm.masked_parameters(loaded).values()} == {"1:8"}
 
 
-def test_what_cannot_be_loaded(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
+def test_load_of_unfit_files_and_models_raises(
+    saved: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
     _, path = saved
     with pytest.raises(sdm.CheckpointError, match=r"cannot read .*nowhere"):
         sdm.load(tmp_path / "nowhere", Tied())
@@ -98,7 +100,7 @@ def test_what_cannot_be_loaded(saved: tuple[nn.Module, Path], tmp_path: Path) ->
         ({"aliases": {"c.weight": "gone"}}, "metadata is damaged"),
     ],
 )
-def test_damaged_metadata(
+def test_load_with_damaged_metadata_raises(
     saved: tuple[nn.Module, Path], change: dict[str, Any], error: str
 ) -> None:
     _, path = saved
@@ -109,7 +111,7 @@ def test_damaged_metadata(
         sdm.load(path, Tied())
 
 
-def test_what_cannot_be_saved(tmp_path: Path) -> None:
+def test_save_of_unfit_models_raises(tmp_path: Path) -> None:
     with pytest.raises(sdm.ConfigError, match="was not compiled"):
         sdm.save(Tied(), tmp_path / "s")
     student = sdm.compile(Tied(), "2:4", backend="eager")
@@ -117,7 +119,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         sdm.save(student, tmp_path / "no" / "such" / "folder")
 
 
-def test_a_failed_save_leaves_the_old_file(
+def test_save_when_it_fails_leaves_the_old_file(
     saved: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, path = saved
