@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from .compiler.api import compile, explain, pattern_of, repattern
 from .compiler.counting import count_macs, topology
-from .compiler.guarded_forward import masked_parameters
+from .compiler.lookup import masked_parameters
+from .compiler.read_guard import allow_dense
 from .compiler.serialization import load, save
 from .errors import (
     CaptureError,
@@ -63,6 +64,7 @@ __all__ = [
     "SparseDMError",
     "StoppedError",
     "Topology",
+    "allow_dense",
     "compile",
     "count_macs",
     "explain",

@@ -203,6 +203,8 @@ class Explanation:
         backend: What compiled the rewritten graphs.
         choices: In mode "infer" the kernel of each folded weight, for each shape it has met.
         broken: The graph break for which the model runs as several graphs; None for one graph.
+        eager: Names of masked weights that Python multiplies which no graph holds: masked anew
+            in every use, and without a kernel.
     """
 
     rows: tuple[Decision, ...]
@@ -211,6 +213,7 @@ class Explanation:
     backend: str
     choices: tuple[Choice, ...] = ()
     broken: str | None = field(default=None, repr=False)
+    eager: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.rows:
@@ -226,6 +229,11 @@ class Explanation:
             parts += ["", _kernels(self.choices)]
         if self.broken is not None:
             parts.append(f"runs as several graphs: {self.broken}")
+        if self.eager:
+            parts.append(
+                f"{len(self.eager)} of the weights run masked in Python that cannot be captured, "
+                f"without a kernel: {', '.join(self.eager)}"
+            )
         return "\n".join(parts)
 
 

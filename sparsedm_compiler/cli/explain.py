@@ -52,7 +52,7 @@ def prepare(options: argparse.Namespace) -> Job:
 
     def run() -> None:
         from ..compiler.api import explain
-        from ..compiler.guarded_forward import require_compiled
+        from ..compiler.lookup import require_compiled
 
         model = source.open()
         args, kwargs = move_inputs(example[1:], source.device)

@@ -164,7 +164,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 def switch_mode(model: nn.Module, mode: str) -> nn.Module:
     """Returns a compiled model in ``mode``, with the same decisions. Raises ConfigError."""
     from ..compiler.api import install
-    from ..compiler.guarded_forward import require_compiled
+    from ..compiler.lookup import require_compiled
 
     ((_, forward),) = require_compiled(model)
     if forward.config.mode == mode:

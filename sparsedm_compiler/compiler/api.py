@@ -20,7 +20,6 @@ and every call proves that the graph has run (compiler/guarded_forward.py).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -32,12 +31,14 @@ from torch import nn
 from ..backends.packing import PackedWeight
 from ..config import Backend, CompileConfig
 from ..errors import ConfigError
-from ..graph.capture import find_own_forward, map_parameter_names
+from ..graph.capture import find_own_forward, map_parameter_names, wraps_forward
 from ..masks.detect import detect_patterns
 from ..patterns import Pattern
 from ..reports import Decision, Explanation
-from .guarded_forward import SparseForward, masked_parameters, require_compiled
+from .guarded_forward import SparseForward
 from .inner_backend import resolve_backend
+from .lookup import masked_parameters, require_compiled
+from .recompile import copy_model, find_compiled, inherit_choice, warn_of_changes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,9 +48,9 @@ def compile(
     pattern: str | Pattern | None = None,
     *,
     mode: str = "train",
-    keep_dense: str | Iterable[str] | Callable[[str], bool] = (),
+    keep_dense: str | Iterable[str] | Callable[[str], bool] | None = None,
     overrides: Mapping[str, str | Pattern] | None = None,
-    policy: str = "structural",
+    policy: str | None = None,
     inplace: bool = False,
     backend: Backend = "auto",
     kernels: Mapping[str, str] | None = None,
@@ -65,16 +66,25 @@ def compile(
     kernels, as measured at the first call. The graph is captured at the first call; from then on
     the model runs its masks or raises DenseRunError.
 
+    Public methods other than forward (a VAE's encode and decode) run masked, too; a layer that is
+    called in any other way raises (see ``allow_dense``). A model that was compiled before is
+    compiled again with the same weights pruned, unless one of the four options that choose them
+    is given and differs; then a warning tells what changes.
+
     Args:
         model: Any nn.Module; wrap it (DDP, torch.compile) afterwards, not before.
         pattern: "n:m" keeps n of every m weights along the input channels. "1:8x16" shares each
-            mask among 16 output rows, "64:2:8" is V:n:m, "2:4t" is transposable. None, in mode
-            "infer" only: every weight runs by the pattern that its zeros already satisfy.
+            mask among 16 output rows, "64:2:8" is V:n:m, "2:4t" is transposable. None: that of
+            the student; for a model that is not compiled yet, in mode "infer" only, every weight
+            runs by the pattern that its zeros already satisfy.
         mode: "train" or "infer".
         keep_dense: Names or globs of layers that stay dense, or a predicate over parameter names.
-        overrides: {glob: pattern} for layers with another pattern; the first match wins.
+            None: those of the student, else no others.
+        overrides: {glob: pattern} for layers with another pattern; the first match wins. None:
+            those of the student, else none.
         policy: "structural" keeps the first and last op of the graph dense, "all" does not,
-            "uvit" prunes the layers that the SparseDM paper prunes.
+            "uvit" prunes the layers that the SparseDM paper prunes. None: that of the student,
+            else "structural".
         inplace: Whether to change ``model`` itself instead of a copy.
         backend: What compiles the rewritten graph: a torch.compile backend's name or function,
             "inductor-graphs" (Inductor with CUDA graphs), or "auto": Inductor where there is a
@@ -94,7 +104,7 @@ def compile(
     Raises:
         PatternError: If a pattern is misspelled.
         ConfigError: If an option has an unknown value, a glob names no parameter, or ``model`` is
-            a wrapper.
+            a wrapper or cannot be copied.
 
     Example:
         >>> import torch, sparsedm_compiler as sdm
@@ -105,12 +115,13 @@ def compile(
         ('1.weight',)
     """
     check_model(model)
+    before = find_compiled(model)
     config = CompileConfig.create(
-        pattern,
+        pattern if pattern is not None or before is None else before.config.pattern,
         mode=mode,
-        keep_dense=keep_dense,
+        keep_dense=keep_dense if keep_dense is not None else (),
         overrides=overrides,
-        policy=policy,
+        policy=policy if policy is not None else "structural",
         backend=backend,
         kernels=kernels,
         exclude_kernels=exclude_kernels,
@@ -119,8 +130,10 @@ def compile(
     )
     if isinstance(backend, str):
         resolve_backend(backend)
-    student = model if inplace else copy.deepcopy(model)
-    if config.pattern is None:
+    student = model if inplace else copy_model(model)
+    if before is not None:
+        config = inherit_choice(before.config, config, (keep_dense, overrides, policy))
+    elif config.pattern is None:
         config = replace(config, overrides=detect_patterns(student.named_parameters()))
         if not config.overrides:
             raise ConfigError(
@@ -128,7 +141,10 @@ def compile(
                 "prune to, e.g. pattern='2:4'"
             )
     config = config.bind(list(map_parameter_names(student).values()))
-    return install(student, config)
+    if before is None:
+        return install(student, config)
+    kept = before.decisions if warn_of_changes(before.config, config) else {}
+    return install(student, config, kept, before.known)
 
 
 def check_model(model: nn.Module) -> None:
@@ -154,8 +170,13 @@ def install(
         student.requires_grad_(False)
     if known is None:
         known = frozenset(chain.from_iterable(map_parameter_names(student).values()))
-    override = find_own_forward(student)
-    SparseForward(student, config, known, decisions or {}, override, packed).install()
+    state = (student, config, known, decisions or {}, find_own_forward(student), packed)
+    before = find_compiled(student)
+    if before is not None and wraps_forward(student, before):  # in the place where it is wrapped
+        before.__init__(*state)  # type: ignore[misc]
+        before.install(wrapped=student.__dict__["forward"] is not before)
+    else:
+        SparseForward(*state).install()
     return student
 
 
@@ -236,4 +257,5 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         mode=config.mode,
         backend=resolve_backend(backend) if isinstance(backend, str) else backend.__name__,
         broken=next((forward.broken for _, forward in forwards if forward.broken), None),
+        eager=tuple(prefix + name for prefix, forward in forwards for name in forward.eager),
     )

@@ -19,6 +19,7 @@ from ..backends.registry import find_family
 from ..errors import DenseRunError
 from ..graph.names import strip_adapter_prefix
 from ..passes import PlannedWeight
+from ..reports import Decision
 from .edit_watch import EditWatcher, WeightSample
 
 _SAMPLES = 64
@@ -150,8 +151,9 @@ class FoldedWeights:
             folded = fold_weight(source, weight_format, name)
             now = _sample_values(weight, packed)
             samples = WeightSample(now, now.clone())
-        entry = _FoldedWeight(weakref.ref(weight), state, samples, folded)
-        self._folded[id(weight), weight_format] = entry
+        key = id(weight), weight_format
+        gone = weakref.ref(weight, lambda _: self._folded.pop(key, None))
+        self._folded[key] = _FoldedWeight(gone, state, samples, folded)
         return folded
 
     def find_finalized(self, weight: Tensor, name: str) -> PackedWeight | None:
@@ -207,6 +209,23 @@ class FoldedWeights:
         finally:
             module._state_dict_hooks = hooks
         return {name: tensor for name, tensor in state.items() if name not in left_out}
+
+
+def mask_state_dict(
+    module: nn.Module, decisions: Mapping[str, Decision], state: dict[str, Any], prefix: str = ""
+) -> None:
+    """Replaces pruned weights in a state_dict by the masked dense ones; finalized ones stay."""
+    masked: dict[int, Tensor] = {}
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        decision = decisions.get(strip_adapter_prefix(name))
+        key = prefix + name
+        if decision is None or decision.pattern is None or key not in state:
+            continue
+        if weight.is_meta or state[key].data_ptr() != weight.data_ptr():
+            continue
+        if id(weight) not in masked:
+            masked[id(weight)] = fold_weight(weight.detach(), WeightFormat(decision.pattern), name)
+        state[key] = masked[id(weight)]
 
 
 class FoldedGraph:

@@ -1,8 +1,10 @@
 """The guarded forward: it runs its masks or raises.
 
-``compile`` keeps a ``SparseForward`` in ``module.__dict__["forward"]``. The class, its config and
-its state_dict stay what they are; calling the module runs the class's own forward through
-TorchDynamo with our backend, and every call proves that the masked graph has run.
+``compile`` keeps a ``SparseForward`` in ``module.__dict__["forward"]``, and a ``SparseMethod`` in
+the place of every other public method that reaches a layer. The class, its config and its
+state_dict stay what they are; calling the module runs the class's own method through TorchDynamo
+with our backend, and every call proves that the masked graph has run. ``ReadGuard`` stands where
+a layer is called in any other way.
 """
 
 from __future__ import annotations
@@ -10,60 +12,81 @@ from __future__ import annotations
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import skip_code
-from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from ..autotune.measure import AutotuneBudget
+from ..backends.kernel_family import WeightFormat
 from ..backends.packing import PackedWeight
 from ..config import CompileConfig
 from ..errors import ConfigError, DenseRunError
 from ..graph.capture import (
-    GRAPH_BREAK_ERRORS,
+    KEY,
+    Names,
     OwnForward,
-    apply_dynamo_settings,
     bind_parameters,
-    copy_forward,
-    unwrap_errors,
+    wraps_forward,
 )
-from ..graph.diagnostics import describe_graph_break, find_user_line
-from ..graph.eager_watch import EagerProduct, EagerWatch, record_eager_products
+from ..graph.diagnostics import find_user_line
+from ..graph.eager_watch import EagerProduct, leave_eager_modes
 from ..graph.names import strip_adapter_prefix
+from ..masks.mask_ste import mask_ste
 from ..passes import (
+    COMPUTED,
     Plan,
+    Site,
     Status,
     decide_weight,
     find_eager_sites,
     find_sites,
     mark_eager,
     mark_prunable,
+    may_be_pruned,
 )
-from ..patterns import Pattern
 from ..reports import Choice, Decision
-from .folded_weights import FoldedWeights
+from .entry_point import EntryPoint
+from .folded_weights import FoldedWeights, mask_state_dict
 from .lower import lower, plan_weights
-
-KEY = "_sparsedm"
-"""Where a compiled module keeps its SparseForward, beside ``forward``, in its ``__dict__``."""
-
-_NO_FRAMES = "found no compiled frames"
-"""How newer torch words that a call ran uncompiled; the run counter says it for all."""
+from .read_guard import ReadGuard, describe_function
+from .replaced_weights import require_present_weights, require_read_weights
+from .sparse_method import SparseMethod, install_methods
 
 
 class SparseForward(OwnForward):
-    """The forward of one compiled module.
+    """The forward of one compiled module, and the state that all its methods share.
 
     ``decisions``: by weight name, fixed by the first capture that meets the weight, so that train
     and eval, every resolution, a copy and a reloaded file all prune the same weights.
     ``choices``: what runs every pruned weight, by its name and the shapes it multiplies.
     ``weights``: the folded weights. ``budget``: the seconds left to measure kernels.
-    ``known``: the parameters the module had when it was compiled. ``broken``: why the model runs
-    as several graphs, None while one holds it all.
+    ``known``: the parameters the module had when it was compiled. ``eager``: weights that were
+    masked in Python that no graph holds. ``guard``: raises for layers called in any other way.
     """
+
+    # Not a __dict__: functools.wraps would copy it into every wrapper, and copies of those fail.
+    __slots__ = (
+        "__signature__",
+        "__weakref__",
+        "_thread",
+        "_watched",
+        "budget",
+        "choices",
+        "config",
+        "decisions",
+        "eager",
+        "entry",
+        "guard",
+        "known",
+        "module",
+        "override",
+        "weights",
+    )
 
     def __init__(
         self,
@@ -79,110 +102,173 @@ class SparseForward(OwnForward):
         self.known = known
         self.decisions = dict(decisions)
         self.override = override
-        self.broken: str | None = None
         self.choices: dict[tuple[str, tuple[tuple[int, ...], ...]], Choice] = {}
+        self.eager: dict[str, None] = {}
         self.weights = FoldedWeights(packed)
         self.budget = AutotuneBudget(config.autotune_seconds)
+        self.entry = EntryPoint(self, "forward", override)
+        self.guard = ReadGuard()
         self.__signature__ = inspect.signature(
             override or types.MethodType(type(module).forward, module)
         )
-        self._compiled: Callable[..., Any] | None = None
+        self._watched: int | None = None  # how many decisions the guard's choice rests on
         self._thread = threading.local()
 
-    def install(self) -> None:
-        """Becomes the forward of the module."""
-        self.module.__dict__["forward"] = self
+    def install(self, *, wrapped: bool = False) -> None:
+        """Becomes the forward of the module, unless a wrapper that calls it is that already."""
+        if not wrapped:
+            self.module.__dict__["forward"] = self
         self.module.__dict__[KEY] = self
-        if self.config.finalize:
+        install_methods(self.module)
+        hooks = self.module._state_dict_hooks.values()
+        if self.config.mode == "infer" and _fill_state_dict not in hooks:
             self.module.register_state_dict_post_hook(_fill_state_dict)  # type: ignore[no-untyped-call]
+        self._watch()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(*args, **kwargs)
+        return self.run(self.entry, *args, **kwargs)
 
     @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
         reason="a sparsedm model compiles itself; leave out fullgraph=True"
     )
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        before = self._runs
+    def run(self, entry: EntryPoint, *args: Any, **kwargs: Any) -> Any:
+        """Calls one of the module's methods, masked."""
+        refusal = self._thread.__dict__.get("refusal")
+        if refusal is not None:
+            raise refusal
         if self.weights.packed:
             self.weights.settle(self.module)
-        with apply_dynamo_settings(), unwrap_errors():
-            try:
-                out = self._call(*args, **kwargs)
-            except FailOnRecompileLimitHit as limit:
-                raise DenseRunError(
-                    f"{self._name} has been compiled for more shapes and settings than it may: "
-                    f"pad its inputs to fewer shapes ({limit})"
-                ) from limit
-            except RuntimeError as error:
-                if _NO_FRAMES not in str(error):
-                    raise
-        if self._runs == before:
-            raise DenseRunError(
-                f"{self._name} ran without its masks, so its output was dropped: TorchDynamo did "
-                "not compile the call. Unset TORCHDYNAMO_DISABLE, leave the force_eager stance, "
-                "and call it outside of dispatch modes such as FlopCounterMode"
-            )
+        if self._watched is None:  # a copy, or from a file
+            self._watch()
+        try:
+            with leave_eager_modes():
+                out = entry.run(*args, **kwargs)
+        finally:
+            if self._watched != len(self.decisions):
+                self._watch()
         self.weights.finalize_pending()
         return out
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if self._compiled is None:
-            self._compiled = self._compile(fullgraph=True)
-        if self.broken is None:
-            try:
-                return self._compiled(self.module, *args, **kwargs)
-            except GRAPH_BREAK_ERRORS as unsupported:
-                self._go_partial(describe_graph_break(unsupported), *args, **kwargs)
-        with EagerWatch(self.module, self._refuse_eager):
-            return self._compiled(self.module, *args, **kwargs)
+    @contextmanager
+    def refuse_calls(self, error: type[BaseException]) -> Iterator[None]:
+        """Raises ``error`` at every call of the module's methods in this thread, for a while."""
+        self._thread.refusal = error
+        try:
+            yield
+        finally:
+            self._thread.refusal = None
 
-    def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
-        forward = copy_forward(self.module)
-        run: Callable[..., Any] = torch.compile(forward, backend=self._backend, fullgraph=fullgraph)
-        return run
+    @property
+    def broken(self) -> str | None:
+        """Why the model runs as several graphs; None while one holds it all."""
+        entries = [self.entry, *(method.entry for method in self.methods.values())]
+        return next((entry.broken for entry in entries if entry.broken is not None), None)
 
-    def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
-        """Runs as several graphs from now on, decided by an eager run, since none holds it all."""
-        seen = find_eager_sites(record_eager_products(self.module, *args, **kwargs))
-        self._adopt(mark_eager(seen, self.config, self.known))
-        self.broken = reason
-        self._compiled = self._compile(fullgraph=False)
+    @property
+    def methods(self) -> dict[str, SparseMethod]:
+        """The other methods of the module that run masked, by name."""
+        attributes = self.module.__dict__.items()
+        return {name: value for name, value in attributes if isinstance(value, SparseMethod)}
 
-    def _refuse_eager(self, seen: EagerProduct) -> None:
-        """Raises DenseRunError for a pruned weight that Python between the graphs multiplies."""
-        for site in find_eager_sites((seen,)):
-            if not site.names:
-                continue
-            weight = strip_adapter_prefix(site.label)
-            decision = self.decisions.get(weight)
-            if decision is None:
-                decision = decide_weight(site, site.refusal, self.config, self.known)
-            if decision.accepted:
-                raise DenseRunError(
-                    f"{weight!r} would run dense: its {site.op_name} lies in Python that cannot "
-                    f"be captured, at {find_user_line()}. Keep it dense with "
-                    f"keep_dense=[{weight!r}], or make that code capturable: {self.broken}"
-                )
+    def _watch(self) -> None:
+        """Makes the guard watch the weights that are pruned, or not decided on yet."""
+        self.guard.watch(self.module, self.is_pruned)
+        self._watched = len(self.decisions)
+        for method in self.methods.values():
+            method.guard = self.guard
+
+    def is_pruned(self, names: Names, shape: tuple[int, ...]) -> bool:
+        """Returns whether a parameter is pruned, or would be if no graph has shown it yet."""
+        names = tuple(strip_adapter_prefix(name) for name in names)
+        decision = self.decisions.get(names[0])
+        if decision is None:
+            return may_be_pruned(names, shape, self.config, self.known)
+        return decision.accepted
+
+    def refuse_outside_call(self, owner: nn.Module) -> None:
+        """Raises DenseRunError: a module that holds a pruned weight was called on its own."""
+        name = next(name for name, module in self.module.named_modules() if module is owner)
+        root = type(self.module).__name__
+        forward = self.module.__dict__.get("forward")
+        why = f"it was called outside of the calls of the compiled {root}"
+        if torch._C._current_autograd_node() is not None:
+            why = (
+                "a backward of the model's own runs it again; checkpoint by torch.utils.checkpoint"
+            )
+        elif not wraps_forward(self.module, self):
+            why = (
+                f"the forward of the compiled {root} was replaced by {describe_function(forward)}; "
+                "replace it before compile(), or compile the model again"
+            )
+        raise DenseRunError(
+            f"{name or root!r} would run dense, at {find_user_line()}: {why}. "
+            "To run its layers dense on purpose: with sparsedm_compiler.allow_dense()"
+        )
+
+    def mask_eagerly(self, weight: Tensor, names: Names, product: EagerProduct | None) -> Tensor:
+        """Returns a weight as Python that no graph holds shall use it: masked, if it is pruned.
+
+        Raises:
+            DenseRunError: If a cast or view of a pruned weight was taken before it was decided on.
+        """
+        name = strip_adapter_prefix(names[0])
+        if name not in self.decisions and product is not None:
+            self._decide_product(product, names)
+        decision = self.decisions.get(name)
+        if decision is None or decision.pattern is None:
+            return weight
+        if weight.shape != decision.shape or not isinstance(weight, nn.Parameter):
+            raise DenseRunError(
+                f"{name!r} would run dense, at {find_user_line()}: a cast or view of it is "
+                f"multiplied in Python that cannot be captured. Keep it dense with "
+                f"keep_dense=[{name!r}], or make that code capturable: {self.broken}"
+            )
+        self.eager.setdefault(name)
+        self._thread.runs = self.runs + 1
+        if self.config.mode == "train":
+            return mask_ste(weight, decision.pattern)
+        return self.weights.get(weight, WeightFormat(decision.pattern), name)
+
+    def _decide_product(self, product: EagerProduct, names: Names) -> None:
+        for site in find_eager_sites((product,)):
+            if site.names == names:
+                self._adopt((decide_weight(site, site.refusal, self.config, self.known),))
+
+    def decide_eagerly(self, sites: Sequence[Site]) -> None:
+        """Decides on the weights of the products of an eager run."""
+        require_present_weights(self.module, self.decisions)
+        self._adopt(mark_eager(sites, self.config, self.known))
 
     def _adopt(self, decisions: tuple[Decision, ...]) -> None:
         for decision in decisions:
             self.decisions.setdefault(decision.weight, decision)
 
-    def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def lower(
+        self, gm: fx.GraphModule, example_inputs: list[Any], *, whole: bool
+    ) -> Callable[..., Any]:
+        """Plans, rewrites and compiles one graph of the module.
+
+        Args:
+            gm: The graph, as Dynamo captured it.
+            example_inputs: Its inputs, the weights among them.
+            whole: Whether it holds all that the call computes.
+        """
         graph = bind_parameters(gm, example_inputs, self.module)
-        whole = self.broken is None
+        require_present_weights(self.module, self.decisions)
+        if whole:
+            require_read_weights(graph, self.module, self.is_pruned, self.known)
         self._adopt(mark_prunable(find_sites(graph), self.config, self.known, whole=whole))
         config, weights = self.config, self.weights
         plan = plan_weights(graph, example_inputs, self.decisions, config, weights, self.budget)
         if whole and not plan:
-            raise ConfigError(explain_nothing_pruned(self._name, config, self.decisions))
+            name = type(self.module).__name__
+            raise ConfigError(explain_nothing_pruned(name, config, self.decisions))
         run, rows = lower(graph, example_inputs, plan, config, weights)
         self._remember(rows)
 
         def counted(*inputs: Any) -> Any:
             out = run(*inputs)
-            self._thread.runs = self._runs + 1
+            self._thread.runs = self.runs + 1
             return out
 
         return counted
@@ -196,13 +282,10 @@ class SparseForward(OwnForward):
                 self.choices[key] = row.to_choice()
 
     @property
-    def _runs(self) -> int:
+    def runs(self) -> int:
+        """How often this thread has run masked weights."""
         runs: int = self._thread.__dict__.get("runs", 0)
         return runs
-
-    @property
-    def _name(self) -> str:
-        return type(self.module).__name__
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies all but the graphs, which the copy captures anew."""
@@ -219,6 +302,12 @@ def explain_nothing_pruned(
     name: str, config: CompileConfig, decisions: Mapping[str, Decision]
 ) -> str:
     """Returns the sentence for a model of which every weight stays dense."""
+    if decisions and {row.refusal for row in decisions.values()} == {COMPUTED}:
+        return (
+            f"no weight of {name} is pruned to {config.pattern}: all are computed in the forward "
+            "by parametrizations; make them parameters first, by torch.nn.utils.parametrize."
+            "remove_parametrizations(layer, 'weight')"
+        )
     reasons = "; ".join(f"{d.weight}: {d.refusal}" for d in list(decisions.values())[:3])
     return (
         f"no weight of {name} is pruned to {config.pattern} ({reasons or 'it multiplies by none'});"
@@ -226,50 +315,18 @@ def explain_nothing_pruned(
     )
 
 
-def iterate_sparse_forwards(model: nn.Module) -> Iterator[tuple[str, SparseForward]]:
-    """Yields (prefix of parameter names, SparseForward) of every compiled module inside."""
-    for name, module in model.named_modules():
-        forward = module.__dict__.get(KEY)
-        if isinstance(forward, SparseForward) and forward.module is module:
-            yield (f"{name}." if name else ""), forward
-
-
-def require_compiled(model: nn.Module) -> list[tuple[str, SparseForward]]:
-    """Returns (prefix, SparseForward) of all inside ``model``. Raises ConfigError for none."""
-    forwards = list(iterate_sparse_forwards(model))
-    if not forwards:
-        raise ConfigError(
-            f"{type(model).__name__} was not compiled; first: model = "
-            "sparsedm_compiler.compile(model, pattern='2:4')"
-        )
-    return forwards
-
-
-def masked_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, Pattern]]:
-    """Returns the parameters that run masked, each with its pattern.
-
-    Args:
-        model: A compiled model, or a wrapper around one (DDP, an outer torch.compile).
-
-    Returns:
-        {parameter name in ``model``: (parameter, pattern)}; empty before the first call of the
-        model, which captures it.
-
-    Raises:
-        ConfigError: If no module inside ``model`` was compiled.
-    """
-    masked = {}
-    for prefix, forward in require_compiled(model):
-        for name, parameter in forward.module.named_parameters():
-            decision = forward.decisions.get(strip_adapter_prefix(name))
-            if decision is not None and decision.pattern is not None:
-                masked[prefix + name] = (parameter, decision.pattern)
-    return masked
-
-
 def _fill_state_dict(
     module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
 ) -> None:
-    """A state_dict hook: a finalized weight is saved as the masked dense weight."""
+    """A state_dict hook of mode "infer": pruned weights are saved as the masked dense weights."""
     forward: SparseForward = module.__dict__[KEY]
+    if forward.config.mode != "infer":
+        return
     forward.weights.fill_state_dict(module, state, prefix)
+    if not forward.decisions:
+        warnings.warn(
+            f"{type(module).__name__} has not been called since compile(mode='infer'), so no "
+            "weight is chosen yet and its state_dict is dense; call it once first",
+            stacklevel=3,
+        )
+    mask_state_dict(module, forward.decisions, state, prefix)

@@ -24,8 +24,8 @@ from ..graph.names import strip_adapter_prefix
 from ..patterns import Pattern
 from ..reports import Decision
 from .api import check_model, install
-from .folded_weights import hollow_out
-from .guarded_forward import require_compiled
+from .folded_weights import hollow_out, mask_state_dict
+from .lookup import require_compiled
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,7 +36,9 @@ _PACKED = ".sparsedm_packed"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes a compiled model's weights (latent, dense) and decisions to a file.
+    """Writes a compiled model's weights and decisions to a file.
+
+    The weights are latent (dense) ones in mode "train", and masked ones in mode "infer".
 
     The file is plain safetensors, readable without this package, but for finalized weights, which
     are written packed. It appears whole or not at all.
@@ -55,9 +57,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"{len(forwards)} compiled models are inside; save each: {[*dict(forwards)]}"
         )
     forward = forwards[0][1]
-    tensors, aliases = _without_aliases(
-        forward.weights.state_dict_without_finalized(forward.module)
-    )
+    state = forward.weights.state_dict_without_finalized(forward.module)
+    if forward.config.mode == "infer":
+        mask_state_dict(forward.module, forward.decisions, state)
+    tensors, aliases = _without_aliases(state)
     packed = forward.weights.packed
     tensors.update({name + _PACKED: weight.to_portable().data for name, weight in packed.items()})
     meta = {

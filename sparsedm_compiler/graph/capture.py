@@ -7,10 +7,11 @@ a private copy of the code object under settings that raise instead.
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -71,6 +72,10 @@ class CapturedGraph:
         return {op: self.names[op.node] for op in ops if op.node in self.names}
 
 
+KEY = "_sparsedm"
+"""Where a compiled module keeps what replaced its forward, beside ``forward``, in ``__dict__``."""
+
+
 class OwnForward:
     """Base of callables that replace a module's own forward and remember it.
 
@@ -78,37 +83,112 @@ class OwnForward:
         override: The forward that was set on the instance before; None for the class's forward.
     """
 
-    override: Callable[..., Any] | None = None
+    __slots__ = ()
+    override: Callable[..., Any] | None
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """The forward as a function of (self, ...): wrappers rewrap methods by it (accelerate)."""
+        return call_compiled
+
+
+def call_compiled(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls the guarded forward of a compiled module, which a copy of the module has its own of."""
+    return module.__dict__[KEY](*args, **kwargs)
 
 
 def find_own_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """Returns the forward that is set on the instance, other than ours; None for the class's."""
-    forward = module.__dict__.get("forward")
+    """Returns the forward that is set on the instance, other than ours; None for the class's.
+
+    A wrapper around ours (of accelerate, ``torch.autocast``) is not the module's own; a forward
+    that replaced ours is.
+    """
+    forward, ours = module.__dict__.get("forward"), module.__dict__.get(KEY)
+    if isinstance(ours, OwnForward) and (forward is None or wraps_forward(module, ours)):
+        return ours.override
     return forward.override if isinstance(forward, OwnForward) else forward
+
+
+def wraps_forward(module: nn.Module, ours: OwnForward) -> bool:
+    """Returns whether the forward of the instance is ``ours`` or calls it.
+
+    A wrapper refers to what it wraps by ``__wrapped__``, a closure, a partial, or an attribute of
+    the module (accelerate's ``_old_forward``).
+    """
+    if any(value is ours for name, value in module.__dict__.items() if name != KEY):
+        return True
+    pending: list[Any] = [module.__dict__.get("forward")]
+    seen: list[Any] = []
+    while pending:
+        function = pending.pop()
+        if function is ours or function is call_compiled:
+            return True
+        if function is None or any(function is other for other in seen):
+            continue
+        seen.append(function)
+        pending.extend(_list_wrapped(function))
+    return False
+
+
+def _list_wrapped(function: Any) -> list[Any]:
+    """Returns the callables that a wrapper may call."""
+    if isinstance(function, types.MethodType):
+        return [function.__func__]
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args]
+    if not isinstance(function, types.FunctionType):
+        return []
+    cells = list_closure(function)
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return [value for value in (*cells, *defaults) if callable(value)]
+
+
+def list_closure(function: types.FunctionType) -> list[Any]:
+    """Returns the values that a function refers to by its closure."""
+    values = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not filled yet
+            values.append(cell.cell_contents)
+    return values
 
 
 def copy_forward(module: nn.Module) -> Callable[..., Any]:
     """Returns the module's own forward as a function of (self, ...) with its own code object."""
-    override = find_own_forward(module)
+    return copy_method(module, "forward", find_own_forward(module))
+
+
+def copy_method(
+    module: nn.Module, name: str, override: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """Returns a method of a module as a function of (self, ...) with its own code object.
+
+    Args:
+        module: The module.
+        name: The method's name in the class.
+        override: What was set on the instance under that name; None for the class's method.
+
+    Raises:
+        CaptureError: If the method is not a Python function.
+    """
     if override is None:
-        forward = type(module).forward
+        method = getattr(type(module), name)
     elif isinstance(override, types.MethodType) and override.__self__ is module:
-        forward = override.__func__
+        method = override.__func__
     else:
-        forward = _unbind(override)
-    if not isinstance(forward, types.FunctionType):
+        method = _unbind(override)
+    if not isinstance(method, types.FunctionType):
         raise CaptureError(
-            f"{type(module).__name__}.forward is a {type(forward).__name__}, not a Python "
+            f"{type(module).__name__}.{name} is a {type(method).__name__}, not a Python "
             "function, so it cannot be captured; compile the eager module it was made from"
         )
     copy = types.FunctionType(
-        forward.__code__.replace(),
-        forward.__globals__,
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
+        method.__code__.replace(),
+        method.__globals__,
+        method.__name__,
+        method.__defaults__,
+        method.__closure__,
     )
-    copy.__kwdefaults__ = forward.__kwdefaults__
+    copy.__kwdefaults__ = method.__kwdefaults__
     return copy
 
 

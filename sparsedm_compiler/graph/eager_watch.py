@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .capture import Names, copy_forward, map_parameter_names
 from .flat_graph import classify_step
 from .op_table import OP_TABLE, OpEntry
+from .python_state import undo_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class EagerProduct:
     Attributes:
         entry: The op's entry in the table.
         values: The arguments by name.
-        out: The result.
+        out: The result; None where it is not computed yet.
         names: Names of those arguments that are parameters, by argument name.
     """
 
@@ -34,57 +37,155 @@ class EagerProduct:
     names: Mapping[str, Names]
 
 
-class EagerWatch(TorchFunctionMode):
-    """A mode that reports every op of the table that runs eagerly while it is on.
+class _EagerMode(TorchFunctionMode):
+    """Base of modes that see the ops that run eagerly; ops inside compiled graphs are not seen.
 
-    Ops inside compiled graphs are not reported, only those of Python that Dynamo left outside.
+    It knows the parameters of a module, also those that the call brings in (offloaded weights),
+    and the casts and views of them.
     """
 
-    def __init__(self, module: nn.Module, report: Callable[[EagerProduct], None]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.names = map_parameter_names(module)
-        self.report = report
-        self.kept: list[Tensor] = []  # casts and views of parameters: ids stay theirs while held
+        self._module = module
+        self._known: dict[int, tuple[weakref.ref[Tensor], Names]] = {}
+        self._refresh()
+
+    def _refresh(self) -> None:
+        names = map_parameter_names(self._module)
+        for parameter in self._module.parameters():
+            self._note(parameter, names[id(parameter)])
+
+    def _note(self, tensor: Tensor, names: Names) -> None:
+        self._known[id(tensor)] = weakref.ref(tensor), names
+
+    def _find_names(self, value: Any, *, multiplied: bool = False) -> Names:
+        """Returns the names of a parameter, or of the one that a tensor is a cast or view of."""
+        reference, names = self._known.get(id(value), (None, ()))
+        if reference is not None and reference() is value:
+            return names
+        if not multiplied or not isinstance(value, nn.Parameter):
+            return ()
+        self._note(value, ())  # of another model, unless:
+        self._refresh()
+        return self._known[id(value)][1]
+
+    def _note_step(self, out: Any, names: Names) -> None:
+        """Gives a cast or view of a parameter the names of that parameter."""
+        for part in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(part, Tensor):
+                self._note(part, names)
+
+    def _bind(self, entry: OpEntry, args: Any, kwargs: Any) -> tuple[dict[str, Any], Any]:
+        """Returns the arguments of an op by name, and the names of those that are parameters."""
+        values = entry.bind(args, kwargs)
+        named = {
+            k: self._find_names(v, multiplied=True)
+            for k, v in values.items()
+            if isinstance(v, Tensor)
+        }
+        return values, {k: names for k, names in named.items() if names}
+
+
+@contextmanager
+def leave_eager_modes() -> Iterator[None]:
+    """Takes the modes of this module off the top of torch's stack while the block runs."""
+    modes: list[_EagerMode] = []
+    while depth := torch._C._len_torch_function_stack():
+        if not isinstance(torch._C._get_function_stack_at(depth - 1), _EagerMode):
+            break
+        modes.append(torch.overrides._pop_mode())  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            torch.overrides._push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+class EagerWatch(_EagerMode):
+    """A mode that reports every op of the table that runs eagerly while it is on."""
+
+    def __init__(self, module: nn.Module, report: Callable[[EagerProduct], None]) -> None:
+        super().__init__(module)
+        self._report = report
+        self._kept: list[Any] = []  # casts and views: alive, so that products by them are named
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling():
-            return func(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():
+            return out
         entry = OP_TABLE.get(func)
-        if entry is None:
-            self._follow(func, args, out)
-        else:
-            values = entry.bind(args, kwargs or {})
-            tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
-            names = {k: self.names[id(v)] for k, v in tensors.items() if id(v) in self.names}
-            self.report(EagerProduct(entry, values, out, names))
+        if entry is not None:
+            values, names = self._bind(entry, args, kwargs or {})
+            self._report(EagerProduct(entry, values, out, names))
+        elif args and classify_step(func) and (names := self._find_names(args[0])):
+            self._kept.append(out)
+            self._note_step(out, names)
         return out
 
-    def _follow(self, func: Any, args: Any, out: Any) -> None:
-        """Gives a cast or view of a parameter the names of that parameter."""
-        names = self.names.get(id(args[0])) if args else None
-        if names and classify_step(func):
-            for part in out if isinstance(out, (tuple, list)) else (out,):
-                self.names[id(part)] = names
-                self.kept.append(part)
+
+class EagerMask(_EagerMode):
+    """A mode that replaces parameters by their masked form in every op that runs eagerly.
+
+    ``mask``: takes a parameter, its names, and the product it is a factor of (None for a cast or
+    view, which masks what it casts), and returns what to use in its place: the parameter itself
+    where it stays dense.
+    """
+
+    def __init__(
+        self, module: nn.Module, mask: Callable[[Tensor, Names, EagerProduct | None], Tensor]
+    ) -> None:
+        super().__init__(module)
+        self._mask = mask
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        entry = OP_TABLE.get(func)
+        if entry is not None:
+            values, named = self._bind(entry, args, kwargs)
+            if not named:
+                return func(*args, **kwargs)
+            product = EagerProduct(entry, values, None, named)
+            masked = {
+                id(values[key]): self._mask(values[key], names, product)
+                for key, names in named.items()
+            }
+            args = tuple(masked.get(id(value), value) for value in args)
+            kwargs = {key: masked.get(id(value), value) for key, value in kwargs.items()}
+        elif args and classify_step(func) and (names := self._find_names(args[0])):
+            masked_weight = self._mask(args[0], names, None)
+            if masked_weight is args[0]:
+                out = func(*args, **kwargs)
+                self._note_step(out, names)
+                return out
+            args = (masked_weight, *args[1:])
+        return func(*args, **kwargs)
 
 
-# Dynamo may inline the mode into a graph it captures, but must not make a graph of the mode itself.
+# Dynamo may inline a mode into a graph it captures, but must not make a graph of the mode itself.
 skip_code(EagerWatch.__torch_function__.__code__)
+skip_code(EagerMask.__torch_function__.__code__)
 
 
 def record_eager_products(module: nn.Module, *args: Any, **kwargs: Any) -> list[EagerProduct]:
     """Runs the module's own forward eagerly and returns its calls of ops of the table, in order.
 
-    The run leaves no trace: no gradients, and the random state and buffers are restored.
+    The run leaves no trace: no gradients, and random states and Python objects are put back.
     """
     products: list[EagerProduct] = []
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    forward = copy_forward(module)
-    with torch.no_grad(), torch.random.fork_rng(), EagerWatch(module, products.append):
-        torch._dynamo.disable(forward)(module, *args, **kwargs)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            if name in buffers:
-                buffer.copy_(buffers[name])
+    watch_eager(module, copy_forward(module), products.append, args, kwargs)
     return products
+
+
+def watch_eager(
+    module: nn.Module,
+    method: Callable[..., Any],
+    report: Callable[[EagerProduct], None],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Runs ``method(module, *args, **kwargs)`` eagerly, reports its products, and undoes it."""
+    run: Any = torch._dynamo.disable(method)  # type: ignore[no-untyped-call]
+    with undo_after(module, args, kwargs), torch.no_grad(), EagerWatch(module, report):
+        run(module, *args, **kwargs)

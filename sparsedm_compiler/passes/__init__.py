@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from .analysis.count_macs import count_macs
-from .analysis.find_sites import find_eager_sites, find_sites
+from .analysis.find_sites import COMPUTED, Site, find_eager_sites, find_sites
 from .analysis.find_uses import find_uses
-from .analysis.mark_prunable import decide_weight, mark_eager, mark_prunable
+from .analysis.mark_prunable import decide_weight, mark_eager, mark_prunable, may_be_pruned
 from .analysis.topology import trace_topology
 from .pipeline import INFER, TRAIN, run_passes
 from .planned_weight import KernelTimes, Plan, PlannedWeight, Refusal, Status, WeightUse
 
 __all__ = [
+    "COMPUTED",
     "INFER",
     "TRAIN",
     "KernelTimes",
     "Plan",
     "PlannedWeight",
     "Refusal",
+    "Site",
     "Status",
     "WeightUse",
     "count_macs",
@@ -26,6 +28,7 @@ __all__ = [
     "find_uses",
     "mark_eager",
     "mark_prunable",
+    "may_be_pruned",
     "run_passes",
     "trace_topology",
 ]

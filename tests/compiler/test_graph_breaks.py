@@ -101,20 +101,54 @@ def test_deciding_run_over_graph_breaks_leaves_no_trace() -> None:
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
+@pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("kind", [Uncovered, UncoveredCast])
-def test_weight_outside_every_partial_graph_raises_with_its_line(kind: Any) -> None:
-    student = sdm.compile(kind(), "2:4", backend="eager")
-    line = "return self.b(x)" if kind is Uncovered else "nn.functional.linear(x.double(), weight)"
-    shown = (
-        rf"'b.weight' would run dense.*test_graph_breaks.py:\d+: .*{re.escape(line)}.*keep_dense"
-    )
+def test_uncaptured_product_when_weight_is_pruned_runs_masked(kind: Any, mode: str) -> None:
+    student = sdm.compile(kind(), "2:4", **OPTIONS[mode], backend="eager")
     for _ in range(2):
-        with pytest.raises(sdm.DenseRunError, match=shown):
-            call(student)
+        out = call(student)
+        assert_same(out, call(oracle_of(student)))
+        assert not torch.equal(out, call(hand_masked(student, {})))
+    assert sdm.explain(student).masked == ("b.weight", "c.weight")
+    assert sdm.explain(student).eager == ("b.weight",)
+    assert "without a kernel: b.weight" in str(sdm.explain(student))
     kept = sdm.compile(kind(), "2:4", keep_dense=["b"], backend="eager")
     out = call(kept)
     assert sdm.explain(kept).masked == ("c.weight",)
+    assert sdm.explain(kept).eager == ()
     assert_same(out, call(oracle_of(kept)))
+
+
+@pytest.mark.parametrize("kind", [Uncovered, UncoveredCast])
+def test_uncaptured_product_when_trained_has_the_oracles_gradients(kind: Any) -> None:
+    student = sdm.compile(kind(), "2:4", backend="eager")
+    call(student)
+    assert_gradients(student, oracle_of(student), ((torch.randn(3, 16), LENGTHS), {}))
+
+
+class Branches(Ragged):
+    """Multiplies by a cast of a weight in a branch that the deciding run does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = False
+
+    @torch.compiler.disable
+    def middle(self, x: Tensor) -> Tensor:
+        if self.taken:
+            return nn.functional.linear(x.double(), self.b.weight.double()).float()
+        return x
+
+
+def test_uncaptured_cast_when_weight_is_not_decided_is_an_error_that_shows_the_line() -> None:
+    student = sdm.compile(Branches(), "2:4", backend="eager")
+    call(student)
+    student.taken = True
+    line = re.escape("nn.functional.linear(x.double(), self.b.weight.double())")
+    shown = rf"'b.weight' would run dense.*test_graph_breaks.py:\d+: .*{line}.*keep_dense"
+    for _ in range(2):
+        with pytest.raises(sdm.DenseRunError, match=shown):
+            call(student)
 
 
 def test_macs_of_a_model_with_graph_breaks_are_counted() -> None:

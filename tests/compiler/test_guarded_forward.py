@@ -193,7 +193,8 @@ def test_weights_with_nan_or_infinity_are_named_in_the_error(value: float, mode:
 def test_student_when_compiled_again_has_the_new_pattern() -> None:
     student, x = student_of(), torch.randn(2, 8)
     student(x)
-    sparser = sdm.compile(student, "1:4", backend="eager", **OPTIONS["infer"])
+    with pytest.warns(UserWarning, match="pattern 2:4 became 1:4"):
+        sparser = sdm.compile(student, "1:4", backend="eager", **OPTIONS["infer"])
     out = sparser(x)
     assert {str(p) for _, p in sdm.masked_parameters(sparser).values()} == {"1:4"}
     assert_same(out, oracle_of(sparser)(x))

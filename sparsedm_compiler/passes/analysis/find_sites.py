@@ -36,6 +36,14 @@ class Site:
         """The parameter's name, or the node's where the weight is not a parameter."""
         return self.names[0] if self.names else self.node
 
+    def without_tensors(self) -> Site:
+        """Returns the same site without its number of MACs, which holds on to tensors."""
+        return replace(self, product=replace(self.product, macs=_uncounted))
+
+
+def _uncounted() -> int:
+    raise AssertionError("the MACs of this product were dropped")
+
 
 @dataclass(frozen=True, slots=True)
 class Sites:
@@ -100,18 +108,19 @@ def _explain_misread(product: Product, reading: ParameterRead, index: int) -> st
     return "it is a factor of a matrix product other than x @ weight.T"
 
 
-def find_eager_sites(seen: Sequence[EagerProduct]) -> tuple[Site, ...]:
+def find_eager_sites(seen: Sequence[EagerProduct], start: int = 0) -> tuple[Site, ...]:
     """Finds the products of an eager run, for models with graph breaks.
 
     Args:
         seen: The ops of the run, in order.
+        start: The number of the first op, which names products without a parameter.
 
     Returns:
         The products, in order.
     """
     return tuple(
         _eager_site(number, product, call)
-        for number, call in enumerate(seen)
+        for number, call in enumerate(seen, start)
         for product in call.entry.products(call.values, call.out)
     )
 

@@ -8,6 +8,7 @@ from ...config import CompileConfig, matches
 from ...graph.capture import Names
 from ...graph.flat_graph import Op, find_readers
 from ...graph.names import strip_adapter_prefix
+from ...patterns import Pattern
 from ...reports import Decision
 from .find_sites import Site, Sites
 from .topology import find_ends
@@ -88,7 +89,7 @@ def decide_weight(
         The decision.
     """
     names = tuple(strip_adapter_prefix(name) for name in site.names) or (site.node,)
-    pattern = next((p for glob, p in config.overrides if matches(glob, names)), config.pattern)
+    pattern = _find_pattern(names, config)
     refusal = _refuse_by_options(names, config, known if site.names else None) or refusal
     if pattern is None:
         refusal = refusal or "its values satisfy no N:M pattern"
@@ -96,6 +97,27 @@ def decide_weight(
         refusal = refusal or pattern.misfit(site.shape[0], site.shape[1])
     accepted = None if refusal else pattern
     return Decision(names[0], site.op_name, site.shape, accepted, refusal)
+
+
+def may_be_pruned(
+    names: Names, shape: tuple[int, ...], config: CompileConfig, known: Collection[str]
+) -> bool:
+    """Returns whether a weight that no graph has shown yet would be pruned where it is multiplied.
+
+    Args:
+        names: The parameter's names.
+        shape: Its shape.
+        config: The user's options.
+        known: As in ``mark_prunable``.
+    """
+    pattern = _find_pattern(names, config)
+    if len(shape) < 2 or pattern is None or _refuse_by_options(names, config, known):
+        return False
+    return pattern.misfit(shape[0], shape[1]) is None
+
+
+def _find_pattern(names: Names, config: CompileConfig) -> Pattern | None:
+    return next((p for glob, p in config.overrides if matches(glob, names)), config.pattern)
 
 
 def _refuse_by_options(

@@ -1,0 +1,119 @@
+"""One method of a compiled model, run through TorchDynamo so that it runs masked or raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import FailOnRecompileLimitHit
+
+from ..errors import DenseRunError
+from ..graph.capture import (
+    GRAPH_BREAK_ERRORS,
+    apply_dynamo_settings,
+    copy_method,
+    unwrap_errors,
+)
+from ..graph.diagnostics import describe_graph_break
+from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
+from ..passes import Site, find_eager_sites
+
+if TYPE_CHECKING:
+    from .guarded_forward import SparseForward
+
+_NO_FRAMES = "found no compiled frames"
+"""How newer torch words that a call ran uncompiled; the run counter says it for all."""
+
+
+class EntryPoint:
+    """One method of a compiled model.
+
+    ``broken``: why it runs as several graphs, None while one holds it all. ``runs``: how often a
+    rewritten graph has run in this thread.
+    """
+
+    def __init__(
+        self, forward: SparseForward, name: str, override: Callable[..., Any] | None
+    ) -> None:
+        self.broken: str | None = None
+        self._forward = forward
+        self._name = name
+        self._override = override
+        self._own: Callable[..., Any] | None = None
+        self._compiled: Callable[..., Any] | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method. Raises DenseRunError where it would run without its masks."""
+        forward = self._forward
+        before = forward.runs
+        with forward.guard, apply_dynamo_settings(), unwrap_errors():
+            try:
+                out = self._call(*args, **kwargs)
+            except FailOnRecompileLimitHit as limit:
+                raise DenseRunError(
+                    f"{self} has been compiled for more shapes and settings than it may: "
+                    f"pad its inputs to fewer shapes ({limit})"
+                ) from limit
+            except RuntimeError as error:
+                if _NO_FRAMES not in str(error):
+                    raise
+            if forward.runs == before:
+                raise DenseRunError(
+                    f"{self} ran without its masks, so its output was dropped: TorchDynamo did "
+                    "not compile the call. Unset TORCHDYNAMO_DISABLE, leave the force_eager "
+                    "stance, and call it outside of dispatch modes such as FlopCounterMode"
+                )
+        return out
+
+    def run_eagerly(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method uncompiled, with its weights masked op by op."""
+        method: Any = torch._dynamo.disable(self.copy())  # type: ignore[no-untyped-call]
+        module = self._forward.module
+        with EagerMask(module, self._forward.mask_eagerly):
+            return method(module, *args, **kwargs)
+
+    def copy(self) -> Callable[..., Any]:
+        """Returns the method as a function of (self, ...)."""
+        return copy_method(self._forward.module, self._name, self._override)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(type(self._forward.module), self._name)
+        if self._compiled is None or own is not self._own:  # captured anew where it was patched
+            self._own, self.broken = own, None
+            self._compiled = self._compile(fullgraph=True)
+        module, reason = self._forward.module, self.broken
+        if reason is None:
+            try:
+                return self._compiled(module, *args, **kwargs)
+            except GRAPH_BREAK_ERRORS as unsupported:
+                reason = describe_graph_break(unsupported)
+            self._go_partial(reason, *args, **kwargs)
+        with EagerMask(module, self._forward.mask_eagerly):
+            return self._compiled(module, *args, **kwargs)
+
+    def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
+        run: Callable[..., Any] = torch.compile(
+            self.copy(), backend=self._lower, fullgraph=fullgraph
+        )
+        return run
+
+    def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
+        """Runs as several graphs from now on, decided by an eager run, since none holds it all."""
+        sites: list[Site] = []
+
+        def note(seen: EagerProduct) -> None:
+            sites.extend(site.without_tensors() for site in find_eager_sites((seen,), len(sites)))
+
+        watch_eager(self._forward.module, self.copy(), note, args, kwargs)
+        self._forward.decide_eagerly(sites)
+        self.broken = reason
+        self._compiled = self._compile(fullgraph=False)
+
+    def _lower(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return self._forward.lower(gm, example_inputs, whole=self.broken is None)
+
+    def __str__(self) -> str:
+        name = type(self._forward.module).__name__
+        return name if self._name == "forward" else f"{name}.{self._name}"
