@@ -131,6 +131,8 @@ def compile(
     if isinstance(backend, str):
         resolve_backend(backend)
     student = model if inplace else copy_model(model)
+    if before is not None and inplace:
+        before.weights.unpack_finalized(model)
     if before is not None:
         config = inherit_choice(before.config, config, (keep_dense, overrides, policy))
     elif config.pattern is None:

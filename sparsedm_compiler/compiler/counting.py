@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..config import CompileConfig
-from ..errors import ConfigError
+from ..errors import CaptureError, ConfigError
 from ..graph.capture import capture, map_parameter_names
-from ..graph.eager_watch import record_eager_products
+from ..graph.eager_watch import EagerProduct, record_eager_products
 from ..passes import count_macs as count_sites
 from ..passes import find_eager_sites, find_sites, mark_eager, mark_prunable, trace_topology
 from ..patterns import Pattern
@@ -64,9 +64,23 @@ def count_macs(
         graph = capture(model, *args, **kwargs)
         if graph is not None:
             sites = find_sites(graph)
-            return count_sites(sites.sites, mark_prunable(sites, config))
-        eager = find_eager_sites(record_eager_products(model, *args, **kwargs))
+            if all(isinstance(site.product.macs(), int) for site in sites.sites):
+                return count_sites(sites.sites, mark_prunable(sites, config))
+        eager = find_eager_sites(_record_products(model, args, kwargs))
     return count_sites(eager, mark_eager(eager, config))
+
+
+def _record_products(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[EagerProduct]:
+    """Returns the products of an eager run, for a model of which no one graph shows all sizes."""
+    try:
+        return record_eager_products(model, *args, **kwargs)
+    except NotImplementedError as error:  # of meta tensors
+        raise CaptureError(
+            f"the sizes in {type(model).__name__} depend on the data, so it cannot be counted on "
+            f"the meta device; give a real model and inputs ({error})"
+        ) from error
 
 
 def topology(model: nn.Module, *args: Any, **kwargs: Any) -> Topology:
@@ -97,4 +111,9 @@ def topology(model: nn.Module, *args: Any, **kwargs: Any) -> Topology:
             f"{type(model).__name__} takes several graphs (its forward asks tensors for Python "
             "values), so it has no topology; torch.compile(model, fullgraph=True) shows the line"
         )
-    return trace_topology(find_sites(graph))
+    sites = find_sites(graph)
+    if not all(isinstance(site.product.macs(), int) for site in sites.sites):
+        raise ConfigError(
+            f"sizes in {type(model).__name__} depend on the data, so its paths have no weight"
+        )
+    return trace_topology(sites)

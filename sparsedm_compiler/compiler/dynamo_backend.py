@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..autotune.measure import AutotuneBudget
@@ -15,7 +16,8 @@ from ..errors import ConfigError
 from ..graph.capture import CapturedGraph, bind_parameters_by_source
 from ..masks.detect import detect_patterns
 from ..passes import find_sites, mark_prunable
-from .folded_weights import FoldedWeights
+from ..reports import Decision
+from .folded_weights import FoldedWeights, explain_folded_gradient
 from .lower import lower, plan_weights
 
 
@@ -29,7 +31,9 @@ def sparsedm(
     """Compiles one graph: ``torch.compile(model, backend="sparsedm", options={"pattern": "2:4"})``.
 
     Whether the graph runs at all is torch.compile's affair: only a model from
-    ``sparsedm_compiler.compile`` is guarded against a silent dense run.
+    ``sparsedm_compiler.compile`` is guarded against a silent dense run. This entry point warns
+    where it sees one: at a graph break, where no weight fits, and at the last graph that Dynamo
+    makes of one function.
 
     Args:
         gm: The graph that Dynamo captured.
@@ -45,6 +49,7 @@ def sparsedm(
         ConfigError: For ``mode``, an unknown option or a value that fits nothing.
         PatternError: If a pattern is misspelled.
         MaskError: If a weight to be masked holds NaN or Inf.
+        DenseRunError: If a folded weight needs a gradient, in mode "infer".
     """
     if mode is not None:
         raise ConfigError(
@@ -62,10 +67,55 @@ def sparsedm(
         config = _detect(graph, example_inputs, config)
     config = config.evaluate_predicate(graph.names.values())
     decisions = {row.weight: row for row in mark_prunable(find_sites(graph), config)}
+    _refuse_gradients(decisions, graph, example_inputs, config)
     weights, budget = FoldedWeights(), AutotuneBudget(config.autotune_seconds)
     plan = plan_weights(graph, example_inputs, decisions, config, weights, budget)
+    _warn_of_dense_runs(gm, decisions, config, pruned=len(plan))
     run, _ = lower(graph, example_inputs, plan, config, weights)
     return run
+
+
+def _refuse_gradients(
+    decisions: Mapping[str, Decision],
+    graph: CapturedGraph,
+    example_inputs: list[Any],
+    config: CompileConfig,
+) -> None:
+    """Raises DenseRunError, before anything is measured, if a folded weight needs a gradient."""
+    if config.mode != "infer" or not torch.is_grad_enabled():
+        return
+    for node, x in zip(graph.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        decision = decisions.get(graph.names[node][0]) if node in graph.names else None
+        if decision is not None and decision.accepted and x.requires_grad:
+            raise explain_folded_gradient(decision.weight)
+
+
+def _warn_of_dense_runs(
+    gm: fx.GraphModule, decisions: Mapping[str, Decision], config: CompileConfig, *, pruned: int
+) -> None:
+    """Warns of all that this entry point sees but cannot prevent."""
+    reason = gm.__dict__.get("compile_subgraph_reason")
+    if reason is not None and reason.graph_break:
+        _warn(
+            "the model breaks into several graphs, and the first and last layer of each stays "
+            f"dense; sparsedm_compiler.compile(model) sees them as one ({reason.reason})"
+        )
+    if decisions and not pruned and config.pattern is not None:
+        why = "; ".join(f"{row.weight}: {row.refusal}" for row in list(decisions.values())[:3])
+        _warn(f"no weight of this graph is pruned to {config.pattern}, so it runs dense: {why}")
+    current = torch._guards.CompileContext.current_compile_id()
+    limit = torch._dynamo.config.recompile_limit
+    if current is not None and (current.frame_compile_id or 0) + 1 >= limit:
+        _warn(
+            f"this is graph {limit} of one function, the most that torch.compile makes: at the "
+            "next new shape it runs dense. Pad inputs to fewer shapes, raise "
+            "torch._dynamo.config.recompile_limit, or use sparsedm_compiler.compile(model), "
+            "which raises instead"
+        )
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=4)
 
 
 def _detect(

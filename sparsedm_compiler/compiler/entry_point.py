@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,9 +19,7 @@ from ..graph.capture import (
 from ..graph.diagnostics import describe_graph_break
 from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
 from ..passes import Site, find_eager_sites
-
-if TYPE_CHECKING:
-    from .guarded_forward import SparseForward
+from .masked_model import MaskedModel
 
 _NO_FRAMES = "found no compiled frames"
 """How newer torch words that a call ran uncompiled; the run counter says it for all."""
@@ -35,7 +33,7 @@ class EntryPoint:
     """
 
     def __init__(
-        self, forward: SparseForward, name: str, override: Callable[..., Any] | None
+        self, forward: MaskedModel, name: str, override: Callable[..., Any] | None
     ) -> None:
         self.broken: str | None = None
         self._forward = forward

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..backends.registry import find_family
 from ..errors import DenseRunError
 from ..graph.names import strip_adapter_prefix
 from ..passes import PlannedWeight
-from ..reports import Decision
+from ..patterns import Pattern
 from .edit_watch import EditWatcher, WeightSample
 
 _SAMPLES = 64
@@ -54,6 +54,8 @@ class FoldedWeights:
         self.packed = dict(packed or {})
         self._arrived = set(self.packed)  # from another place, maybe one of other kernels
         self._folded: dict[tuple[int, WeightFormat], _FoldedWeight] = {}
+        self._module: Callable[[], nn.Module | None] = lambda: None
+        self._owned: dict[int, Callable[[], Tensor | None]] = {}
         self._watcher = EditWatcher()
         self._pending: list[tuple[Tensor, PlannedWeight]] = []
 
@@ -99,17 +101,32 @@ class FoldedWeights:
 
     def _finalize(self, weight: Tensor, row: PlannedWeight) -> None:
         folded = self.get(weight, row.weight_format, row.name)
-        for key in [key for key in self._folded if key[0] == id(weight)]:
-            del self._folded[key]
+        self._folded = {key: held for key, held in self._folded.items() if key[0] != id(weight)}
         if row.kernel is None:
             with torch.no_grad():
                 weight.copy_(folded)
             return
-        shape = tuple(weight.shape)
-        self.packed[row.name] = PackedWeight(
-            row.weight_format, row.kernel, shape, weight.dtype, folded
-        )
+        shape, kernel = tuple(weight.shape), row.kernel
+        self.packed[row.name] = PackedWeight(row.weight_format, kernel, shape, weight.dtype, folded)
         hollow_out(weight)
+
+    def own(self, module: nn.Module) -> None:
+        """Lets the parameters of a module be masked in place when they are folded.
+
+        Other tensors that a graph is called with (``functional_call``) are the caller's.
+        """
+        self._module = weakref.ref(module)
+        self._owned = {id(p): weakref.ref(p) for p in module.parameters()}
+
+    def _may_mask_in_place(self, weight: Tensor) -> bool:
+        """Returns whether a weight is the module's, and no adapter may want it back unmasked."""
+        reference, module = self._owned.get(id(weight), lambda: None), self._module()
+        if module is None or reference() is not weight:
+            return False
+        names = [name for name, parameter in module.named_parameters() if parameter is weight]
+        if any(strip_adapter_prefix(name) != name for name in names):
+            return False
+        return not weight.is_inference() or torch.is_inference_mode_enabled()
 
     def detect_edits(self) -> None:
         """Forgets everything folded if a device has reported an edit since the last call."""
@@ -133,10 +150,7 @@ class FoldedWeights:
     def get(self, weight: Tensor, weight_format: WeightFormat, name: str) -> Tensor:
         """Returns the weight in a form. Raises DenseRunError where it requires a gradient."""
         if weight.requires_grad and torch.is_grad_enabled():
-            raise DenseRunError(
-                f"{name!r} asks for a gradient, but mode='infer' has folded its mask; "
-                "train with mode='train', or call under torch.no_grad()"
-            )
+            raise explain_folded_gradient(name)
         packed = self.find_finalized(weight, name)
         if packed is not None and packed.weight_format == weight_format:
             return packed.data
@@ -148,7 +162,10 @@ class FoldedWeights:
                 return held.folded
         with torch.no_grad():
             source = weight.detach() if packed is None else packed.unpack()
+            if packed is None and self._may_mask_in_place(weight):
+                source = _mask_in_place(weight, weight_format.pattern, name)
             folded = fold_weight(source, weight_format, name)
+            state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
             now = _sample_values(weight, packed)
             samples = WeightSample(now, now.clone())
         key = id(weight), weight_format
@@ -187,6 +204,14 @@ class FoldedWeights:
             if weight.dtype != packed.dtype:
                 self.packed[name] = cast_packed(packed, weight.dtype, name)
 
+    def unpack_finalized(self, module: nn.Module) -> None:
+        """Gives finalized weights their masked dense values back; the next call folds them anew."""
+        for name, packed in [*self.iterate_finalized(module)]:
+            weight = module.get_parameter(name)
+            if _is_hollow(weight):  # not under another name already
+                weight.data = packed.unpack().to(weight.device, weight.dtype)
+        self.packed.clear()
+
     def iterate_finalized(self, module: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
         """Yields (name in the module, packed form) of finalized weights; all names of tied ones."""
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -211,40 +236,20 @@ class FoldedWeights:
         return {name: tensor for name, tensor in state.items() if name not in left_out}
 
 
-def mask_state_dict(
-    module: nn.Module, decisions: Mapping[str, Decision], state: dict[str, Any], prefix: str = ""
-) -> None:
-    """Replaces pruned weights in a state_dict by the masked dense ones; finalized ones stay."""
-    masked: dict[int, Tensor] = {}
-    for name, weight in module.named_parameters(remove_duplicate=False):
-        decision = decisions.get(strip_adapter_prefix(name))
-        key = prefix + name
-        if decision is None or decision.pattern is None or key not in state:
-            continue
-        if weight.is_meta or state[key].data_ptr() != weight.data_ptr():
-            continue
-        if id(weight) not in masked:
-            masked[id(weight)] = fold_weight(weight.detach(), WeightFormat(decision.pattern), name)
-        state[key] = masked[id(weight)]
+def _mask_in_place(weight: Tensor, pattern: Pattern, name: str) -> Tensor:
+    """Masks a weight, unless it satisfies the pattern already; returns it without its gradient."""
+    masked = fold_weight(weight.detach(), WeightFormat(pattern), name)
+    if not torch.equal(masked, weight):
+        weight.copy_(masked)
+    return weight.detach()
 
 
-class FoldedGraph:
-    """Runs a graph with its planned weights in their folded form."""
-
-    def __init__(
-        self, run: Callable[..., Any], plan: Iterable[PlannedWeight], weights: FoldedWeights
-    ) -> None:
-        self.run = run
-        self.weights = weights
-        self._folds = [(row.position, row.weight_format, row.name) for row in plan]
-
-    def __call__(self, *inputs: Any) -> Any:
-        arguments, weights = list(inputs), self.weights
-        weights.detect_edits()
-        for position, weight_format, name in self._folds:
-            arguments[position] = weights.get(arguments[position], weight_format, name)
-        weights.ask_devices()
-        return self.run(*arguments)
+def explain_folded_gradient(name: str) -> DenseRunError:
+    """Returns the error for a folded weight that requires a gradient."""
+    return DenseRunError(
+        f"{name!r} asks for a gradient, but mode='infer' has folded its mask; "
+        "train with mode='train', or call under torch.no_grad()"
+    )
 
 
 def hollow_out(weight: Tensor) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import threading
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,20 +24,18 @@ from ..autotune.measure import AutotuneBudget
 from ..backends.kernel_family import WeightFormat
 from ..backends.packing import PackedWeight
 from ..config import CompileConfig
-from ..errors import ConfigError, DenseRunError
+from ..errors import CaptureError, ConfigError, DenseRunError
 from ..graph.capture import (
     KEY,
     Names,
     OwnForward,
     bind_parameters,
-    wraps_forward,
 )
 from ..graph.diagnostics import find_user_line
 from ..graph.eager_watch import EagerProduct, leave_eager_modes
 from ..graph.names import strip_adapter_prefix
 from ..masks.mask_ste import mask_ste
 from ..passes import (
-    COMPUTED,
     Plan,
     Site,
     Status,
@@ -51,11 +48,13 @@ from ..passes import (
 )
 from ..reports import Choice, Decision
 from .entry_point import EntryPoint
-from .folded_weights import FoldedWeights, mask_state_dict
+from .explanations import explain_nothing_pruned, explain_outside_call, refuse_export
+from .folded_weights import FoldedWeights
 from .lower import lower, plan_weights
-from .read_guard import ReadGuard, describe_function
+from .read_guard import ReadGuard
 from .replaced_weights import require_present_weights, require_read_weights
 from .sparse_method import SparseMethod, install_methods
+from .state_hooks import install_state_hooks
 
 
 class SparseForward(OwnForward):
@@ -120,19 +119,36 @@ class SparseForward(OwnForward):
             self.module.__dict__["forward"] = self
         self.module.__dict__[KEY] = self
         install_methods(self.module)
-        hooks = self.module._state_dict_hooks.values()
-        if self.config.mode == "infer" and _fill_state_dict not in hooks:
-            self.module.register_state_dict_post_hook(_fill_state_dict)  # type: ignore[no-untyped-call]
+        if self.config.mode == "infer":
+            install_state_hooks(self.module)
         self._watch()
 
+    @property
+    def __code__(self) -> types.CodeType:
+        """The code of the module's own forward, whose place in the source torch.export notes."""
+        code: types.CodeType = self.entry.copy().__code__
+        return code
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            return self._export(*args, **kwargs)
         return self.run(self.entry, *args, **kwargs)
+
+    def _export(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the own forward for torch.export, which takes the masked weights of state_dict."""
+        refuse_export(self.module, self.config.mode, self.decisions, self.weights.packed)
+        with self.guard:
+            return self.entry.copy()(self.module, *args, **kwargs)
 
     @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
         reason="a sparsedm model compiles itself; leave out fullgraph=True"
     )
     def run(self, entry: EntryPoint, *args: Any, **kwargs: Any) -> Any:
         """Calls one of the module's methods, masked."""
+        if torch._C._get_tracing_state() is not None:
+            raise CaptureError(
+                f"torch.jit.trace cannot trace {type(self.module).__name__}; use torch.export"
+            )
         refusal = self._thread.__dict__.get("refusal")
         if refusal is not None:
             raise refusal
@@ -173,6 +189,8 @@ class SparseForward(OwnForward):
     def _watch(self) -> None:
         """Makes the guard watch the weights that are pruned, or not decided on yet."""
         self.guard.watch(self.module, self.is_pruned)
+        if self._watched is None:
+            self.weights.own(self.module)
         self._watched = len(self.decisions)
         for method in self.methods.values():
             method.guard = self.guard
@@ -187,23 +205,7 @@ class SparseForward(OwnForward):
 
     def refuse_outside_call(self, owner: nn.Module) -> None:
         """Raises DenseRunError: a module that holds a pruned weight was called on its own."""
-        name = next(name for name, module in self.module.named_modules() if module is owner)
-        root = type(self.module).__name__
-        forward = self.module.__dict__.get("forward")
-        why = f"it was called outside of the calls of the compiled {root}"
-        if torch._C._current_autograd_node() is not None:
-            why = (
-                "a backward of the model's own runs it again; checkpoint by torch.utils.checkpoint"
-            )
-        elif not wraps_forward(self.module, self):
-            why = (
-                f"the forward of the compiled {root} was replaced by {describe_function(forward)}; "
-                "replace it before compile(), or compile the model again"
-            )
-        raise DenseRunError(
-            f"{name or root!r} would run dense, at {find_user_line()}: {why}. "
-            "To run its layers dense on purpose: with sparsedm_compiler.allow_dense()"
-        )
+        raise explain_outside_call(self.module, self, owner)
 
     def mask_eagerly(self, weight: Tensor, names: Names, product: EagerProduct | None) -> Tensor:
         """Returns a weight as Python that no graph holds shall use it: masked, if it is pruned.
@@ -296,37 +298,3 @@ class SparseForward(OwnForward):
 
 # An outer torch.compile of the module would else compile this frame too, until its limit is hit.
 skip_code(SparseForward.__call__.__code__)
-
-
-def explain_nothing_pruned(
-    name: str, config: CompileConfig, decisions: Mapping[str, Decision]
-) -> str:
-    """Returns the sentence for a model of which every weight stays dense."""
-    if decisions and {row.refusal for row in decisions.values()} == {COMPUTED}:
-        return (
-            f"no weight of {name} is pruned to {config.pattern}: all are computed in the forward "
-            "by parametrizations; make them parameters first, by torch.nn.utils.parametrize."
-            "remove_parametrizations(layer, 'weight')"
-        )
-    reasons = "; ".join(f"{d.weight}: {d.refusal}" for d in list(decisions.values())[:3])
-    return (
-        f"no weight of {name} is pruned to {config.pattern} ({reasons or 'it multiplies by none'});"
-        " choose a smaller m, or policy='all' to prune the first and last layer too"
-    )
-
-
-def _fill_state_dict(
-    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
-) -> None:
-    """A state_dict hook of mode "infer": pruned weights are saved as the masked dense weights."""
-    forward: SparseForward = module.__dict__[KEY]
-    if forward.config.mode != "infer":
-        return
-    forward.weights.fill_state_dict(module, state, prefix)
-    if not forward.decisions:
-        warnings.warn(
-            f"{type(module).__name__} has not been called since compile(mode='infer'), so no "
-            "weight is chosen yet and its state_dict is dense; call it once first",
-            stacklevel=3,
-        )
-    mask_state_dict(module, forward.decisions, state, prefix)

@@ -20,7 +20,8 @@ from ..graph.flat_graph import get_example_value
 from ..graph.names import strip_adapter_prefix
 from ..passes import Plan, PlannedWeight, Refusal, Status, find_uses, run_passes
 from ..reports import Decision
-from .folded_weights import FoldedGraph, FoldedWeights
+from .folded_graph import FoldedGraph
+from .folded_weights import FoldedWeights
 from .inner_backend import compile_graph
 
 

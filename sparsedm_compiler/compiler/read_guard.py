@@ -32,6 +32,9 @@ def allow_dense() -> Iterator[None]:
     directly raises DenseRunError, except in this block, in which it computes with the dense
     (latent) weights. Calls of the model itself run masked here, too.
 
+    Returns:
+        A context manager, of this thread alone.
+
     Example:
         >>> import torch, sparsedm_compiler as sdm
         >>> net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])

@@ -37,6 +37,7 @@ def copy_model(model: Model) -> Model:
     again = find_compiled(student)
     if compiled is None or again is None:
         return student
+    again.weights.unpack_finalized(student)
     if wraps_forward(model, compiled) and not wraps_forward(student, again):
         raise ConfigError(
             f"the forward of {type(model).__name__} is wrapped by "
@@ -73,18 +74,18 @@ def _lists_hooks_of(module: nn.Module, kind: str) -> bool:
 
 
 def inherit_choice(
-    before: CompileConfig, config: CompileConfig, given: tuple[Any, Any, Any]
+    before: CompileConfig, config: CompileConfig, chosen: tuple[Any, Any, Any]
 ) -> CompileConfig:
     """Returns ``config`` with the earlier choice of weights for options that were not given.
 
     Args:
         before: The configuration that the model was compiled with.
         config: The new one.
-        given: keep_dense, overrides and policy as the caller gave them, None where not.
+        chosen: keep_dense, overrides and policy as the caller gave them, None where not.
     """
     earlier = {
         name: getattr(before, name)
-        for name, value in zip(_CHOICE[1:], given, strict=True)
+        for name, value in zip(_CHOICE[1:], chosen, strict=True)
         if value is None
     }
     return replace(config, **earlier)

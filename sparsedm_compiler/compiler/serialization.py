@@ -24,8 +24,9 @@ from ..graph.names import strip_adapter_prefix
 from ..patterns import Pattern
 from ..reports import Decision
 from .api import check_model, install
-from .folded_weights import hollow_out, mask_state_dict
+from .folded_weights import hollow_out
 from .lookup import require_compiled
+from .state_hooks import mask_state_dict
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -128,8 +129,7 @@ def _hollow_out(student: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
         weight = student.get_parameter(name)
         if tuple(weight.shape) != form.shape:
             raise RuntimeError(f"{name} is {list(weight.shape)}, packed {list(form.shape)}")
-        weight.data = weight.data.to(form.dtype)
-        hollow_out(weight)
+        hollow_out(weight)  # in the model's dtype, which the first call casts the file's to
 
 
 def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -6,7 +6,7 @@ import inspect
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
 from ..graph.python_state import PythonState
 from ..passes import Site, find_eager_sites
 from .entry_point import EntryPoint
+from .masked_model import MaskedModel
 from .read_guard import ReadGuard
-
-if TYPE_CHECKING:
-    from .guarded_forward import SparseForward
 
 _REPEATS = 4
 """A method that multiplies by one weight more often than this is a loop, not to be unrolled."""
@@ -87,7 +85,7 @@ class SparseMethod:
         reason="a sparsedm model compiles itself; leave out fullgraph=True"
     )
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        forward: SparseForward | None = self.module.__dict__.get(KEY)
+        forward: MaskedModel | None = self.module.__dict__.get(KEY)
         if forward is None or forward.guard.is_running:  # called by what runs masked already
             return self._call_own(*args, **kwargs)
         if self.captured is None:
@@ -104,7 +102,7 @@ class SparseMethod:
             return self.entry.run_eagerly(*args, **kwargs)
 
     def _try_plainly(
-        self, forward: SparseForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, forward: MaskedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Calls the method. Raises _ReadsWeights before its first product by a pruned weight."""
 
@@ -116,9 +114,7 @@ class SparseMethod:
         with EagerMask(self.module, stop):
             return self._call_own(*args, **kwargs)
 
-    def _decide(
-        self, forward: SparseForward, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
+    def _decide(self, forward: MaskedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Returns whether the method can be one graph; if not, decides on its weights."""
         sites: list[Site] = []
         uses: Counter[str] = Counter()

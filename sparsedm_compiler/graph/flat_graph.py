@@ -21,6 +21,8 @@ _VIEWS = {
     *("squeeze", "unsqueeze", "view", "reshape", "flatten", "chunk", "split", "narrow", "unbind"),
     *("getitem", "__getitem__", "select", "view_as", "reshape_as", "tensor_split", "unflatten"),
 }
+_WRITES = {"setitem", "__setitem__", "iadd", "isub", "imul", "itruediv"}
+"""In-place ops whose names do not end with an underscore."""
 _TURNS = {"t", "transpose", "permute", "mT", "T", "swapaxes", "movedim"}
 
 
@@ -239,6 +241,28 @@ def _strip_trailing_ones(weight: Tensor) -> tuple[int, ...]:
     while len(shape) > 1 and shape[-1] == 1:
         shape.pop()
     return tuple(shape)
+
+
+def iterate_written(op: Op) -> Iterator[Op]:
+    """Yields what an op writes to in place: its first input, and what that is a view of.
+
+    ``h[mask] = layer(h[mask])`` is setitem(h, mask, product): later readers of h come after it.
+    """
+    if op.node.op not in ("call_function", "call_method"):
+        return
+    target = op.node.target
+    name = target if isinstance(target, str) else _name_target(target)
+    inplace = name.endswith("_") and not name.endswith("__") and name not in dir(operator)
+    writes = inplace or name in _WRITES
+    written = op.inputs[0] if writes and op.inputs else None
+    while written is not None:
+        yield written
+        written = written.inputs[0] if _name_step(written) else None
+
+
+def _name_target(target: Any) -> str:
+    name: str = target._opname if isinstance(target, torch._ops.OpOverload) else target.__name__
+    return name
 
 
 def find_readers(parameter: Op) -> Iterator[tuple[Op, Op]]:

@@ -13,12 +13,18 @@ from ...graph.op_table import OP_TABLE, Product
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """One product of one op. ``kind``: "conv", "linear" or "attention".
+    """One product of one op.
 
-    ``node``: the node's name. ``op_name``: the op's name in reports, e.g. "conv2d".
-    ``names``: of the parameter that is the weight, () for none. ``shape``: the weight's shape.
-    ``refusal``: why this use of the weight cannot be pruned, whatever its size. ``op`` and
-    ``parameter`` are None for a product seen in an eager run.
+    Attributes:
+        node: The node's name.
+        op_name: The op's name in reports, e.g. "conv2d".
+        product: What is multiplied.
+        kind: "conv", "linear" or "attention".
+        names: Of the parameter that is the weight; () for none.
+        shape: The weight's shape.
+        refusal: Why this use of the weight cannot be pruned, whatever its size.
+        op: The op; None for a product seen in an eager run.
+        parameter: The parameter; None for a product seen in an eager run.
     """
 
     node: str
@@ -96,6 +102,7 @@ def _site(op: Op, product: Product, factors: tuple[Op, ...], parameters: dict[Op
 
 
 COMPUTED = "its weight is computed in the forward, not a parameter"
+"""Why a weight that is no parameter stays dense."""
 
 
 def _explain_misread(product: Product, reading: ParameterRead, index: int) -> str | None:

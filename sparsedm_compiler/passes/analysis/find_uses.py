@@ -53,7 +53,9 @@ def _describe_use(node: fx.Node, weight: fx.Node) -> WeightUse | Refusal:
         return Refusal(f"the shapes of {_name(node)} are not known")
     if bias is not None and get_example_value(bias).shape != get_example_value(weight).shape[:1]:
         return Refusal(f"read by {_name(node)} with a bias that is not one value per row")
-    shape = tuple(_hint(size) for size in seen.shape)
+    shape = _read_shape(seen)
+    if shape is None:
+        return Refusal(f"a size of the input of {_name(node)} depends on the data")
     conv: dict[str, tuple[int, ...]] = {}
     if entry.name == "conv2d":
         if len(shape) != 4 or args.get("groups", 1) != 1:
@@ -94,8 +96,10 @@ def _activation(node: fx.Node) -> tuple[str, fx.Node]:
     return "none", node
 
 
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+def _read_shape(x: Tensor) -> tuple[int, ...] | None:
+    """Returns a shape, dynamic sizes as in the first call; None if one depends on values."""
+    sizes = [size if isinstance(size, int) else size.node.hint for size in x.shape]
+    return None if None in sizes else tuple(int(size) for size in sizes)
 
 
 def _name(node: fx.Node) -> str:

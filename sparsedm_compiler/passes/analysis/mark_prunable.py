@@ -109,6 +109,9 @@ def may_be_pruned(
         shape: Its shape.
         config: The user's options.
         known: As in ``mark_prunable``.
+
+    Returns:
+        False where the options or its size keep it dense.
     """
     pattern = _find_pattern(names, config)
     if len(shape) < 2 or pattern is None or _refuse_by_options(names, config, known):

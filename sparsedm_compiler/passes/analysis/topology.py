@@ -8,7 +8,7 @@ from typing import Any
 import networkx as nx
 from torch import Tensor
 
-from ...graph.flat_graph import Op
+from ...graph.flat_graph import Op, iterate_written
 from ...reports import Topology
 from .find_sites import Sites
 
@@ -40,6 +40,9 @@ def contract(sites: Sites, kept: Iterable[Op]) -> nx.DiGraph[Op]:
         if op in keep:
             graph.add_edges_from((source, op) for source in above)
         nearest[op] = frozenset((op,)) if op in keep else above
+        for target in iterate_written(op):
+            if target not in sites.parameters:
+                nearest[target] |= nearest[op]
     return graph
 
 

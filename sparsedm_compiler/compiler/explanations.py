@@ -1,0 +1,80 @@
+"""The sentences of refusals: what a compiled model will not do, why, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import nn
+
+from ..config import CompileConfig
+from ..errors import CaptureError, DenseRunError
+from ..graph.capture import OwnForward, wraps_forward
+from ..graph.diagnostics import find_user_line
+from ..passes import COMPUTED
+from ..reports import Decision
+from .read_guard import describe_function
+
+
+def explain_outside_call(module: nn.Module, ours: OwnForward, owner: nn.Module) -> DenseRunError:
+    """Returns the error for a layer with a pruned weight that was called on its own.
+
+    Args:
+        module: The compiled model.
+        ours: Its guarded forward.
+        owner: The layer.
+    """
+    root = type(module).__name__
+    name = next(name for name, child in module.named_modules() if child is owner)
+    why = f"it was called outside of the calls of the compiled {root}"
+    if torch._C._current_autograd_node() is not None:
+        why = "a backward of the model's own runs it again; checkpoint by torch.utils.checkpoint"
+    elif not wraps_forward(module, ours):
+        why = (
+            f"the forward of the compiled {root} was replaced by "
+            f"{describe_function(module.__dict__.get('forward'))}; replace it before compile(), "
+            "or compile the model again"
+        )
+    return DenseRunError(
+        f"{name!r} would run dense, at {find_user_line()}: {why}. "
+        "To run its layers dense on purpose: with sparsedm_compiler.allow_dense()"
+    )
+
+
+def refuse_export(
+    module: nn.Module, mode: str, decisions: Collection[str], packed: Collection[str]
+) -> None:
+    """Raises CaptureError where torch.export would not export the masked model.
+
+    Args:
+        module: The compiled model.
+        mode: What it was compiled for.
+        decisions: The weights that its calls have decided on.
+        packed: Its finalized weights.
+    """
+    name = type(module).__name__
+    if mode != "infer" or packed:
+        state = "finalized" if packed else "compiled for training"
+        raise CaptureError(
+            f"{name} is {state}; export fast = sparsedm_compiler.compile(student, mode='infer') "
+            "instead, after one call of it"
+        )
+    if not decisions:
+        raise CaptureError(f"{name} has chosen no weights yet: call it once, then export it")
+
+
+def explain_nothing_pruned(
+    name: str, config: CompileConfig, decisions: Mapping[str, Decision]
+) -> str:
+    """Returns the sentence for a model of which every weight stays dense."""
+    if decisions and {row.refusal for row in decisions.values()} == {COMPUTED}:
+        return (
+            f"no weight of {name} is pruned to {config.pattern}: all are computed in the forward "
+            "by parametrizations; make them parameters first, by torch.nn.utils.parametrize."
+            "remove_parametrizations(layer, 'weight')"
+        )
+    reasons = "; ".join(f"{d.weight}: {d.refusal}" for d in list(decisions.values())[:3])
+    return (
+        f"no weight of {name} is pruned to {config.pattern} ({reasons or 'it multiplies by none'});"
+        " choose a smaller m, or policy='all' to prune the first and last layer too"
+    )

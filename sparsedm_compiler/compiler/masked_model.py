@@ -1,0 +1,51 @@
+"""What the methods of a compiled model need of the forward that holds their common state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, fx, nn
+
+from ..config import CompileConfig
+from ..graph.capture import Names
+from ..graph.eager_watch import EagerProduct
+from ..passes import Site
+from ..reports import Decision
+from .folded_weights import FoldedWeights
+from .read_guard import ReadGuard
+
+
+class MaskedModel(Protocol):
+    """A compiled module with the decisions on its weights; ``SparseForward`` is the one."""
+
+    module: nn.Module
+    config: CompileConfig
+    decisions: dict[str, Decision]
+    weights: FoldedWeights
+    guard: ReadGuard
+
+    @property
+    def runs(self) -> int:
+        """How often this thread has run masked weights."""
+
+    def run(self, entry: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls one of the module's methods, masked."""
+
+    def refuse_calls(self, error: type[BaseException]) -> AbstractContextManager[None]:
+        """Raises ``error`` at every call of the module's methods in this thread, for a while."""
+
+    def is_pruned(self, names: Names, shape: tuple[int, ...]) -> bool:
+        """Returns whether a parameter is pruned, or would be if no graph has shown it yet."""
+
+    def mask_eagerly(self, weight: Tensor, names: Names, product: EagerProduct | None) -> Tensor:
+        """Returns a weight as Python that no graph holds shall use it: masked, if it is pruned."""
+
+    def decide_eagerly(self, sites: Sequence[Site]) -> None:
+        """Decides on the weights of the products of an eager run."""
+
+    def lower(
+        self, gm: fx.GraphModule, example_inputs: list[Any], *, whole: bool
+    ) -> Callable[..., Any]:
+        """Plans, rewrites and compiles one graph of the module."""

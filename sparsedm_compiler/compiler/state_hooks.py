@@ -1,0 +1,64 @@
+"""What state_dict and load_state_dict do with the weights of a model in mode "infer"."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..backends.kernel_family import WeightFormat
+from ..backends.packing import fold_weight
+from ..graph.capture import KEY
+from ..graph.names import strip_adapter_prefix
+from ..reports import Decision
+from .masked_model import MaskedModel
+
+
+def install_state_hooks(module: nn.Module) -> None:
+    """Makes a module save its masked weights, and its finalized ones take new values."""
+    if _fill_state_dict not in module._state_dict_hooks.values():
+        module.register_state_dict_post_hook(_fill_state_dict)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(_unpack_before_load)  # type: ignore[no-untyped-call]
+
+
+def _unpack_before_load(module: nn.Module, *_: Any) -> None:
+    """Gives finalized weights their memory back before new values are loaded."""
+    forward: MaskedModel | None = module.__dict__.get(KEY)
+    if forward is not None:
+        forward.weights.unpack_finalized(module)
+
+
+def _fill_state_dict(
+    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """Saves pruned weights as the masked dense weights."""
+    forward: MaskedModel | None = module.__dict__.get(KEY)
+    if forward is None or forward.config.mode != "infer":
+        return
+    forward.weights.fill_state_dict(module, state, prefix)
+    if not forward.decisions:
+        warnings.warn(
+            f"{type(module).__name__} has not been called since compile(mode='infer'), so no "
+            "weight is chosen yet and its state_dict is dense; call it once first",
+            stacklevel=3,
+        )
+    mask_state_dict(module, forward.decisions, state, prefix)
+
+
+def mask_state_dict(
+    module: nn.Module, decisions: Mapping[str, Decision], state: dict[str, Any], prefix: str = ""
+) -> None:
+    """Replaces pruned weights in a state_dict by the masked dense ones; finalized ones stay."""
+    masked: dict[int, Tensor] = {}
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        decision = decisions.get(strip_adapter_prefix(name))
+        key = prefix + name
+        if decision is None or decision.pattern is None or key not in state:
+            continue
+        if weight.is_meta or state[key].data_ptr() != weight.data_ptr():
+            continue
+        if id(weight) not in masked:
+            masked[id(weight)] = fold_weight(weight.detach(), WeightFormat(decision.pattern), name)
+        state[key] = masked[id(weight)]
