@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "reporting": f"{BASE} diffusion models data evaluate patterns reports",
     "": "errors patterns reports masks compiler models",
     "train": f"{BASE} diffusion models data evaluate reporting",
-    "experiment": f"{BASE} diffusion models data evaluate reporting train",
+    "experiment": f"{BASE} config diffusion models data evaluate reporting train",
     "cli": f"{BASE} patterns config reports backends autotune compiler diffusion models data"
     " evaluate reporting train experiment",
     "__main__": "cli",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import ConfigError, Pattern
+from ..config import CompileConfig
 from ..models.loading import may_have_weights
 from ..train.finetune_config import FinetuneConfig
 from .recipes import find_recipe
@@ -62,26 +64,43 @@ class DataSpec:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class PruneSpec:
-    """The options of ``compile`` that a run sets; see there for their meaning.
+SET_BY_RUN: Mapping[str, str] = {
+    "mode": "a run trains, and then samples",
+    "kernels": "samples are drawn by dense kernels, which give the same numbers everywhere",
+    "exclude_kernels": "no sparse kernel is considered",
+    "autotune_seconds": "no kernel is timed",
+    "finalize": "no weight is packed",
+}
+"""The options of ``compile`` that a run sets itself, with the reason; ``prune`` refuses them."""
 
-    Attributes:
-        pattern: The pattern of the student, e.g. "2:4".
-        policy: The rule that chooses layers to prune.
-        keep_dense: Names and globs of layers that stay dense.
-        overrides: Pattern by glob, for layers with another pattern.
-        backend: The compiler of the rewritten graph.
+
+def derive_prune_spec(config: type[CompileConfig] = CompileConfig) -> type[Any]:
+    """Returns the dataclass of the options of ``compile`` that a user of a run sets.
+
+    They are the fields of ``config`` but those in ``SET_BY_RUN``, as plain values, with the
+    defaults of ``config``; its pattern, which has none, is "2:4" by default.
     """
+    defaults = CompileConfig.create("2:4").to_dict()
+    for option in fields(config):
+        defaults.setdefault(option.name, option.default)
+    rows = [
+        (name, Any, field(default_factory=partial(copy.copy, _freeze(value))))
+        for name, value in defaults.items()
+        if name not in SET_BY_RUN
+    ]
+    namespace = {
+        "__module__": __name__,
+        "__doc__": "The options of ``compile`` that a user of a run sets; see there for each.",
+        "__post_init__": lambda self: Pattern.parse(self.pattern),
+    }
+    return make_dataclass("PruneSpec", rows, namespace=namespace, frozen=True, slots=True)
 
-    pattern: str = "2:4"
-    policy: str = "structural"
-    keep_dense: tuple[str, ...] = ()
-    overrides: Mapping[str, str] = field(default_factory=dict)
-    backend: str = "auto"
 
-    def __post_init__(self) -> None:
-        Pattern.parse(self.pattern)
+def _freeze(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+PruneSpec = derive_prune_spec()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +160,7 @@ class RunConfig:
     Attributes:
         model: The dense model.
         data: Images to train on and to hold out.
-        prune: Options of ``compile``.
+        prune: Options of ``compile``: a ``PruneSpec``, by name.
         train: Options of ``finetune``.
         sample: Settings of samples.
         score: Scores of the finished run; by default none.
@@ -150,7 +169,7 @@ class RunConfig:
 
     model: ModelSpec
     data: DataSpec
-    prune: PruneSpec
+    prune: Any
     train: FinetuneConfig
     sample: SampleSpec
     score: ScoreSpec

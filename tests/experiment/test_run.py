@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sparsedm_compiler.experiment.run_config import RunConfig
 from sparsedm_compiler.experiment.yaml_values import merge
 from sparsedm_compiler.models import open_model
 from tests.group import run_group
+from tests.train.cases import empty_curves
 
 JUDGE = "def pixels():\n    return lambda images: images.flatten(1)\n"
 NET = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -42,7 +44,7 @@ VALUES: dict[str, Any] = {
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunConfig]:
     """A tiny run in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -52,7 +54,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
         open_model("UViT", options=VALUES["model"]["options"]).state_dict(), "dense.safetensors"
     )
     torch._dynamo.reset()
-    return RunConfig.create(VALUES)
+    with empty_curves():
+        yield RunConfig.create(VALUES)
 
 
 def changed(config: RunConfig, **sections: Any) -> RunConfig:
@@ -153,7 +156,8 @@ def group_member(rank: int, folder: Path) -> None:
     sys.path.insert(0, str(folder))
     for out, train in (("ddp", {}), ("fsdp", {"shard": True})):
         torch._dynamo.reset()
-        run(changed(RunConfig.read("config.json"), out=out, train=train), progress=False)
+        with empty_curves():
+            run(changed(RunConfig.read("config.json"), out=out, train=train), progress=False)
 
 
 def test_run_in_two_processes_ends_with_the_same_scores(config: RunConfig, tmp_path: Path) -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError, SparseDMError
+from sparsedm_compiler.config import CompileConfig
 from sparsedm_compiler.experiment.recipes import RECIPES, find_recipe
-from sparsedm_compiler.experiment.run_config import RunConfig
+from sparsedm_compiler.experiment.run import get_compile_options
+from sparsedm_compiler.experiment.run_config import (
+    SET_BY_RUN,
+    PruneSpec,
+    RunConfig,
+    derive_prune_spec,
+)
 from sparsedm_compiler.experiment.yaml_values import assign, merge, parse_yaml
 from sparsedm_compiler.models import PRESETS
 
@@ -61,6 +71,44 @@ def test_run_config_from_a_file_round_trips(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(config.as_dict()), encoding="utf-8")
     assert RunConfig.read(tmp_path / "run.json") == config
     assert RunConfig.read(tmp_path / "run.json", ["train.lr=1"]) != config
+
+
+def test_prune_spec_of_compile_options_has_those_that_the_run_does_not_set() -> None:
+    """An option that is new in ``CompileConfig`` is decided on here: for the user, or the run."""
+    names = ["pattern", "policy", "keep_dense", "overrides", "backend"]
+    assert [option.name for option in fields(PruneSpec)] == names
+    run = ["mode", "kernels", "exclude_kernels", "autotune_seconds", "finalize"]
+    assert list(SET_BY_RUN) == run
+    assert {option.name for option in fields(CompileConfig)} == {*names, *run}
+    assert {*names, *run} < inspect.signature(sdm.compile).parameters.keys()
+
+
+def test_prune_spec_by_default_is_the_default_compile_config() -> None:
+    config = RunConfig.create(LEAST)
+    assert config.prune == PruneSpec("2:4", "structural", (), {}, "auto")
+    options = get_compile_options(config)
+    assert options.keys() == {"policy", "keep_dense", "overrides", "backend"}
+    assert CompileConfig.create(config.prune.pattern, **options) == CompileConfig.create("2:4")
+
+
+def test_derive_prune_spec_with_a_new_compile_option_has_it_with_its_default() -> None:
+    @dataclass(frozen=True)
+    class Wider(CompileConfig):
+        granularity: str = "row"
+
+    spec = derive_prune_spec(Wider)
+    assert spec().granularity == "row"
+    assert spec(granularity="tile").granularity == "tile"
+    assert {option.name for option in fields(spec)} == {
+        "granularity",
+        *(option.name for option in fields(PruneSpec)),
+    }
+
+
+@pytest.mark.parametrize("name", SET_BY_RUN)
+def test_prune_section_with_an_option_that_the_run_sets_raises(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"prune has no '{name}'; it has pattern, policy, keep_d"):
+        RunConfig.create({**LEAST, "prune": {name: 1}})
 
 
 def test_merge_merges_sections_value_by_value() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 import sparsedm_compiler as sdm
 from sparsedm_compiler.diffusion import generator_at
 from sparsedm_compiler.models import UViT
-from sparsedm_compiler.train import FinetuneResult, finetune
+from sparsedm_compiler.train import FinetuneResult, finetune, run_log
 from sparsedm_compiler.train.methods import METHODS
 
 CLASSES = 3
@@ -41,10 +43,29 @@ def student_of(model: nn.Module, method: str = "sparsedm", pattern: str = "1:4")
     return copy.deepcopy(model)
 
 
+@contextmanager
+def empty_curves() -> Iterator[None]:
+    """Inside, curves.png is written empty: matplotlib takes longer than a short run does."""
+
+    def save_empty(path: Path, runs: Mapping[str, Any]) -> None:
+        assert all(runs.values())
+        path.write_bytes(b"")
+
+    real = run_log.save_curves
+    run_log.save_curves = save_empty
+    try:
+        yield
+    finally:
+        run_log.save_curves = real
+
+
 def short(
-    method: str = "sparsedm", out: Path | None = None, **options: Any
+    method: str = "sparsedm", out: Path | None = None, *, curves: bool = False, **options: Any
 ) -> tuple[FinetuneResult, nn.Module]:
-    """Twelve steps of a method, with something of everything; the result and the student."""
+    """Twelve steps of a method, with something of everything; the result and the student.
+
+    ``curves``: whether curves.png is drawn; else it is empty.
+    """
     model = teacher()
     student = options.pop("student", None) or student_of(model, method)
     given: dict[str, Any] = {
@@ -62,7 +83,8 @@ def short(
         **({} if method == "untrained" else {"images": 96}),
         **options,
     }
-    return finetune(student, model, data(), method=method, out=out, **given), student
+    with nullcontext() if curves else empty_curves():
+        return finetune(student, model, data(), method=method, out=out, **given), student
 
 
 def weights(model: nn.Module) -> list[Tensor]:

@@ -59,7 +59,7 @@ def test_log_line_holds_the_mean_losses_since_the_line_before(tmp_path: Path) ->
 
 
 def test_curves_png_is_drawn(tmp_path: Path) -> None:
-    short("sparsedm", tmp_path)
+    short("sparsedm", tmp_path, curves=True)
     curves = matplotlib.image.imread(tmp_path / "curves.png")
     assert curves.shape[0] > 400
     assert curves.std() > 0.02

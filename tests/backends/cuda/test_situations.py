@@ -26,7 +26,7 @@ KERNELS = {"2:4": "cuda_semi", "64:2:8": "cuda_vnm", "16:1:8": "cuda_vnm", "1:4x
 CLOSE = 0.05
 """Of outputs near 1 after a dozen layers in bfloat16."""
 
-patterns = pytest.mark.parametrize("pattern", KERNELS)
+patterns = pytest.mark.parametrize("pattern", ["2:4", "64:2:8", "1:4x16"])  # one by kernel
 ways = pytest.mark.parametrize(
     ("pattern", "backend"),
     [
