@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .compiler.api import compile, explain, pattern_of, repattern
+from .compiler.apply_masks import apply_masks
 from .compiler.counting import count_macs, topology
 from .compiler.lookup import masked_parameters
 from .compiler.read_guard import allow_dense
@@ -65,6 +66,7 @@ __all__ = [
     "StoppedError",
     "Topology",
     "allow_dense",
+    "apply_masks",
     "compile",
     "count_macs",
     "explain",

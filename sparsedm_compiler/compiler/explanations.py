@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -41,26 +41,28 @@ def explain_outside_call(module: nn.Module, ours: OwnForward, owner: nn.Module) 
     )
 
 
-def refuse_export(
-    module: nn.Module, mode: str, decisions: Collection[str], packed: Collection[str]
-) -> None:
-    """Raises CaptureError where torch.export would not export the masked model.
+def explain_late_decision(name: str, broken: str | None) -> DenseRunError:
+    """Returns the error for a weight that was cast in Python before it was known to be pruned.
 
     Args:
-        module: The compiled model.
-        mode: What it was compiled for.
-        decisions: The weights that its calls have decided on.
-        packed: Its finalized weights.
+        name: The weight.
+        broken: Why the model runs as several graphs.
     """
-    name = type(module).__name__
-    if mode != "infer" or packed:
-        state = "finalized" if packed else "compiled for training"
-        raise CaptureError(
-            f"{name} is {state}; export fast = sparsedm_compiler.compile(student, mode='infer') "
-            "instead, after one call of it"
-        )
-    if not decisions:
-        raise CaptureError(f"{name} has chosen no weights yet: call it once, then export it")
+    return DenseRunError(
+        f"{name!r} would run dense, at {find_user_line()}: this call is the first to multiply by "
+        "it, by a cast or view that was taken before it was decided on. The next call runs it "
+        f"masked; or keep it dense with keep_dense=[{name!r}], or make that code capturable: "
+        f"{broken}"
+    )
+
+
+def explain_unexported(module: nn.Module) -> CaptureError:
+    """Returns the error for an export of a model whose parameters are not masked themselves."""
+    return CaptureError(
+        f"the parameters of {type(module).__name__} are not masked themselves, and an exported "
+        "program holds parameters alone: call the model once, then "
+        "sparsedm_compiler.apply_masks(model), and export it (a finalized model cannot be)"
+    )
 
 
 def explain_nothing_pruned(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from ..backends.registry import find_family
 from ..errors import DenseRunError
 from ..graph.names import strip_adapter_prefix
 from ..passes import PlannedWeight
-from ..patterns import Pattern
 from .edit_watch import EditWatcher, WeightSample
 
 _SAMPLES = 64
@@ -54,8 +53,6 @@ class FoldedWeights:
         self.packed = dict(packed or {})
         self._arrived = set(self.packed)  # from another place, maybe one of other kernels
         self._folded: dict[tuple[int, WeightFormat], _FoldedWeight] = {}
-        self._module: Callable[[], nn.Module | None] = lambda: None
-        self._owned: dict[int, Callable[[], Tensor | None]] = {}
         self._watcher = EditWatcher()
         self._pending: list[tuple[Tensor, PlannedWeight]] = []
 
@@ -106,27 +103,9 @@ class FoldedWeights:
             with torch.no_grad():
                 weight.copy_(folded)
             return
-        shape, kernel = tuple(weight.shape), row.kernel
-        self.packed[row.name] = PackedWeight(row.weight_format, kernel, shape, weight.dtype, folded)
+        form, shape = row.weight_format, tuple(weight.shape)
+        self.packed[row.name] = PackedWeight(form, row.kernel, shape, weight.dtype, folded)
         hollow_out(weight)
-
-    def own(self, module: nn.Module) -> None:
-        """Lets the parameters of a module be masked in place when they are folded.
-
-        Other tensors that a graph is called with (``functional_call``) are the caller's.
-        """
-        self._module = weakref.ref(module)
-        self._owned = {id(p): weakref.ref(p) for p in module.parameters()}
-
-    def _may_mask_in_place(self, weight: Tensor) -> bool:
-        """Returns whether a weight is the module's, and no adapter may want it back unmasked."""
-        reference, module = self._owned.get(id(weight), lambda: None), self._module()
-        if module is None or reference() is not weight:
-            return False
-        names = [name for name, parameter in module.named_parameters() if parameter is weight]
-        if any(strip_adapter_prefix(name) != name for name in names):
-            return False
-        return not weight.is_inference() or torch.is_inference_mode_enabled()
 
     def detect_edits(self) -> None:
         """Forgets everything folded if a device has reported an edit since the last call."""
@@ -162,10 +141,7 @@ class FoldedWeights:
                 return held.folded
         with torch.no_grad():
             source = weight.detach() if packed is None else packed.unpack()
-            if packed is None and self._may_mask_in_place(weight):
-                source = _mask_in_place(weight, weight_format.pattern, name)
             folded = fold_weight(source, weight_format, name)
-            state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
             now = _sample_values(weight, packed)
             samples = WeightSample(now, now.clone())
         key = id(weight), weight_format
@@ -205,10 +181,10 @@ class FoldedWeights:
                 self.packed[name] = cast_packed(packed, weight.dtype, name)
 
     def unpack_finalized(self, module: nn.Module) -> None:
-        """Gives finalized weights their masked dense values back; the next call folds them anew."""
+        """Gives finalized weights their values back; the next call folds them anew."""
         for name, packed in [*self.iterate_finalized(module)]:
             weight = module.get_parameter(name)
-            if _is_hollow(weight):  # not under another name already
+            if _is_hollow(weight):  # not unpacked under another name
                 weight.data = packed.unpack().to(weight.device, weight.dtype)
         self.packed.clear()
 
@@ -234,14 +210,6 @@ class FoldedWeights:
         finally:
             module._state_dict_hooks = hooks
         return {name: tensor for name, tensor in state.items() if name not in left_out}
-
-
-def _mask_in_place(weight: Tensor, pattern: Pattern, name: str) -> Tensor:
-    """Masks a weight, unless it satisfies the pattern already; returns it without its gradient."""
-    masked = fold_weight(weight.detach(), WeightFormat(pattern), name)
-    if not torch.equal(masked, weight):
-        weight.copy_(masked)
-    return weight.detach()
 
 
 def explain_folded_gradient(name: str) -> DenseRunError:

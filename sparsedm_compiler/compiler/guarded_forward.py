@@ -24,14 +24,13 @@ from ..autotune.measure import AutotuneBudget
 from ..backends.kernel_family import WeightFormat
 from ..backends.packing import PackedWeight
 from ..config import CompileConfig
-from ..errors import CaptureError, ConfigError, DenseRunError
+from ..errors import CaptureError, ConfigError
 from ..graph.capture import (
     KEY,
     Names,
     OwnForward,
     bind_parameters,
 )
-from ..graph.diagnostics import find_user_line
 from ..graph.eager_watch import EagerProduct, leave_eager_modes
 from ..graph.names import strip_adapter_prefix
 from ..masks.mask_ste import mask_ste
@@ -47,13 +46,19 @@ from ..passes import (
     may_be_pruned,
 )
 from ..reports import Choice, Decision
+from .applied_masks import AppliedMasks
 from .entry_point import EntryPoint
-from .explanations import explain_nothing_pruned, explain_outside_call, refuse_export
+from .explanations import (
+    explain_late_decision,
+    explain_nothing_pruned,
+    explain_outside_call,
+    explain_unexported,
+)
 from .folded_weights import FoldedWeights
 from .lower import lower, plan_weights
 from .read_guard import ReadGuard
 from .replaced_weights import require_present_weights, require_read_weights
-from .sparse_method import SparseMethod, install_methods
+from .sparse_method import install_methods, list_methods
 from .state_hooks import install_state_hooks
 
 
@@ -74,12 +79,14 @@ class SparseForward(OwnForward):
         "__weakref__",
         "_thread",
         "_watched",
+        "applied",
         "budget",
         "choices",
         "config",
         "decisions",
         "eager",
         "entry",
+        "exportable",
         "guard",
         "known",
         "module",
@@ -104,6 +111,8 @@ class SparseForward(OwnForward):
         self.choices: dict[tuple[str, tuple[tuple[int, ...], ...]], Choice] = {}
         self.eager: dict[str, None] = {}
         self.weights = FoldedWeights(packed)
+        self.applied = AppliedMasks()
+        self.exportable = False
         self.budget = AutotuneBudget(config.autotune_seconds)
         self.entry = EntryPoint(self, "forward", override)
         self.guard = ReadGuard()
@@ -125,7 +134,8 @@ class SparseForward(OwnForward):
 
     @property
     def __code__(self) -> types.CodeType:
-        """The code of the module's own forward, whose place in the source torch.export notes."""
+        """The own forward's code, which torch.export asks for while parameters are still real."""
+        self.exportable = self.applied.cover(self.module, self.decisions)
         code: types.CodeType = self.entry.copy().__code__
         return code
 
@@ -135,8 +145,9 @@ class SparseForward(OwnForward):
         return self.run(self.entry, *args, **kwargs)
 
     def _export(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the own forward for torch.export, which takes the masked weights of state_dict."""
-        refuse_export(self.module, self.config.mode, self.decisions, self.weights.packed)
+        """Runs the own forward for torch.export, on parameters that are masked themselves."""
+        if not self.exportable:
+            raise explain_unexported(self.module)
         with self.guard:
             return self.entry.copy()(self.module, *args, **kwargs)
 
@@ -177,22 +188,14 @@ class SparseForward(OwnForward):
     @property
     def broken(self) -> str | None:
         """Why the model runs as several graphs; None while one holds it all."""
-        entries = [self.entry, *(method.entry for method in self.methods.values())]
+        entries = [self.entry, *(method.entry for method in list_methods(self.module))]
         return next((entry.broken for entry in entries if entry.broken is not None), None)
-
-    @property
-    def methods(self) -> dict[str, SparseMethod]:
-        """The other methods of the module that run masked, by name."""
-        attributes = self.module.__dict__.items()
-        return {name: value for name, value in attributes if isinstance(value, SparseMethod)}
 
     def _watch(self) -> None:
         """Makes the guard watch the weights that are pruned, or not decided on yet."""
         self.guard.watch(self.module, self.is_pruned)
-        if self._watched is None:
-            self.weights.own(self.module)
         self._watched = len(self.decisions)
-        for method in self.methods.values():
+        for method in list_methods(self.module):
             method.guard = self.guard
 
     def is_pruned(self, names: Names, shape: tuple[int, ...]) -> bool:
@@ -220,11 +223,7 @@ class SparseForward(OwnForward):
         if decision is None or decision.pattern is None:
             return weight
         if weight.shape != decision.shape or not isinstance(weight, nn.Parameter):
-            raise DenseRunError(
-                f"{name!r} would run dense, at {find_user_line()}: a cast or view of it is "
-                f"multiplied in Python that cannot be captured. Keep it dense with "
-                f"keep_dense=[{name!r}], or make that code capturable: {self.broken}"
-            )
+            raise explain_late_decision(name, self.broken)
         self.eager.setdefault(name)
         self._thread.runs = self.runs + 1
         if self.config.mode == "train":
@@ -269,7 +268,8 @@ class SparseForward(OwnForward):
         self._remember(rows)
 
         def counted(*inputs: Any) -> Any:
-            out = run(*inputs)
+            with leave_eager_modes():  # which would see the graph's own ops
+                out = run(*inputs)
             self._thread.runs = self.runs + 1
             return out
 
@@ -286,8 +286,7 @@ class SparseForward(OwnForward):
     @property
     def runs(self) -> int:
         """How often this thread has run masked weights."""
-        runs: int = self._thread.__dict__.get("runs", 0)
-        return runs
+        return int(self._thread.__dict__.get("runs", 0))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies all but the graphs, which the copy captures anew."""

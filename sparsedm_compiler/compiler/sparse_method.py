@@ -138,6 +138,11 @@ class SparseMethod:
         return SparseMethod, (self.module, self.name, self.override)
 
 
+def list_methods(module: nn.Module) -> list[SparseMethod]:
+    """Returns the public methods of a module, other than forward, that run masked."""
+    return [value for value in module.__dict__.values() if isinstance(value, SparseMethod)]
+
+
 def install_methods(module: nn.Module) -> None:
     """Puts a SparseMethod in the place of every public method that reaches a layer."""
     for name in find_methods(module):

@@ -160,7 +160,42 @@ class EagerMask(_EagerMode):
                 self._note_step(out, names)
                 return out
             args = (masked_weight, *args[1:])
+        else:
+            return self._run_other(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _run_other(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Runs an op that is no product: one that makes a tensor of a weight gets it masked."""
+        out = func(*args, **kwargs)
+        if func.__name__ in ("__get__", "__set__") or not isinstance(out, Tensor):
+            return out
+        if any(out is arg for arg in args):  # in place
+            return out
+        masked = {
+            id(arg): self._mask(arg, names, None)
+            for arg in _iterate_tensors((args, tuple(kwargs.values())))
+            if (names := self._find_names(arg))
+        }
+        if all(key == id(weight) for key, weight in masked.items()):
+            return out
+        replaced, values = _replace((args, tuple(kwargs.values())), masked)
+        return func(*replaced, **dict(zip(kwargs, values, strict=True)))
+
+
+def _iterate_tensors(tree: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested tuples and lists."""
+    if isinstance(tree, (tuple, list)):
+        for part in tree:
+            yield from _iterate_tensors(part)
+    elif isinstance(tree, Tensor):
+        yield tree
+
+
+def _replace(tree: Any, by_id: Mapping[int, Tensor]) -> Any:
+    """Returns nested tuples and lists with some tensors replaced."""
+    if isinstance(tree, (tuple, list)):
+        return [_replace(part, by_id) for part in tree]
+    return by_id.get(id(tree), tree)
 
 
 # Dynamo may inline a mode into a graph it captures, but must not make a graph of the mode itself.

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from .op_table import OP_TABLE, Product
 
-_CASTS = {"to", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach"}
+_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"}
+_CASTS |= {"contiguous", "clone", "detach"}
 _VIEWS = {
     *("squeeze", "unsqueeze", "view", "reshape", "flatten", "chunk", "split", "narrow", "unbind"),
     *("getitem", "__getitem__", "select", "view_as", "reshape_as", "tensor_split", "unflatten"),

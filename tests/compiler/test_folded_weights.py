@@ -184,8 +184,6 @@ def test_packed_file_when_damaged_is_refused(tmp_path: Path) -> None:
 
 def test_finalized_weight_when_replaced_refuses_or_runs_the_new_values() -> None:
     fast, _ = finalized()
-    with pytest.raises(RuntimeError, match="single memory location"):
-        fast.load_state_dict(Net().state_dict())
     fast.plain.weight = nn.Parameter(torch.randn(16, 16), requires_grad=False)
     plain = folded("sparse")
     plain.plain.weight = nn.Parameter(fast.plain.weight.clone(), requires_grad=False)

@@ -123,6 +123,24 @@ def test_uncaptured_product_when_weight_is_pruned_runs_masked(kind: Any, mode: s
 def test_uncaptured_product_when_trained_has_the_oracles_gradients(kind: Any) -> None:
     student = sdm.compile(kind(), "2:4", backend="eager")
     call(student)
+    unread = {"b.bias"} if kind is UncoveredCast else set()
+    assert_gradients(student, oracle_of(student), ((torch.randn(3, 16), LENGTHS), {}), unread)
+
+
+class UncoveredFusion(Ragged):
+    """Multiplies by a tensor made of two weights where Dynamo cannot see it."""
+
+    @torch.compiler.disable
+    def middle(self, x: Tensor) -> Tensor:
+        fused = torch.cat([self.b.weight, 2 * self.c.weight])
+        return nn.functional.linear(self.b(x) + self.c(x), fused)[:, :16]
+
+
+def test_uncaptured_op_when_it_makes_a_tensor_of_a_pruned_weight_gets_it_masked() -> None:
+    student = sdm.compile(UncoveredFusion(), "2:4", backend="eager")
+    out = call(student)
+    assert set(sdm.explain(student).eager) == {"b.weight", "c.weight"}
+    assert_same(out, call(oracle_of(student)))
     assert_gradients(student, oracle_of(student), ((torch.randn(3, 16), LENGTHS), {}))
 
 
@@ -146,9 +164,11 @@ def test_uncaptured_cast_when_weight_is_not_decided_is_an_error_that_shows_the_l
     student.taken = True
     line = re.escape("nn.functional.linear(x.double(), self.b.weight.double())")
     shown = rf"'b.weight' would run dense.*test_graph_breaks.py:\d+: .*{line}.*keep_dense"
-    for _ in range(2):
-        with pytest.raises(sdm.DenseRunError, match=shown):
-            call(student)
+    with pytest.raises(sdm.DenseRunError, match=shown):
+        call(student)
+    out = call(student)
+    assert "b.weight" in sdm.explain(student).masked
+    assert_same(out, call(oracle_of(student)))
 
 
 def test_macs_of_a_model_with_graph_breaks_are_counted() -> None:
