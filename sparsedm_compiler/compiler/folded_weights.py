@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends.kernel_family import WeightFormat
+from ..backends.kernel_family import KernelConfig, WeightFormat
 from ..backends.packing import PackedWeight, cast_packed, fold_weight
 from ..backends.registry import find_family
 from ..errors import DenseRunError
@@ -54,7 +54,7 @@ class FoldedWeights:
         self._arrived = set(self.packed)  # from another place, maybe one of other kernels
         self._folded: dict[tuple[int, WeightFormat], _FoldedWeight] = {}
         self._watcher = EditWatcher()
-        self._pending: list[tuple[Tensor, PlannedWeight]] = []
+        self._pending: list[tuple[Tensor, str, WeightFormat, KernelConfig | None]] = []
 
     def __len__(self) -> int:
         """The number of weights that are held in a folded form."""
@@ -81,7 +81,7 @@ class FoldedWeights:
             if not isinstance(weight, FakeTensor):
                 form = self.get(weight, row.weight_format, row.name)
                 if finalize and _is_exact(row) and self.find_finalized(weight, row.name) is None:
-                    self._pending.append((weight, row))
+                    self._pending.append((weight, row.name, row.weight_format, row.kernel))
             rows.append(replace(row, dense_bytes=weight.nbytes, run_bytes=form.nbytes))
             forms.append(form)
         return rows, forms
@@ -92,19 +92,21 @@ class FoldedWeights:
         Not while a graph is compiled: Dynamo guards on the strides, so the next call compiles
         once more.
         """
-        for weight, row in self._pending:
-            self._finalize(weight, row)
-        self._pending.clear()
+        pending, self._pending = self._pending, []
+        for weight, name, weight_format, kernel in pending:
+            self._finalize(weight, name, weight_format, kernel)
 
-    def _finalize(self, weight: Tensor, row: PlannedWeight) -> None:
-        folded = self.get(weight, row.weight_format, row.name)
+    def _finalize(
+        self, weight: Tensor, name: str, weight_format: WeightFormat, kernel: KernelConfig | None
+    ) -> None:
+        folded = self.get(weight, weight_format, name)
         self._folded = {key: held for key, held in self._folded.items() if key[0] != id(weight)}
-        if row.kernel is None:
+        if kernel is None:
             with torch.no_grad():
                 weight.copy_(folded)
             return
-        form, shape = row.weight_format, tuple(weight.shape)
-        self.packed[row.name] = PackedWeight(form, row.kernel, shape, weight.dtype, folded)
+        shape = tuple(weight.shape)
+        self.packed[name] = PackedWeight(weight_format, kernel, shape, weight.dtype, folded)
         hollow_out(weight)
 
     def detect_edits(self) -> None:
@@ -181,11 +183,14 @@ class FoldedWeights:
                 self.packed[name] = cast_packed(packed, weight.dtype, name)
 
     def unpack_finalized(self, module: nn.Module) -> None:
-        """Gives finalized weights their values back; the next call folds them anew."""
+        """Gives finalized weights their values back, until after the next call."""
         for name, packed in [*self.iterate_finalized(module)]:
             weight = module.get_parameter(name)
             if _is_hollow(weight):  # not unpacked under another name
                 weight.data = packed.unpack().to(weight.device, weight.dtype)
+                stripped = strip_adapter_prefix(name)
+                form, kernel = packed.weight_format, packed.kernel
+                self._pending.append((weight, stripped, form, kernel))
         self.packed.clear()
 
     def iterate_finalized(self, module: nn.Module) -> Iterator[tuple[str, PackedWeight]]:

@@ -75,24 +75,10 @@ class SparseForward(OwnForward):
 
     # Not a __dict__: functools.wraps would copy it into every wrapper, and copies of those fail.
     __slots__ = (
-        "__signature__",
-        "__weakref__",
-        "_thread",
-        "_watched",
-        "applied",
-        "budget",
-        "choices",
-        "config",
-        "decisions",
-        "eager",
-        "entry",
-        "exportable",
-        "guard",
-        "known",
-        "module",
-        "override",
-        "weights",
-    )
+        "__signature__", "__weakref__", "_thread", "_watched", "applied", "budget", "choices",
+        "config", "decisions", "eager", "entry", "exportable", "guard", "known", "module",
+        "override", "weights",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -148,6 +134,7 @@ class SparseForward(OwnForward):
         """Runs the own forward for torch.export, on parameters that are masked themselves."""
         if not self.exportable:
             raise explain_unexported(self.module)
+        self.prepare()
         with self.guard:
             return self.entry.copy()(self.module, *args, **kwargs)
 
@@ -165,8 +152,7 @@ class SparseForward(OwnForward):
             raise refusal
         if self.weights.packed:
             self.weights.settle(self.module)
-        if self._watched is None:  # a copy, or from a file
-            self._watch()
+        self.prepare()
         try:
             with leave_eager_modes():
                 out = entry.run(*args, **kwargs)
@@ -184,6 +170,11 @@ class SparseForward(OwnForward):
             yield
         finally:
             self._thread.refusal = None
+
+    def prepare(self) -> None:
+        """Sets the guard up in a copy, or in a model from a file, before its first call."""
+        if self._watched is None:
+            self._watch()
 
     @property
     def broken(self) -> str | None:
@@ -231,9 +222,9 @@ class SparseForward(OwnForward):
         return self.weights.get(weight, WeightFormat(decision.pattern), name)
 
     def _decide_product(self, product: EagerProduct, names: Names) -> None:
-        for site in find_eager_sites((product,)):
-            if site.names == names:
-                self._adopt((decide_weight(site, site.refusal, self.config, self.known),))
+        sites = [site for site in find_eager_sites((product,)) if site.names == names]
+        config = self.config
+        self._adopt(tuple(decide_weight(s, s.refusal, config, self.known) for s in sites))
 
     def decide_eagerly(self, sites: Sequence[Site]) -> None:
         """Decides on the weights of the products of an eager run."""

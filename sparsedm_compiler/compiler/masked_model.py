@@ -33,6 +33,9 @@ class MaskedModel(Protocol):
     def run(self, entry: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls one of the module's methods, masked."""
 
+    def prepare(self) -> None:
+        """Sets the guard up in a copy, or in a model from a file, before its first call."""
+
     def refuse_calls(self, error: type[BaseException]) -> AbstractContextManager[None]:
         """Raises ``error`` at every call of the module's methods in this thread, for a while."""
 

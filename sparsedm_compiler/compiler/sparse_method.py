@@ -88,6 +88,7 @@ class SparseMethod:
         forward: MaskedModel | None = self.module.__dict__.get(KEY)
         if forward is None or forward.guard.is_running:  # called by what runs masked already
             return self._call_own(*args, **kwargs)
+        forward.prepare()
         if self.captured is None:
             with forward.guard:
                 before = PythonState(self.module, args, kwargs)

@@ -1,0 +1,202 @@
+"""A layer that holds a pruned weight raises where it is called outside of the model's calls."""
+
+from __future__ import annotations
+
+import copy
+import io
+import statistics
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler.compiler.read_guard import OutsideCallHook
+from tests.compiler.nets import (
+    UNET,
+    Chain,
+    X,
+    assert_chain,
+    compiled_chain,
+    compiled_unet,
+    run_unet,
+)
+from tests.oracle import OPTIONS, assert_gradients, assert_same, masked_patterns, oracle_of
+
+
+def test_layer_when_called_on_its_own_raises_before_and_after_the_first_call() -> None:
+    student = compiled_chain()
+    with pytest.raises(sdm.DenseRunError, match=r"'b' would run dense, at .*allow_dense"):
+        student.b(X)
+    assert_chain(student)
+    for pruned in (student.b, student.c):
+        with pytest.raises(sdm.DenseRunError, match="outside of the calls of the compiled Chain"):
+            pruned(X)
+    assert_same(student.a(X), nn.functional.linear(X, student.a.weight, student.a.bias))
+    with sdm.allow_dense():
+        assert_same(student.b(X), nn.functional.linear(X, student.b.weight, student.b.bias))
+        assert_chain(student)
+    with pytest.raises(sdm.DenseRunError):
+        student.b(X)
+    assert_chain(student)
+
+
+def test_layer_when_the_call_of_the_model_failed_is_guarded_again() -> None:
+    student = compiled_chain()
+    with pytest.raises(Exception, match=r"shape|dim|size"):
+        student(torch.randn(2, 5))
+    with pytest.raises(sdm.DenseRunError):
+        student.b(X)
+    assert_chain(student)
+
+
+def test_block_when_called_on_its_own_raises() -> None:
+    student = compiled_unet()
+    run_unet(student)
+    block = student.mid_block
+    args = (torch.randn(1, 16, 4, 4), torch.randn(1, 64))
+    with pytest.raises(sdm.DenseRunError, match="mid_block"):
+        block(*args, encoder_hidden_states=torch.randn(1, 6, 16))
+
+
+def test_copies_when_whole_guard_themselves_and_when_in_part_are_plain() -> None:
+    student = compiled_chain()
+    student(X)
+    part = copy.deepcopy(student.b)
+    assert_same(part(X), nn.functional.linear(X, part.weight, part.bias))
+    whole = copy.deepcopy(student)
+    with pytest.raises(sdm.DenseRunError):
+        whole.b(X)
+    assert_chain(whole)
+    with torch.no_grad():
+        whole.b.weight.mul_(-1)
+    assert_chain(whole)
+    file = io.BytesIO()
+    torch.save(student, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert_chain(loaded)
+    with pytest.raises(sdm.DenseRunError):
+        loaded.b(X)
+    again = sdm.compile(part, "2:4", policy="all", backend="eager")
+    assert not any(isinstance(hook, OutsideCallHook) for hook in again._forward_pre_hooks.values())
+    assert_same(again(X), oracle_of(again)(X))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracer_when_it_goes_by_the_class_raises() -> None:
+    student = compiled_chain()
+    student(X)
+    traced = torch.fx.symbolic_trace(student)
+    with pytest.raises(sdm.DenseRunError):
+        traced(X)
+    with pytest.raises(sdm.CaptureError, match=r"torch\.jit\.trace cannot trace Chain"):
+        torch.jit.trace(student, X)
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """Runs a function again in the backward, as the code of latent diffusion and ADM does."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.run, ctx.x, ctx.parameters = run, x, parameters
+        with torch.no_grad():
+            return run(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_(True)
+            out = ctx.run(x)
+        return (None, *torch.autograd.grad(out, (x, *ctx.parameters), grad))
+
+
+class Checkpointed(Chain):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x + self.c(torch.tanh(self.b(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.kind == "own":
+            weights = (*self.b.parameters(), *self.c.parameters())
+            x = OwnCheckpoint.apply(self.middle, x, *weights)
+        else:
+            again = torch.utils.checkpoint.checkpoint(
+                self.middle, x, use_reentrant=self.kind == "reentrant"
+            )
+            x = again
+        return self.d(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["own", "plain", "reentrant"])
+def test_checkpoint_when_it_runs_a_block_again_is_masked_or_raises(kind: str) -> None:
+    student = sdm.compile(Checkpointed(kind), "2:4", backend="eager")
+    out = student(X)
+    assert_same(out, oracle_of(student)(X))
+    assert set(masked_patterns(student)) == {"b.weight", "c.weight"}
+    if kind == "own":
+        with pytest.raises(sdm.DenseRunError, match=r"a backward of .* torch\.utils\.checkpoint"):
+            out.sum().backward()
+    else:
+        assert_gradients(student, oracle_of(student), ((X,), {}))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantization_when_after_pruning_raises() -> None:
+    student = compiled_unet()
+    run_unet(student)
+    quantized = torch.ao.quantization.quantize_dynamic(student, {nn.Linear})
+    with pytest.raises(sdm.DenseRunError, match="was pruned and has left the model"):
+        run_unet(quantized)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_fused_projections_when_after_compile_raise(called_before: bool) -> None:
+    student = compiled_unet()
+    if called_before:
+        run_unet(student)
+    student.fuse_qkv_projections()
+    with pytest.raises(sdm.DenseRunError, match=r"to_qkv\.weight'.* runs in its place"):
+        run_unet(student)
+    student.unfuse_qkv_projections()
+    assert_same(run_unet(student), run_unet(oracle_of(student)))
+    dense = UNET.build()
+    dense.fuse_qkv_projections()
+    before = sdm.compile(dense, "2:4", backend="eager")
+    run_unet(before)
+    assert any("to_qkv" in name for name in sdm.explain(before).masked)
+
+
+def test_guard_when_59_weights_are_masked_takes_its_hooks_out_and_in_again() -> None:
+    """Its time is printed, not asserted: ``python benchmarks/read_guard.py`` measures it."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(61))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    student = sdm.compile(Deep(), "2:4", backend="eager", **OPTIONS["infer"])
+    student(torch.randn(1, 8))
+    hooks = [layer._forward_pre_hooks for layer in student.layers]
+    assert sum(len(each) for each in hooks) == 59
+    guard = student._sparsedm.guard
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        with guard:
+            assert not any(hooks)
+        times.append(time.perf_counter() - start)
+    assert sum(len(each) for each in hooks) == 59
+    print(f"{statistics.median(times) * 1e6:.1f} us")
