@@ -17,6 +17,7 @@ from ..diffusion.condition import Condition, check_count, take_rows
 from ..diffusion.image_batches import Batch
 from ..errors import DataError
 from ..optional_deps import import_optional
+from .fingerprint import hash_images
 
 
 class ImageData(Dataset[tuple[Any, ...]], ABC):
@@ -66,6 +67,19 @@ class ImageData(Dataset[tuple[Any, ...]], ABC):
         """Returns ``(image,)`` or ``(image, condition)``, which a DataLoader can collate."""
         images, condition = self.fetch([range(len(self))[number]])
         return (images[0],) if condition is None else (images[0], take_rows(condition, 0))
+
+    def fingerprint(self) -> str:
+        """Returns a hash that other images, labels or sizes change, for resuming a run.
+
+        It covers the number of images and the content of 64 of them, spread evenly over all.
+
+        Returns:
+            A SHA-256 in hex, the same at every reading and on every machine.
+
+        Raises:
+            DataError: One of the 64 images cannot be read.
+        """
+        return hash_images(self.fetch, len(self), f"{list(self.shape)} {self.classes}")
 
     def check_numbers(self, numbers: Sequence[int]) -> Tensor:
         """Returns ``numbers`` as int64 [B].

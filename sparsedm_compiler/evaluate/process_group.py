@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..diffusion.image_batches import ProcessShare
-from ..errors import ConfigError
+from ..errors import ConfigError, SparseDMError
 from .moments import Moments
 
 
@@ -51,6 +53,22 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def raising_together() -> Iterator[None]:
+    """Runs a block in every process; an error of this package in one is raised in all of them.
+
+    So no process waits for one that has ended.
+    """
+    own: SparseDMError | None = None
+    try:
+        yield
+    except SparseDMError as error:
+        own = error
+    first = next((other for other in gather_objects(own) if other is not None), None)
+    if first is not None:
+        raise own or first
 
 
 def merge_moments(own: Moments | None) -> Moments | None:

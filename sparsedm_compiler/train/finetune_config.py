@@ -20,8 +20,17 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 NOT_NEGATIVE = ("images", "alpha", "beta", "lr", "weight_decay", "warmup_images", "sr_ste_lambda")
 POSITIVE = ("batch_size", "accumulation", "keep")
 OPTIONAL = ("max_grad_norm", "held_out_every", "save_every", "log_every", "sample_every")
-MAY_CHANGE = ("keep", "workers", "save_every", "sample_every")
-"""Options a resumed run may change: what is written and how fast, not what is learnt."""
+MAY_DIFFER: Mapping[str, str] = {
+    "accumulation": "one batch in more or fewer parts, as other devices need it",
+    "shard": "where the parameters lie",
+    "workers": "processes that load data",
+    "keep": "checkpoints kept",
+    "save_every": "when checkpoints are written",
+    "log_every": "when the log gets a line",
+    "held_out_every": "when the held-out loss is measured",
+    "sample_every": "when sample grids are drawn",
+}
+"""Options that a resumed run may change, and what each decides: not what is learnt."""
 
 
 @dataclass(frozen=True, slots=True)
