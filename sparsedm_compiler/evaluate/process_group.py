@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,24 @@ from ..diffusion.image_batches import ProcessShare
 from ..errors import ConfigError, SparseDMError
 from .moments import Moments
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 
 def in_process_group() -> bool:
     """Returns whether torch.distributed has been initialised (accelerate does so) here."""
     return dist.is_available() and dist.is_initialized()
+
+
+def join_process_group() -> PartialState:
+    """Joins the processes that a launcher started, and returns Accelerate's state of this one.
+
+    Without a GPU, Accelerate would take every one of them for the only one unless it is told.
+    """
+    from accelerate import PartialState
+
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return PartialState() if alone or torch.cuda.is_available() else PartialState(cpu=True)
 
 
 def own_share() -> ProcessShare:

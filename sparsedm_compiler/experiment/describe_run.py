@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from accelerate import PartialState
-
 from ..data import ImageData
+from ..evaluate.process_group import join_process_group
 from ..models.loading import OWN_WEIGHTS, is_function
 from ..train.checkpoint import list_checkpoints
 from ..train.methods import find_method
@@ -66,6 +66,12 @@ def describe_held_out(config: RunConfig, inputs: OpenedInputs) -> str:
 
 def describe_processes() -> str:
     """Says how many processes train on which devices."""
-    state = PartialState()
+    state = join_process_group()
     count = state.num_processes
-    return f"{count} process{'es' if count > 1 else ''} on {state.device.type}"
+    text = f"{count} process{'es' if count > 1 else ''} on {state.device.type}"
+    if count == 1 and "ACCELERATE_USE_CPU" in os.environ:
+        text += (
+            " (accelerate launch --cpu starts one, whatever --num_processes says; torchrun "
+            "--nproc-per-node starts several)"
+        )
+    return text

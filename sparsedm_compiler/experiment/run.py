@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from .. import CheckpointError, FinetuneResult, compile, load
 from ..diffusion.sampling import sample_batches, sampler_name
 from ..diffusion.schedulers import make_scheduler
-from ..evaluate.process_group import own_share, raising_together
+from ..evaluate.process_group import join_process_group, own_share, raising_together
 from ..evaluate.score_images import Metrics, prepare_reference, score_images
 from ..models import load_weights
 from ..train.checkpoint import replace_text
@@ -41,7 +40,7 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     that holds a run of other options, data or weights is refused, and nothing is written. Under
     ``accelerate launch`` every process calls this. Raises SparseDMError.
     """
-    folder, state = Path(config.out), PartialState()
+    folder, state = Path(config.out), join_process_group()
     with raising_together():
         opened = open_run(config, state.device)
     if (results := read_finished_results(folder, config)) is not None:
@@ -108,7 +107,7 @@ def write_results(
     progress: bool,
 ) -> dict[str, Any]:
     """Draws the last sample grid, scores samples of ``model`` and completes results.json."""
-    folder, main, inputs = Path(config.out), PartialState().is_main_process, opened.inputs
+    folder, main, inputs = Path(config.out), join_process_group().is_main_process, opened.inputs
     values = result.as_dict(folder.name)
     fast = compile_for_inference(model, config)
     grids = make_sample_grids(config, inputs)
@@ -120,7 +119,7 @@ def write_results(
     if main:
         grids.save(folder / values["samples"], images)
         replace_text(folder / "results.json", json.dumps(values, indent=1) + "\n")
-    PartialState().wait_for_everyone()
+    join_process_group().wait_for_everyone()
     return values
 
 
@@ -136,7 +135,7 @@ def score_samples(
     config: RunConfig, inputs: OpenedInputs, model: nn.Module, *, progress: bool
 ) -> list[dict[str, Any]]:
     """Draws samples and returns their scores, as ``config.score`` defines, as plain values."""
-    scorer = open_scorer(config, PartialState().device)
+    scorer = open_scorer(config, join_process_group().device)
     if scorer is None:
         return []
     network, reference = scorer

@@ -143,13 +143,13 @@ def explain_misfit(
     text = f"{name} cannot be called with {sample} of the data"
     takes = describe_call(model)
     if takes is None:
-        first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-        cause = f"{text}: {type(error).__name__}: {first.strip()}"
-        return f"{cause}; {advice.labels_extra}?" if isinstance(y, Tensor) else cause
+        return f"{text}: {get_first_line(error)}" + (
+            f"; {advice.labels_extra}?" if isinstance(y, Tensor) else ""
+        )
     image, names = takes
-    if names and y is None:
-        labels = all(kind == "labels" for kind in names.values())
-        remedy = advice.labels_missing if labels else advice.condition_missing
+    has_labels = "labels" in names.values()
+    if names and (y is None or (isinstance(y, Tensor) and not has_labels)):
+        remedy = advice.labels_missing if has_labels else advice.condition_missing
         return f"{text}: it needs {', '.join(names)}: {remedy.format(names=', '.join(names))}"
     if y is not None and not names:
         return f"{text}: it takes no condition: {advice.labels_extra}"
@@ -157,8 +157,13 @@ def explain_misfit(
         return f"{text}: it takes {image[0]} channels: {advice.channels}"
     if len(image) == len(shape) and image != shape:
         return f"{text}: it takes {image}: {advice.size.format(size=image[-1])}"
-    first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-    return f"{text}: {type(error).__name__}: {first.strip()}"
+    return f"{text}: {get_first_line(error)}"
+
+
+def get_first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, after its type where it is not one of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason"]
+    return lines[0] if isinstance(error, SparseDMError) else f"{type(error).__name__}: {lines[0]}"
 
 
 def describe_call(model: nn.Module) -> tuple[list[int], Mapping[str, str]] | None:

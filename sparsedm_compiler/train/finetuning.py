@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..diffusion.condition import Condition
     from ..diffusion.objective import NoiseScheduler
     from .batches import Data
+    from .fingerprints import Fingerprints
     from .sample_grids import SampleGrids
 
 
@@ -102,11 +103,29 @@ def finetune(
     folder = None if out is None else Path(out)
     inputs = RunInputs(data, scheduler, held_out, null, sample_grids, folder)
     if folder is not None:
-        with require_extra("finetune", "train"):
-            from .fingerprints import fingerprint_inputs
         taught = None if config.teacher == "none" else teacher
         inputs = replace(inputs, prints=fingerprint_inputs(student, taught, inputs, optimizer))
     return train_run(student, teacher, config, inputs, optimizer=optimizer, progress=progress)
+
+
+def fingerprint_inputs(
+    student: nn.Module, teacher: nn.Module | None, inputs: RunInputs, optimizer: Optimizer | None
+) -> Fingerprints:
+    """Returns the fingerprints of everything that ``finetune`` gets, but for its options."""
+    with require_extra("finetune", "train"):
+        from .fingerprints import (
+            fingerprint_condition,
+            fingerprint_data,
+            fingerprint_models,
+            fingerprint_settings,
+        )
+    prints = {"data": fingerprint_data(inputs.data)}
+    if inputs.held_out is not None:
+        prints["held_out"] = fingerprint_data(inputs.held_out)
+    if inputs.null is not None:
+        prints["null"] = fingerprint_condition(inputs.null)
+    prints |= fingerprint_models(student, teacher)
+    return prints | fingerprint_settings(inputs.scheduler, optimizer)
 
 
 def train_run(

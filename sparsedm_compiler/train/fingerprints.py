@@ -22,7 +22,7 @@ from .checkpoint import get_unique_weights, is_compiled
 
 if TYPE_CHECKING:
     from ..diffusion.condition import Condition
-    from .run_inputs import RunInputs
+    from ..diffusion.objective import NoiseScheduler
 
 RECORD = "inputs.json"
 """The file in a run's folder that keeps the fingerprints of its inputs."""
@@ -40,31 +40,30 @@ Fingerprints: TypeAlias = Mapping[str, Fingerprint]
 """The inputs of a run by name."""
 
 
-def fingerprint_inputs(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    inputs: RunInputs,
-    optimizer: torch.optim.Optimizer | None,
-) -> dict[str, Fingerprint]:
-    """Returns the fingerprints of everything that ``finetune`` gets, but for its options.
+def fingerprint_models(student: nn.Module, teacher: nn.Module | None) -> dict[str, Fingerprint]:
+    """Returns the student's pattern, and the fingerprint of the weights that a run is made from.
 
-    The weights are those of the teacher; without one, those that a compiled student starts from.
-    A dense student without a teacher may start from random weights, which are not compared.
+    These are the teacher's; without one, those that a compiled student starts from. A dense
+    student without a teacher may start from random weights, which are not compared.
     """
-    prints = {"data": fingerprint_data(inputs.data)}
+    prints = {}
     if is_compiled(student):
         pattern = str(pattern_of(student))
         prints["pattern"] = Fingerprint(pattern, hashlib.sha256(pattern.encode()).hexdigest())
-    if inputs.held_out is not None:
-        prints["held_out"] = fingerprint_data(inputs.held_out)
-    if inputs.null is not None:
-        prints["null"] = fingerprint_condition(inputs.null)
     if teacher is not None:
         prints["teacher"] = fingerprint_weights(teacher)
     elif is_compiled(student):
         prints["student"] = fingerprint_weights(student, frozen=True)
-    if inputs.scheduler is not None:
-        prints["scheduler"] = fingerprint_values(inputs.scheduler, dict(inputs.scheduler.config))
+    return prints
+
+
+def fingerprint_settings(
+    scheduler: NoiseScheduler | None, optimizer: torch.optim.Optimizer | None
+) -> dict[str, Fingerprint]:
+    """Returns the fingerprints of the scheduler and the optimizer that ``finetune`` gets."""
+    prints = {}
+    if scheduler is not None:
+        prints["scheduler"] = fingerprint_values(scheduler, dict(scheduler.config))
     if optimizer is not None:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         prints["optimizer"] = fingerprint_values(optimizer, groups)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .. import CheckpointError, ConfigError, DataError
-from ..evaluate.process_group import raising_together
+from ..evaluate.process_group import own_share, raising_together
 from .checkpoint import list_checkpoints, replace_text
 from .finetune_config import MAY_DIFFER, FinetuneConfig
 from .fingerprints import RECORD, Fingerprints, format_record, list_differences, read_record
@@ -33,9 +33,7 @@ def hold_folder(folder: Path, config: FinetuneConfig, inputs: RunInputs) -> Iter
     The main process locks it. Raises ConfigError, before anything is written, where the folder is
     locked or holds another run. A run that is refused before its first checkpoint leaves nothing.
     """
-    from accelerate import PartialState
-
-    main = PartialState().is_main_process
+    main = own_share()[0] == 0
     with ExitStack() as stack:
         with raising_together():
             if main:
