@@ -68,6 +68,17 @@ class DecodedData(ImageData):
                 digest.update(name.encode() + hash_tensor(tensor))
         return digest.hexdigest()
 
+    def find_unreadable(self, numbers: range) -> list[str]:
+        problems = map_in_threads(self._find_problem, self.open_files(numbers))
+        return [problem for problem in problems if problem is not None]
+
+    def _find_problem(self, file: NamedFile) -> str | None:
+        try:
+            self._decode(file)
+        except DataError as error:
+            return str(error)
+        return None
+
     def _decode(self, file: NamedFile) -> Tensor:
         image = torch.from_numpy(decode_image(*file, self.size)).permute(2, 0, 1)
         if image.shape != self.shape:

@@ -54,7 +54,9 @@ def describe_weights(config: RunConfig) -> str:
 def describe_data(spec: str, data: ImageData) -> str:
     """Says how many images of which shape a source holds, and of how many classes."""
     classes = "no labels" if data.classes is None else f"{data.classes} classes"
-    return f"{len(data):,} images {list(data.shape)} from {spec}, {classes}"
+    return "; ".join(
+        [f"{len(data):,} images {list(data.shape)} from {spec}, {classes}", *data.notes]
+    )
 
 
 def describe_held_out(config: RunConfig, inputs: OpenedInputs) -> str:

@@ -17,23 +17,28 @@ from ..diffusion.modes import evaluating
 from ..diffusion.objective import make_objective
 from ..diffusion.predict import build_arguments
 from ..evaluate.feature_network import FeatureNetwork
-from ..evaluate.features import load_network
+from ..evaluate.features import check_network, load_network
 from ..evaluate.score_images import is_statistics
 from ..models import open_model
 from ..train.check_call import IN_CONFIG, check_call, check_values
 from ..train.fingerprints import Fingerprint
 from ..train.folder_lock import check_unlocked
 from ..train.randomness import drop_conditions
-from .inputs import OpenedInputs, open_inputs
+from .inputs import OpenedInputs, make_training_scheduler, open_inputs
 from .resuming import check_inputs, check_options, fingerprint_run
 from .run_config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedRun:
-    """A checked run: its inputs, its dense model, their fingerprints, and the MACs of an image."""
+    """A checked run: its inputs, its dense model, their fingerprints, and the MACs of an image.
+
+    ``scorer``: the feature network, on the CPU, and the images or statistics to compare with; None
+    for a run without scores.
+    """
 
     inputs: OpenedInputs
+    scorer: tuple[FeatureNetwork, ImageData | Path] | None
     teacher: nn.Module
     prints: Mapping[str, Fingerprint]
     macs: Mapping[str, int]
@@ -47,14 +52,17 @@ def open_run(config: RunConfig, device: torch.device) -> OpenedRun:
     """
     folder = Path(config.out)
     check_options(folder, config)
+    make_training_scheduler(config)  # so that its errors come before anything is opened
     inputs = open_inputs(config, device)
-    open_scorer(config, torch.device("cpu"))  # so that its errors come before the training
+    scorer = open_scorer(config, torch.device("cpu"))  # so that its errors come before the training
     teacher = open_dense_model(config, device)
     prints = fingerprint_run(config, inputs, teacher)
     check_inputs(folder, prints)
     check_unlocked(folder)
     check_model_call(config, inputs, teacher)
-    return OpenedRun(inputs, teacher, prints, count_run_macs(teacher, config, inputs))
+    if scorer is not None and inputs.decode is None:
+        check_network(scorer[0], inputs.data.shape)
+    return OpenedRun(inputs, scorer, teacher, prints, count_run_macs(teacher, config, inputs))
 
 
 def check_model_call(config: RunConfig, inputs: OpenedInputs, model: nn.Module) -> None:
@@ -68,7 +76,7 @@ def check_model_call(config: RunConfig, inputs: OpenedInputs, model: nn.Module) 
         dropped = drop_conditions(condition, one, train.null_label, inputs.null)
     if isinstance(condition, Tensor) and inputs.data.classes is not None:
         condition = torch.full_like(condition, inputs.data.classes - 1)
-    objective = make_objective(train.objective, None, train.levels)
+    objective = make_objective(train.objective, make_training_scheduler(config), train.levels)
     check_call(model, objective, images, condition, dropped=dropped, advice=IN_CONFIG)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import CheckpointError, ConfigError
 from ..models.loading import is_function
+from ..models.schedules import read_schedule
 from ..train.finetune_config import MAY_DIFFER as TRAINING_MAY_DIFFER
 from ..train.fingerprints import (
     Fingerprint,
@@ -112,6 +113,10 @@ def _iterate_fingerprints(
     spec, source = config.data, config.model
     yield "model.name", fingerprint_architecture(source.name)
     yield "model.weights", label(source.weights or source.name, fingerprint_weights(model))
+    if (schedule := read_schedule(source.name)) is not None:
+        values = f"{schedule.objective} {sorted((schedule.betas or {}).items())}"
+        digest = hashlib.sha256(values.encode()).hexdigest()
+        yield "model.scheduler", Fingerprint(repr(str(schedule.source)), digest)
     yield "data.train", label(spec.train, fingerprint_data(inputs.data))
     if spec.held_out is not None and inputs.held_out is not None:
         yield "data.held_out", label(spec.held_out, fingerprint_data(inputs.held_out))

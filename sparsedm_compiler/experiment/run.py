@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import CheckpointError, FinetuneResult, compile, load
+from ..data import ImageData
 from ..diffusion.sampling import sample_batches, sampler_name
 from ..diffusion.schedulers import make_scheduler
 from ..evaluate.process_group import join_process_group, own_share, raising_together
@@ -27,7 +28,13 @@ from ..train.folder_lock import lock_folder
 from ..train.run_folder import WHOLE
 from ..train.run_inputs import RunInputs
 from .describe_run import format_description
-from .inputs import OpenedInputs, make_sample_grids, make_sample_plan
+from .inputs import (
+    OpenedInputs,
+    find_betas,
+    make_sample_grids,
+    make_sample_plan,
+    make_training_scheduler,
+)
 from .opened_run import OpenedRun, get_compile_options, open_run, open_scorer
 from .resuming import is_scored_alike
 from .run_config import RunConfig
@@ -69,7 +76,7 @@ def make_run_inputs(config: RunConfig, opened: OpenedRun) -> RunInputs:
     inputs = opened.inputs
     return RunInputs(
         inputs.data,
-        None,
+        make_training_scheduler(config),
         inputs.held_out,
         inputs.null,
         make_sample_grids(config, inputs),
@@ -111,7 +118,7 @@ def write_results(
     values = result.as_dict(folder.name)
     fast = compile_for_inference(model, config)
     grids = make_sample_grids(config, inputs)
-    images = grids.draw(fast, config.train.objective)
+    images = grids.draw(fast, config.train.objective, betas=find_betas(config))
     values["macs"] = dict(opened.macs)
     values["samples"] = f"samples/{result.images:012d}.png"
     values["scores"] = score_samples(config, inputs, fast, progress=progress)
@@ -139,7 +146,8 @@ def score_samples(
     if scorer is None:
         return []
     network, reference = scorer
-    scheduler = make_scheduler(config.sample.sampler, config.train.objective)
+    sampler, objective = config.sample.sampler, config.train.objective
+    scheduler = make_scheduler(sampler, objective, betas=find_betas(config))
     plan, spec = make_sample_plan(config, inputs), config.score
     metrics = Metrics(kid=spec.kid, precision_recall=spec.precision_recall)
     known = prepare_reference(network, reference, keep=metrics.keep, progress=progress)
@@ -170,5 +178,14 @@ def read_finished_results(folder: Path, config: RunConfig) -> dict[str, Any] | N
 
 
 def describe(config: RunConfig) -> str:
-    """Describes in lines of text what ``run`` would do; opens everything and writes nothing."""
-    return format_description(config, open_run(config, torch.device("cpu")))
+    """Describes in lines of text what ``run`` would do; reads every image and writes nothing.
+
+    Raises SparseDMError.
+    """
+    opened = open_run(config, torch.device("cpu"))
+    opened.inputs.data.check_images(progress=True)
+    if opened.inputs.held_out is not None:
+        opened.inputs.held_out.check_images(progress=True)
+    if opened.scorer is not None and isinstance(opened.scorer[1], ImageData):
+        opened.scorer[1].check_images(progress=True)
+    return format_description(config, opened)

@@ -139,7 +139,9 @@ def explain_misfit(
 ) -> str:
     """Returns in one line why a model does not take a sample: its own numbers, and the way out."""
     name, shape = type(model).__name__, list(x.shape[1:])
-    sample = f"images {shape}" + (f" with {describe_condition(y)}" if y is not None else "")
+    sample = f"images {shape}"
+    if y is not None:
+        sample += f" and {'class labels' if isinstance(y, Tensor) else describe_condition(y)}"
     text = f"{name} cannot be called with {sample} of the data"
     takes = describe_call(model)
     if takes is None:

@@ -241,4 +241,8 @@ class FinetuneConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def __str__(self) -> str:
-        return "finetune " + " ".join(f"{name}={value}" for name, value in self.as_dict().items())
+        """The method, its budget, and every option that the method does not set so by itself."""
+        usual, values = FinetuneConfig.create(self.method).as_dict(), self.as_dict()
+        named = ("images", "batch_size", "lr")
+        shown = [n for n in values if n in named or (n != "method" and values[n] != usual[n])]
+        return f"finetune {self.method} " + " ".join(f"{n}={values[n]}" for n in shown)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .. import StoppedError
 from ..diffusion.condition import take_rows
+from ..diffusion.schedulers import get_betas
 from ..evaluate.process_group import raising_together
 from .batches import MicroBatch, Stream
 from .check_call import check_call, check_values
@@ -187,7 +188,9 @@ def save_sample_grid(run: Run) -> None:
     with ExitStack() as stack:
         if run.ema is not None:
             stack.enter_context(run.ema.applied())
-        images = grids.draw(run.student, run.config.objective)
+        scheduler = run.inputs.scheduler
+        betas = None if scheduler is None else get_betas(scheduler.config)
+        images = grids.draw(run.student, run.config.objective, betas=betas)
     if run.process.is_main:
         grids.save(folder / "samples" / f"{run.progress.seen:012d}.png", images)
 

@@ -80,7 +80,7 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...], Condition | None, str]] = {
         unet_of_text(),
         (3, 8, 8),
         LABELS,
-        r"with a tensor \[1\] of the data: it needs encoder_hidden_states: choose",
+        r"and class labels of the data: it needs encoder_hidden_states: choose",
     ),
     "no-labels": (
         unet(num_class_embeds=3),
@@ -93,7 +93,7 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...], Condition | None, str]] = {
         unet(),
         (3, 8, 8),
         LABELS,
-        r"with a tensor \[1\] of the data: it takes no condition: set data\.labels=false",
+        r"\[3, 8, 8\] and class labels of the data: it takes no condition: set data\.labels=false",
     ),
     "labels-uvit": (uvit(), (3, 8, 8), LABELS, "it takes no condition: set data.labels=false"),
     "labels-own": (Own(), (3, 8, 8), LABELS, r"Own cannot be called .*set data\.labels=false\?"),
