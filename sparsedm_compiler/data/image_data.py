@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from ..diffusion.condition import Condition, check_count, take_rows
 from ..diffusion.image_batches import CHUNK, Batch
@@ -93,6 +92,8 @@ class ImageData(Dataset[tuple[Any, ...]], ABC):
         Raises:
             DataError: Images cannot be read; the message names all of them.
         """
+        from tqdm.auto import tqdm
+
         starts = range(0, len(self), CHUNK)
         problems: list[str] = []
         for start in tqdm(starts, desc="reading all images", delay=2, disable=not progress):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import allow_dense
 from ..diffusion import evaluating
 from ..diffusion.condition import Condition, describe_condition, move_condition, take_rows
 from ..diffusion.objective import Objective
@@ -88,7 +89,7 @@ def check_call(
     for y in (first,) if dropped is None else (first, dropped):
         moved = None if y is None else move_condition(y, parameter)
         try:
-            with evaluating(model), checking_labels(model):
+            with evaluating(model), allow_dense(), checking_labels(model):
                 args, kwargs = build_arguments(model, x, t, moved)
                 call = type(model).forward if is_compiled(model) else type(model).__call__
                 extract_prediction(x, call(model, *args, **kwargs), type(model).__name__)
