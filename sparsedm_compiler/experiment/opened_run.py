@@ -68,16 +68,22 @@ def open_run(config: RunConfig, device: torch.device) -> OpenedRun:
 def check_model_call(config: RunConfig, inputs: OpenedInputs, model: nn.Module) -> None:
     """Raises DataError where the model does not take an image of the data and its condition."""
     train = config.train
-    images, condition = inputs.data.fetch([0])
-    check_values(images)
-    dropped = None
-    if condition is not None and train.drop_condition > 0:
-        one = torch.ones(1, dtype=torch.bool)
-        dropped = drop_conditions(condition, one, train.null_label, inputs.null)
-    if isinstance(condition, Tensor) and inputs.data.classes is not None:
-        condition = torch.full_like(condition, inputs.data.classes - 1)
     objective = make_objective(train.objective, make_training_scheduler(config), train.levels)
-    check_call(model, objective, images, condition, dropped=dropped, advice=IN_CONFIG)
+    sources = {"the data": inputs.data, "the held-out data": inputs.held_out}
+    for source, data in sources.items():
+        if data is None:
+            continue
+        images, condition = data.fetch([0])
+        check_values(images, source)
+        dropped = None
+        if condition is not None and train.drop_condition > 0:
+            one = torch.ones(1, dtype=torch.bool)
+            dropped = drop_conditions(condition, one, train.null_label, inputs.null)
+        if isinstance(condition, Tensor) and data.classes is not None:
+            condition = torch.full_like(condition, data.classes - 1)
+        check_call(
+            model, objective, images, condition, dropped=dropped, source=source, advice=IN_CONFIG
+        )
 
 
 def open_dense_model(config: RunConfig, device: torch.device) -> nn.Module:

@@ -53,14 +53,17 @@ IN_CONFIG = Advice(
 """The same in the names of a run's configuration."""
 
 
-def check_values(images: Tensor) -> None:
-    """Raises DataError for images with NaN or Inf, and for such as are not scaled to [-1, 1]."""
+def check_values(images: Tensor, source: str = "the data") -> None:
+    """Raises DataError for images with NaN or Inf, and for such as are not scaled to [-1, 1].
+
+    ``source``: the name of the images in errors.
+    """
     if not images.isfinite().all():
-        raise DataError("the first images of the data hold NaN or Inf: mend the data")
+        raise DataError(f"the first images of {source} hold NaN or Inf: mend them")
     low, high = images.min().item(), images.max().item()
     if low >= 0 and high > BRIGHT:
         raise DataError(
-            f"the first images of the data range from {low:.3g} to {high:.3g}: scale them to "
+            f"the first images of {source} range from {low:.3g} to {high:.3g}: scale them to "
             "[-1, 1], 0..255 by x / 127.5 - 1"
         )
 
@@ -72,13 +75,14 @@ def check_call(
     condition: Condition | None,
     *,
     dropped: Condition | None = None,
+    source: str = "the data",
     advice: Advice = Advice(),
 ) -> None:
     """Calls a model with the first of ``images`` [B, ...], in eval mode and without gradients.
 
     A compiled model runs its class's own forward, which captures nothing. ``dropped``: a condition
-    that stands for none, one row, to call the model with as well. Raises DataError in one line
-    where the model does not take the sample.
+    that stands for none, one row, to call the model with as well. ``source``: the name of the
+    images in errors. Raises DataError in one line where the model does not take the sample.
     """
     parameter = next(model.parameters())
     x0 = images[:1].to(parameter.device, torch.float32)
@@ -97,11 +101,11 @@ def check_call(
             raise
         except LabelError as error:
             remedy = advice.null_label if y is dropped else advice.label_range
-            raise DataError(f"{error}: {remedy}") from error
+            raise DataError(f"{source}: {error}: {remedy}") from error
         except Exception as error:
             if isinstance(error, SparseDMError) and not isinstance(error, DataError):
                 raise
-            raise DataError(explain_misfit(model, x, y, error, advice)) from error
+            raise DataError(f"{source}: {explain_misfit(model, x, y, error, advice)}") from error
 
 
 class LabelError(DataError):
@@ -143,7 +147,7 @@ def explain_misfit(
     sample = f"images {shape}"
     if y is not None:
         sample += f" and {'class labels' if isinstance(y, Tensor) else describe_condition(y)}"
-    text = f"{name} cannot be called with {sample} of the data"
+    text = f"{name} cannot be called with {sample}"
     takes = describe_call(model)
     if takes is None:
         return f"{text}: {get_first_line(error)}" + (

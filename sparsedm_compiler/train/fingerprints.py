@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import CheckpointError, pattern_of
 from ..data.fingerprint import hash_tensor, spread_numbers
 from ..data.image_data import ImageData
+from ..data.pixels import map_in_threads
 from .checkpoint import get_unique_weights, is_compiled
 
 if TYPE_CHECKING:
@@ -118,8 +119,9 @@ def fingerprint_weights(model: nn.Module, *, frozen: bool = False) -> Fingerprin
     if frozen and any(not part.requires_grad for part in model.parameters()):
         tensors = kept
     digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode() + hash_tensor(tensor))
+    hashes = map_in_threads(hash_tensor, list(tensors.values()))
+    for name, part in zip(tensors, hashes, strict=True):
+        digest.update(name.encode() + part)
     count = sum(parameter.numel() for parameter in model.parameters())
     return Fingerprint(f"{type(model).__name__} of {count:,} parameters", digest.hexdigest())
 

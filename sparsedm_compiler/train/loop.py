@@ -17,7 +17,7 @@ from .. import StoppedError
 from ..diffusion.condition import take_rows
 from ..diffusion.schedulers import get_betas
 from ..evaluate.process_group import raising_together
-from .batches import MicroBatch, Stream
+from .batches import MicroBatch, Stream, check_batch, index_data
 from .check_call import check_call, check_values
 from .checkpoint import replace_text
 from .fixed_mask import static_mask
@@ -41,6 +41,7 @@ from .validation import held_out_loss
 
 LOG_BATCHES, LOG_LINES = 50, 40
 """A line of the log is for so many batches, or for fewer where the run would have fewer lines."""
+HELD_OUT = "the held-out data"
 
 
 def train_to_end(run: Run, progress: bool) -> FinetuneResult:
@@ -90,16 +91,22 @@ def open_batches(run: Run) -> Iterator[list[MicroBatch]]:
 
 
 def check_first_batch(run: Run, batch: MicroBatch) -> None:
-    """Raises DataError where teacher or student do not take the first image of a batch."""
+    """Raises DataError where the model does not take the first image of a batch, or held out."""
     check_values(batch.images)
     condition, dropped = batch.condition, None
     if condition is not None and run.config.drop_condition > 0:
         one = torch.ones(1, dtype=torch.bool)
         rows = take_rows(condition, range(1))
         dropped = drop_conditions(rows, one, run.config.null_label, run.inputs.null)
+    if run.config.shard and run.first_teacher is None:
+        return  # all processes must call a sharded student
     model = run.student if run.first_teacher is None else run.first_teacher
-    if not run.config.shard or run.first_teacher is not None:  # all must call a sharded student
-        check_call(model, run.objective, batch.images, condition, dropped=dropped)
+    check_call(model, run.objective, batch.images, condition, dropped=dropped)
+    held_out = None if run.inputs.held_out is None else index_data(run.inputs.held_out)
+    if held_out is not None:
+        images, condition = check_batch(held_out[1]([0]))
+        check_values(images, HELD_OUT)
+        check_call(model, run.objective, images, condition, source=HELD_OUT)
 
 
 def train(run: Run, batches: Iterator[list[MicroBatch]], progress: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def refuse(config: RunConfig, kind: type[Exception], says: str) -> None:
 
 
 def test_run_with_images_that_the_model_does_not_take_names_option_and_value(photos: Path) -> None:
-    refuse(make_config(), DataError, r"\[3, 9, 9\] .*: it takes \[3, 8, 8\]: set data\.size=8")
+    refuse(make_config(), DataError, r"\[3, 9, 9\]: it takes \[3, 8, 8\]: set data\.size=8")
     grey = make_config(data={"train": "digits", "labels": False})
     refuse(grey, DataError, "takes 3 channels: choose another data.train or another model.name")
     for name in ("a", "b"):
@@ -82,7 +83,7 @@ def test_run_with_images_that_the_model_does_not_take_names_option_and_value(pho
     for number, path in enumerate(sorted(photos.glob("*.jpg"))):
         path.rename(photos / "ab"[number % 2] / path.name)
     sized = make_config(data={"size": 8})
-    refuse(sized, DataError, r"and class labels .*: it takes no condition: set data\.labels=false")
+    refuse(sized, DataError, r"and class labels: it takes no condition: set data\.labels=false")
     make_unet(num_class_embeds=1).save_pretrained("pipeline/unet")
     refuse(sized, DataError, "label 1 is none of the 1 classes of UNet2DModel: set model.options")
     plain = make_config(data={"size": 8, "labels": False})
@@ -96,18 +97,36 @@ def test_run_with_images_that_the_model_does_not_take_names_option_and_value(pho
 
 
 def test_describe_reads_every_image_and_names_all_that_are_broken(photos: Path) -> None:
-    config = make_config(data={"size": 8, "held_out": "photos"})
+    held = shutil.copytree(photos, "held")
+    config = make_config(data={"size": 8, "held_out": "held"})
     assert "12 images [3, 8, 8] from photos, no labels" in describe(config)
-    for number in (5, 7):
-        path = photos / f"{number}.jpg"
-        path.write_bytes(path.read_bytes()[:200])
-    (photos / "notes.txt").write_text("notes")
-    with pytest.raises(DataError, match=r"2 images cannot be used: .*5\.jpg .*; .*7\.jpg cannot"):
-        describe(config)
-    for number in (5, 7):
-        (photos / f"{number}.jpg").unlink()
+    for folder in (photos, Path(held)):
+        for number in (5, 7):
+            path = folder / f"{number}.jpg"
+            path.write_bytes(path.read_bytes()[:200])
+        (folder / "notes.txt").write_text("notes")
+        says = rf"2 images cannot be used: .*{folder.name}/5\.jpg .*; .*{folder.name}/7\.jpg cannot"
+        with pytest.raises(DataError, match=says):
+            describe(config)
+        for number in (5, 7):
+            (folder / f"{number}.jpg").unlink()
     text = describe(config)
-    assert "10 images [3, 8, 8] from photos, no labels; left out 1 file of kinds" in text
+    for name in ("photos", "held"):
+        assert f"10 images [3, 8, 8] from {name}, no labels; left out 1 file of kinds" in text
+
+
+def test_run_with_held_out_labels_that_the_model_does_not_have_is_refused(photos: Path) -> None:
+    for name, classes in (("photos", 2), ("held", 3)):
+        for number in range(classes):
+            folder = Path(name, f"class{number}")
+            folder.mkdir(parents=True)
+            shutil.copy(photos / "0.jpg", folder)
+    for path in photos.glob("*.jpg"):
+        path.unlink()
+    make_unet(num_class_embeds=2).save_pretrained("pipeline/unet")
+    config = make_config(data={"size": 8, "held_out": "held"})
+    refuse(config, DataError, "the held-out data: label 2 is none of the 2 classes of UNet2DModel")
+    assert "2 classes" in describe(make_config(data={"size": 8, "held_out": "photos"}))
 
 
 def test_describe_shows_weights_device_processes_and_held_out_data(

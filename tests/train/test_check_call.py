@@ -64,7 +64,7 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...], Condition | None, str]] = {
         unet(),
         (3, 9, 9),
         None,
-        r"UNet2DModel cannot be called with images \[3, 9, 9\] of the data: it takes \[3, 8, 8\]: "
+        r"the data: UNet2DModel cannot be called with images \[3, 9, 9\]: it takes \[3, 8, 8\]: "
         r"set data\.size=8",
     ),
     "size-uvit": (uvit(), (3, 9, 9), None, r"it takes \[3, 8, 8\]: set data\.size=8"),
@@ -80,7 +80,7 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...], Condition | None, str]] = {
         unet_of_text(),
         (3, 8, 8),
         LABELS,
-        r"and class labels of the data: it needs encoder_hidden_states: choose",
+        r"and class labels: it needs encoder_hidden_states: choose",
     ),
     "no-labels": (
         unet(num_class_embeds=3),
@@ -93,11 +93,11 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...], Condition | None, str]] = {
         unet(),
         (3, 8, 8),
         LABELS,
-        r"\[3, 8, 8\] and class labels of the data: it takes no condition: set data\.labels=false",
+        r"\[3, 8, 8\] and class labels: it takes no condition: set data\.labels=false",
     ),
     "labels-uvit": (uvit(), (3, 8, 8), LABELS, "it takes no condition: set data.labels=false"),
     "labels-own": (Own(), (3, 8, 8), LABELS, r"Own cannot be called .*set data\.labels=false\?"),
-    "own": (Own(), (1, 8, 8), None, r"Own cannot be called with images \[1, 8, 8\] .*channels"),
+    "own": (Own(), (1, 8, 8), None, r"Own cannot be called with images \[1, 8, 8\]: .*channels"),
     "label-range": (
         unet(num_class_embeds=3),
         (3, 8, 8),
@@ -170,6 +170,19 @@ def test_finetune_with_data_of_another_kind_raises_and_writes_nothing(
             finetune(student, model if taught else None, data, **options)
         assert [*tmp_path.iterdir()] == []
         assert sdm.masked_parameters(student) == {}
+
+
+def test_finetune_with_held_out_data_of_another_kind_raises_at_once(tmp_path: Path) -> None:
+    model, data = uvit(), torch.zeros(9, 3, 8, 8)
+    options: dict[str, Any] = {"images": 16, "batch_size": 8, "progress": False}
+    for held_out, says in (
+        (torch.zeros(4, 3, 9, 9), "the held-out data: UViT cannot .* it takes"),
+        (torch.full((4, 3, 8, 8), 255.0), "the first images of the held-out data range from 255"),
+        (torch.full((4, 3, 8, 8), torch.nan), "the first images of the held-out data hold NaN"),
+    ):
+        with pytest.raises(DataError, match=says):
+            finetune(student_of(model), model, data, held_out=held_out, **options, out=tmp_path)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_finetune_with_dropped_labels_and_no_null_label_raises_at_once(tmp_path: Path) -> None:
