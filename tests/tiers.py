@@ -63,6 +63,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "test_layout.py": ("core_dependencies", "no_triton"),
     "train/test_core_install.py": ("",),
     "train/test_distributed.py": ("",),
+    "train/test_folder_lock.py": ("held_by_a_process",),
     "train/test_sr_ste.py": ("two_processes",),
     # Whole runs and whole models.
     "cli/test_bench.py": ("ratios", "speedup"),
@@ -71,6 +72,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "examples/test_count_macs.py": ("published", "as_a_program"),
     "examples/test_demo.py": ("",),
     "examples/test_encode_latents.py": ("",),
+    "experiment/test_resuming.py": ("",),
     "experiment/test_run.py": ("",),
     "models/test_presets.py": (r"published.*\[(?!uvit)", "importing"),
     "masks/test_transposable_training.py": (r"finetune.*\[(?!asp)",),

@@ -84,7 +84,7 @@ def make_case(options: argparse.Namespace) -> BenchmarkCase:
     if not (folder / "run.json").exists():
         case = BenchmarkCase(options.model, fields, wanted or ["2:4"], prune)
     else:
-        from ..experiment.run import get_pruning_options
+        from ..experiment.opened_run import get_pruning_options
 
         run = read_run_config(folder / "run.json")
         if not run.train.sparse:

@@ -50,7 +50,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--images", help="images to score: a folder, an .npz ...; or sample them from --model")
     add("--made-by", default="", help="description of the sampler of --images, for the score")
     add("--reference", required=True, help="images or statistics to compare with")
-    add("--network", default="inception", help="inception, or package.module:function (inception)")
+    add(
+        "--network",
+        default="inception",
+        help="inception (the default), or package.module:function: a module or function from "
+        "images [B, C, H, W] in [-1, 1] to features [B, d], or a function without arguments that "
+        "returns one",
+    )
     add("--weights-path", metavar="FILE", help="weights of inception (default: torch's cache)")
     add("--size", type=int, help="crop and resize images and reference to this width and height")
     add("--gray", action="store_true", help="average the channels of images and reference")
@@ -68,6 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare(options: argparse.Namespace) -> Job:
     """Opens images, reference and network. Raises SparseDMError."""
     from ..evaluate import Metrics, load_network, prepare_reference, save_statistics
+    from ..evaluate.features import check_network
 
     main = join_processes()
     out = None if options.save_stats is None else check_writable(options.save_stats)
@@ -75,6 +82,11 @@ def prepare(options: argparse.Namespace) -> Job:
     reference = open_reference(options)
     check_shapes(images, reference)
     network = load_network(resolve_network(options), device=select_device(options))
+    shape = next((s for s in (images and images.shape, read_shape(reference)) if s), None)
+    if shape is not None:
+        check_network(network, shape)
+    if options.dry_run:
+        check_all_images(images, reference)
     metrics = Metrics(kid=options.kid, precision_recall=options.pr, stored=options.stored)
 
     def run() -> None:
@@ -90,7 +102,7 @@ def prepare(options: argparse.Namespace) -> Job:
 
     lines = (
         f"images     {'none' if images is None else images.about}",
-        f"reference  {options.reference}",
+        f"reference  {'; '.join([options.reference, *read_notes(reference)])}",
         f"network    {network.name}",
         *(() if out is None else (f"statistics {out}",)),
     )
@@ -155,7 +167,7 @@ def open_scored_images(options: argparse.Namespace) -> ScoredImages | None:
     if options.images is not None:
         data = open_images(options.images, options)
         sampler = options.made_by or read_sampler(Path(options.images)) or "unknown sampler"
-        about = f"{len(data)} of {options.images}, {sampler}"
+        about = "; ".join([f"{len(data)} of {options.images}, {sampler}", *data.notes])
         return ScoredImages(about, sampler, options.gray, data)
     if options.save_stats is None:
         raise ConfigError("nothing to score: give --images, or --model to draw them from")
@@ -190,12 +202,16 @@ def open_images(spec: str, options: argparse.Namespace) -> ImageData:
     class GrayImages(ImageData):
         shape = (1, *data.shape[1:])
         classes = None
+        notes = data.notes
 
         def __len__(self) -> int:
             return len(data)
 
         def fetch(self, numbers: Sequence[int]) -> tuple[torch.Tensor, None]:
             return data.fetch(numbers)[0].mean(1, keepdim=True), None
+
+        def find_unreadable(self, numbers: range) -> list[str]:
+            return data.find_unreadable(numbers)
 
     return GrayImages()
 
@@ -209,6 +225,24 @@ def check_shapes(images: ScoredImages | None, reference: ImageData | str) -> Non
             f"the images are {list(images.shape)}, the reference is {list(reference.shape)}: give "
             "--size for one size, --gray for one channel"
         )
+
+
+def read_shape(reference: ImageData | str) -> tuple[int, ...] | None:
+    """Returns the shape of an image of the reference, None for statistics."""
+    return None if isinstance(reference, str) else reference.shape
+
+
+def read_notes(reference: ImageData | str) -> tuple[str, ...]:
+    """Returns what a reader should know of the images of the reference."""
+    return () if isinstance(reference, str) else reference.notes
+
+
+def check_all_images(images: ScoredImages | None, reference: ImageData | str) -> None:
+    """Reads every image of both sides. Raises DataError that names all that cannot be read."""
+    if images is not None and images.data is not None:
+        images.data.check_images(progress=True)
+    if not isinstance(reference, str):
+        reference.check_images(progress=True)
 
 
 def resolve_network(options: argparse.Namespace) -> str:

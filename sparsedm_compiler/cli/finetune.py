@@ -90,10 +90,12 @@ def build_config(options: argparse.Namespace) -> RunConfig:
 
 def print_results(folder: Path, values: Mapping[str, Any]) -> None:
     """Prints losses and scores, and the command that compares runs."""
+    from ..evaluate.score import Score
+
     if values["held_out"]:
         last = values["held_out"][-1]
         ema = "" if last["ema"] is None else f", of the EMA {last['ema']:.4f}"
         print(f"held-out loss {last['student']:.4f}{ema}")
-    for score in values["scores"]:
-        print(f"{score['metric']}-{score['network']} {score['value']:.4g}")
+    for score in [Score(**part) for part in values["scores"]]:
+        print(f"{score.metric}-{score.network} {score.value:.4g}{score.warning}")
     print(f"wrote {folder}; compare runs with: sparsedm report {folder}")

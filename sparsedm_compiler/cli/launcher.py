@@ -7,11 +7,10 @@ import os
 
 def join_processes() -> bool:
     """Joins the processes that a launcher started; returns whether this is the one that prints."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        from accelerate import PartialState
+    from ..evaluate.process_group import join_process_group, own_share
 
-        PartialState()
-    from ..evaluate.process_group import own_share
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        join_process_group()
 
     return own_share()[0] == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from .sampling_options import SamplingRequest, add_sampling_options, make_sampli
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ..diffusion import Condition
 
 ABOUT = """\
 sample images from a model, pruned or dense
@@ -31,6 +34,8 @@ EXAMPLE = """\
 PROVENANCE = "samples.json"
 """The file beside the images that says how they were made."""
 COLUMNS = 10
+HASHED = 64
+"""The first images, whose conditions go into ``PROVENANCE``."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +117,8 @@ def describe_provenance(request: SamplingRequest) -> dict[str, Any]:
     from ..evaluate.inception import hash_file
 
     source, plan = request.source, request.plan
+    condition = plan.condition(range(HASHED)) if callable(plan.condition) else plan.condition
+    null = None if plan.guidance is None else plan.guidance.null
     return {
         "model": Path(source.name).name,
         "options": dict(source.options),
@@ -119,9 +126,20 @@ def describe_provenance(request: SamplingRequest) -> dict[str, Any]:
         "pattern": source.pattern,
         "sampler": request.sampler,
         "objective": request.objective,
+        "betas": request.betas,
+        "condition": None if condition is None else hash_condition(condition),
+        "null": hash_condition(null) if isinstance(null, Mapping) else null,
+        "vae": request.vae,
         "seed": plan.seed,
         "shape": list(plan.shape[1:]),
     }
+
+
+def hash_condition(condition: Condition) -> str:
+    """Returns a short hash of the tensors of a condition."""
+    from ..train.fingerprints import fingerprint_condition
+
+    return fingerprint_condition(condition).sha256[:16]
 
 
 def check_provenance(out: Path, provenance: dict[str, Any]) -> None:

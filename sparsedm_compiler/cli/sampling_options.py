@@ -32,7 +32,8 @@ ConditionOfImages = Callable[[range], "Condition | None"]
 class SamplingRequest:
     """A checked request to sample images from a model.
 
-    ``sampler`` is the description of scheduler, steps and guidance that results print.
+    ``sampler`` is the description of scheduler, steps and guidance that results print; ``betas``
+    are the noise levels where they are not the default; ``vae`` is the folder of the decoder.
     """
 
     source: ModelSource
@@ -40,6 +41,8 @@ class SamplingRequest:
     scheduler: Any
     sampler: str
     objective: str
+    betas: Mapping[str, Any] | None = None
+    vae: str | None = None
 
     def sample(
         self, model: nn.Module, *, skip: Callable[[range], bool] | None = None, progress: bool
@@ -61,7 +64,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--sampler", choices=SAMPLERS, help="sampler (default: that of the run, else dpm++)")
     add("--steps", type=int, help="steps of the sampler (default: 50; ddpm: 1000)")
-    add("--objective", choices=OBJECTIVES, help="prediction target of the model (default: eps)")
+    add(
+        "--objective",
+        choices=OBJECTIVES,
+        help="prediction target of the model (default: that of the run, of ../scheduler beside a "
+        "diffusers model, else eps)",
+    )
     add("--seed", type=int, default=0, help="seed; the noise of image i depends on (seed, i) (0)")
     add("--batch-size", type=int, default=64, help="images per call of the model (64)")
     add("--shape", help="shape of one input, e.g. 3x32x32, for a model class that is not known")
@@ -94,12 +102,16 @@ def make_sampling_request(
     SparseDMError.
     """
     from ..diffusion import SamplePlan, make_scheduler, sampler_name
+    from ..models.schedules import read_schedule
 
     run = source.run
     sampler = options.sampler or (run.sample.sampler if run else "dpm++")
     steps = options.steps or (run.sample.steps if run else STEPS.get(sampler, 50))
-    objective = options.objective or (run.train.objective if run else "eps")
-    scheduler = make_scheduler(sampler, objective)
+    schedule = read_schedule(source.name)
+    trained = "eps" if schedule is None else schedule.objective
+    objective = options.objective or (run.train.objective if run else trained)
+    betas = None if schedule is None else schedule.betas
+    scheduler = make_scheduler(sampler, objective, betas=betas)
     condition, guidance = resolve_condition(options, source)
     vae = options.vae or (run.data.vae if run else None)
     plan = SamplePlan(
@@ -113,7 +125,7 @@ def make_sampling_request(
     )
     check_model_call(source, plan)
     label = sampler_name(scheduler, steps, guidance)
-    return SamplingRequest(source, plan, scheduler, label, objective)
+    return SamplingRequest(source, plan, scheduler, label, objective, betas, vae)
 
 
 def resolve_shape(options: argparse.Namespace, source: ModelSource) -> tuple[int, ...]:

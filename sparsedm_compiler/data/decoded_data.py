@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from io import BytesIO
@@ -11,9 +13,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..diffusion.condition import Condition
+from ..diffusion.condition import Condition, list_tensors
 from ..diffusion.image_batches import Batch
 from ..errors import DataError
+from .fingerprint import hash_encoded, hash_tensor, spread_numbers
 from .image_data import ImageData, ReadOptions, count_classes
 from .pixels import decode_image, map_in_threads, scale_pixels
 
@@ -54,6 +57,28 @@ class DecodedData(ImageData):
             row.copy_(image)
         return pixels
 
+    def fingerprint(self) -> str:
+        numbers = torch.tensor(spread_numbers(len(self)))
+        digest = hashlib.sha256(f"{self.count} {list(self.shape)} {self.classes}".encode())
+        for name, file in self.open_files(numbers.tolist()):
+            digest.update(hash_encoded(name, file))
+        condition = self.take_condition(numbers)
+        if condition is not None:
+            for name, tensor in list_tensors(condition).items():
+                digest.update(name.encode() + hash_tensor(tensor))
+        return digest.hexdigest()
+
+    def find_unreadable(self, numbers: range) -> list[str]:
+        problems = map_in_threads(self._find_problem, self.open_files(numbers))
+        return [problem for problem in problems if problem is not None]
+
+    def _find_problem(self, file: NamedFile) -> str | None:
+        try:
+            self._decode(file)
+        except DataError as error:
+            return str(error)
+        return None
+
     def _decode(self, file: NamedFile) -> Tensor:
         image = torch.from_numpy(decode_image(*file, self.size)).permute(2, 0, 1)
         if image.shape != self.shape:
@@ -77,6 +102,12 @@ class FileData(DecodedData):
     def __init__(self, paths: Sequence[Path], labels: Tensor | None, options: ReadOptions) -> None:
         self.paths = paths
         super().__init__(len(paths), labels, options)
+
+    def fingerprint(self) -> str:
+        names = [str(path) for path in self.paths[: self.count]]
+        root = os.path.commonpath([os.path.dirname(name) for name in names])
+        text = "\n".join(name[len(root) :] for name in names)
+        return hashlib.sha256(f"{super().fingerprint()} {text}".encode()).hexdigest()
 
     def open_files(self, numbers: Sequence[int]) -> Sequence[NamedFile]:
         return [(str(self.paths[number]), self.paths[number]) for number in numbers]

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..diffusion.condition import Condition, check_count, take_rows
-from ..diffusion.image_batches import Batch
+from ..diffusion.image_batches import CHUNK, Batch
 from ..errors import DataError
 from ..optional_deps import import_optional
+from .fingerprint import hash_images
 
 
 class ImageData(Dataset[tuple[Any, ...]], ABC):
@@ -28,6 +29,7 @@ class ImageData(Dataset[tuple[Any, ...]], ABC):
     Attributes:
         shape: [C, H, W] of one image.
         classes: Number of classes, None without labels.
+        notes: What a reader should know of the source, e.g. which files were left out.
 
     Example:
         >>> class Black(ImageData):
@@ -42,6 +44,7 @@ class ImageData(Dataset[tuple[Any, ...]], ABC):
 
     shape: tuple[int, ...]
     classes: int | None
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -66,6 +69,54 @@ class ImageData(Dataset[tuple[Any, ...]], ABC):
         """Returns ``(image,)`` or ``(image, condition)``, which a DataLoader can collate."""
         images, condition = self.fetch([range(len(self))[number]])
         return (images[0],) if condition is None else (images[0], take_rows(condition, 0))
+
+    def fingerprint(self) -> str:
+        """Returns a hash that other images, labels or sizes change, for resuming a run.
+
+        It covers the number of images and the content of 64 of them, spread evenly over all.
+
+        Returns:
+            A SHA-256 in hex, the same at every reading and on every machine.
+
+        Raises:
+            DataError: One of the 64 images cannot be read.
+        """
+        return hash_images(self.fetch, len(self), f"{list(self.shape)} {self.classes}")
+
+    def check_images(self, *, progress: bool = False) -> None:
+        """Reads every image.
+
+        Args:
+            progress: Whether to show a progress bar where it takes more than two seconds.
+
+        Raises:
+            DataError: Images cannot be read; the message names all of them.
+        """
+        from tqdm.auto import tqdm
+
+        starts = range(0, len(self), CHUNK)
+        problems: list[str] = []
+        for start in tqdm(starts, desc="reading all images", delay=2, disable=not progress):
+            problems += self.find_unreadable(range(start, min(start + CHUNK, len(self))))
+        if len(problems) == 1:
+            raise DataError(problems[0])
+        if problems:
+            raise DataError(f"{len(problems):,} images cannot be used: {'; '.join(problems)}")
+
+    def find_unreadable(self, numbers: range) -> list[str]:
+        """Returns what is wrong with the images of those numbers.
+
+        Args:
+            numbers: Image numbers, each in 0 .. len - 1.
+
+        Returns:
+            A sentence for each that cannot be read, which names it; empty where all can.
+        """
+        try:
+            self.fetch(numbers)
+        except DataError as error:
+            return [str(error)]
+        return []
 
     def check_numbers(self, numbers: Sequence[int]) -> Tensor:
         """Returns ``numbers`` as int64 [B].

@@ -35,8 +35,9 @@ def open_data(
     """Opens a source of images described by one line of text.
 
     - ``digits``, ``digits:test``: scikit-learn's digits, 1437 and 360 images [1, 8, 8];
-    - ``FOLDER``: png, jpg, jpeg, webp or bmp files at any depth, as RGB, upright, on white; the
-      sub-folders of FOLDER are the classes when every image lies in one;
+    - ``FOLDER``: files that Pillow opens (png, jpg, webp, bmp, tiff, gif ...) at any depth, as RGB,
+      upright, on white, of an animation its first frame; the sub-folders of FOLDER, if there are
+      any, are the classes;
     - ``FILE.npz``, ``FILE.npz:SPLIT``: arrays "images" (or "x") and "labels" (or "y"), with
       "train_", "test_" ... before them where there are splits; or a pack of JPEGs;
     - ``FILE.safetensors``: latents, as ``encode_latents`` writes them;

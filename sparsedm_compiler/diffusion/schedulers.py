@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
@@ -24,21 +25,28 @@ LINEAR_BETAS = {
     "beta_schedule": "linear",
 }
 """The variance-preserving noise schedule of training and sampling (Ho et al. 2020)."""
+BETAS = (*LINEAR_BETAS, "trained_betas", "rescale_betas_zero_snr")
+"""The settings of a scheduler of diffusers that define its noise levels."""
 CLIPPING = ("ddpm", "ddim")
 FLOWING = ("euler", "dpm++")
 
 
-def make_scheduler(sampler: str, objective: str, *, clip: bool = False) -> Any:
+def make_scheduler(
+    sampler: str, objective: str, *, clip: bool = False, betas: Mapping[str, Any] | None = None
+) -> Any:
     """Returns a scheduler of diffusers for a model trained on a given objective.
 
-    There are 1000 noise levels. Objectives "eps", "v" and "x0" use linear betas from 1e-4 to 0.02;
-    "flow" is x_s = (1 - s) x_0 + s eps with the target eps - x_0 and the time 1000 s.
+    There are 1000 noise levels. Objectives "eps", "v" and "x0" use linear betas from 1e-4 to 0.02
+    where ``betas`` does not say otherwise; "flow" is x_s = (1 - s) x_0 + s eps with the target
+    eps - x_0 and the time 1000 s.
 
     Args:
         sampler: "ddpm", "ddim", "dpm++" or "euler". Only the last two can sample from a flow.
         objective: The model's prediction: "eps", "v", "x0" or "flow".
         clip: True clamps every estimate of the clean image to [-1, 1]: right for pixels, wrong for
             latents. Only "ddpm" and "ddim" support it.
+        betas: Noise levels that the model was trained with, as ``get_betas`` reads them from
+            another scheduler. None is the linear betas; "flow" has none.
 
     Returns:
         The scheduler, not yet set to a number of steps.
@@ -69,6 +77,16 @@ def make_scheduler(sampler: str, objective: str, *, clip: bool = False) -> Any:
     options: dict[str, Any] = {"use_flow_sigmas": True} if objective == "flow" else {}
     if sampler in CLIPPING:
         options["clip_sample"] = clip
+    levels = {**LINEAR_BETAS, **({} if betas is None or objective == "flow" else betas)}
     return getattr(diffusers, SAMPLERS[sampler])(
-        **LINEAR_BETAS, prediction_type=PREDICTIONS[objective], **options
+        **levels, prediction_type=PREDICTIONS[objective], **options
     )
+
+
+def get_betas(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a scheduler's config that define its noise levels.
+
+    >>> get_betas({"beta_start": 0.00085, "clip_sample": False})
+    {'beta_start': 0.00085}
+    """
+    return {name: config[name] for name in BETAS if name in config}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,11 @@ from .feature_network import Extractor, FeatureNetwork
 from .inception import load_inception
 from .moments import Moments
 
+CONTRACT = (
+    "a feature network is a module or function from images [B, C, H, W] in [-1, 1] to features "
+    "[B, d], or a function without arguments that returns one"
+)
+"""The sentence that errors and help say of package.module:function."""
 BATCH = 64
 """Images in one call of the feature network while a stream is read."""
 INCEPTION = re.compile(r"inception(?:-(?P<width>\d+))?(?::(?P<weights>.+))?")
@@ -124,8 +129,9 @@ def load_network(
             - ``"inception"``: the InceptionV3 of pytorch-fid with its 2048 features, from which
               the FID is computed; ``"inception-64"``, ``"-192"`` and ``"-768"`` are its earlier
               layers. ``":PATH"`` at the end names the file of its weights.
-            - ``"package.module:function"``: a function without arguments that returns a module,
-              a function or a ``FeatureNetwork``; or a module that is an attribute there.
+            - ``"package.module:function"``: a module, or a function from images to features, that
+              is an attribute there; or a function without arguments that returns a module, a
+              function or a ``FeatureNetwork``.
         name: The name that results print; None takes the network's own.
         device: The device that a module is moved to.
 
@@ -159,23 +165,50 @@ def load_network(
 
 
 def instantiate(spec: str, imported: Any) -> FeatureNetwork:
-    """Returns the network behind ``spec``: the imported module, or the result of the function.
+    """Returns the network behind ``spec``: the imported module or function, or what it returns.
 
-    Raises ConfigError where the function takes arguments or returns no network.
+    A function of one argument is the network itself. Raises ConfigError where it takes more, or
+    returns no network.
     """
     if isinstance(imported, nn.Module):
         return FeatureNetwork(type(imported).__name__, imported)
-    try:
-        inspect.signature(imported).bind()
-    except TypeError as error:
-        raise ConfigError(f"{spec} must be a function that needs no arguments: {error}") from error
+    title = spec.rpartition(":")[2]
+    required = count_required(imported)
+    if required == 1 and not inspect.isclass(imported):
+        return FeatureNetwork(title, imported)
+    if required:
+        raise ConfigError(f"{spec} takes {required} arguments: {CONTRACT}")
     made = imported()
     if isinstance(made, FeatureNetwork):
         return made
     if isinstance(made, nn.Module):
         return FeatureNetwork(type(made).__name__, made)
     if not callable(made):
-        raise ConfigError(
-            f"{spec} returned {type(made).__name__} where a feature network should be"
-        )
-    return FeatureNetwork(spec.rpartition(":")[2], made)
+        raise ConfigError(f"{spec} returned {type(made).__name__}: {CONTRACT}")
+    return FeatureNetwork(title, made)
+
+
+def count_required(function: Any) -> int:
+    """Returns the number of arguments that a call of ``function`` must give; 0 if not known."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 0
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return sum(1 for p in parameters if p.default is p.empty and p.kind not in variable)
+
+
+def check_network(network: FeatureNetwork, shape: Sequence[int]) -> None:
+    """Runs a network on one grey image [C, H, W]. Raises DataError where that fails."""
+    try:
+        extract_features(network.network, torch.zeros(1, *shape))
+    except torch.OutOfMemoryError:
+        raise
+    except DataError as error:
+        raise DataError(f"{error}; {CONTRACT}") from error
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"the feature network {network.name} cannot be called with images {list(shape)}: "
+            f"{type(error).__name__}: {first}; {CONTRACT}"
+        ) from error

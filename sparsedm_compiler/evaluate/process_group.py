@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..diffusion.image_batches import ProcessShare
-from ..errors import ConfigError
+from ..errors import ConfigError, SparseDMError
 from .moments import Moments
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def in_process_group() -> bool:
     """Returns whether torch.distributed has been initialised (accelerate does so) here."""
     return dist.is_available() and dist.is_initialized()
+
+
+def join_process_group() -> PartialState:
+    """Joins the processes that a launcher started, and returns Accelerate's state of this one.
+
+    Without a GPU, Accelerate would take every one of them for the only one unless it is told.
+    """
+    from accelerate import PartialState
+
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return PartialState() if alone or torch.cuda.is_available() else PartialState(cpu=True)
 
 
 def own_share() -> ProcessShare:
@@ -51,6 +67,22 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def raising_together() -> Iterator[None]:
+    """Runs a block in every process; an error of this package in one is raised in all of them.
+
+    So no process waits for one that has ended.
+    """
+    own: SparseDMError | None = None
+    try:
+        yield
+    except SparseDMError as error:
+        own = error
+    first = next((other for other in gather_objects(own) if other is not None), None)
+    if first is not None:
+        raise own or first
 
 
 def merge_moments(own: Moments | None) -> Moments | None:

@@ -111,19 +111,20 @@ def score_images(
     Example:
         >>> from sparsedm_compiler.diffusion import image_batches
         >>> pixels = FeatureNetwork("Pixels", lambda images: images.mean((2, 3)))
-        >>> images = torch.linspace(-1, 1, 480).reshape(10, 3, 4, 4)
+        >>> images = torch.linspace(-1, 1, 2880).reshape(60, 3, 4, 4)
         >>> batches = image_batches(images)
         >>> print(*score_images(pixels, batches, reference=images, sampler="identity"))
-        FD-Pixels 0.000 (10 vs 10 images, identity)
+        FD-Pixels 0.000 (60 vs 60 images, identity)
     """
     metrics = metrics or Metrics()
     theirs = prepare_reference(network, reference, keep=metrics.keep)
     ours = summarize_features(network, batches, metrics.keep)
-    note_few_images(network, ours.statistics, theirs.statistics)
     count = ours.statistics.count
     assert count is not None, "moments count their images"
     value = gaussian_distance(ours.statistics, theirs.statistics)
-    first = Score(value, network.name, count, theirs.statistics.count, sampler)
+    width = len(ours.statistics.mean)
+    first = Score(value, network.name, count, theirs.statistics.count, sampler, width=width)
+    note_few_images(first)
     return (first, *score_stored(first, ours.stored, theirs.stored, metrics))
 
 
@@ -234,12 +235,11 @@ def gather_stored(own: CollectedFeatures) -> Tensor:
     return torch.cat([rows for _, rows in parts])[order]
 
 
-def note_few_images(network: FeatureNetwork, ours: Statistics, theirs: Statistics) -> None:
-    """Prints a note on the first process where there are fewer images than features."""
-    fewest = min(count for count in (ours.count, theirs.count) if count is not None)
-    if fewest < len(ours.mean) and own_share()[0] == 0:
+def note_few_images(score: Score) -> None:
+    """Prints a note on the first process where there are too few images for the features."""
+    if score.too_few is not None and own_share()[0] == 0:
         print(
-            f"note: {fewest} images are fewer than the {len(ours.mean)} features of "
-            f"{network.name}, which makes the Fréchet distance larger: compare it at equal counts "
+            f"note: {score.too_few} images are too few for the {score.width} features of "
+            f"{score.network}, which makes the Fréchet distance larger: compare it at equal counts "
             "only"
         )

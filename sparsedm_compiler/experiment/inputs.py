@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ from .. import ConfigError
 from ..data import ImageData, decode_latents, open_autoencoder, open_data
 from ..diffusion.condition import Condition, map_condition, read_condition, take_rows
 from ..diffusion.guidance import Guidance
+from ..diffusion.objective import NoiseScheduler
 from ..diffusion.sampling import SamplePlan
+from ..diffusion.schedulers import PREDICTIONS, make_scheduler
+from ..models.schedules import read_schedule
 from ..train import SampleGrids
 from .run_config import RunConfig
 
@@ -87,6 +91,31 @@ def make_sample_grids(config: RunConfig, inputs: OpenedInputs) -> SampleGrids:
         guidance=make_guidance(config, inputs),
         decode=inputs.decode,
     )
+
+
+def make_training_scheduler(config: RunConfig) -> NoiseScheduler | None:
+    """Returns the scheduler whose noise levels the model was trained with; None is the default.
+
+    Raises ConfigError where the model predicts something else than ``train.objective``.
+    """
+    schedule, objective = read_schedule(config.model.name), config.train.objective
+    if schedule is None:
+        return None
+    if schedule.objective != objective:
+        raise ConfigError(
+            f"{schedule.source} says that the model predicts {PREDICTIONS[schedule.objective]!r}, "
+            f"train.objective is {objective!r}: set train.objective={schedule.objective}"
+        )
+    if schedule.betas is None:
+        return None
+    scheduler: NoiseScheduler = make_scheduler("ddpm", objective, betas=schedule.betas)
+    return scheduler
+
+
+def find_betas(config: RunConfig) -> Mapping[str, Any] | None:
+    """Returns the noise levels that the model was trained with, for sampling; None: the default."""
+    schedule = read_schedule(config.model.name)
+    return None if schedule is None else schedule.betas
 
 
 def make_sample_plan(config: RunConfig, inputs: OpenedInputs) -> SamplePlan:

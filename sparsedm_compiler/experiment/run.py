@@ -7,70 +7,83 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, fields
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
-from .. import CheckpointError, ConfigError, FinetuneResult, compile, count_macs, finetune, load
-from ..data import ImageData, open_data
-from ..diffusion.condition import move_condition
-from ..diffusion.modes import evaluating
-from ..diffusion.predict import build_arguments
+from .. import CheckpointError, FinetuneResult, compile, load
+from ..data import ImageData
 from ..diffusion.sampling import sample_batches, sampler_name
 from ..diffusion.schedulers import make_scheduler
-from ..evaluate.feature_network import FeatureNetwork
-from ..evaluate.features import load_network
-from ..evaluate.process_group import own_share
-from ..evaluate.score_images import Metrics, is_statistics, prepare_reference, score_images
-from ..models import load_weights, open_model
-from ..train.checkpoint import list_checkpoints, replace_text
-from ..train.methods import find_method
-from .inputs import OpenedInputs, make_sample_grids, make_sample_plan, open_inputs
+from ..evaluate.process_group import join_process_group, own_share, raising_together
+from ..evaluate.score_images import Metrics, prepare_reference, score_images
+from ..models import load_weights
+from ..train.checkpoint import replace_text
+from ..train.finetuning import train_run
+from ..train.folder_lock import lock_folder
+from ..train.run_folder import WHOLE
+from ..train.run_inputs import RunInputs
+from .describe_run import format_description
+from .inputs import (
+    OpenedInputs,
+    find_betas,
+    make_sample_grids,
+    make_sample_plan,
+    make_training_scheduler,
+)
+from .opened_run import OpenedRun, get_compile_options, open_run, open_scorer
+from .resuming import is_scored_alike
 from .run_config import RunConfig
 
 
 def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     """Runs a configuration and returns the contents of its results.json.
 
-    A run that was interrupted is resumed; of a finished one the results are returned. Under
+    A run that was interrupted is resumed; of a finished one the results are returned. A folder
+    that holds a run of other options, data or weights is refused, and nothing is written. Under
     ``accelerate launch`` every process calls this. Raises SparseDMError.
     """
-    folder, state = Path(config.out), PartialState()
+    folder, state = Path(config.out), join_process_group()
+    with raising_together():
+        opened = open_run(config, state.device)
     if (results := read_finished_results(folder, config)) is not None:
         return results
-    inputs = open_inputs(config, state.device)
-    open_scorer(config, torch.device("cpu"))  # so that its errors come before the training
-    teacher = open_dense_model(config, state.device)
-    student = make_student(teacher, config)
-    macs = count_run_macs(teacher, config, inputs)
-    if progress and state.is_main_process:
-        print(format_description(config, inputs, teacher, macs), flush=True)
-    if state.is_main_process:
-        replace_text(folder / "run.json", json.dumps(config.as_dict(), indent=2) + "\n")
-    result = finetune(
-        student,
-        None if student is teacher else teacher,
+    with ExitStack() as stack:
+        with raising_together():
+            if state.is_main_process:
+                stack.enter_context(lock_folder(folder))
+        if progress and state.is_main_process:
+            print(format_description(config, opened), flush=True)
+        student = make_student(opened.teacher, config)
+        result = train_run(
+            student,
+            None if student is opened.teacher else opened.teacher,
+            config.train,
+            make_run_inputs(config, opened),
+            progress=progress,
+        )
+        model = get_final_model(config, opened.teacher, student, result)
+        progress = progress and state.is_main_process
+        return write_results(config, opened, result, model, progress=progress)
+
+
+def make_run_inputs(config: RunConfig, opened: OpenedRun) -> RunInputs:
+    """Returns all that the fine-tune of a run gets beside models and options."""
+    inputs = opened.inputs
+    return RunInputs(
         inputs.data,
-        config=config.train,
-        held_out=inputs.held_out,
-        null=inputs.null,
-        sample_grids=make_sample_grids(config, inputs),
-        out=folder,
-        progress=progress,
+        make_training_scheduler(config),
+        inputs.held_out,
+        inputs.null,
+        make_sample_grids(config, inputs),
+        Path(config.out),
+        opened.prints,
+        {WHOLE: json.dumps(config.as_dict(), indent=2) + "\n"},
     )
-    model = get_final_model(config, teacher, student, result)
-    progress = progress and state.is_main_process
-    return write_results(config, inputs, result, model, macs, progress=progress)
-
-
-def open_dense_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """Opens the model to prune, with its weights. Raises ConfigError and CheckpointError."""
-    spec = config.model
-    return open_model(spec.name, options=spec.options, weights=spec.weights, device=device)
 
 
 def make_student(teacher: nn.Module, config: RunConfig) -> nn.Module:
@@ -92,57 +105,28 @@ def get_final_model(
     return load_weights(copy.deepcopy(teacher), saved)
 
 
-def get_compile_options(config: RunConfig) -> dict[str, Any]:
-    """Returns the options of ``compile`` that hold in every mode, besides the pattern."""
-    names = (field.name for field in fields(config.prune) if field.name != "pattern")
-    return {name: getattr(config.prune, name) for name in names}
-
-
-def get_pruning_options(config: RunConfig) -> dict[str, Any]:
-    """Returns the options of ``compile`` that decide which weights are pruned."""
-    options = get_compile_options(config)
-    del options["backend"]
-    return options
-
-
-def count_run_macs(teacher: nn.Module, config: RunConfig, inputs: OpenedInputs) -> dict[str, int]:
-    """Counts the MACs of one image, dense and pruned. Raises DataError, CaptureError."""
-    parameter = next(teacher.parameters())
-    condition = inputs.make_condition(range(1))
-    y = None if condition is None else move_condition(condition, parameter)
-    x = torch.zeros(1, *inputs.data.shape).to(parameter)
-    t = torch.zeros(1, device=parameter.device)
-    args, kwargs = build_arguments(teacher, x, t, y)
-    options: dict[str, Any] = {"pattern": "1:1"}
-    if config.train.sparse:
-        options = {"pattern": config.prune.pattern, **get_pruning_options(config)}
-    with evaluating(teacher):
-        return count_macs(teacher, *args, **options, **kwargs).totals
-
-
 def write_results(
     config: RunConfig,
-    inputs: OpenedInputs,
+    opened: OpenedRun,
     result: FinetuneResult,
     model: nn.Module,
-    macs: dict[str, int],
     *,
     progress: bool,
 ) -> dict[str, Any]:
     """Draws the last sample grid, scores samples of ``model`` and completes results.json."""
-    folder, main = Path(config.out), PartialState().is_main_process
+    folder, main, inputs = Path(config.out), join_process_group().is_main_process, opened.inputs
     values = result.as_dict(folder.name)
     fast = compile_for_inference(model, config)
     grids = make_sample_grids(config, inputs)
-    images = grids.draw(fast, config.train.objective)
-    values["macs"] = macs
+    images = grids.draw(fast, config.train.objective, betas=find_betas(config))
+    values["macs"] = dict(opened.macs)
     values["samples"] = f"samples/{result.images:012d}.png"
     values["scores"] = score_samples(config, inputs, fast, progress=progress)
     values["complete"] = True
     if main:
         grids.save(folder / values["samples"], images)
         replace_text(folder / "results.json", json.dumps(values, indent=1) + "\n")
-    PartialState().wait_for_everyone()
+    join_process_group().wait_for_everyone()
     return values
 
 
@@ -158,11 +142,12 @@ def score_samples(
     config: RunConfig, inputs: OpenedInputs, model: nn.Module, *, progress: bool
 ) -> list[dict[str, Any]]:
     """Draws samples and returns their scores, as ``config.score`` defines, as plain values."""
-    scorer = open_scorer(config, PartialState().device)
+    scorer = open_scorer(config, join_process_group().device)
     if scorer is None:
         return []
     network, reference = scorer
-    scheduler = make_scheduler(config.sample.sampler, config.train.objective)
+    sampler, objective = config.sample.sampler, config.train.objective
+    scheduler = make_scheduler(sampler, objective, betas=find_betas(config))
     plan, spec = make_sample_plan(config, inputs), config.score
     metrics = Metrics(kid=spec.kid, precision_recall=spec.precision_recall)
     known = prepare_reference(network, reference, keep=metrics.keep, progress=progress)
@@ -176,67 +161,31 @@ def score_samples(
     return [asdict(score) for score in scores]
 
 
-def open_scorer(
-    config: RunConfig, device: torch.device
-) -> tuple[FeatureNetwork, ImageData | Path] | None:
-    """Opens the network and the reference images (or statistics) of a run's scores.
-
-    None for a run without scores. Raises ConfigError and DataError.
-    """
-    spec = config.score
-    if spec.network is None:
-        return None
-    reference = spec.reference or config.data.held_out
-    if reference is None:
-        raise ConfigError("score.network needs score.reference or data.held_out to compare with")
-    network = load_network(spec.network, device=device)
-    if is_statistics(Path(reference)):
-        return network, Path(reference)
-    return network, open_data(reference, size=config.data.size, labels=False)
-
-
 def read_finished_results(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """Returns the results of this run if it is finished, else None. Raises CheckpointError."""
+    """Returns the results of this run if it is finished and scored so, else None.
+
+    Raises CheckpointError.
+    """
     try:
         values: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read the results in {folder}: {error}") from error
-    if not values.get("complete") or before != config.as_dict():
+    if not values.get("complete") or not is_scored_alike(folder, config):
         return None
     return values
 
 
 def describe(config: RunConfig) -> str:
-    """Describes in lines of text what ``run`` would do; opens everything and writes nothing."""
-    inputs = open_inputs(config, torch.device("cpu"))
-    open_scorer(config, torch.device("cpu"))
-    model = open_dense_model(config, torch.device("cpu"))
-    return format_description(config, inputs, model, count_run_macs(model, config, inputs))
+    """Describes in lines of text what ``run`` would do; reads every image and writes nothing.
 
-
-def format_description(
-    config: RunConfig, inputs: OpenedInputs, model: nn.Module, macs: dict[str, int]
-) -> str:
-    """Returns the text of ``describe`` for inputs that are open."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    train, folder = config.train, Path(config.out)
-    saved = list_checkpoints(folder)
-    pattern = config.prune.pattern if train.sparse else "none, dense"
-    state = f"resumed after {saved[-1]:,} of them" if saved else "a new run"
-    lines = [
-        f"model      {config.model.name}, {parameters:,} parameters, weights "
-        f"{config.model.weights or 'its own or random'}",
-        f"method     {train.method}: {find_method(train.method).about}",
-        f"pattern    {pattern}, MACs {macs['dense']:,} -> {macs['sparse']:,} "
-        f"(attention {macs['attention']:,})",
-        f"data       {len(inputs.data):,} images {list(inputs.data.shape)} from "
-        f"{config.data.train}",
-        f"training   {train.images:,} images in batches of {train.batch_size}, objective "
-        f"{train.objective}; {state}",
-        f"score      {config.score.network or 'none'}",
-        f"folder     {folder}",
-    ]
-    return "\n".join(lines)
+    Raises SparseDMError.
+    """
+    opened = open_run(config, torch.device("cpu"))
+    opened.inputs.data.check_images(progress=True)
+    if opened.inputs.held_out is not None:
+        opened.inputs.held_out.check_images(progress=True)
+    if opened.scorer is not None and isinstance(opened.scorer[1], ImageData):
+        opened.scorer[1].check_images(progress=True)
+    return format_description(config, opened)

@@ -128,8 +128,8 @@ def is_function(spec: str) -> bool:
 
 
 def may_have_weights(spec: str) -> bool:
-    """Returns whether ``spec`` may bring weights of its own: a function or a directory."""
-    return is_function(spec) or Path(spec).is_dir()
+    """Returns whether ``spec`` may bring weights: a function, or a directory with weights in it."""
+    return is_function(spec) or any(Path(spec).glob(OWN_WEIGHTS))
 
 
 def resolve_spec(spec: str) -> Preset:

@@ -20,8 +20,17 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 NOT_NEGATIVE = ("images", "alpha", "beta", "lr", "weight_decay", "warmup_images", "sr_ste_lambda")
 POSITIVE = ("batch_size", "accumulation", "keep")
 OPTIONAL = ("max_grad_norm", "held_out_every", "save_every", "log_every", "sample_every")
-MAY_CHANGE = ("keep", "workers", "save_every", "sample_every")
-"""Options a resumed run may change: what is written and how fast, not what is learnt."""
+MAY_DIFFER: Mapping[str, str] = {
+    "accumulation": "one batch in more or fewer parts, as other devices need it",
+    "shard": "where the parameters lie",
+    "workers": "processes that load data",
+    "keep": "checkpoints kept",
+    "save_every": "when checkpoints are written",
+    "log_every": "when the log gets a line",
+    "held_out_every": "when the held-out loss is measured",
+    "sample_every": "when sample grids are drawn",
+}
+"""Options that a resumed run may change, and what each decides: not what is learnt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,4 +241,8 @@ class FinetuneConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def __str__(self) -> str:
-        return "finetune " + " ".join(f"{name}={value}" for name, value in self.as_dict().items())
+        """The method, its budget, and every option that the method does not set so by itself."""
+        usual, values = FinetuneConfig.create(self.method).as_dict(), self.as_dict()
+        named = ("images", "batch_size", "lr")
+        shown = [n for n in values if n in named or (n != "method" and values[n] != usual[n])]
+        return f"finetune {self.method} " + " ".join(f"{n}={values[n]}" for n in shown)

@@ -5,6 +5,7 @@ Importing this module needs no extra; what ``finetune`` calls needs the extra "t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..diffusion.condition import Condition
     from ..diffusion.objective import NoiseScheduler
     from .batches import Data
+    from .fingerprints import Fingerprints
     from .sample_grids import SampleGrids
 
 
@@ -44,9 +46,10 @@ def finetune(
     the data and all noise depend on (seed, position in the data) alone.
 
     The same call with the same ``out`` resumes a run that was interrupted, exactly (on the CPU to
-    the bit). SIGTERM and Ctrl-C save the run and raise StoppedError. Under ``accelerate launch``
-    every process calls this and takes its share of each batch; move the models to the process's
-    device first.
+    the bit); one with another student, teacher, data or options is refused. The folder
+    is locked meanwhile. SIGTERM and Ctrl-C save the run and raise StoppedError. Under ``accelerate
+    launch`` every process calls this and takes its share of each batch; move the models to the
+    process's device first.
 
     Args:
         student: The model to train, from ``compile(..., mode="train")``, or a plain model for
@@ -75,9 +78,11 @@ def finetune(
         The losses, held-out losses, timing, and a copy of the student with the EMA weights.
 
     Raises:
-        ConfigError: An option does not exist or does not fit student, teacher, optimizer or
-            folder; or a package of the extra "train" is not installed.
-        DataError: The data are of the wrong kind, shape or range, or hold nothing.
+        ConfigError: An option does not exist or does not fit student, teacher or optimizer; the
+            folder holds another run, or is being written by another process; or a package of the
+            extra "train" is not installed.
+        DataError: The data are of the wrong kind, shape or range, hold nothing, or are not what the
+            model takes.
         CheckpointError: A checkpoint cannot be written, is damaged, or is of another model.
         StoppedError: The run was stopped by a signal, and has been saved.
         SparseDMError: The loss is NaN or Inf.
@@ -97,6 +102,42 @@ def finetune(
     config = (config or FinetuneConfig()).with_options(options)
     folder = None if out is None else Path(out)
     inputs = RunInputs(data, scheduler, held_out, null, sample_grids, folder)
+    if folder is not None:
+        taught = None if config.teacher == "none" else teacher
+        inputs = replace(inputs, prints=fingerprint_inputs(student, taught, inputs, optimizer))
+    return train_run(student, teacher, config, inputs, optimizer=optimizer, progress=progress)
+
+
+def fingerprint_inputs(
+    student: nn.Module, teacher: nn.Module | None, inputs: RunInputs, optimizer: Optimizer | None
+) -> Fingerprints:
+    """Returns the fingerprints of everything that ``finetune`` gets, but for its options."""
+    with require_extra("finetune", "train"):
+        from .fingerprints import (
+            fingerprint_condition,
+            fingerprint_data,
+            fingerprint_models,
+            fingerprint_settings,
+        )
+    prints = {"data": fingerprint_data(inputs.data)}
+    if inputs.held_out is not None:
+        prints["held_out"] = fingerprint_data(inputs.held_out)
+    if inputs.null is not None:
+        prints["null"] = fingerprint_condition(inputs.null)
+    prints |= fingerprint_models(student, teacher)
+    return prints | fingerprint_settings(inputs.scheduler, optimizer)
+
+
+def train_run(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    config: FinetuneConfig,
+    inputs: RunInputs,
+    *,
+    optimizer: Optimizer | None = None,
+    progress: bool = True,
+) -> FinetuneResult:
+    """Does the work of ``finetune``, with all inputs in one value."""
     with require_extra("finetune", "train"):
         from .loop import train_to_end
         from .session import open_run

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -13,18 +14,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import StoppedError
-from .batches import Stream
-from .checkpoint import Checkpoint, replace_text
+from ..diffusion.condition import take_rows
+from ..diffusion.schedulers import get_betas
+from ..evaluate.process_group import raising_together
+from .batches import MicroBatch, Stream, check_batch, index_data
+from .check_call import check_call, check_values
+from .checkpoint import replace_text
 from .fixed_mask import static_mask
+from .randomness import drop_conditions
 from .result import FinetuneResult, HeldOutLoss
 from .resume import (
-    check_config,
     choose_save_interval,
     prepare_student_writer,
     read_last_checkpoint,
     restore_tensors,
     save_run,
 )
+from .run_folder import hold_folder, write_settings
 from .run_log import RunLog
 from .session import capture_student, session
 from .signals import StopRequest
@@ -35,6 +41,7 @@ from .validation import held_out_loss
 
 LOG_BATCHES, LOG_LINES = 50, 40
 """A line of the log is for so many batches, or for fewer where the run would have fewer lines."""
+HELD_OUT = "the held-out data"
 
 
 def train_to_end(run: Run, progress: bool) -> FinetuneResult:
@@ -42,9 +49,13 @@ def train_to_end(run: Run, progress: bool) -> FinetuneResult:
     folder = run.inputs.folder
     if progress:
         tqdm.write(str(run.config))
-    checkpoint = None if folder is None else open_folder(run, folder)
-    set_up_stage(run, None if checkpoint is None else checkpoint.tensors.get("teacher"))
-    with session(run) as stack:
+    with ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(hold_folder(folder, run.config, run.inputs))
+        checkpoint = None if folder is None else read_last_checkpoint(run, folder)
+        set_up_stage(run, None if checkpoint is None else checkpoint.tensors.get("teacher"))
+        stack.enter_context(session(run))
+        batches = open_batches(run)
         if run.config.static_mask or checkpoint is not None:
             capture_student(run)
         if checkpoint is not None:
@@ -52,28 +63,55 @@ def train_to_end(run: Run, progress: bool) -> FinetuneResult:
         if run.config.static_mask:
             stack.callback(static_mask(run.process.optimizer.optimizer, run.student).remove)
         if folder is not None and run.process.is_main:
+            write_settings(folder, run.config, run.inputs)
             run.log = RunLog(folder, run.progress.seen)
         try:
-            train(run, progress)
+            train(run, batches, progress)
         finally:
             if run.log is not None:
                 run.log.close()
-    return finish(run)
+        return finish(run)
 
 
-def open_folder(run: Run, folder: Path) -> Checkpoint | None:
-    """Checks that the folder is this run's, and returns its last checkpoint if it has any."""
-    if run.process.is_main:
-        check_config(folder, run.config)
-    run.process.wait_for_all()
-    return read_last_checkpoint(run, folder)
+def open_batches(run: Run) -> Iterator[list[MicroBatch]]:
+    """Returns the batches that are due, the first of them checked against the models.
+
+    Raises DataError where the models do not take it, ConfigError where no condition stands for
+    one that is dropped.
+    """
+    config, data, seen = run.config, run.inputs.data, run.progress.seen
+    if seen >= config.images:
+        return iter(())
+    share = run.process.share
+    with raising_together():
+        batches = Stream(data, config.batch_size, config.seed, share, config.workers).start_at(seen)
+        first = next(batches)
+        check_first_batch(run, first[0])
+    return itertools.chain([first], batches)
 
 
-def train(run: Run, progress: bool) -> None:
-    """Trains from the first batch that is due to the last."""
+def check_first_batch(run: Run, batch: MicroBatch) -> None:
+    """Raises DataError where the model does not take the first image of a batch, or held out."""
+    check_values(batch.images)
+    condition, dropped = batch.condition, None
+    if condition is not None and run.config.drop_condition > 0:
+        one = torch.ones(1, dtype=torch.bool)
+        rows = take_rows(condition, range(1))
+        dropped = drop_conditions(rows, one, run.config.null_label, run.inputs.null)
+    if run.config.shard and run.first_teacher is None:
+        return  # all processes must call a sharded student
+    model = run.student if run.first_teacher is None else run.first_teacher
+    check_call(model, run.objective, batch.images, condition, dropped=dropped)
+    held_out = None if run.inputs.held_out is None else index_data(run.inputs.held_out)
+    if held_out is not None:
+        images, condition = check_batch(held_out[1]([0]))
+        check_values(images, HELD_OUT)
+        check_call(model, run.objective, images, condition, source=HELD_OUT)
+
+
+def train(run: Run, batches: Iterator[list[MicroBatch]], progress: bool) -> None:
+    """Trains on all batches that are due."""
     config, state, inputs = run.config, run.progress, run.inputs
-    stream = Stream(inputs.data, config.batch_size, config.seed, run.process.share, config.workers)
-    batches = stream.start_at(state.seen) if state.seen < config.images else iter(())
     if not state.held_out:
         measure_held_out(run)
     with StopRequest(inputs.folder is not None) as stop, make_progress_bar(run, progress) as bar:
@@ -157,7 +195,9 @@ def save_sample_grid(run: Run) -> None:
     with ExitStack() as stack:
         if run.ema is not None:
             stack.enter_context(run.ema.applied())
-        images = grids.draw(run.student, run.config.objective)
+        scheduler = run.inputs.scheduler
+        betas = None if scheduler is None else get_betas(scheduler.config)
+        images = grids.draw(run.student, run.config.objective, betas=betas)
     if run.process.is_main:
         grids.save(folder / "samples" / f"{run.progress.seen:012d}.png", images)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -13,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import CheckpointError, ConfigError
+from .. import CheckpointError, ConfigError, masked_parameters
 from .checkpoint import (
     Checkpoint,
     flatten_state,
     get_unique_weights,
+    is_compiled,
     list_checkpoints,
     load_unique_weights,
     read_checkpoint,
     remove_old_checkpoints,
-    replace_text,
     save_model,
     save_tensors,
     unflatten_state,
     write_checkpoint,
 )
 from .ema import Ema
-from .finetune_config import MAY_CHANGE, FinetuneConfig
+from .finetune_config import FinetuneConfig
 from .fsdp import gather_state, shard_optimizer_state
 from .state import Progress, Run
 
@@ -69,6 +68,7 @@ def save_run(run: Run) -> None:
         "optimizer": optimizer,
         "scaler": run.process.get_scaler_state(),
         "updates": 0 if run.ema is None else run.ema.updates,
+        "masked": describe_masks(run.student),
     }
     if run.process.is_main:
         write_checkpoint(folder, run.progress.seen, state, files)
@@ -129,8 +129,12 @@ def read_last_checkpoint(run: Run, folder: Path) -> Checkpoint | None:
 
 
 def restore_tensors(run: Run, checkpoint: Checkpoint) -> None:
-    """Restores weights, EMA, optimizer and scaler, once the checkpoint's stage is set up."""
+    """Restores weights, EMA, optimizer and scaler, once the checkpoint's stage is set up.
+
+    Raises ConfigError where the student is masked otherwise, CheckpointError where it does not fit.
+    """
     load_unique_weights(run.student, checkpoint.tensors["student"])
+    check_masks(run, checkpoint.state["masked"])
     if run.ema is not None:
         names = get_unique_weights(run.student)
         averages: Mapping[str, Any] = checkpoint.tensors["ema"]
@@ -143,20 +147,21 @@ def restore_tensors(run: Run, checkpoint: Checkpoint) -> None:
     run.masks.measure()
 
 
-def check_config(folder: Path, config: FinetuneConfig) -> None:
-    """Writes config.json, or raises ConfigError if the folder holds a run of another config."""
-    file, ours = folder / "config.json", config.as_dict()
-    if file.exists() and list_checkpoints(folder):
-        try:
-            theirs = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
-        wrong = [n for n in ours if n not in MAY_CHANGE and theirs.get(n) != ours[n]]
-        if wrong:
-            name = wrong[0]
+def describe_masks(student: nn.Module) -> dict[str, str]:
+    """Returns the pattern of every masked weight, by name."""
+    if not is_compiled(student):
+        return {}
+    return {name: str(pattern) for name, (_, pattern) in masked_parameters(student).items()}
+
+
+def check_masks(run: Run, theirs: Mapping[str, str]) -> None:
+    """Raises ConfigError where the student's weights have other patterns than a checkpoint's."""
+    ours = describe_masks(run.student)
+    for name in sorted({*theirs, *ours}):
+        before, now = theirs.get(name, "dense"), ours.get(name, "dense")
+        if before != now:
             raise ConfigError(
-                f"{folder} holds a run with {name} {theirs.get(name)!r}, not {ours[name]!r}"
-                + (f" (and other {', '.join(wrong[1:])})" if wrong[1:] else "")
-                + ": resume it with its own options, choose another folder, or remove that one"
+                f"{run.inputs.folder} holds a run with {name} {before}, not {now}: compile the "
+                "student with the pattern, policy, keep_dense and overrides of that run, or choose "
+                "another folder"
             )
-    replace_text(file, json.dumps(ours, indent=2) + "\n")

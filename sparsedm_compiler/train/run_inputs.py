@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,17 @@ if TYPE_CHECKING:
     from ..diffusion.condition import Condition
     from ..diffusion.objective import NoiseScheduler
     from .batches import Data
+    from .fingerprints import Fingerprints
     from .sample_grids import SampleGrids
 
 
 @dataclass(frozen=True, slots=True)
 class RunInputs:
-    """Data, scheduler and folder of one fine-tune; each as ``finetune`` describes it."""
+    """Data, scheduler and folder of one fine-tune; each as ``finetune`` describes it.
+
+    ``prints``: fingerprints of all inputs, with which alone the folder is resumed. ``settings``:
+    further files, name and text, to write into the folder once the run begins.
+    """
 
     data: Data
     scheduler: NoiseScheduler | None = None
@@ -23,3 +29,5 @@ class RunInputs:
     null: Condition | None = None
     sample_grids: SampleGrids | None = None
     folder: Path | None = None
+    prints: Fingerprints = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)

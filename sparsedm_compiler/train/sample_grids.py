@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,15 @@ class SampleGrids:
     guidance: Guidance | None = None
     decode: Callable[[Tensor], Tensor] | None = None
 
-    def draw(self, model: nn.Module, objective: str) -> Tensor:
+    def draw(
+        self, model: nn.Module, objective: str, *, betas: Mapping[str, Any] | None = None
+    ) -> Tensor:
         """Draws the samples of ``model``.
 
         Args:
             model: The model to sample from.
             objective: The objective that the model was trained for, e.g. "eps".
+            betas: The noise levels that it was trained with, as for ``make_scheduler``.
 
         Returns:
             The images [count, C, H, W] in [-1, 1].
@@ -64,7 +67,7 @@ class SampleGrids:
             from ..diffusion.schedulers import make_scheduler
         return sample(
             model,
-            make_scheduler(self.sampler, objective),
+            make_scheduler(self.sampler, objective, betas=betas),
             shape=(self.count, *self.shape),
             steps=self.steps,
             seed=self.seed,

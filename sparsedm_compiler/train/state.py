@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import SparseDMError
 from ..diffusion.objective import Objective
+from .checkpoint import list_checkpoints
 from .distributed import TrainingProcess
 from .ema import Ema
 from .finetune_config import FinetuneConfig
@@ -117,8 +118,11 @@ class Run:
 
     def _describe_good_weights(self) -> str:
         """Returns the end of a message: where the last good weights are."""
-        if self.inputs.folder is not None:
-            return f"the last checkpoint in {self.inputs.folder / 'checkpoints'} is from before"
+        folder = self.inputs.folder
+        if folder is not None and not list_checkpoints(folder):
+            return f"no checkpoint has been saved in {folder} yet"
+        if folder is not None:
+            return f"the last checkpoint in {folder / 'checkpoints'} is from before"
         if next(self.student.parameters()).device.type == "cpu":
             return "the student holds the weights of the step before"
         return "the student's weights are lost; out= keeps checkpoints"

@@ -172,9 +172,31 @@ def test_sample_writes_the_provenance_of_its_images(shell: Shell, weights: Seque
         "pattern": "2:4",
         "sampler": "DDIMScheduler 3 steps",
         "objective": "eps",
+        "betas": None,
+        "condition": None,
+        "null": None,
+        "vae": None,
         "seed": 0,
         "shape": [1, 8, 8],
     }
+
+
+def test_sample_into_a_folder_of_images_of_other_conditions_is_refused(shell: Shell) -> None:
+    argv = ("sample", "--model", "own:net", "--option=num_classes=10", *SETTINGS, "--count", "2")
+    assert shell(*argv, "--out", "a", "--labels", "3,5").status == 0
+    assert shell(*argv, "--out", "b", "--labels", "3", "--guidance=2", "--null-label=9").status == 0
+    for out, other, says in (
+        ("a", ("--labels", "3,4"), "a holds images of condition '"),
+        ("a", ("--classes", "10"), "a holds images of condition '"),
+        (
+            "b",
+            ("--labels", "3", "--guidance=2", "--null-label=8"),
+            "b holds images of null 9, not 8",
+        ),
+    ):
+        for call in (shell, shell.dry):
+            assert says in call(*argv, "--out", out, *other).reason
+    assert shell(*argv, "--out", "a", "--labels", "3,5").status == 0
 
 
 def test_sample_dry_run_prints_model_sampler_and_folder(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sparsedm_compiler.data import ReadOptions, open_data
@@ -47,10 +49,67 @@ def test_folder_images_are_in_path_order_with_their_folder_as_class(
     assert data.fetch([])[0].shape == (0, 3, 4, 5)
 
 
-def test_folder_with_an_image_outside_of_the_classes_has_none(tmp_path: Path) -> None:
+def test_folder_with_an_image_outside_of_the_classes_raises(tmp_path: Path) -> None:
     filled(tmp_path, ["a/1.png", "b/1.png", "1.png"])
-    data = open_data(str(tmp_path))
+    with pytest.raises(DataError, match=r"2 images in sub-folders, .* 1 beside them \(1\.png .*\)"):
+        open_data(str(tmp_path))
+    data = open_data(str(tmp_path), labels=False)
     assert (len(data), data.classes, data.fetch([0])[1]) == (3, None, None)
+    (tmp_path / "1.png").unlink()
+    assert open_data(tmp_path).classes == 2
+
+
+def test_folder_takes_all_that_pillow_decodes_and_notes_the_rest(tmp_path: Path) -> None:
+    image = pixels(4, 4, 3)
+    for name in ("a.tiff", "b.TIF", "c.gif", "d.ppm", "e.jfif", "f.png"):
+        save(tmp_path / name, image)
+    frames = [Image.fromarray(pixels(4, 4, 3, seed=seed)) for seed in range(3)]
+    frames[0].save(tmp_path / "g.gif", save_all=True, append_images=frames[1:])
+    for name in ("notes.txt", "a/labels.csv", "b/labels.csv", "README", "film.mpeg", "page.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("junk")
+    data = open_data(tmp_path)
+    assert len(data) == 7
+    found = data.fetch(range(7))[0]
+    for number in (0, 1, 3, 5):  # without loss
+        torch.testing.assert_close(found[number], expected(image[None])[0], rtol=0, atol=1e-6)
+    (note,) = data.notes
+    assert note.startswith("left out 6 files of kinds that Pillow does not open (2 .csv, ")
+    for kind in ("1 .txt", "1 no suffix", "1 .mpeg", "1 .pdf"):
+        assert kind in note
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "x.txt").write_text("junk")
+    with pytest.raises(DataError, match=r"holds no images, only 1 file .* \(1 \.txt\)"):
+        open_data(tmp_path / "only")
+
+
+def test_check_images_names_every_image_that_cannot_be_read(tmp_path: Path) -> None:
+    filled(tmp_path, [f"{number}.png" for number in range(9)])
+    data = open_data(tmp_path)
+    data.check_images()
+    for name in ("3.png", "7.png"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:60])
+    (tmp_path / "5.png").unlink()
+    save(tmp_path / "8.png", pixels(4, 6, 3))
+    with pytest.raises(DataError, match="4 images cannot be used: ") as refusal:
+        data.check_images()
+    for name in ("3.png cannot", "5.png cannot", "7.png cannot", "8.png is 6 x 4 pixels"):
+        assert str(tmp_path / name) in str(refusal.value)
+
+
+def test_fingerprint_follows_the_files_and_not_their_place(tmp_path: Path) -> None:
+    filled(tmp_path / "one", FILES)
+    first = open_data(tmp_path / "one").fingerprint()
+    assert open_data(tmp_path / "one").fingerprint() == first
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert open_data(tmp_path / "two").fingerprint() == first
+    assert open_data(tmp_path / "two", labels=False).fingerprint() != first
+    assert open_data(tmp_path / "two", size=4).fingerprint() != first
+    assert open_data(tmp_path / "two", limit=4).fingerprint() != first
+    (tmp_path / "two/c/x.png").rename(tmp_path / "two/c/y.png")
+    assert open_data(tmp_path / "two").fingerprint() != first
+    save(tmp_path / "one/c/x.png", pixels(4, 5, 3, seed=9))
+    assert open_data(tmp_path / "one").fingerprint() != first
 
 
 def test_folder_with_labels_limit_and_size(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from sparsedm_compiler.diffusion import generator_at, image_batches
 from sparsedm_compiler.diffusion.image_batches import round_to_uint8
 from sparsedm_compiler.errors import ConfigError, DataError
 from sparsedm_compiler.evaluate import FeatureNetwork, extract_features, load_network
-from sparsedm_compiler.evaluate.features import collect_features
+from sparsedm_compiler.evaluate.features import check_network, collect_features
 
 IMAGES = torch.rand(10, 1, 2, 2, generator=generator_at("images")) * 2.2 - 1.1
 
@@ -100,7 +100,19 @@ def named() -> FeatureNetwork:
     return FeatureNetwork("Named", Pixels())
 
 
-def demanding(width: int) -> nn.Module:
+def demanding(width: int, depth: int) -> nn.Module:
+    return nn.Linear(width, depth)
+
+
+def features(images: Tensor) -> Tensor:
+    return images.flatten(1)
+
+
+def features_of_one_channel(images: Tensor) -> Tensor:
+    return nn.functional.conv2d(images, torch.ones(1, 1, 1, 1)).flatten(1)
+
+
+def wide(width: int) -> nn.Module:
     return nn.Linear(width, width)
 
 
@@ -115,6 +127,7 @@ def wrong() -> int:
         ("Pixels", "Pixels"),
         ("MODULE", "Pixels"),
         ("made_function", "made_function"),
+        ("features", "features"),
         ("named", "Named"),
     ],
 )
@@ -142,11 +155,25 @@ def test_load_network_of_an_invalid_name_raises_config_error(tmp_path: Path) -> 
         load_network("vgg")
     with pytest.raises(ConfigError, match=r"cannot import 'not.there:f'"):
         load_network("not.there:f")
-    with pytest.raises(ConfigError, match="that needs no arguments: missing a required argument"):
+    with pytest.raises(ConfigError, match="demanding takes 2 arguments: a feature network is a "):
         load_network(f"{__name__}:demanding")
-    with pytest.raises(ConfigError, match="wrong returned int where a feature network"):
+    with pytest.raises(ConfigError, match=r"torch\.nn:Linear takes 2 arguments: a feature network"):
+        load_network("torch.nn:Linear")
+    with pytest.raises(ConfigError, match="wrong returned int: a feature network is a module or"):
         load_network(f"{__name__}:wrong")
     with pytest.raises(ConfigError, match="is not a function but 3"):
         load_network(f"{__name__}:NUMBER")
     with pytest.raises(ConfigError, match="no layer of 65 features; it has 64, 192, 768, 2048"):
         load_network(f"inception-65:{tmp_path}")
+
+
+def test_check_network_of_a_function_that_takes_no_images_says_the_contract() -> None:
+    check_network(load_network(f"{__name__}:features"), (3, 8, 8))
+    check_network(load_network(f"{__name__}:make"), (3, 8, 8))
+    says = r"features_of_one_channel cannot be called with images \[3, 8, 8\]: RuntimeError: .*; a "
+    with pytest.raises(DataError, match=says + "feature network is"):
+        check_network(load_network(f"{__name__}:features_of_one_channel"), (3, 8, 8))
+    with pytest.raises(DataError, match=r"wide cannot be called with images .* a feature network"):
+        check_network(load_network(f"{__name__}:wide"), (3, 8, 8))
+    with pytest.raises(DataError, match="returned a dict, not a tensor; a feature network is"):
+        check_network(FeatureNetwork("x", lambda images: {}), (3, 8, 8))

@@ -23,6 +23,7 @@ from sparsedm_compiler.evaluate.process_group import (
     gather_objects,
     merge_moments,
     own_share,
+    raising_together,
     sum_over_processes,
 )
 from tests.group import run_group
@@ -106,3 +107,25 @@ def test_process_group_helpers_without_a_group_return_their_input(
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match=r"4 processes, .* call accelerate.PartialState"):
         own_share()
+
+
+def refuse_in(rank: int, refusing: int) -> None:
+    """A block that is refused in one process."""
+    with raising_together():
+        if rank == refusing:
+            raise ConfigError(f"refused by process {rank}")
+
+
+def refused_in_one(rank: int, folder: Path) -> None:
+    """An error of one process is raised in all; a block without errors passes in all."""
+    refuse_in(rank, 2)
+    with pytest.raises(ConfigError, match="refused by process 1"):
+        refuse_in(rank, 1)
+    (folder / f"{rank}").touch()
+
+
+def test_raising_together_raises_an_error_of_one_process_in_all(tmp_path: Path) -> None:
+    run_group(refused_in_one, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    with pytest.raises(ConfigError, match="refused by process 0"):
+        refuse_in(0, 0)

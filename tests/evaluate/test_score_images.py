@@ -66,10 +66,13 @@ def test_score_images_without_metrics_returns_the_frechet_distance_alone() -> No
 
 
 def test_score_as_text() -> None:
-    score = Score(1.23456, "Net", 10, 20, "DDIM 5 steps")
-    assert str(score) == "FD-Net 1.235 (10 vs 20 images, DDIM 5 steps)"
+    score = Score(1.23456, "Net", 20, 30, "DDIM 5 steps")
+    assert str(score) == "FD-Net 1.235 (20 vs 30 images, DDIM 5 steps)"
+    assert str(replace(score, width=31)) == f"{score}: 20 images are too few, take at least 31"
+    assert replace(score, count=16).warning == ": 16 images are too few, take at least 20"
+    assert replace(score, reference_count=None, width=20).warning == ""
     kid = replace(score, metric="KID", value=0.001234567, spread=0.000345, reference_count=None)
-    assert str(kid) == "KID-Net 0.001235 ± 0.00034 (10 vs unknown images, DDIM 5 steps)"
+    assert str(kid) == "KID-Net 0.001235 ± 0.00034 (20 vs unknown images, DDIM 5 steps)"
 
 
 def test_prepare_reference_is_reusable_and_checks_network_and_features(tmp_path: Path) -> None:
@@ -131,7 +134,9 @@ def test_score_images_of_few_images_prints_a_note_and_of_too_few_raises(
     scored(images("a"), images("b"))
     assert capsys.readouterr().out == ""
     scored(images("a"), images("b", 5))
-    assert capsys.readouterr().out.startswith("note: 5 images are fewer than the 6 features of Pix")
+    assert capsys.readouterr().out.startswith(
+        "note: 5 images are too few for the 6 features of Pix"
+    )
     with pytest.raises(DataError, match="1 images have no covariance"):
         scored(images("a", 1), images("b"))
     with pytest.raises(DataError, match="there are no images to take Pixels features of"):

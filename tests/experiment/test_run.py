@@ -23,24 +23,9 @@ from sparsedm_compiler.experiment.run import describe, run
 from sparsedm_compiler.experiment.run_config import RunConfig
 from sparsedm_compiler.experiment.yaml_values import merge
 from sparsedm_compiler.models import open_model
+from tests.experiment.cases import VALUES, change, write_inputs
 from tests.group import run_group
 from tests.train.cases import empty_curves
-
-JUDGE = "def pixels():\n    return lambda images: images.flatten(1)\n"
-NET = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
-VALUES: dict[str, Any] = {
-    "model": {
-        "name": "UViT",
-        "options": {**NET, "num_classes": 11},
-        "weights": "dense.safetensors",
-    },
-    "data": {"train": "digits", "held_out": "digits:test", "held_out_limit": 16},
-    "prune": {"pattern": "1:4", "backend": "eager"},
-    "train": {"images": 64, "batch_size": 16, "lr": 1e-3, "save_every": 32, "null_label": 10},
-    "sample": {"sampler": "ddim", "steps": 2, "grid": 12, "guidance": 1.5},
-    "score": {"network": "judge:pixels", "count": 80, "kid": True},
-    "out": "run",
-}
 
 
 @pytest.fixture
@@ -49,17 +34,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunConfi
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "judge", raising=False)
-    (tmp_path / "judge.py").write_text(JUDGE, encoding="utf-8")
-    save_file(
-        open_model("UViT", options=VALUES["model"]["options"]).state_dict(), "dense.safetensors"
-    )
+    write_inputs(tmp_path)
     torch._dynamo.reset()
     with empty_curves():
         yield RunConfig.create(VALUES)
-
-
-def changed(config: RunConfig, **sections: Any) -> RunConfig:
-    return RunConfig.create(merge(config.as_dict(), sections))
 
 
 def test_run_writes_weights_grids_scores_and_macs(config: RunConfig) -> None:
@@ -97,7 +75,7 @@ def test_run_with_other_scores_scores_a_finished_training_again(
 ) -> None:
     before = run(config, progress=False)
     monkeypatch.setattr("sparsedm_compiler.train.loop.take_step", None)  # nothing may be trained
-    after = run(changed(config, score={"count": 90}), progress=False)
+    after = run(change(config, score={"count": 90}), progress=False)
     assert after["scores"][0]["count"] == 90
     assert after["held_out"] == before["held_out"]
 
@@ -105,7 +83,7 @@ def test_run_with_other_scores_scores_a_finished_training_again(
 def test_run_killed_while_scoring_resumes_with_the_scores(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(changed(config, out="whole"), progress=False)
+    whole = run(change(config, out="whole"), progress=False)
 
     def fails(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -143,10 +121,10 @@ def test_describe_previews_a_run(config: RunConfig, capsys: pytest.CaptureFixtur
 def test_run_with_invalid_scores_raises_before_training(
     config: RunConfig, sections: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "finetune", None)
+    monkeypatch.setattr(runs, "train_run", None)
     for ask in (run, describe):
         with pytest.raises(SparseDMError, match=says):
-            ask(changed(config, **sections))
+            ask(change(config, **sections))
     assert not Path("run").exists()
 
 
@@ -157,7 +135,7 @@ def group_member(rank: int, folder: Path) -> None:
     for out, train in (("ddp", {}), ("fsdp", {"shard": True})):
         torch._dynamo.reset()
         with empty_curves():
-            run(changed(RunConfig.read("config.json"), out=out, train=train), progress=False)
+            run(change(RunConfig.read("config.json"), out=out, train=train), progress=False)
 
 
 def test_run_in_two_processes_ends_with_the_same_scores(config: RunConfig, tmp_path: Path) -> None:

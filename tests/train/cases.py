@@ -66,7 +66,8 @@ def short(
 
     ``curves``: whether curves.png is drawn; else it is empty.
     """
-    model = teacher()
+    model = options.pop("teacher", None) or teacher()
+    images = options.pop("data", None) or data()
     student = options.pop("student", None) or student_of(model, method)
     given: dict[str, Any] = {
         "batch_size": 8,
@@ -84,7 +85,7 @@ def short(
         **options,
     }
     with nullcontext() if curves else empty_curves():
-        return finetune(student, model, data(), method=method, out=out, **given), student
+        return finetune(student, model, images, method=method, out=out, **given), student
 
 
 def weights(model: nn.Module) -> list[Tensor]:

@@ -113,6 +113,6 @@ print(lines.getvalue(), end="")
 """
     assert run_core(code) == [
         "2",
-        "sparsedm finetune: this command needs accelerate, which is not installed: "
+        "sparsedm finetune: this command needs tqdm, which is not installed: "
         'pip install "sparsedm-compiler[train]"',
     ]

@@ -236,13 +236,19 @@ def test_finetune_of_a_compiled_student_masks_student_and_ema() -> None:
     assert not torch.equal(*weights_by_lambda)
 
 
-def test_finetune_with_a_nan_loss_stops_before_the_update() -> None:
+def test_finetune_with_a_nan_loss_stops_before_the_update(tmp_path: Path) -> None:
     student, broken = Denoiser(), images()
     broken[3] = math.nan
     before = weights(student)
-    with pytest.raises(SparseDMError, match="the loss is nan after 0 images"):
+    with pytest.raises(DataError, match="the first images of the data hold NaN or Inf"):
         tuned(student, broken, batch_size=20)
     assert torch.equal(weights(student), before)
+    student.classes.weight.data[2] = math.nan
+    before = weights(student)
+    says = f"the loss is nan after 0 images: .* no checkpoint has been saved in {tmp_path} yet"
+    with pytest.raises(SparseDMError, match=says):
+        tuned(student, out=tmp_path)
+    torch.testing.assert_close(weights(student), before, equal_nan=True)
 
 
 def test_finetune_with_mixed_up_models_raises() -> None:

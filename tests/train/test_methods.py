@@ -192,3 +192,10 @@ def test_finetune_of_a_student_in_eval_mode_restores_the_mode(
     short("sparsedm", student=student)
     assert all(modes)
     assert not any(module.training for module in student.modules() if module is not nn.Identity)
+
+
+def test_config_as_text_shows_the_budget_and_what_is_set() -> None:
+    usual = FinetuneConfig.create("ste")
+    assert str(usual) == "finetune ste images=128000 batch_size=128 lr=0.0002"
+    config = usual.with_options({"images": 64, "flip": True, "beta": 0.5})
+    assert str(config) == "finetune ste images=64 batch_size=128 beta=0.5 lr=0.0002 flip=True"

@@ -6,7 +6,9 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import torch
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import CheckpointError, ConfigError, SparseDMError, StoppedError
+from sparsedm_compiler.diffusion import make_scheduler
 from sparsedm_compiler.models import UViT
 from sparsedm_compiler.train import METHODS, checkpoint, loop
 from sparsedm_compiler.train.checkpoint import list_checkpoints
-from tests.train.cases import data, log_of, short, teacher, weights
+from sparsedm_compiler.train.folder_lock import LOCK, lock_folder
+from tests.train.cases import data, log_of, short, student_of, teacher, weights
 
 RESUMED = [name for name in METHODS if name not in ("untrained", "ste", "sr-ste")]
 """Methods to interrupt: "ste" is "progressive" in one stage, "sr-ste" "sparsedm" with no teacher.
@@ -53,6 +57,19 @@ def short_until(step: int, monkeypatch: pytest.MonkeyPatch, *args: Any, **option
         patch.setattr(loop, "take_step", counted)
         with pytest.raises(Killed):
             short(*args, **options)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    short(out=folder)
+    return folder
+
+
+@pytest.fixture
+def finished(whole_run: Path, tmp_path: Path) -> Path:
+    """A copy of the folder of a finished run."""
+    return shutil.copytree(whole_run, tmp_path / "finished")
 
 
 @pytest.mark.parametrize("method", RESUMED)
@@ -119,18 +136,61 @@ def test_save_run_keeps_the_last_and_the_best_checkpoint(
     assert list_checkpoints(tmp_path) == kept
 
 
-def test_resume_with_another_config_raises(tmp_path: Path) -> None:
-    short(out=tmp_path)
-    with pytest.raises(ConfigError, match=r"lr 0\.01, not 0\.02 \(and other seed\)"):
-        short(out=tmp_path, lr=0.02, seed=1)
-    short(out=tmp_path, keep=5, workers=1)
+def refuse(folder: Path, says: str, **options: Any) -> None:
+    """Holds that ``short`` with these options is refused by ``folder``, which stays as it is."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=says):
+        short(out=folder, **options)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_resume_with_another_model_raises(tmp_path: Path) -> None:
-    short(out=tmp_path)
+def test_resume_with_another_config_raises(finished: Path) -> None:
+    refuse(finished, r"a run with lr 0\.01, not 0\.02; seed 0, not 1: resume", lr=0.02, seed=1)
+    short(out=finished, keep=5, workers=1)
+
+
+def test_resume_with_other_inputs_raises(finished: Path) -> None:
+    images, labels = data()
+    refuse(finished, r"data 40 images \[1, 4, 4\], not 39 images", data=(images[1:], labels[1:]))
+    says = r"data 40 images \[1, 4, 4\], sha256 \w{8}, not \w{8}"
+    refuse(finished, says, data=(images + 1, labels))
+    refuse(finished, says, data=(images, labels.flip(0)))
+    refuse(finished, r"held_out 8 images .*, not none", held_out=None)
+    refuse(finished, r"teacher UViT of .* parameters, sha256 \w{8}, not", teacher=teacher(seed=1))
+    scheduler = make_scheduler("ddpm", "eps")
+    refuse(finished, "scheduler none, not DDPMScheduler", scheduler=scheduler)
+    student = student_of(teacher())
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    refuse(finished, "optimizer none, not SGD", student=student, optimizer=optimizer)
+
+
+def test_resume_without_a_teacher_compares_the_weights_of_the_student(tmp_path: Path) -> None:
+    short("ste", tmp_path)
+    other = student_of(teacher(seed=1))
+    refuse(tmp_path, r"student UViT .*sha256 \w{8}, not \w{8}", method="ste", student=other)
+
+
+def test_resume_with_a_student_masked_otherwise_raises(finished: Path) -> None:
+    other = sdm.compile(teacher(), pattern="2:4", backend="eager")
+    refuse(finished, "pattern 1:4, not 2:4", student=other)
+    other = sdm.compile(teacher(), pattern="1:4", keep_dense=["mid_block"], backend="eager")
+    refuse(finished, r"mid_block.*\.weight 1:4, not dense: compile the student", student=other)
+
+
+def test_finetune_into_a_folder_that_another_thread_writes_raises(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool, lock_folder(tmp_path / "run"):
+        call = pool.submit(short, "dense", tmp_path / "run")
+        with pytest.raises(ConfigError, match=rf"being written by process {os.getpid()} on "):
+            call.result()
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    assert not (tmp_path / "run").exists()
+    short("dense", tmp_path / "run")
+
+
+def test_resume_with_another_model_raises(finished: Path) -> None:
     wide = UViT(img_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=4)
     with pytest.raises(CheckpointError, match="does not fit this UViT"):
-        short(out=tmp_path, student=sdm.compile(wide, pattern="1:4", backend="eager"))
+        short(out=finished, student=sdm.compile(wide, pattern="1:4", backend="eager"))
 
 
 def test_resume_after_a_kill_during_a_save_ignores_the_torn_checkpoint(
