@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
-from ..patterns import Pattern
 from .job import Job
 from .options import (
     add_backend,
@@ -76,6 +73,7 @@ def make_case(options: argparse.Namespace) -> BenchmarkCase:
     """Returns the model and the patterns to measure. Raises ConfigError and PatternError."""
     from ..config import CompileConfig
     from ..errors import ConfigError
+    from ..patterns import Pattern
     from .open_student import read_run_config
 
     folder, fields = Path(options.model), read_model_options(options)
@@ -203,6 +201,8 @@ def print_ratios(
     times: Mapping[str, Samples], case: BenchmarkCase, options: argparse.Namespace, backend: str
 ) -> None:
     """Prints the ratios as a table, or as JSON."""
+    from tabulate import tabulate
+
     from ..autotune.side_by_side import describe_machine, format_ratio
     from ..backends.processor import read_cpu_name
 
