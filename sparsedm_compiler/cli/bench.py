@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..progress import announce, watch_compilation
 from .job import Job
 from .options import (
     add_backend,
@@ -119,7 +120,7 @@ def prepare(options: argparse.Namespace) -> Job:
             torch.set_num_threads(options.threads)
         model, args, kwargs = open_with_inputs(case.name, device=device, **settings)
         candidates = make_candidates(model.eval(), case, backend)
-        with torch.no_grad():
+        with torch.no_grad(), announce("timing all candidates", f"{options.rounds} rounds"):
             times = measure(candidates, lambda call: call(*args, **kwargs), options.rounds)
         print_ratios(times, case, options, backend)
         if case.results is not None and case.results.exists():
@@ -166,6 +167,9 @@ def measure(
     from ..autotune.side_by_side import sample_in_turns
 
     calls = {name: partial(call, candidate) for name, candidate in candidates.items()}
+    for name, first_call in calls.items():
+        with watch_compilation(f"compiling {name}"):
+            first_call()
     return sample_in_turns(calls, rounds=rounds)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..progress import announce
 from .job import Job
 from .options import add_model_options, read_model_options
 
@@ -109,10 +110,11 @@ def count_model(
     from ..compiler.counting import count_macs
 
     model, args, kwargs = called
-    reports = {
-        str(pattern): count_macs(model, *args, pattern=pattern, policy=options.policy, **kwargs)
-        for pattern in patterns
-    }
+    with announce(f"counting the MACs of {name}"):
+        reports = {
+            str(pattern): count_macs(model, *args, pattern=pattern, policy=options.policy, **kwargs)
+            for pattern in patterns
+        }
     return ModelMacs(name, reports)
 
 

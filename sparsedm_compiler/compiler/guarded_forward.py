@@ -45,6 +45,7 @@ from ..passes import (
     mark_prunable,
     may_be_pruned,
 )
+from ..progress import COMPILING, announce
 from ..reports import Choice, Decision
 from .applied_masks import AppliedMasks
 from .entry_point import EntryPoint
@@ -244,6 +245,7 @@ class SparseForward(OwnForward):
         for decision in decisions:
             self.decisions.setdefault(decision.weight, decision)
 
+    @announce("compiling the model", COMPILING)
     def lower(
         self, gm: fx.GraphModule, example_inputs: list[Any], *, whole: bool
     ) -> Callable[..., Any]:

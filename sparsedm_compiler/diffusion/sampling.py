@@ -6,21 +6,19 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError, DataError
+from ..progress import ProgressBar, show_progress_bar, watch_compilation
 from .condition import Condition, check_count, move_condition, take_rows
 from .guidance import Guidance, apply_guidance
 from .image_batches import CHUNK, NumberedBatches, ProcessShare, iterate_chunks
 from .modes import evaluating
 from .predict import generator_at
-
-if TYPE_CHECKING:
-    from tqdm.auto import tqdm
 
 
 @runtime_checkable
@@ -195,8 +193,6 @@ def sample_batches(
         >>> [n for n, _ in sample_batches(Half(), ddim, plan, share=(1, 2), progress=False)]
         [range(2, 4)]
     """
-    from tqdm.auto import tqdm
-
     todo = [
         numbers
         for numbers in iterate_chunks(plan.shape[0], plan.batch_size, share)
@@ -206,15 +202,15 @@ def sample_batches(
         model = model.module  # its own forward waits for processes that have fewer chunks
     name = sampler_name(scheduler, plan.steps, plan.guidance)
     total = len(todo) * plan.steps
-    with tqdm(total=total, unit="step", disable=not progress, desc=f"sample {name}") as bar:
+    with show_progress_bar(total, unit="step", name=f"sample {name}", shown=progress) as bar:
         for numbers in todo:
-            with evaluating(model):
+            with evaluating(model), watch_compilation("compiling the model to sample from"):
                 images = denoise(model, scheduler, plan, numbers, bar=bar)
             yield numbers, images
 
 
 def denoise(
-    model: nn.Module, scheduler: Any, plan: SamplePlan, numbers: range, *, bar: tqdm[Any]
+    model: nn.Module, scheduler: Any, plan: SamplePlan, numbers: range, *, bar: ProgressBar
 ) -> Tensor:
     """Draws the images ``numbers`` from their noise, and decodes them."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from .. import CheckpointError, ConfigError, FinetuneResult, compile, count_macs, finetune, load
@@ -27,10 +26,20 @@ from ..evaluate.features import load_network
 from ..evaluate.process_group import own_share
 from ..evaluate.score_images import Metrics, is_statistics, prepare_reference, score_images
 from ..models import load_weights, open_model
+from ..optional_deps import require_extra
+from ..progress import announce
 from ..train.checkpoint import list_checkpoints, replace_text
 from ..train.methods import find_method
 from .inputs import OpenedInputs, make_sample_grids, make_sample_plan, open_inputs
 from .run_config import RunConfig
+
+with require_extra("a run", "train"):
+    from accelerate import PartialState
+
+FLOPS = {"cpu": 5e10, "cuda": 1e13}
+"""What a device computes in a second of training, roughly and rather less than more."""
+COMPILE_SECONDS = 60
+"""What Inductor takes to compile a small model for training the first time, and more."""
 
 
 def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
@@ -44,9 +53,10 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
         return results
     inputs = open_inputs(config, state.device)
     open_scorer(config, torch.device("cpu"))  # so that its errors come before the training
-    teacher = open_dense_model(config, state.device)
-    student = make_student(teacher, config)
-    macs = count_run_macs(teacher, config, inputs)
+    with announce("opening the model and counting its MACs"):
+        teacher = open_dense_model(config, state.device)
+        student = make_student(teacher, config)
+        macs = count_run_macs(teacher, config, inputs)
     if progress and state.is_main_process:
         print(format_description(config, inputs, teacher, macs), flush=True)
     if state.is_main_process:
@@ -134,7 +144,8 @@ def write_results(
     values = result.as_dict(folder.name)
     fast = compile_for_inference(model, config)
     grids = make_sample_grids(config, inputs)
-    images = grids.draw(fast, config.train.objective)
+    with announce(f"sampling the last grid of {grids.count} images"):
+        images = grids.draw(fast, config.train.objective)
     values["macs"] = macs
     values["samples"] = f"samples/{result.images:012d}.png"
     values["scores"] = score_samples(config, inputs, fast, progress=progress)
@@ -217,6 +228,18 @@ def describe(config: RunConfig) -> str:
     return format_description(config, inputs, model, count_run_macs(model, config, inputs))
 
 
+def describe_backend(config: RunConfig, macs: dict[str, int], device: torch.device) -> str:
+    """Returns what compiles the student, with advice where that may take longer than the run.
+
+    A step multiplies about four times as often as one forward of student and teacher.
+    """
+    name = config.prune.backend
+    seconds = 8 * macs["dense"] * config.train.images / FLOPS.get(device.type, FLOPS["cuda"])
+    if name == "eager" or seconds > COMPILE_SECONDS:
+        return name
+    return f"{name}; a run this short may end sooner without compiling: --set prune.backend=eager"
+
+
 def format_description(
     config: RunConfig, inputs: OpenedInputs, model: nn.Module, macs: dict[str, int]
 ) -> str:
@@ -226,6 +249,7 @@ def format_description(
     saved = list_checkpoints(folder)
     pattern = config.prune.pattern if train.sparse else "none, dense"
     state = f"resumed after {saved[-1]:,} of them" if saved else "a new run"
+    backend = describe_backend(config, macs, next(model.parameters()).device)
     lines = [
         f"model      {config.model.name}, {parameters:,} parameters, weights "
         f"{config.model.weights or 'its own or random'}",
@@ -236,6 +260,7 @@ def format_description(
         f"{config.data.train}",
         f"training   {train.images:,} images in batches of {train.batch_size}, objective "
         f"{train.objective}; {state}",
+        *([f"backend    {backend}"] if train.sparse else []),
         f"score      {config.score.network or 'none'}",
         f"folder     {folder}",
     ]

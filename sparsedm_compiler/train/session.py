@@ -12,6 +12,7 @@ from .. import ConfigError
 from ..diffusion import in_mode, predict
 from ..diffusion.condition import move_condition
 from ..diffusion.objective import make_objective
+from ..progress import watch_compilation
 from .batches import iterate_once
 from .distributed import TrainingProcess
 from .ema import Ema
@@ -82,7 +83,7 @@ def capture_student(run: Run) -> None:
         x, t, _ = run.objective.prepare(images, values.noise, values.u)
         like = run.process.like
         y = None if condition is None else move_condition(condition, like)
-        with torch.no_grad():
+        with torch.no_grad(), watch_compilation("capturing the student"):
             predict(run.student, x.to(like), t.to(like.device), y)
         return
 

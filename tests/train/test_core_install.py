@@ -83,7 +83,7 @@ for call in (
     lambda: sdm.finetune(student, None, data, config=config),
     lambda: sdm.held_out_loss(student, data),
     lambda: sdm.train.SampleGrids((1, 4, 4)).draw(student, "eps"),
-    lambda: sdm.train.SampleGrids((1, 4, 4)).save(None, data),
+    lambda: sdm.train.SampleGrids((1, 4, 4)).save(None, torch.zeros(4, 1, 4, 4)),
 ):
     try:
         call()
@@ -98,7 +98,7 @@ for call in (
     assert lines[0].startswith("finetune needs tqdm")
     assert lines[1].startswith("the default noise schedule needs diffusers")
     assert lines[2].startswith("samplers need diffusers")
-    assert lines[3].startswith("SampleGrids needs Pillow")
+    assert lines[3].startswith("a sample grid needs Pillow")
 
 
 def test_command_line_without_the_extra_prints_one_line_and_returns_2() -> None:
@@ -113,6 +113,6 @@ print(lines.getvalue(), end="")
 """
     assert run_core(code) == [
         "2",
-        "sparsedm finetune: this command needs accelerate, which is not installed: "
+        "sparsedm finetune: reading images needs Pillow, which is not installed: "
         'pip install "sparsedm-compiler[train]"',
     ]
