@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import yaml
-
 from ..errors import ConfigError
+from ..optional_deps import require_extra
+
+with require_extra("a configuration in YAML", "train"):
+    import yaml
 
 _WHOLE = re.compile(r"[-+]?[0-9][0-9_]*")
 _REAL = re.compile(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import ConfigError, suggest
-from ..optional_deps import require_extra
 
 T = TypeVar("T")
 
@@ -25,8 +24,8 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return json.loads(text, parse_constant=refuse_constant)
     except ValueError:
-        with require_extra("a configuration in YAML", "train"):
-            from .yaml_loader import load_yaml
+        from .yaml_loader import load_yaml
+
         return load_yaml(text, where)
 
 
