@@ -21,13 +21,14 @@ SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.
 IMPORTS = read_imports(SOURCES)
 
 # Every folder (or module at the root; "" is the root itself) with all it may import from others.
-BASE = "errors fileio optional_deps triton_support progress"
+BASE = "errors fileio optional_deps triton_support progress meta_models"
 MAY_IMPORT = {
     "errors": "",
     "fileio": "errors",
     "optional_deps": "errors",
     "triton_support": "errors",
     "progress": "errors optional_deps",
+    "meta_models": "errors",
     "selection": f"{BASE}",
     "patterns": f"{BASE} selection",
     "graph": f"{BASE} selection patterns",

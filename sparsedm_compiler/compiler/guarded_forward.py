@@ -45,7 +45,6 @@ from ..passes import (
     mark_prunable,
     may_be_pruned,
 )
-from ..progress import COMPILING, announce
 from ..reports import Choice, Decision
 from .applied_masks import AppliedMasks
 from .entry_point import EntryPoint
@@ -245,7 +244,6 @@ class SparseForward(OwnForward):
         for decision in decisions:
             self.decisions.setdefault(decision.weight, decision)
 
-    @announce("compiling the model", COMPILING)
     def lower(
         self, gm: fx.GraphModule, example_inputs: list[Any], *, whole: bool
     ) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError, DataError
+from ..meta_models import require_values
 from ..progress import ProgressBar, show_progress_bar, watch_compilation
 from .condition import Condition, check_count, move_condition, take_rows
 from .guidance import Guidance, apply_guidance
@@ -131,7 +132,8 @@ def sample(
         The samples float32 on the CPU, of ``shape`` (or as decoded), not clamped.
 
     Raises:
-        ConfigError: An option is out of range, or both ``labels`` and ``condition`` are set.
+        ConfigError: An option is out of range, both ``labels`` and ``condition`` are set, or the
+            model is on the meta device.
         DataError: Labels, condition or prediction do not fit the images.
 
     Example:
@@ -180,7 +182,8 @@ def sample_batches(
         Image numbers, and these images float32 [B, C, H, W] on the CPU.
 
     Raises:
-        ConfigError: The share does not exist, or the scheduler cannot take so many steps.
+        ConfigError: The model is on the meta device, the share does not exist, or the scheduler
+            cannot take so many steps.
         DataError: Condition, prediction or decoded images do not fit.
 
     Example:
@@ -193,6 +196,7 @@ def sample_batches(
         >>> [n for n, _ in sample_batches(Half(), ddim, plan, share=(1, 2), progress=False)]
         [range(2, 4)]
     """
+    require_values(model, "sampling")
     todo = [
         numbers
         for numbers in iterate_chunks(plan.shape[0], plan.batch_size, share)
