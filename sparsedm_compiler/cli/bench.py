@@ -37,6 +37,7 @@ EXAMPLE = """\
   sparsedm bench runs/first --threads 1
   sparsedm bench path/to/unet --pattern 2:4 --backend eager --json"""
 ROUNDS = 11
+ALL_DENSE = "every layer of the pruned model runs dense"
 Quartiles = tuple[float, float, float]
 
 
@@ -122,9 +123,13 @@ def prepare(options: argparse.Namespace) -> Job:
         candidates = make_candidates(model.eval(), case, backend)
         with torch.no_grad(), announce("timing all candidates", f"{options.rounds} rounds"):
             times = measure(candidates, lambda call: call(*args, **kwargs), options.rounds)
+        dense = [text for text in case.patterns if runs_all_dense(candidates[text])]
         print_ratios(times, case, options, backend)
+        if not options.json:
+            print_dense(dense, compute_ratios(times, case.patterns))
         if case.results is not None and case.results.exists():
-            store_speedup(case.results, compute_ratios(times, case.patterns), options.batch or 1)
+            ratios, batch = compute_ratios(times, case.patterns), options.batch or 1
+            store_speedup(case.results, ratios, batch, ALL_DENSE if dense else "")
 
     compared = f"dense with {', '.join(case.patterns)} on {device}, compiled by {backend}"
     return Job((f"would compare {options.model}, {compared}, {options.rounds} rounds",), run)
@@ -186,8 +191,33 @@ def compute_ratios(
     }
 
 
-def store_speedup(results: Path, ratios: Mapping[str, Mapping[str, Quartiles]], batch: int) -> None:
-    """Stores the speed-up of a run over the fastest dense model in its results.json."""
+def runs_all_dense(model: Callable[..., Any]) -> bool:
+    """Returns whether a compiled model that was called runs every pruned weight dense."""
+    from torch import nn
+
+    from .. import explain
+
+    assert isinstance(model, nn.Module)
+    return all(choice.kernel == "dense" for choice in explain(model).choices)
+
+
+def print_dense(patterns: Sequence[str], ratios: Mapping[str, Mapping[str, Quartiles]]) -> None:
+    """Says of each pattern without a sparse kernel what its ratios are then a measure of."""
+    for text in patterns:
+        worst = min(median for _, median, _ in ratios[text].values())
+        cost = (
+            f": what is below 1 ({worst:.2f}) is the cost of a call of the pruned model, which no "
+            "kernel wins back at this size"
+            if worst < 1
+            else ""
+        )
+        print(f"{text}: {ALL_DENSE}, as no sparse kernel was faster or there is none{cost}")
+
+
+def store_speedup(
+    results: Path, ratios: Mapping[str, Mapping[str, Quartiles]], batch: int, note: str = ""
+) -> None:
+    """Stores the speed-up of a run over the fastest dense model in its results.json, and a note."""
     from ..autotune.side_by_side import describe_machine
     from ..backends.processor import read_cpu_name
     from ..train.checkpoint import replace_text
@@ -197,7 +227,8 @@ def store_speedup(results: Path, ratios: Mapping[str, Mapping[str, Quartiles]], 
     facts = {"processor": read_cpu_name(), **describe_machine()}
     about = format_machine(facts).rpartition(", load")[0]
     values = json.loads(results.read_text(encoding="utf-8"))
-    values["speed"] = {"ratio": median, "baseline": f"{name}, batch {batch}, {about}"}
+    baseline = f"{name}, batch {batch}, {about}" + (f" ({note})" if note else "")
+    values["speed"] = {"ratio": median, "baseline": baseline}
     replace_text(results, json.dumps(values, indent=1) + "\n")
 
 

@@ -233,7 +233,7 @@ def describe_backend(config: RunConfig, macs: dict[str, int], device: torch.devi
 
     A step multiplies about four times as often as one forward of student and teacher.
     """
-    name = config.prune.backend
+    name: str = config.prune.backend
     seconds = 8 * macs["dense"] * config.train.images / FLOPS.get(device.type, FLOPS["cuda"])
     if name == "eager" or seconds > COMPILE_SECONDS:
         return name
