@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick kills sanitize lint types check bench gpu study clean
+.PHONY: help env demo test test-quick core kills sanitize lint types check bench gpu study clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -27,6 +27,9 @@ test: env ## run all tests, about 15 minutes on two cores
 
 test-quick: env ## the tests to run before each commit, about 3 minutes
 	$(BIN)/python -m pytest -m "not slow"
+
+core: env ## install the core alone into a fresh environment and use it
+	SPARSEDM_FRESH_INSTALL=1 $(BIN)/python -m pytest -n0 tests/test_fresh_install.py
 
 kills: env ## kill a training run 20 times with SIGKILL; it must end the same
 	SPARSEDM_KILLS=20 $(BIN)/python -m pytest -n0 -s tests/train/test_kill.py

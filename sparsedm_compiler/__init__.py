@@ -10,12 +10,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .compiler.api import compile, explain, pattern_of, repattern
-from .compiler.apply_masks import apply_masks
-from .compiler.counting import count_macs, topology
-from .compiler.lookup import masked_parameters
-from .compiler.read_guard import allow_dense
-from .compiler.serialization import load, save
 from .errors import (
     CaptureError,
     CheckpointError,
@@ -30,18 +24,21 @@ from .errors import (
     SparseDMError,
     StoppedError,
 )
-from .masks.mask_ste import zero_kept
-from .models.model_classes import register_time_scales
-from .patterns import Pattern
-from .reports import Choice, Decision, Explanation, MacRow, MacsReport, Topology
 
 if TYPE_CHECKING:
+    from .compiler.api import compile, explain, pattern_of, repattern
+    from .compiler.apply_masks import apply_masks
+    from .compiler.counting import count_macs, topology
+    from .compiler.lookup import masked_parameters
+    from .compiler.read_guard import allow_dense
+    from .compiler.serialization import load, save
+    from .masks.mask_ste import zero_kept
+    from .patterns import Pattern
+    from .reports import Choice, Decision, Explanation, MacRow, MacsReport, Topology
     from .train import FinetuneConfig, FinetuneResult, finetune, held_out_loss
     from .train.sr_ste import sr_ste
 
 __version__ = "0.1.0"
-
-register_time_scales()
 
 __all__ = [
     "CaptureError",
@@ -83,10 +80,27 @@ __all__ = [
 ]
 
 
+MODULES = {
+    ".compiler.api": ("compile", "explain", "pattern_of", "repattern"),
+    ".compiler.apply_masks": ("apply_masks",),
+    ".compiler.counting": ("count_macs", "topology"),
+    ".compiler.lookup": ("masked_parameters",),
+    ".compiler.read_guard": ("allow_dense",),
+    ".compiler.serialization": ("load", "save"),
+    ".masks.mask_ste": ("zero_kept",),
+    ".patterns": ("Pattern",),
+    ".reports": ("Choice", "Decision", "Explanation", "MacRow", "MacsReport", "Topology"),
+    ".train": ("FinetuneConfig", "FinetuneResult", "finetune", "held_out_loss", "sr_ste"),
+}
+"""The public names that are imported at their first use, so that help texts need no torch."""
+
+
 def __getattr__(name: str) -> Any:
-    """Imports a public name that is not here yet, one of ``train``'s, at its first use."""
-    if name in __all__:
-        return getattr(import_module(".train", __name__), name)
+    """Imports a public name at its first use."""
+    for module, names in MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(module, __name__), name)
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -42,6 +42,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "instances_of_one_class",
     ),
     "masks/test_mask_ste.py": INDUCTOR,
+    "test_fresh_install.py": ("",),
     "test_readme.py": ("",),
     # Builds of kernels, and code for cards that are not here.
     "backends/cpu/test_build.py": ("",),

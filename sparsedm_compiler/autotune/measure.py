@@ -24,6 +24,7 @@ from ..backends.registry import find_families, find_family
 from ..errors import KernelError
 from ..fileio import cache_folder, write_atomically
 from ..patterns import Pattern
+from ..progress import announce
 
 
 @dataclass(slots=True)
@@ -67,7 +68,7 @@ def measure_kernels(
     if budget.seconds <= 0:
         return None
     start = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), announce(f"choosing the kernel of {trial.name}"):
         measured = _measure(trial, kernels)
     budget.seconds -= time.perf_counter() - start
     write_atomically(path, json.dumps(measured).encode())

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
-from ..patterns import Pattern
+from ..progress import announce, watch_compilation
 from .job import Job
 from .options import (
     add_backend,
@@ -39,6 +37,7 @@ EXAMPLE = """\
   sparsedm bench runs/first --threads 1
   sparsedm bench path/to/unet --pattern 2:4 --backend eager --json"""
 ROUNDS = 11
+ALL_DENSE = "every layer of the pruned model runs dense"
 Quartiles = tuple[float, float, float]
 
 
@@ -76,6 +75,7 @@ def make_case(options: argparse.Namespace) -> BenchmarkCase:
     """Returns the model and the patterns to measure. Raises ConfigError and PatternError."""
     from ..config import CompileConfig
     from ..errors import ConfigError
+    from ..patterns import Pattern
     from .open_student import read_run_config
 
     folder, fields = Path(options.model), read_model_options(options)
@@ -121,11 +121,15 @@ def prepare(options: argparse.Namespace) -> Job:
             torch.set_num_threads(options.threads)
         model, args, kwargs = open_with_inputs(case.name, device=device, **settings)
         candidates = make_candidates(model.eval(), case, backend)
-        with torch.no_grad():
+        with torch.no_grad(), announce("timing all candidates", f"{options.rounds} rounds"):
             times = measure(candidates, lambda call: call(*args, **kwargs), options.rounds)
+        dense = [text for text in case.patterns if runs_all_dense(candidates[text])]
         print_ratios(times, case, options, backend)
+        if not options.json:
+            print_dense(dense, compute_ratios(times, case.patterns))
         if case.results is not None and case.results.exists():
-            store_speedup(case.results, compute_ratios(times, case.patterns), options.batch or 1)
+            ratios, batch = compute_ratios(times, case.patterns), options.batch or 1
+            store_speedup(case.results, ratios, batch, ALL_DENSE if dense else "")
 
     compared = f"dense with {', '.join(case.patterns)} on {device}, compiled by {backend}"
     return Job((f"would compare {options.model}, {compared}, {options.rounds} rounds",), run)
@@ -168,6 +172,9 @@ def measure(
     from ..autotune.side_by_side import sample_in_turns
 
     calls = {name: partial(call, candidate) for name, candidate in candidates.items()}
+    for name, first_call in calls.items():
+        with watch_compilation(f"compiling {name}"):
+            first_call()
     return sample_in_turns(calls, rounds=rounds)
 
 
@@ -184,8 +191,33 @@ def compute_ratios(
     }
 
 
-def store_speedup(results: Path, ratios: Mapping[str, Mapping[str, Quartiles]], batch: int) -> None:
-    """Stores the speed-up of a run over the fastest dense model in its results.json."""
+def runs_all_dense(model: Callable[..., Any]) -> bool:
+    """Returns whether a compiled model that was called runs every pruned weight dense."""
+    from torch import nn
+
+    from .. import explain
+
+    assert isinstance(model, nn.Module)
+    return all(choice.kernel == "dense" for choice in explain(model).choices)
+
+
+def print_dense(patterns: Sequence[str], ratios: Mapping[str, Mapping[str, Quartiles]]) -> None:
+    """Says of each pattern without a sparse kernel what its ratios are then a measure of."""
+    for text in patterns:
+        worst = min(median for _, median, _ in ratios[text].values())
+        cost = (
+            f": what is below 1 ({worst:.2f}) is the cost of a call of the pruned model, which no "
+            "kernel wins back at this size"
+            if worst < 1
+            else ""
+        )
+        print(f"{text}: {ALL_DENSE}, as no sparse kernel was faster or there is none{cost}")
+
+
+def store_speedup(
+    results: Path, ratios: Mapping[str, Mapping[str, Quartiles]], batch: int, note: str = ""
+) -> None:
+    """Stores the speed-up of a run over the fastest dense model in its results.json, and a note."""
     from ..autotune.side_by_side import describe_machine
     from ..backends.processor import read_cpu_name
     from ..train.checkpoint import replace_text
@@ -195,7 +227,8 @@ def store_speedup(results: Path, ratios: Mapping[str, Mapping[str, Quartiles]], 
     facts = {"processor": read_cpu_name(), **describe_machine()}
     about = format_machine(facts).rpartition(", load")[0]
     values = json.loads(results.read_text(encoding="utf-8"))
-    values["speed"] = {"ratio": median, "baseline": f"{name}, batch {batch}, {about}"}
+    baseline = f"{name}, batch {batch}, {about}" + (f" ({note})" if note else "")
+    values["speed"] = {"ratio": median, "baseline": baseline}
     replace_text(results, json.dumps(values, indent=1) + "\n")
 
 
@@ -203,6 +236,8 @@ def print_ratios(
     times: Mapping[str, Samples], case: BenchmarkCase, options: argparse.Namespace, backend: str
 ) -> None:
     """Prints the ratios as a table, or as JSON."""
+    from tabulate import tabulate
+
     from ..autotune.side_by_side import describe_machine, format_ratio
     from ..backends.processor import read_cpu_name
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 
+from .. import __version__
 from . import bench, explain, fid, finetune, macs, report, sample
-from .job import Command, execute
+from .job import DONE, Command, execute
 
 COMMANDS: Mapping[str, Command] = {
     "macs": macs,
@@ -30,7 +31,8 @@ exit status: 0 success; 2 the request is wrong (the reason is printed); 1 failur
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``sparsedm``.
 
-    Errors of this package, signals and failures of the system are printed as one line on stderr.
+    Without a command it prints the help. Errors of this package, signals and failures of the system
+    are printed as one line on stderr.
 
     Args:
         argv: The arguments without the program's name; None takes those of the process.
@@ -54,13 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parts = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parts = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         part = parts.add_parser(
             name, help=command.ABOUT.split("\n")[0], formatter_class=parser.formatter_class
         )
         configure_parser(part, command)
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return DONE
+    if unknown:
+        parts.choices[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return execute(f"sparsedm {options.command}", COMMANDS[options.command], options)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..progress import watch_compilation
 from .job import Job
 from .open_student import add_source_options, resolve_source
 
@@ -56,7 +57,9 @@ def prepare(options: argparse.Namespace) -> Job:
 
         model = source.open()
         args, kwargs = move_inputs(example[1:], source.device)
-        print(explain(model, *args, **kwargs))
+        with watch_compilation("compiling the model"):
+            explanation = explain(model, *args, **kwargs)
+        print(explanation)
         if options.macs:
             ((_, forward),) = require_compiled(model)
             print(f"\n{count_pruned_macs(example, forward.config)}")

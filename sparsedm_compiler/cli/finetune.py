@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..progress import format_duration
 from .job import Job, check_writable
 from .launcher import join_processes
 
@@ -89,9 +90,14 @@ def build_config(options: argparse.Namespace) -> RunConfig:
 
 
 def print_results(folder: Path, values: Mapping[str, Any]) -> None:
-    """Prints losses and scores, and the command that compares runs."""
+    """Prints speed, losses and scores, and the command that compares runs."""
     from ..evaluate.score import Score
 
+    steps, compiling = values["seconds"], values.get("compile_seconds", 0.0)
+    print(
+        f"{values['images_per_second']:.3g} images/s; {format_duration(steps)} in steps, "
+        f"{format_duration(compiling)} compiling them"
+    )
     if values["held_out"]:
         last = values["held_out"][-1]
         ema = "" if last["ema"] is None else f", of the EMA {last['ema']:.4f}"

@@ -24,6 +24,7 @@ from ..errors import (
     StoppedError,
 )
 from ..optional_deps import require_extra
+from ..progress import announce, show_announcements
 
 DONE, FAILED, REFUSED = 0, 1, 2
 """Exit statuses: success; failure while running; a request that cannot be carried out."""
@@ -63,10 +64,11 @@ def execute(name: str, command: Command, options: argparse.Namespace) -> int:
 
     An error is printed as one line on stderr that starts with ``name``.
     """
-    with handle_signals() as last_signal:
+    with handle_signals() as last_signal, show_announcements(True):
         try:
             with require_extra("this command", "train"):
-                job = command.prepare(options)
+                with announce("importing torch and checking the request"):
+                    job = command.prepare(options)
                 if options.dry_run:
                     print("\n".join([*job.lines, "dry run: nothing was computed or written"]))
                 else:

@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
-from ..patterns import Pattern
-from ..reports import CONVENTION, MacsReport
+from ..progress import announce
 from .job import Job
 from .options import add_model_options, read_model_options
 
 if TYPE_CHECKING:
     from ..models.loading import ModelWithInputs
+    from ..patterns import Pattern
+    from ..reports import MacsReport
 
 ABOUT = """\
 count the MACs of models, dense and pruned, without their weights
@@ -69,6 +68,7 @@ def prepare(options: argparse.Namespace) -> Job:
         return Job(("would print the presets",), print_presets)
     from ..config import CompileConfig
     from ..models.loading import open_with_inputs
+    from ..patterns import Pattern
 
     patterns = [Pattern.parse(text) for text in options.pattern or ["2:4"]]
     CompileConfig.create(patterns[0], policy=options.policy)
@@ -96,6 +96,8 @@ def prepare(options: argparse.Namespace) -> Job:
 
 def print_presets() -> None:
     """Prints one line per preset."""
+    from tabulate import tabulate
+
     from ..models import PRESETS
 
     print(tabulate([(name, entry.about) for name, entry in PRESETS.items()], tablefmt="plain"))
@@ -108,15 +110,18 @@ def count_model(
     from ..compiler.counting import count_macs
 
     model, args, kwargs = called
-    reports = {
-        str(pattern): count_macs(model, *args, pattern=pattern, policy=options.policy, **kwargs)
-        for pattern in patterns
-    }
+    with announce(f"counting the MACs of {name}"):
+        reports = {
+            str(pattern): count_macs(model, *args, pattern=pattern, policy=options.policy, **kwargs)
+            for pattern in patterns
+        }
     return ModelMacs(name, reports)
 
 
 def make_json(entry: ModelMacs, options: argparse.Namespace) -> dict[str, Any]:
     """Returns plain values; of a single pattern, "pattern" and "sparse" at the top level too."""
+    from ..reports import CONVENTION
+
     patterns: dict[str, dict[str, Any]] = {
         text: {"sparse": report.sparse, "ratio": round(report.dense / max(report.sparse, 1), 4)}
         for text, report in entry.reports.items()
@@ -142,6 +147,8 @@ def make_json(entry: ModelMacs, options: argparse.Namespace) -> dict[str, Any]:
 
 def format_tables(counts: Sequence[ModelMacs], per_layer: bool) -> list[str]:
     """Returns the layers of every model if ``per_layer``, the totals, and the convention."""
+    from ..reports import CONVENTION
+
     parts = [f"{entry.model}\n{format_layers(entry)}" for entry in counts] if per_layer else []
     names = list(counts[0].reports)
     heads = [head for name in names for head in (f"{name} conv+linear", "ratio")]
@@ -184,6 +191,8 @@ def align_table(
     body: Sequence[Sequence[str]], headers: Sequence[str], *, text: int, last_text: bool = False
 ) -> str:
     """Returns a table; the first ``text`` columns (and the last) are words, the others numbers."""
+    from tabulate import tabulate
+
     numbers = len(headers) - text - last_text
     align = ["left"] * text + ["right"] * numbers + ["left"] * last_text
     return tabulate(body, headers, colalign=align, disable_numparse=True)

@@ -33,6 +33,7 @@ from ..config import Backend, CompileConfig
 from ..errors import ConfigError
 from ..graph.capture import find_own_forward, map_parameter_names, wraps_forward
 from ..masks.detect import detect_patterns
+from ..meta_models import require_values
 from ..patterns import Pattern
 from ..reports import Decision, Explanation
 from .guarded_forward import SparseForward
@@ -136,6 +137,7 @@ def compile(
     if before is not None:
         config = inherit_choice(before.config, config, (keep_dense, overrides, policy))
     elif config.pattern is None:
+        require_values(student, "detecting its pattern")
         config = replace(config, overrides=detect_patterns(student.named_parameters()))
         if not config.overrides:
             raise ConfigError(

@@ -18,7 +18,9 @@ from ..graph.capture import (
 )
 from ..graph.diagnostics import describe_graph_break
 from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
+from ..meta_models import require_values
 from ..passes import Site, find_eager_sites
+from ..progress import COMPILING, announce
 from .masked_model import MaskedModel
 
 _NO_FRAMES = "found no compiled frames"
@@ -56,6 +58,7 @@ class EntryPoint:
                 ) from limit
             except RuntimeError as error:
                 if _NO_FRAMES not in str(error):
+                    require_values(forward.module, "this call")
                     raise
             if forward.runs == before:
                 raise DenseRunError(
@@ -109,6 +112,7 @@ class EntryPoint:
         self.broken = reason
         self._compiled = self._compile(fullgraph=False)
 
+    @announce("compiling the model", COMPILING)
     def _lower(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         return self._forward.lower(gm, example_inputs, whole=self.broken is None)
 

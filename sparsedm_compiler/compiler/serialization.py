@@ -21,6 +21,7 @@ from ..config import Backend, CompileConfig
 from ..errors import CheckpointError, ConfigError, KernelError, PackError, PatternError
 from ..fileio import replace_atomically
 from ..graph.names import strip_adapter_prefix
+from ..meta_models import require_values
 from ..patterns import Pattern
 from ..reports import Decision
 from .api import check_model, install
@@ -49,7 +50,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: The file to write; its folder must exist.
 
     Raises:
-        ConfigError: If ``model`` was not compiled, or several compiled models are inside.
+        ConfigError: If ``model`` was not compiled, is on the meta device, or several compiled
+            models are inside.
         CheckpointError: If the file cannot be written.
     """
     forwards = require_compiled(model)
@@ -58,6 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"{len(forwards)} compiled models are inside; save each: {[*dict(forwards)]}"
         )
     forward = forwards[0][1]
+    require_values(forward.module, "saving it")
     state = forward.weights.state_dict_without_finalized(forward.module)
     if forward.config.mode == "infer":
         mask_state_dict(forward.module, forward.decisions, state)
@@ -97,8 +100,10 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
     Raises:
         CheckpointError: If the file is missing, damaged, of another version, or does not fit
             ``model``.
+        ConfigError: If ``model`` is a wrapper, or on the meta device.
     """
     check_model(model)
+    require_values(model, "loading into it")
     tensors, meta = _read(Path(path))
     try:
         config = CompileConfig.from_dict(meta["options"], backend=backend)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from ..diffusion.condition import Condition
-from ..diffusion.condition import take_rows as condition_rows
-from ..diffusion.image_batches import Batch
-from .encode_latents import decode_latents, encode_latents, open_autoencoder
-from .hub import HubData
-from .image_data import ImageData, ReadOptions
-from .latents import LatentData
-from .open_data import open_data
-from .tensors import TensorData
+from ..optional_deps import require_extra
+
+with require_extra("reading images", "train"):
+    from ..diffusion.condition import Condition
+    from ..diffusion.condition import take_rows as condition_rows
+    from ..diffusion.image_batches import Batch
+    from .encode_latents import decode_latents, encode_latents, open_autoencoder
+    from .hub import HubData
+    from .image_data import ImageData, ReadOptions
+    from .latents import LatentData
+    from .open_data import open_data
+    from .tensors import TensorData
 
 __all__ = [
     "Batch",

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..diffusion.condition import Condition, take_rows
 from ..diffusion.modes import evaluating
 from ..errors import ConfigError, DataError
 from ..optional_deps import import_diffusers
+from ..progress import show_progress_bar
 from .image_data import ImageData, check_condition, check_positive
 from .latents import PREFIX
 from .rowfile import RowFile
@@ -117,8 +117,9 @@ def encode_latents(
     if data.classes is not None:
         metadata["classes"] = str(data.classes)
     steps = range(0, len(data), batch_size)
-    with RowFile(target, len(data), metadata) as file, evaluating(vae):
-        for first in tqdm(steps, desc="encode", unit="batch", disable=not progress):
+    bar = show_progress_bar(len(steps), unit="batch", name="encode", shown=progress)
+    with RowFile(target, len(data), metadata) as file, evaluating(vae), bar as counter:
+        for first in steps:
             numbers = range(first, min(first + batch_size, len(data)))
             images, condition = data.fetch(numbers)
             mean = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
@@ -129,6 +130,7 @@ def encode_latents(
                     "autoencoder in float32 (vae.float()) and write dtype=torch.float32"
                 )
             file.write({"latents": latents, **name_tensors(condition, extra, numbers)})
+            counter.update()
 
 
 def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 16) -> Tensor:

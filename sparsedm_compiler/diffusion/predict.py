@@ -17,11 +17,10 @@ from .condition import Condition
 
 TIME_NAMES = ("timestep", "timesteps", "t")
 """Names of the time argument in a model's forward."""
-TIME_SCALES: dict[str, float] = {}
+TIME_SCALES = {"AuraFlowTransformer2DModel": 1e-3, "FluxTransformer2DModel": 1e-3}
 """Class name -> factor from the noise level, 0..1000, to the time its forward takes.
 
-Classes that count to 1000 are not listed. ``models.model_classes`` fills it when the package is
-imported.
+Classes that count to 1000 are not listed.
 """
 
 

@@ -6,21 +6,20 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError, DataError
+from ..meta_models import require_values
+from ..progress import ProgressBar, show_progress_bar, watch_compilation
 from .condition import Condition, check_count, move_condition, take_rows
 from .guidance import Guidance, apply_guidance
 from .image_batches import CHUNK, NumberedBatches, ProcessShare, iterate_chunks
 from .modes import evaluating
 from .predict import generator_at
-
-if TYPE_CHECKING:
-    from tqdm.auto import tqdm
 
 
 @runtime_checkable
@@ -133,7 +132,8 @@ def sample(
         The samples float32 on the CPU, of ``shape`` (or as decoded), not clamped.
 
     Raises:
-        ConfigError: An option is out of range, or both ``labels`` and ``condition`` are set.
+        ConfigError: An option is out of range, both ``labels`` and ``condition`` are set, or the
+            model is on the meta device.
         DataError: Labels, condition or prediction do not fit the images.
 
     Example:
@@ -182,7 +182,8 @@ def sample_batches(
         Image numbers, and these images float32 [B, C, H, W] on the CPU.
 
     Raises:
-        ConfigError: The share does not exist, or the scheduler cannot take so many steps.
+        ConfigError: The model is on the meta device, the share does not exist, or the scheduler
+            cannot take so many steps.
         DataError: Condition, prediction or decoded images do not fit.
 
     Example:
@@ -195,8 +196,7 @@ def sample_batches(
         >>> [n for n, _ in sample_batches(Half(), ddim, plan, share=(1, 2), progress=False)]
         [range(2, 4)]
     """
-    from tqdm.auto import tqdm
-
+    require_values(model, "sampling")
     todo = [
         numbers
         for numbers in iterate_chunks(plan.shape[0], plan.batch_size, share)
@@ -206,15 +206,15 @@ def sample_batches(
         model = model.module  # its own forward waits for processes that have fewer chunks
     name = sampler_name(scheduler, plan.steps, plan.guidance)
     total = len(todo) * plan.steps
-    with tqdm(total=total, unit="step", disable=not progress, desc=f"sample {name}") as bar:
+    with show_progress_bar(total, unit="step", name=f"sample {name}", shown=progress) as bar:
         for numbers in todo:
-            with evaluating(model):
+            with evaluating(model), watch_compilation("compiling the model to sample from"):
                 images = denoise(model, scheduler, plan, numbers, bar=bar)
             yield numbers, images
 
 
 def denoise(
-    model: nn.Module, scheduler: Any, plan: SamplePlan, numbers: range, *, bar: tqdm[Any]
+    model: nn.Module, scheduler: Any, plan: SamplePlan, numbers: range, *, bar: ProgressBar
 ) -> Tensor:
     """Draws the images ``numbers`` from their noise, and decodes them."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..diffusion.image_batches import CHUNK, ImageSource, image_batches, iterate_chunks
+from ..diffusion.image_batches import (
+    CHUNK,
+    ImageSource,
+    NumberedBatches,
+    image_batches,
+    iterate_chunks,
+)
 from ..errors import ConfigError, DataError
+from ..progress import ProgressBar, show_progress_bar
 from .feature_network import FeatureNetwork
 from .features import CollectedFeatures, collect_features
 from .frechet import gaussian_distance
@@ -175,14 +181,18 @@ def prepare_reference(
 
         reference = open_data(str(reference), labels=False)
     share = own_share()
-    batches = tqdm(
-        image_batches(reference, share=share),
-        desc=f"{network.name} features",
-        total=sum(1 for _ in iterate_chunks(len(reference), CHUNK, share)),
-        unit="batch",
-        disable=share[0] > 0 or not progress,
-    )
-    return summarize_features(network, batches, keep)
+    total = sum(1 for _ in iterate_chunks(len(reference), CHUNK, share))
+    name, shown = f"{network.name} features", progress and share[0] == 0
+    with show_progress_bar(total, unit="batch", name=name, shown=shown) as bar:
+        batches = count_batches(image_batches(reference, share=share), bar)
+        return summarize_features(network, batches, keep)
+
+
+def count_batches(batches: NumberedBatches, bar: ProgressBar) -> NumberedBatches:
+    """Yields the batches, and counts each one when the next is asked for."""
+    for batch in batches:
+        yield batch
+        bar.update()
 
 
 def is_statistics(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..data import ImageData
@@ -13,6 +14,11 @@ from ..train.methods import find_method
 from .inputs import OpenedInputs
 from .opened_run import OpenedRun
 from .run_config import RunConfig
+
+FLOPS = {"cpu": 5e10, "cuda": 1e13}
+"""What a device computes in a second of training, roughly and rather less than more."""
+COMPILE_SECONDS = 60
+"""What Inductor takes to compile a small model for training the first time, and more."""
 
 
 def format_description(config: RunConfig, opened: OpenedRun) -> str:
@@ -33,6 +39,7 @@ def format_description(config: RunConfig, opened: OpenedRun) -> str:
         f"training   {train.images:,} images in batches of {train.batch_size}, objective "
         f"{train.objective}; {state}",
         f"device     {describe_processes()}",
+        *([f"backend    {describe_backend(config, macs)}"] if train.sparse else []),
         f"score      {config.score.network or 'none'}",
         f"folder     {folder}",
     ]
@@ -64,6 +71,19 @@ def describe_held_out(config: RunConfig, inputs: OpenedInputs) -> str:
     if config.data.held_out is None or inputs.held_out is None:
         return "none: no held-out loss (set data.held_out)"
     return describe_data(config.data.held_out, inputs.held_out)
+
+
+def describe_backend(config: RunConfig, macs: Mapping[str, int]) -> str:
+    """Says what compiles the student, with advice where that may take longer than the run.
+
+    A step multiplies about four times as often as one forward of student and teacher.
+    """
+    name: str = config.prune.backend
+    flops = FLOPS.get(join_process_group().device.type, FLOPS["cuda"])
+    seconds = 8 * macs["dense"] * config.train.images / flops
+    if name == "eager" or seconds > COMPILE_SECONDS:
+        return name
+    return f"{name}; a run this short may end sooner without compiling: --set prune.backend=eager"
 
 
 def describe_processes() -> str:

@@ -22,6 +22,7 @@ from ..diffusion.schedulers import make_scheduler
 from ..evaluate.process_group import join_process_group, own_share, raising_together
 from ..evaluate.score_images import Metrics, prepare_reference, score_images
 from ..models import load_weights
+from ..progress import announce
 from ..train.checkpoint import replace_text
 from ..train.finetuning import train_run
 from ..train.folder_lock import lock_folder
@@ -48,7 +49,7 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     ``accelerate launch`` every process calls this. Raises SparseDMError.
     """
     folder, state = Path(config.out), join_process_group()
-    with raising_together():
+    with raising_together(), announce("opening the model and counting its MACs"):
         opened = open_run(config, state.device)
     if (results := read_finished_results(folder, config)) is not None:
         return results
@@ -118,7 +119,8 @@ def write_results(
     values = result.as_dict(folder.name)
     fast = compile_for_inference(model, config)
     grids = make_sample_grids(config, inputs)
-    images = grids.draw(fast, config.train.objective, betas=find_betas(config))
+    with announce(f"sampling the last grid of {grids.count} images"):
+        images = grids.draw(fast, config.train.objective, betas=find_betas(config))
     values["macs"] = dict(opened.macs)
     values["samples"] = f"samples/{result.images:012d}.png"
     values["scores"] = score_samples(config, inputs, fast, progress=progress)

@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import Any, NoReturn, TypeVar
 
 from ..errors import ConfigError, suggest
 
 T = TypeVar("T")
 
-_WHOLE = re.compile(r"[-+]?[0-9][0-9_]*")
-_REAL = re.compile(
-    r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"
-)
-_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
-
-
-class _Loader(yaml.SafeLoader):
-    """A YAML loader with decimal numbers: "2:4" is text (YAML 1.1 reads 124), 1e-3 is a number."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, form) for tag, form in resolvers if tag not in _NUMBERS]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-for _tag, _form in (("int", _WHOLE), ("float", _REAL)):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form.pattern})$"), list("-+.0123456789")
-    )
-
 
 def parse_yaml(text: str, where: str) -> Any:
     """Parses YAML (or JSON) text. Raises ConfigError that names ``where`` it comes from.
+
+    JSON needs no PyYAML.
 
     >>> parse_yaml("{pattern: 2:4, lr: 1e-3}", "a test")
     {'pattern': '2:4', 'lr': 0.001}
     """
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+        return json.loads(text, parse_constant=refuse_constant)
+    except ValueError:
+        from .yaml_loader import load_yaml
+
+        return load_yaml(text, where)
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Raises ValueError for NaN and Infinity, which Python's JSON has and YAML reads as text."""
+    raise ValueError(name)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

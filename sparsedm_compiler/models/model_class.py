@@ -69,15 +69,13 @@ class InputRequest:
 
 @dataclass(frozen=True, slots=True)
 class ModelClass:
-    """The facts about one class of models: example inputs, time scale and presets.
+    """The facts about one class of models: example inputs and presets.
 
     ``name``: "UViT" or a class of diffusers; subclasses count as their base. ``make_inputs``:
-    returns (args, kwargs) of a forward for the model's config. ``time_scale``: factor from the
-    noise level, 0..1000, to the time that forward takes. ``presets``: name -> title and config of
-    every published model of this class.
+    returns (args, kwargs) of a forward for the model's config. ``presets``: name -> title and
+    config of every published model of this class.
     """
 
     name: str
     make_inputs: Callable[[Any, InputRequest], ExampleCall]
-    time_scale: float = 1.0
     presets: Mapping[str, Published] = field(default_factory=dict)

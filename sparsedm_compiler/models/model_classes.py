@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..diffusion.predict import TIME_SCALES
 from .model_class import ModelClass
 from .transformer_classes import TRANSFORMER_CLASSES
 from .unet_classes import UNET_CLASSES
@@ -18,16 +17,6 @@ MODEL_CLASSES: Mapping[str, ModelClass] = {
     row.name: row for row in (*UNET_CLASSES, *TRANSFORMER_CLASSES)
 }
 """Every known model class by name."""
-
-
-def register_time_scales() -> None:
-    """Registers the time scale of every known class that has one with ``diffusion.predict``.
-
-    The package does this once, when it is imported.
-    """
-    TIME_SCALES.update(
-        {row.name: row.time_scale for row in MODEL_CLASSES.values() if row.time_scale != 1}
-    )
 
 
 def find_model_class(model: nn.Module) -> ModelClass | None:

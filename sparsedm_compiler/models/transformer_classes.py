@@ -82,7 +82,6 @@ def make_flux_inputs(config: Any, request: InputRequest) -> ExampleCall:
 FLUX = ModelClass(
     "FluxTransformer2DModel",
     make_flux_inputs,
-    time_scale=1e-3,
     presets={"flux1": ("FLUX.1-dev, 1024px", {"guidance_embeds": True})},
 )
 
@@ -164,6 +163,6 @@ TRANSFORMER_CLASSES = (
     ModelClass("LTXVideoTransformer3DModel", make_ltx_inputs),
     ModelClass("WanTransformer3DModel", make_wan_inputs),
     ModelClass("SanaTransformer2DModel", make_sana_inputs),
-    ModelClass("AuraFlowTransformer2DModel", make_auraflow_inputs, time_scale=1e-3),
+    ModelClass("AuraFlowTransformer2DModel", make_auraflow_inputs),
 )
 """The rows of this file."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..diffusion.image_batches import to_uint8
 from ..errors import DataError
+from ..optional_deps import require_extra
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 GAP = 4
 FONT_SIZE = 15
@@ -31,6 +35,7 @@ def save_grid(
         scale: The side of the square that a pixel becomes.
 
     Raises:
+        ConfigError: Pillow is not installed.
         DataError: The rows have different shapes or no 1 or 3 channels, or there are not as many
             labels as columns.
 
@@ -44,6 +49,8 @@ def save_grid(
         raise DataError("a grid needs rows of equally many images [n, 1 or 3, h, w]")
     if columns and len(columns) != shape[0]:
         raise DataError(f"{len(columns)} column labels for {shape[0]} images in a row")
+    with require_extra("a sample grid", "train"):
+        from PIL import Image, ImageDraw, ImageFont
     font = ImageFont.load_default(FONT_SIZE)
     left = int(max(font.getlength(label) for label in rows)) + 3 * GAP
     top = FONT_SIZE + 2 * GAP if columns else GAP
@@ -64,6 +71,8 @@ def save_grid(
 
 def enlarge(image: Tensor, scale: int) -> Image.Image:
     """Returns ``image`` [1 or 3, h, w] in [-1, 1], ``scale`` times as wide and as high."""
+    from PIL import Image
+
     values = to_uint8(image)
     height, width = values.shape[1:]
     small = Image.fromarray(values.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())

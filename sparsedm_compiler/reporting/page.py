@@ -11,6 +11,7 @@ from statistics import mean, stdev
 
 from ..errors import DataError
 from ..evaluate.score import ScoreKey
+from ..optional_deps import DISTRIBUTIONS, is_installed
 from .charts import DARK, LIGHT, draw_curves
 from .grouping import (
     ABSENT,
@@ -25,6 +26,8 @@ from .run_record import RunRecord, read_run
 
 FEW = len(LIGHT.runs)
 """Runs in one chart at most, as many as there are colours."""
+CHART_PACKAGES = ("matplotlib", "PIL")
+"""Packages that draw the curves, without which a page has none."""
 BETTER = {
     **dict.fromkeys(("FD", "FID", "KID"), "lower is better"),
     **dict.fromkeys(("IS", "precision", "recall", "density", "coverage"), "higher is better"),
@@ -227,6 +230,12 @@ def describe_baselines(groups: Sequence[SeedGroup]) -> list[str]:
 
 def make_curves(runs: Mapping[str, RunRecord]) -> str:
     """Returns the charts of the runs, light and dark; of many runs, charts by pattern."""
+    if missing := [package for package in CHART_PACKAGES if not is_installed(package)]:
+        needs = " and ".join(DISTRIBUTIONS.get(package, package) for package in missing)
+        return (
+            f'<p class="soft">Left out: charts need {needs}, not installed here: '
+            "pip install &quot;sparsedm-compiler[train]&quot;</p>"
+        )
     parts: list[list[str]] = [[*runs]]
     if len(runs) > FEW:
         patterns = dict.fromkeys(run.pattern for run in runs.values())

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
 from ..diffusion.image_batches import check_images, to_uint8
 from ..errors import CheckpointError, DataError
 from ..fileio import replace_atomically
+from ..optional_deps import require_extra
 
 
 def image_path(folder: str | Path, number: int) -> Path:
@@ -46,6 +46,7 @@ def save_images(
         The number of files written.
 
     Raises:
+        ConfigError: Pillow is not installed.
         DataError: The images have no 1 or 3 channels, are not finite, or are not as many as the
             numbers.
         CheckpointError: A file cannot be written, e.g. because the disk is full.
@@ -75,6 +76,8 @@ def save_images(
 
 def write_png(path: Path, image: Tensor) -> None:
     """Writes ``image`` [1 or 3, h, w] at ``path``, atomically. Raises CheckpointError."""
+    with require_extra("a PNG", "train"):
+        from PIL import Image
     array = to_uint8(image).permute(1, 2, 0).squeeze(2).contiguous().numpy()
     try:
         with replace_atomically(path) as part:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..optional_deps import require_extra
+from ..progress import show_announcements
 from .finetune_config import FinetuneConfig
 from .result import FinetuneResult
 from .run_inputs import RunInputs
@@ -70,7 +71,8 @@ def finetune(
         sample_grids: Grids of samples to draw every ``sample_every`` images. None draws none.
         out: A folder for checkpoints, log, curves, sample grids, student.safetensors and
             results.json. None writes nothing.
-        progress: Whether the main process shows a progress bar.
+        progress: Whether the main process shows a progress bar, and says on stderr what else takes
+            long (compiling, measuring, sampling).
         **options: Fields of FinetuneConfig by name, on top of ``config``; ``method`` brings its
             own options.
 
@@ -143,6 +145,7 @@ def train_run(
         from .session import open_run
     run = open_run(student, teacher, config, inputs, optimizer)
     try:
-        return train_to_end(run, progress and run.process.is_main)
+        with show_announcements(progress and run.process.is_main):
+            return train_to_end(run, progress and run.process.is_main)
     finally:
         run.process.release()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .. import StoppedError
 from ..diffusion.condition import take_rows
 from ..diffusion.schedulers import get_betas
 from ..evaluate.process_group import raising_together
+from ..progress import announce, watch_compilation
 from .batches import MicroBatch, Stream, check_batch, index_data
 from .check_call import check_call, check_values
 from .checkpoint import replace_text
@@ -114,15 +115,22 @@ def train(run: Run, batches: Iterator[list[MicroBatch]], progress: bool) -> None
     config, state, inputs = run.config, run.progress, run.inputs
     if not state.held_out:
         measure_held_out(run)
+    run.clock.start()
     with StopRequest(inputs.folder is not None) as stop, make_progress_bar(run, progress) as bar:
         for batch in batches:
-            while state.seen >= run.stage.last:
-                begin_stage(run)
-            started, before = time.perf_counter(), state.seen
+            if state.seen >= run.stage.last:
+                run.stop_clock()
+                while state.seen >= run.stage.last:
+                    begin_stage(run)
+                run.clock.start()
+            before = state.seen
             log = is_log_due(run, before, before + batch[0].total)
-            norm = take_step(run, batch, norm_wanted=log)
+            with watch_compilation("compiling the training step") as compiling:
+                norm = take_step(run, batch, norm_wanted=log)
             state.seen += batch[0].total
-            state.seconds += time.perf_counter() - started
+            run.clock.count(batch[0].total, compiling.seconds)
+            if not run.pending:  # else the device may still be at work
+                run.stop_clock()
             record(run, before, norm)
             bar.update(min(state.seen, config.images) - before)
             bar.set_postfix(loss=format_recent_loss(run), refresh=False)
@@ -147,19 +155,27 @@ def is_log_due(run: Run, before: int, seen: int) -> bool:
 def record(run: Run, before: int, norm: Tensor | None) -> None:
     """Writes log, held-out loss, sample grid and checkpoint after a step, if they are due."""
     config, seen = run.config, run.progress.seen
-    if is_log_due(run, before, seen):
+    log = is_log_due(run, before, seen)
+    held_out = config.is_due(config.held_out_every, before, seen)
+    grid = config.sample_every is not None and config.is_due(config.sample_every, before, seen)
+    interval = choose_save_interval(config)
+    save = run.inputs.folder is not None and config.is_due(interval, before, seen)
+    if not (log or held_out or grid or save):
+        return
+    run.stop_clock()
+    if log:
         write_log(run, norm)
-    if config.is_due(config.held_out_every, before, seen):
+    if held_out:
         measure_held_out(run)
-    if config.sample_every is not None and config.is_due(config.sample_every, before, seen):
+    if grid:
         save_sample_grid(run)
-    if run.inputs.folder is not None and config.is_due(choose_save_interval(config), before, seen):
+    if save:
         save_run(run)
+    run.clock.start()
 
 
 def write_log(run: Run, norm: Tensor | None) -> None:
     """Writes a line of the log for the steps since the line before."""
-    run.collect_losses()
     state = run.progress
     window = torch.tensor(state.losses[state.logged :], dtype=torch.float64).mean(dim=0)
     state.logged = len(state.losses)
@@ -168,7 +184,10 @@ def write_log(run: Run, norm: Tensor | None) -> None:
         lr = run.process.optimizer.param_groups[0]["lr"]
         size = None if norm is None else norm.item()
         losses = window.tolist()
-        run.log.write_losses(state.seen, losses, lr=lr, grad_norm=size, flip_rate=changes.rate)
+        rate = round(median(run.recent_rates), 2) if run.recent_rates else None
+        values = {"lr": lr, "grad_norm": size, "flip_rate": changes.rate, "images_per_second": rate}
+        run.log.write_losses(state.seen, losses, **values)
+        run.recent_rates = []
         run.log.write_density(state.seen, changes.density)
 
 
@@ -178,10 +197,11 @@ def measure_held_out(run: Run) -> None:
     if data is None:
         return
     options: dict[str, Any] = {"objective": run.objective, "seed": run.config.seed}
-    student, ema = held_out_loss(run.student, data, **options), None
-    if run.ema is not None:
-        with run.ema.applied():
-            ema = held_out_loss(run.student, data, **options)
+    with announce("measuring the held-out loss"), watch_compilation("compiling the model for it"):
+        student, ema = held_out_loss(run.student, data, **options), None
+        if run.ema is not None:
+            with run.ema.applied():
+                ema = held_out_loss(run.student, data, **options)
     run.progress.held_out.append(HeldOutLoss(run.progress.seen, student, ema))
     if run.log is not None:
         run.log.write_held_out(run.progress.seen, student, ema)
@@ -193,6 +213,7 @@ def save_sample_grid(run: Run) -> None:
     if grids is None or folder is None:
         return
     with ExitStack() as stack:
+        stack.enter_context(announce(f"sampling a grid of {grids.count} images"))
         if run.ema is not None:
             stack.enter_context(run.ema.applied())
         scheduler = run.inputs.scheduler
@@ -216,6 +237,8 @@ def finish(run: Run) -> FinetuneResult:
         None if pattern is None else str(pattern),
         run.process.share.world,
         run.process.like.device.type,
+        state.compile_seconds,
+        median(state.rates) if state.rates else state.seen / max(state.seconds, 1e-9),
     )
     if folder is not None:
         save_student = prepare_student_writer(run, ema=True)
@@ -233,8 +256,24 @@ def format_recent_loss(run: Run) -> str:
     return f"{sum(losses) / len(losses):.4f}" if losses else "?"
 
 
-def make_progress_bar(run: Run, progress: bool) -> tqdm[NoReturn]:
+class TrainingBar(tqdm):  # type: ignore[type-arg]
+    """A bar whose rate and remaining time are those of the steps, without the work in between."""
+
+    rates: Sequence[float] = ()
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """The values that the bar shows."""
+        values = dict(super().format_dict)
+        if not self.rates:  # so that time spent compiling gives no estimate
+            return {**values, "rate": None, "initial": values["n"]}
+        return {**values, "rate": median(self.rates[-LOG_BATCHES:])}
+
+
+def make_progress_bar(run: Run, progress: bool) -> TrainingBar:
     """Returns a bar that counts images and estimates when all will have been seen."""
     seen, images = run.progress.seen, run.config.images
     name = f"finetune {run.config.method}"
-    return tqdm(total=images, initial=seen, unit="img", desc=name, disable=not progress)
+    bar = TrainingBar(total=images, initial=seen, unit="img", desc=name, disable=not progress)
+    bar.rates = run.progress.rates
+    return bar

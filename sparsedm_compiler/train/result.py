@@ -41,13 +41,16 @@ class FinetuneResult:
         config: The options of the run.
         losses: The total loss of every step.
         images: Images trained on, epochs and all.
-        seconds: Time spent in steps, compilation included, over all resumed parts of the run.
+        seconds: Time spent in steps and waiting for data, over all resumed parts of the run; not
+            compiling, measuring, sampling and saving.
         ema: A copy of the student that holds the EMA of its latent weights and masks them in every
             forward: the model to evaluate and save. None without EMA, and for sharded runs.
         held_out: Held-out losses, in the order they were measured.
         pattern: The student's pattern as text, e.g. "2:4"; None if it is dense.
         processes: Number of processes that trained together.
         device: Type of the device, "cpu" or "cuda".
+        compile_seconds: Time spent compiling the training step.
+        images_per_second: Median rate of the steps that were not compiled first.
     """
 
     config: FinetuneConfig
@@ -59,6 +62,8 @@ class FinetuneResult:
     pattern: str | None = None
     processes: int = 1
     device: str = "cpu"
+    compile_seconds: float = 0.0
+    images_per_second: float = 0.0
 
     def as_dict(self, name: str = "") -> dict[str, Any]:
         """Returns plain values for results.json: everything but the weights.
@@ -78,7 +83,8 @@ class FinetuneResult:
             "seed": self.config.seed,
             "images": self.images,
             "seconds": self.seconds,
-            "images_per_second": self.images / self.seconds if self.images else 0.0,
+            "compile_seconds": self.compile_seconds,
+            "images_per_second": self.images_per_second,
             "config": self.config.as_dict(),
             "held_out": [asdict(entry) for entry in self.held_out],
             "losses": {

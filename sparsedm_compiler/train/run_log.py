@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,21 +66,16 @@ class RunLog:
         replace_text(folder / LOG, "".join(format_entry(entry) for entry in self.entries))
         self._file = (folder / LOG).open("a", encoding="utf-8")
         self._board = open_tensorboard(folder, seen)
-        self._since = (time.perf_counter(), seen)
 
     def write_losses(self, images: int, means: Sequence[float], **values: float | None) -> None:
         """Writes the mean losses (total, noise, teacher) up to ``images``, and other values."""
-        now, (then, before) = time.perf_counter(), self._since
-        self._since = (now, images)
         loss, noise, teacher = means
-        speed = (images - before) / max(now - then, 1e-9)
         self._write(
             StepEntry(
                 images=images,
                 loss=loss,
                 noise_loss=noise,
                 teacher_loss=teacher,
-                images_per_second=round(speed, 2),
                 **values,  # type: ignore[arg-type]
             )
         )

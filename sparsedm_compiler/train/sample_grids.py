@@ -87,8 +87,8 @@ class SampleGrids:
         Raises:
             ConfigError: A package of the extra "train" is not installed.
         """
-        with require_extra("SampleGrids", "train"):
-            from ..reporting.grid import save_grid
+        from ..reporting.grid import save_grid
+
         rows = [*torch.split(images, self.columns)]
         rows[-1] = torch.cat(
             [rows[-1], images.new_ones(self.columns - len(rows[-1]), *images.shape[1:])]

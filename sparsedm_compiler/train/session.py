@@ -12,6 +12,8 @@ from .. import ConfigError
 from ..diffusion import in_mode, predict
 from ..diffusion.condition import move_condition
 from ..diffusion.objective import make_objective
+from ..meta_models import require_values
+from ..progress import watch_compilation
 from .batches import iterate_once
 from .distributed import TrainingProcess
 from .ema import Ema
@@ -82,7 +84,7 @@ def capture_student(run: Run) -> None:
         x, t, _ = run.objective.prepare(images, values.noise, values.u)
         like = run.process.like
         y = None if condition is None else move_condition(condition, like)
-        with torch.no_grad():
+        with torch.no_grad(), watch_compilation("capturing the student"):
             predict(run.student, x.to(like), t.to(like.device), y)
         return
 
@@ -100,7 +102,12 @@ def make_adamw(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimi
 def check_parameters(
     student: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Raises ConfigError if training would change the teacher, or would not change the student."""
+    """Raises ConfigError for models that cannot be trained, or for what training must not change.
+
+    That is: a model on the meta device, a teacher that would change, a student that would not.
+    """
+    for model in (student, *(() if teacher is None else (teacher,))):
+        require_values(model, "fine-tuning")
     ours = {id(parameter) for parameter in student.parameters()}
     if teacher is not None and any(id(parameter) in ours for parameter in teacher.parameters()):
         raise ConfigError(

@@ -19,6 +19,10 @@ from .result import HeldOutLoss
 from .run_inputs import RunInputs
 from .run_log import MaskWatch, RunLog
 from .stages import Stage
+from .step_clock import StepClock
+
+RATES = 1000
+"""The steps whose rates a checkpoint keeps."""
 
 
 @dataclass(slots=True)
@@ -26,7 +30,9 @@ class Progress:
     """Everything that changes during a run besides tensors of the models; saved as JSON.
 
     ``seen``: images trained on. ``stage``: number of the current one. ``losses``: per step (total,
-    noise, teacher). ``logged``: how many of them the log has. ``seconds``: spent in steps.
+    noise, teacher). ``logged``: how many of them the log has. ``seconds``: spent in steps and
+    waiting for data; ``compile_seconds``: spent compiling them. ``rates``: images per second of
+    the last steps.
     """
 
     seen: int = 0
@@ -35,6 +41,8 @@ class Progress:
     logged: int = 0
     held_out: list[HeldOutLoss] = field(default_factory=list)
     seconds: float = 0.0
+    compile_seconds: float = 0.0
+    rates: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for JSON, without ``losses``, which are saved as a tensor."""
@@ -45,6 +53,8 @@ class Progress:
             "logged": self.logged,
             "held_out": held,
             "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds,
+            "rates": self.rates[-RATES:],
         }
 
     @staticmethod
@@ -57,6 +67,8 @@ class Progress:
             plain["logged"],
             [HeldOutLoss(*entry) for entry in plain["held_out"]],
             plain["seconds"],
+            plain["compile_seconds"],
+            plain["rates"],
         )
 
 
@@ -67,6 +79,8 @@ class Run:
     ``first_teacher``: the teacher that ``finetune`` got; ``teacher``: that of the current stage.
     ``lrs``: the learning rate of each group of the optimizer, before the schedule. ``log``: on the
     main process of a run with a folder. ``pending``: losses that are still on the device.
+    ``clock``: times the steps. ``recent_rates``: images per second of the steps since the last line
+    of the log.
     """
 
     config: FinetuneConfig
@@ -83,11 +97,23 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     log: RunLog | None = None
     pending: list[Tensor] = field(default_factory=list)
+    clock: StepClock = field(default_factory=StepClock)
+    recent_rates: list[float] = field(default_factory=list)
 
     @property
     def stage(self) -> Stage:
         """The current stage."""
         return self.stages[self.progress.stage]
+
+    def stop_clock(self) -> None:
+        """Waits for the steps since the last call and records their time."""
+        self.collect_losses()
+        lap, state = self.clock.stop(), self.progress
+        state.seconds += lap.seconds
+        state.compile_seconds += lap.compiling
+        if lap.rate is not None:
+            state.rates.append(lap.rate)
+            self.recent_rates.append(lap.rate)
 
     def add_loss(self, terms: Tensor) -> None:
         """Records the loss terms [3] of this process's part of a step.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..meta_models import require_values
 from ..optional_deps import require_extra
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def held_out_loss(
         from .batches import iterate_once
     if isinstance(objective, str):
         objective = make_objective(objective, scheduler)
+    require_values(model, "its loss")
     parameter = next(model.parameters())
     total, values = 0.0, 0
     with evaluating(model):

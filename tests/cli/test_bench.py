@@ -12,7 +12,15 @@ import torch
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.autotune.side_by_side import Samples, compute_ratio, sample_in_turns
-from sparsedm_compiler.cli.bench import BenchmarkCase, format_machine, make_candidates
+from sparsedm_compiler.cli.bench import (
+    ALL_DENSE,
+    BenchmarkCase,
+    format_machine,
+    make_candidates,
+    print_dense,
+    runs_all_dense,
+    store_speedup,
+)
 from sparsedm_compiler.models import UViT
 from tests.cli.conftest import Shell
 
@@ -21,7 +29,7 @@ BENCH = ("bench", "own:net", "--backend", "eager", "--rounds", "2")
 
 def test_bench_prints_a_table_of_ratios(shell: Shell) -> None:
     result = shell(*BENCH, "--pattern", "2:4", "1:4", "2:4", "--policy", "all")
-    title, heads, _, first, second, last = result.out.splitlines()
+    title, heads, _, first, second, last = result.out.splitlines()[:6]
     assert title == "own:net, batch 1: times faster than"
     assert re.split(r"\s{2,}", heads) == ["pattern", "dense, eager"]
     for line, pattern in ((first, "2:4"), (second, "1:4")):
@@ -29,6 +37,33 @@ def test_bench_prints_a_table_of_ratios(shell: Shell) -> None:
     assert last.startswith("medians of 2 rounds [quartiles]; ")
     assert f"torch {torch.__version__}" in last
     assert f"{torch.get_num_threads()} of " in last
+
+
+@pytest.mark.parametrize(("kernel", "dense"), [("dense", True), ("sparse", False)])
+def test_runs_all_dense_of_a_pruned_model_looks_at_its_kernels(kernel: str, dense: bool) -> None:
+    model = UViT(img_size=8, in_chans=1, embed_dim=16, depth=0, num_heads=2).eval()
+    options = {"mode": "infer", "backend": "eager", "kernels": {"mid_block.mlp.*": kernel}}
+    fast = sdm.compile(model, "2:4", keep_dense=["*attn*", "decoder*"], **options)
+    with torch.no_grad():
+        fast(torch.randn(1, 1, 8, 8), torch.tensor([5]))
+    assert runs_all_dense(fast) is dense
+
+
+def test_bench_of_patterns_that_run_dense_says_so_and_stores_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ratios = {"2:4": {"dense, eager": (0.8, 0.87, 0.9)}}
+    print_dense(["2:4"], ratios)
+    out = capsys.readouterr().out
+    assert out.startswith("2:4: every layer of the pruned model runs dense, as no sparse kernel")
+    assert "below 1 (0.87) is the cost of a call" in out
+    print_dense(["2:4"], {"2:4": {"dense, eager": (1.0, 1.1, 1.2)}})
+    assert "cost" not in capsys.readouterr().out
+    (tmp_path / "results.json").write_text("{}")
+    store_speedup(tmp_path / "results.json", ratios, 1, ALL_DENSE)
+    speed = json.loads((tmp_path / "results.json").read_text())["speed"]
+    assert speed["ratio"] == 0.87
+    assert speed["baseline"].endswith("(every layer of the pruned model runs dense)")
 
 
 def test_bench_json_prints_ratios_and_machine_only(shell: Shell) -> None:

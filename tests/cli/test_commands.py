@@ -59,16 +59,57 @@ def test_help_shows_an_example_that_the_parser_accepts(
         parser.parse_args(line.replace('"', "").split(name, 1)[1].split())
 
 
-def test_main_without_a_known_command_is_a_usage_error() -> None:
-    for argv in ([], ["prune"]):
-        with pytest.raises(SystemExit, match="2"):
-            main(argv)
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["prune"], "invalid choice: 'prune'"),
+        (["report", "--ot", "a"], "sparsedm report: error: "),
+        (["finetune", "--dta", "a"], "usage: sparsedm finetune "),
+    ],
+    ids=["command", "argument", "option"],
+)
+def test_main_with_a_typo_is_a_usage_error_of_its_command(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert says in capsys.readouterr().err
+
+
+def test_main_without_a_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    alone = capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert capsys.readouterr().out == alone
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"sparsedm {sparsedm_compiler.__version__}\n"
+
+
+LIGHT_CALLS = ([], ["--help"], ["--version"], ["prune"], ["fid", "--help"], ["macs", "--mdel", "a"])
+
+
+def test_help_and_typos_import_no_torch() -> None:
+    code = """
+import sys
+from sparsedm_compiler.cli import main
+for argv in {calls!r}:
+    try:
+        main(argv)
+    except SystemExit:
+        pass
+print(sorted({{"torch", "numpy", "tabulate"}} & {{*sys.modules}}))
+"""
+    command = [sys.executable, "-c", code.format(calls=LIGHT_CALLS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_command_modules_import_no_torch_at_the_top(path: Path) -> None:
-    """Only light modules of ours, the standard library and tabulate, outside of functions."""
-    light = {"errors", "optional_deps", "patterns", "reports", ""}
+    """Only light modules of ours and the standard library, outside of functions."""
+    light = {"errors", "optional_deps", "progress", ""}
     modules = []
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
@@ -78,7 +119,7 @@ def test_command_modules_import_no_torch_at_the_top(path: Path) -> None:
         elif isinstance(node, ast.ImportFrom) and node.level == 2:
             assert (node.module or "").partition(".")[0] in light, ast.unparse(node)
     outside = {name.partition(".")[0] for name in modules} - {*sys.stdlib_module_names}
-    assert outside <= {"tabulate"}
+    assert not outside
 
 
 class Fake:

@@ -80,10 +80,11 @@ def test_finetune_trains_scores_and_does_not_repeat_a_finished_run(
     command = ("finetune", "--config", config)
     result = shell(*command)
     assert result.status == 0, result.err
-    loss, score, wrote = result.out.splitlines()[-3:]
+    speed, loss, score, wrote = result.out.splitlines()[-4:]
     results: dict[str, Any] = json.loads(Path("runs/a/results.json").read_text())
     assert (results["images"], results["pattern"]) == (128, "2:4")
     assert loss.startswith(f"held-out loss {results['held_out'][-1]['student']:.4f}, of the EMA")
+    assert speed.startswith(f"{results['images_per_second']:.3g} images/s; ")
     assert score == f"FD-pixels {results['scores'][0]['value']:.4g}"
     assert wrote == "wrote runs/a; compare runs with: sparsedm report runs/a"
     dense = open_model("own:net", options={"num_classes": 10})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 CORE = r'''
 import sys
@@ -83,7 +84,7 @@ for call in (
     lambda: sdm.finetune(student, None, data, config=config),
     lambda: sdm.held_out_loss(student, data),
     lambda: sdm.train.SampleGrids((1, 4, 4)).draw(student, "eps"),
-    lambda: sdm.train.SampleGrids((1, 4, 4)).save(None, data),
+    lambda: sdm.train.SampleGrids((1, 4, 4)).save(None, torch.zeros(4, 1, 4, 4)),
 ):
     try:
         call()
@@ -98,7 +99,7 @@ for call in (
     assert lines[0].startswith("finetune needs tqdm")
     assert lines[1].startswith("the default noise schedule needs diffusers")
     assert lines[2].startswith("samplers need diffusers")
-    assert lines[3].startswith("SampleGrids needs Pillow")
+    assert lines[3].startswith("a sample grid needs Pillow")
 
 
 def test_command_line_without_the_extra_prints_one_line_and_returns_2() -> None:
@@ -113,6 +114,49 @@ print(lines.getvalue(), end="")
 """
     assert run_core(code) == [
         "2",
-        "sparsedm finetune: this command needs tqdm, which is not installed: "
+        "sparsedm finetune: reading images needs Pillow, which is not installed: "
         'pip install "sparsedm-compiler[train]"',
     ]
+
+
+def test_every_package_with_core_packages_alone_imports_or_names_the_extra() -> None:
+    code = """
+import pkgutil, importlib
+parts = pkgutil.walk_packages(sdm.__path__, "sparsedm_compiler.", onerror=lambda name: None)
+packages = [part.name for part in parts if part.ispkg]
+for name in (*packages, "sparsedm_compiler.experiment.run"):
+    try:
+        importlib.import_module(name)
+    except sdm.ConfigError as error:
+        assert 'pip install "sparsedm-compiler[train]"' in str(error), (name, error)
+        print(name)
+"""
+    assert run_core(code) == ["sparsedm_compiler.data", "sparsedm_compiler.experiment.run"]
+
+
+def test_explain_and_report_with_core_packages_alone_read_a_run(tmp_path: Path) -> None:
+    code = f"""
+import json, os, sys
+from sparsedm_compiler.cli import main
+from sparsedm_compiler.models import open_model
+os.chdir({str(tmp_path)!r})
+open("own.py", "w").write('''
+from sparsedm_compiler.models import UViT
+def net():
+    return UViT(img_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2)
+''')
+sys.path.insert(0, ".")
+student = sdm.compile(open_model("own:net"), "2:4", backend="eager")
+student(torch.randn(1, 1, 4, 4), torch.tensor([5]))
+os.mkdir("run")
+sdm.save(student, "run/student.safetensors")
+config = {{"model": {{"name": "own:net", "weights": "w"}}, "data": {{"train": "x"}}, "out": "run"}}
+open("run/run.json", "w").write(json.dumps(config))
+print(main(["explain", "run", "--backend", "eager", "--mode", "train"]))
+print(main(["report", "run"]))
+print("charts need matplotlib and Pillow" in open("report.html").read())
+print(main(["sample", "--model", "run", "--out", "a.png"]))
+"""
+    lines = run_core(code)
+    assert any(line.startswith("decoder_pred.weight") for line in lines), lines
+    assert lines[-5:] == ["0", "wrote report.html", "0", "True", "2"]

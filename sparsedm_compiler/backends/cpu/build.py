@@ -17,6 +17,7 @@ import torch
 
 from ...errors import KernelError
 from ...fileio import cache_folder, replace_atomically
+from ...progress import announce
 from ..cpp_compiler import find_compiler
 from .abi import KernelArguments
 
@@ -91,7 +92,8 @@ def _build(compiler: str, flags: tuple[str, ...], target: Path) -> None:
     openmp = ("-fopenmp", *sources, "-Wl,--as-needed", *pool)
     with replace_atomically(target, shared=True) as out:
         for attempt in (openmp, tuple(sources)):  # without OpenMP: one thread
-            run = _run([compiler, *flags, *attempt, "-o", str(out)])
+            with announce("building the CPU kernels", "kept on disk"):
+                run = _run([compiler, *flags, *attempt, "-o", str(out)])
             if run.returncode == 0:
                 return
         output = (run.stderr.strip().splitlines() or ["it said nothing"])[0]
