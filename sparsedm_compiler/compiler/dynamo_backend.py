@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -67,7 +68,9 @@ def sparsedm(
         config = _detect(graph, example_inputs, config)
     config = config.evaluate_predicate(graph.names.values())
     decisions = {row.weight: row for row in mark_prunable(find_sites(graph), config)}
-    _refuse_gradients(decisions, graph, example_inputs, config)
+    weight = _find_trained_weight(decisions, graph, example_inputs, config)
+    if weight is not None:  # before anything is measured; at the call, as its own error
+        return partial(_refuse_gradient, weight)
     weights, budget = FoldedWeights(), AutotuneBudget(config.autotune_seconds)
     plan = plan_weights(graph, example_inputs, decisions, config, weights, budget)
     _warn_of_dense_runs(gm, decisions, config, pruned=len(plan))
@@ -75,19 +78,24 @@ def sparsedm(
     return run
 
 
-def _refuse_gradients(
+def _find_trained_weight(
     decisions: Mapping[str, Decision],
     graph: CapturedGraph,
     example_inputs: list[Any],
     config: CompileConfig,
-) -> None:
-    """Raises DenseRunError, before anything is measured, if a folded weight needs a gradient."""
+) -> str | None:
+    """Returns a weight that is to be folded though it needs a gradient, None if there is none."""
     if config.mode != "infer" or not torch.is_grad_enabled():
-        return
+        return None
     for node, x in zip(graph.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         decision = decisions.get(graph.names[node][0]) if node in graph.names else None
         if decision is not None and decision.accepted and x.requires_grad:
-            raise explain_folded_gradient(decision.weight)
+            return decision.weight
+    return None
+
+
+def _refuse_gradient(weight: str, *_: Any) -> NoReturn:
+    raise explain_folded_gradient(weight)
 
 
 def _warn_of_dense_runs(

@@ -92,9 +92,64 @@ def test_dynamo_backend_without_a_pattern_on_a_dense_model_warns() -> None:
         fast(torch.randn(1, 8))
 
 
-def test_dynamo_backend_when_training_through_folded_weights_raises() -> None:
+def test_dynamo_backend_when_training_through_folded_weights_raises_before_it_measures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch._dynamo.reset()
+    monkeypatch.setattr("sparsedm_compiler.compiler.dynamo_backend.plan_weights", None)
     net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
     fast = torch.compile(net, backend="sparsedm", options={"pattern": "2:4", "backend": "eager"})
     with pytest.raises(sdm.DenseRunError, match="asks for a gradient"):
         fast(torch.randn(1, 8))
+    monkeypatch.undo()
+    x = torch.randn(1, 8)
+    with torch.no_grad():
+        assert_same(fast(x), hand_masked(net, {"1.weight": "2:4"})(x))
+
+
+def test_dynamo_backend_at_the_last_graph_of_a_function_warns() -> None:
+    torch._dynamo.reset()
+    net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    options = {"pattern": "2:4", "backend": "eager"}
+    fast = torch.compile(net, backend="sparsedm", options=options)
+    oracle = hand_masked(net, {"1.weight": "2:4"})
+    shapes = [torch.randn(*[2] * rank, 8) for rank in range(1, 5)]  # a graph each
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=4):
+        for x in shapes[:3]:
+            assert_same(fast(x), oracle(x))
+        with pytest.warns(UserWarning, match=r"this is graph 4 .* at the next new shape it runs"):
+            assert_same(fast(shapes[3]), oracle(shapes[3]))
+        x = torch.randn(*[2] * 5, 8)
+        assert_same(fast(x), net(x))  # what the warning tells of
+
+
+def test_dynamo_backend_where_the_graph_breaks_warns() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.c(self.b(self.a(x)))
+            torch._dynamo.graph_break()
+            return self.d(x)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    options = {"pattern": "2:4", "backend": "eager"}
+    fast = torch.compile(Broken(), backend="sparsedm", options=options)
+    dense = "no weight of this graph is pruned to 2:4, so it runs dense: d.weight"
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match=dense),
+        pytest.warns(UserWarning, match="breaks into several graphs"),
+    ):
+        fast(torch.randn(1, 8))
+
+
+def test_dynamo_backend_where_no_weight_fits_warns() -> None:
+    torch._dynamo.reset()
+    net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)])
+    options = {"pattern": "2:4", "backend": "eager"}
+    fast = torch.compile(net, backend="sparsedm", options=options)
+    with torch.no_grad(), pytest.warns(UserWarning, match="no weight of this graph is pruned"):
+        fast(torch.randn(1, 6))

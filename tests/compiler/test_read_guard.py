@@ -121,11 +121,15 @@ class Checkpointed(Chain):
     def middle(self, x: Tensor) -> Tensor:
         return x + self.c(torch.tanh(self.b(x)))
 
+    def _inside(self, x: Tensor) -> Tensor:
+        return x + self.c(torch.tanh(self.b(x)))
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
-        if self.kind == "own":
+        if self.kind.startswith("own"):
             weights = (*self.b.parameters(), *self.c.parameters())
-            x = OwnCheckpoint.apply(self.middle, x, *weights)
+            run = self.middle if self.kind == "own, of a method" else self._inside
+            x = OwnCheckpoint.apply(run, x, *weights)
         else:
             again = torch.utils.checkpoint.checkpoint(
                 self.middle, x, use_reentrant=self.kind == "reentrant"
@@ -135,7 +139,7 @@ class Checkpointed(Chain):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", ["own", "plain", "reentrant"])
+@pytest.mark.parametrize("kind", ["own", "own, of a method", "plain", "reentrant"])
 def test_checkpoint_when_it_runs_a_block_again_is_masked_or_raises(kind: str) -> None:
     student = sdm.compile(Checkpointed(kind), "2:4", backend="eager")
     out = student(X)
@@ -148,7 +152,7 @@ def test_checkpoint_when_it_runs_a_block_again_is_masked_or_raises(kind: str) ->
         assert_gradients(student, oracle_of(student), ((X,), {}))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantized tensor")
 def test_quantization_when_after_pruning_raises() -> None:
     student = compiled_unet()
     run_unet(student)
