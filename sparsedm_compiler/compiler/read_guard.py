@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -91,13 +92,14 @@ class ReadGuard:
         self.active = False  # whether the model runs, in any thread
         self._depth = 0
         self._lock = threading.Lock()
-        self._hooks: list[tuple[dict[int, Any], int, OutsideCallHook]] = []
+        self._key = RemovableHandle(OrderedDict()).id  # of our hook among the hooks of every module
+        self._hook = OutsideCallHook(None)
+        self._watched: list[dict[int, Any]] = []  # their forward pre-hooks
         self._thread = threading.local()
 
     def watch(self, root: nn.Module, is_pruned: Callable[[Names, tuple[int, ...]], bool]) -> None:
         """Chooses the modules to watch: those that hold a parameter for which ``is_pruned``."""
-        names, hook = map_parameter_names(root), OutsideCallHook(root)
-        hooks = []
+        names, watched = map_parameter_names(root), []
         for module in root.modules():
             remove_hooks(module, root)
             if module is root or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -105,11 +107,10 @@ class ReadGuard:
             for parameter in module._parameters.values():
                 if parameter is None or not is_pruned(names[id(parameter)], tuple(parameter.shape)):
                     continue
-                into = module._forward_pre_hooks
-                hooks.append((into, RemovableHandle(into).id, hook))
+                watched.append(module._forward_pre_hooks)
                 break
         with self._lock:
-            self._hooks = hooks
+            self._hook, self._watched = OutsideCallHook(root), watched
             if not self._depth:
                 self._arm()
 
@@ -126,7 +127,8 @@ class ReadGuard:
             self._depth += 1
             if self._depth == 1:
                 self.active = True
-                for hooks, key, _ in self._hooks:
+                key = self._key
+                for hooks in self._watched:
                     hooks.pop(key, None)
 
     def __exit__(self, *_: Any) -> None:
@@ -138,7 +140,8 @@ class ReadGuard:
                 self._arm()
 
     def _arm(self) -> None:
-        for hooks, key, hook in self._hooks:
+        key, hook = self._key, self._hook
+        for hooks in self._watched:
             hooks[key] = hook
 
 

@@ -132,7 +132,8 @@ def _refill(value: Any, before: Any) -> None:
     """Gives a container its content of before, if that has changed."""
     if isinstance(value, dict):
         same = len(value) == len(before) and all(
-            key in value and value[key] is content for key, content in before.items()
+            key is then and value[key] is before[then]
+            for key, then in zip(value, before, strict=True)
         )
     elif isinstance(value, set):
         same = value == before

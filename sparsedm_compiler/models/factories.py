@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import ConfigError
+from ..optional_deps import mend_torchvision
 from .example_inputs import example_inputs
 from .model_class import ExampleCall
 from .model_classes import find_model_class
@@ -29,6 +30,7 @@ def import_function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     sys.path.insert(0, "")
     try:
+        mend_torchvision()  # which the module may import, with diffusers
         imported = attrgetter(attribute)(import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"cannot import {name!r}: {error}") from error

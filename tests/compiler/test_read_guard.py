@@ -52,6 +52,23 @@ def test_layer_when_the_call_of_the_model_failed_is_guarded_again() -> None:
     assert_chain(student)
 
 
+def test_model_when_a_call_failed_is_as_it_was() -> None:
+    student = compiled_unet()
+    text = torch.randn(1, 6, 16)
+    for sample, words in (
+        (torch.randn(4, 8, 8), text),  # without a batch
+        (torch.randn(1, 5, 8, 8), text),
+        (torch.randn(1, 4, 8, 8), torch.randn(1, 6, 17)),
+    ):
+        with pytest.raises(Exception, match=r".") as raised:
+            student(sample, 1, encoder_hidden_states=words)
+        assert not isinstance(raised.value, sdm.SparseDMError)
+        assert sdm.explain(student).broken is None
+        assert not student._sparsedm.decisions
+    assert_same(run_unet(student), run_unet(oracle_of(student)))
+    assert sdm.explain(student).eager == ()
+
+
 def test_block_when_called_on_its_own_raises() -> None:
     student = compiled_unet()
     run_unet(student)
