@@ -48,7 +48,7 @@ class EntryPoint:
         """Calls the method. Raises DenseRunError where it would run without its masks."""
         forward = self._forward
         before = forward.runs
-        with forward.guard, apply_dynamo_settings(), unwrap_errors():
+        with apply_dynamo_settings(), unwrap_errors():
             try:
                 out = self._call(*args, **kwargs)
             except FailOnRecompileLimitHit as limit:

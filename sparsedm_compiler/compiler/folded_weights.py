@@ -7,6 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..errors import DenseRunError
 from ..graph.names import strip_adapter_prefix
 from ..passes import PlannedWeight
 from .edit_watch import EditWatcher, WeightSample
+from .hollow_parameter import make_hollow_class
 
 _SAMPLES = 64
 
@@ -184,14 +186,24 @@ class FoldedWeights:
 
     def unpack_finalized(self, module: nn.Module) -> None:
         """Gives finalized weights their values back, until after the next call."""
-        for name, packed in [*self.iterate_finalized(module)]:
-            weight = module.get_parameter(name)
-            if _is_hollow(weight):  # not unpacked under another name
-                weight.data = packed.unpack().to(weight.device, weight.dtype)
-                stripped = strip_adapter_prefix(name)
-                form, kernel = packed.weight_format, packed.kernel
-                self._pending.append((weight, stripped, form, kernel))
+        for name in self._names(module):
+            self._refill(module.get_parameter(name), strip_adapter_prefix(name))
         self.packed.clear()
+
+    def _refill(self, weight: Tensor, name: str) -> None:
+        packed = self.find_finalized(weight, name)
+        weight.__class__ = nn.Parameter
+        if packed is not None:  # else unpacked under another name
+            weight.data = packed.unpack().to(weight.device, weight.dtype)
+            self._pending.append((weight, name, packed.weight_format, packed.kernel))
+
+    def list_hollow(self, module: nn.Module) -> list[tuple[Tensor, type[nn.Parameter]]]:
+        """Returns the finalized weights, each with the class that it has between calls."""
+        weights = {strip_adapter_prefix(n): module.get_parameter(n) for n in self._names(module)}
+        return [(w, make_hollow_class(partial(self._refill, name=n))) for n, w in weights.items()]
+
+    def _names(self, module: nn.Module) -> list[str]:
+        return [name for name, _ in self.iterate_finalized(module)]
 
     def iterate_finalized(self, module: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
         """Yields (name in the module, packed form) of finalized weights; all names of tied ones."""

@@ -150,16 +150,18 @@ class SparseForward(OwnForward):
         refusal = self._thread.__dict__.get("refusal")
         if refusal is not None:
             raise refusal
-        if self.weights.packed:
-            self.weights.settle(self.module)
         self.prepare()
-        try:
-            with leave_eager_modes():
+        with self.guard, leave_eager_modes():
+            if self.weights.packed:
+                self.weights.settle(self.module)
+            try:
                 out = entry.run(*args, **kwargs)
-        finally:
-            if self._watched != len(self.decisions):
-                self._watch()
-        self.weights.finalize_pending()
+            finally:
+                if self._watched != len(self.decisions):
+                    self._watch()
+            self.weights.finalize_pending()
+            if len(self.guard.hollow) != len(self.weights.packed):
+                self.guard.hollow = self.weights.list_hollow(self.module)
         return out
 
     @contextmanager

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..graph.capture import KEY, Names, map_parameter_names
@@ -95,6 +95,8 @@ class ReadGuard:
         self._key = RemovableHandle(OrderedDict()).id  # of our hook among the hooks of every module
         self._hook = OutsideCallHook(None)
         self._watched: list[dict[int, Any]] = []  # their forward pre-hooks
+        self.hollow: list[tuple[Tensor, type[nn.Parameter]]] = []
+        """Finalized weights with the classes that they have between calls."""
         self._thread = threading.local()
 
     def watch(self, root: nn.Module, is_pruned: Callable[[Names, tuple[int, ...]], bool]) -> None:
@@ -130,6 +132,8 @@ class ReadGuard:
                 key = self._key
                 for hooks in self._watched:
                     hooks.pop(key, None)
+                for weight, _ in self.hollow:
+                    weight.__class__ = nn.Parameter
 
     def __exit__(self, *_: Any) -> None:
         self._thread.__dict__["depth"] -= 1
@@ -143,6 +147,8 @@ class ReadGuard:
         key, hook = self._key, self._hook
         for hooks in self._watched:
             hooks[key] = hook
+        for weight, hollow_class in self.hollow:
+            weight.__class__ = hollow_class
 
 
 def remove_hooks(module: nn.Module, root: nn.Module) -> None:

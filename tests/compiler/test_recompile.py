@@ -103,6 +103,26 @@ def test_finalized_model_when_it_loads_weights_folds_and_finalizes_them() -> Non
     assert fast._sparsedm.weights.packed
 
 
+def test_adapter_when_merged_into_a_finalized_model_gets_its_weights_back() -> None:
+    import peft
+
+    fast = finalized()
+    masked = {name: p.clone() for name, p in fast.state_dict().items()}
+    config = peft.LoraConfig(target_modules=["b"], r=2, init_lora_weights=False)
+    adapted = peft.inject_adapter_in_model(config, fast)
+    adapted.b.merge()
+    delta = adapted.b.get_delta_weight("default")
+    merged = adapted.b.base_layer.weight
+    assert_same(merged, masked["b.weight"] + delta, tolerance=1e-6)
+    assert_same(adapted.c.weight.detach()[0, :2].isnan(), torch.tensor([True, True]))
+    plain = Chain()
+    plain.load_state_dict({**masked, "b.weight": merged})
+    expected = sdm.compile(plain, "2:4", **INFER)(X)
+    for _ in range(2):
+        assert_same(adapted(X), expected, tolerance=1e-5)
+    assert set(fast._sparsedm.weights.packed) == {"b.weight", "c.weight"}
+
+
 def test_weights_when_pruned_by_torch_say_how_to_go_on() -> None:
     net = Chain()
     prune.l1_unstructured(net.b, "weight", 0.5)

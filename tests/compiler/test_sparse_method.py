@@ -114,6 +114,9 @@ class Sampler(Chain):
             x = x - 0.1 * self(x)
         return x + 0 * self.a(x)
 
+    def guide(self, x: Tensor) -> Tensor:
+        return self(x) + self.a(x)  # type: ignore[no-any-return]
+
     def last_layer(self) -> nn.Module:
         self.seen.append("last_layer")
         return self.d
@@ -124,7 +127,9 @@ class Sampler(Chain):
 
 
 def test_methods_when_they_reach_no_layer_are_left_alone() -> None:
-    assert find_methods(Sampler()) == ["features", "last_layer", "rescale", "sample", "unroll"]
+    assert find_methods(Sampler()) == [
+        *("features", "guide", "last_layer", "rescale", "sample", "unroll"),
+    ]
     student = sdm.compile(Sampler(), "2:4", backend="eager")
     assert student.last_layer() is student.d
     before = student.b.weight.clone()
@@ -138,13 +143,31 @@ def test_methods_when_they_reach_no_layer_are_left_alone() -> None:
 def test_methods_when_they_loop_or_call_forward_run_masked(mode: str) -> None:
     x = torch.linspace(-1, 1, 32).reshape(2, 16)
     student = sdm.compile(Sampler(), "2:4", policy="all", backend="eager", **OPTIONS[mode])
-    for name, args in (("features", ()), ("unroll", (9,)), ("sample", (9,))):
+    for name, args in (("features", ()), ("unroll", (9,)), ("sample", (9,)), ("guide", ())):
         for _ in range(2):
             out = getattr(student, name)(x, *args)
             assert_same(out, getattr(oracle_of(student), name)(x, *args))
         assert not torch.equal(out, getattr(Sampler(), name)(x, *args))
     assert student.seen.count("unroll") == 2  # the trial of the first call left no trace
+    captured = {name: getattr(student, name).captured for name in ("features", "unroll", "guide")}
+    assert captured == {"features": True, "unroll": False, "guide": False}
     assert set(sdm.explain(student).eager) == {"a.weight", "b.weight", "c.weight", "d.weight"}
+
+
+class Staged(Chain):
+    def features(self, x: Tensor) -> Tensor:
+        return torch.relu(self.b(self.a(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(self.features(x)))  # type: ignore[no-any-return]
+
+
+def test_method_when_forward_calls_it_lies_in_forwards_one_graph() -> None:
+    x = torch.linspace(-1, 1, 32).reshape(2, 16)
+    student = sdm.compile(Staged(), "2:4", backend="eager")
+    assert_same(student(x), oracle_of(student)(x))
+    assert sdm.explain(student).broken is None
+    assert_same(student.features(x), oracle_of(student).features(x))
 
 
 def test_method_when_trained_through_has_the_oracles_gradients() -> None:

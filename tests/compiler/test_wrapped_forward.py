@@ -131,6 +131,11 @@ def test_wrapped_model_when_compiled_again_keeps_its_wrapper_or_is_refused() -> 
     fast = sdm.compile(student, mode="infer", backend="eager", kernels={"*": "dense"})
     assert_chain(fast)
     assert calls
+    method = compiled_chain()
+    wrap_as_method(method)
+    fast = sdm.compile(method, mode="infer", backend="eager", kernels={"*": "dense"})
+    assert not isinstance(fast.forward, type(compiled_chain().forward))
+    assert_chain(fast)
     closed = compiled_chain()
     wrap_by_closure(closed)
     with pytest.raises(sdm.ConfigError, match=r"is wrapped by .*lambda.*unwrap it first"):

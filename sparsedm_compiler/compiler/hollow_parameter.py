@@ -1,0 +1,43 @@
+"""A finalized weight between two calls: it gives its values back to whoever takes its ``data``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class HollowParameter(nn.Parameter):
+    """A parameter that holds no values, because its packed form runs in its place.
+
+    What edits weights in place (an adapter that is merged) does so through ``data``, and gets the
+    masked dense values: ``refill`` puts them back first. Copies and files hold ordinary parameters.
+    """
+
+    refill: Callable[[Tensor], None]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func == _GET_DATA:
+                cls.refill(args[0])
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        with torch._C.DisableTorchFunctionSubclass():
+            copy = nn.Parameter(self.detach().clone(), self.requires_grad)
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def make_hollow_class(refill: Callable[[Tensor], None]) -> type[HollowParameter]:
+    """Returns the class of the finalized weights of one model."""
+    return type("Parameter", (HollowParameter,), {"refill": staticmethod(refill)})
