@@ -55,6 +55,8 @@ class FoldedWeights:
         self.packed = dict(packed or {})
         self._arrived = set(self.packed)  # from another place, maybe one of other kernels
         self._folded: dict[tuple[int, WeightFormat], _FoldedWeight] = {}
+        self.generation = 0  # counts what makes folded forms out of date
+        self._asked, self._samples = 0, list[WeightSample]()
         self._watcher = EditWatcher()
         self._pending: list[tuple[Tensor, str, WeightFormat, KernelConfig | None]] = []
 
@@ -102,6 +104,7 @@ class FoldedWeights:
         self, weight: Tensor, name: str, weight_format: WeightFormat, kernel: KernelConfig | None
     ) -> None:
         folded = self.get(weight, weight_format, name)
+        self.generation += 1
         self._folded = {key: held for key, held in self._folded.items() if key[0] != id(weight)}
         if kernel is None:
             with torch.no_grad():
@@ -114,6 +117,7 @@ class FoldedWeights:
     def detect_edits(self) -> None:
         """Forgets everything folded if a device has reported an edit since the last call."""
         if self._watcher.take_report():
+            self.generation += 1
             self._folded.clear()
             warnings.warn(
                 "weights were edited through .data after they had been folded, and at least one "
@@ -124,11 +128,12 @@ class FoldedWeights:
 
     def ask_devices(self) -> None:
         """Asks devices other than the CPU whether their weights are still what was folded."""
-        samples = [
-            held.samples for held in self._folded.values() if _is_asynchronous(held.samples.now)
-        ]
-        if samples:
-            self._watcher.ask(samples)
+        if self._asked != self.generation:
+            held = [held.samples for held in self._folded.values()]
+            self._samples = [sample for sample in held if _is_asynchronous(sample.now)]
+            self._asked = self.generation
+        if self._samples:
+            self._watcher.ask(self._samples)
 
     def get(self, weight: Tensor, weight_format: WeightFormat, name: str) -> Tensor:
         """Returns the weight in a form. Raises DenseRunError where it requires a gradient."""
@@ -143,6 +148,7 @@ class FoldedWeights:
             samples = held.samples
             if _is_asynchronous(weight) or torch.equal(samples.now, samples.before):
                 return held.folded
+        self.generation += 1
         with torch.no_grad():
             source = weight.detach() if packed is None else packed.unpack()
             folded = fold_weight(source, weight_format, name)
@@ -152,6 +158,11 @@ class FoldedWeights:
         gone = weakref.ref(weight, lambda _: self._folded.pop(key, None))
         self._folded[key] = _FoldedWeight(gone, state, samples, folded)
         return folded
+
+    def find_samples(self, weight: Tensor, weight_format: WeightFormat) -> WeightSample | None:
+        """Returns values of a folded weight that can be compared without waiting for a device."""
+        held = self._folded.get((id(weight), weight_format))
+        return None if held is None or _is_asynchronous(weight) else held.samples
 
     def find_finalized(self, weight: Tensor, name: str) -> PackedWeight | None:
         """Returns the packed form of a hollow weight; None for one that holds its values."""
@@ -173,6 +184,7 @@ class FoldedWeights:
             known = name not in self._arrived and weight.stride()[0] == 0
             if known and weight.dtype == packed.dtype and weight.device == packed.data.device:
                 continue
+            self.generation += 1
             self._arrived.discard(name)
             if not weight.is_meta and not _is_hollow(weight):
                 continue
@@ -192,6 +204,7 @@ class FoldedWeights:
 
     def _refill(self, weight: Tensor, name: str) -> None:
         packed = self.find_finalized(weight, name)
+        self.generation += 1
         weight.__class__ = nn.Parameter
         if packed is not None:  # else unpacked under another name
             weight.data = packed.unpack().to(weight.device, weight.dtype)

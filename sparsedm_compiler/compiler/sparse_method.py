@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.capture import KEY, Names, list_closure
+from ..graph.capture import KEY, Names
+from ..graph.closures import list_closure
 from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
 from ..graph.python_state import PythonState
 from ..passes import Site, find_eager_sites

@@ -7,11 +7,10 @@ a private copy of the code object under settings that raise instead.
 
 from __future__ import annotations
 
-import functools
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -26,6 +25,7 @@ from torch._dynamo.exc import (
 )
 
 from ..errors import CaptureError, SparseDMError
+from .closures import list_wrapped
 from .flat_graph import Op
 
 RECOMPILE_LIMIT = 4096
@@ -49,8 +49,23 @@ _SETTINGS = {
 
 def apply_dynamo_settings() -> AbstractContextManager[None]:
     """Gives Dynamo a private recompile limit that raises, and guards on hooks, for a while."""
-    patch: AbstractContextManager[None] = torch._dynamo.config.patch(_SETTINGS)
-    return patch
+    return _DynamoSettings()
+
+
+class _DynamoSettings(AbstractContextManager[None]):
+    """``torch._dynamo.config.patch`` of the settings, without a new class for every call."""
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        config = torch._dynamo.config
+        self._before = {name: getattr(config, name) for name in _SETTINGS}
+        for name, value in _SETTINGS.items():
+            setattr(config, name, value)
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._before.items():
+            setattr(torch._dynamo.config, name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,30 +141,8 @@ def wraps_forward(module: nn.Module, ours: OwnForward) -> bool:
         if function is None or any(function is other for other in seen):
             continue
         seen.append(function)
-        pending.extend(_list_wrapped(function))
+        pending.extend(list_wrapped(function))
     return False
-
-
-def _list_wrapped(function: Any) -> list[Any]:
-    """Returns the callables that a wrapper may call."""
-    if isinstance(function, types.MethodType):
-        return [function.__func__]
-    if isinstance(function, functools.partial):
-        return [function.func, *function.args]
-    if not isinstance(function, types.FunctionType):
-        return []
-    cells = list_closure(function)
-    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    return [value for value in (*cells, *defaults) if callable(value)]
-
-
-def list_closure(function: types.FunctionType) -> list[Any]:
-    """Returns the values that a function refers to by its closure."""
-    values = []
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # not filled yet
-            values.append(cell.cell_contents)
-    return values
 
 
 def copy_forward(module: nn.Module) -> Callable[..., Any]:

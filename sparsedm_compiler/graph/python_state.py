@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .capture import OwnForward, list_closure
+from .capture import OwnForward
+from .closures import list_closure
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _SKIPPED = (str, bytes, int, float, complex, type, types.ModuleType, types.BuiltinFunctionType)

@@ -1,0 +1,102 @@
+"""One quick check that nothing has changed since the weights of a graph were folded."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.kernel_family import WeightFormat
+from .edit_watch import WeightSample
+from .folded_weights import FoldedWeights
+
+
+@dataclass(frozen=True, slots=True)
+class FoldRow:
+    """A weight of a graph as it was folded.
+
+    Attributes:
+        position: Its place among the inputs of the graph.
+        weight: The weight.
+        version: Its version counter.
+        pointer: The address of its storage.
+        folded: Its folded form.
+    """
+
+    position: int
+    weight: weakref.ref[Tensor]
+    version: int
+    pointer: int
+    folded: Tensor
+
+
+class FoldCheck:
+    """Tells whether the weights of a graph are what was folded, in one loop over all of them.
+
+    ``generation``: of the folded weights when this was made. ``samples``: values of the weights
+    whose device can be read at once; all are compared in one go.
+    """
+
+    def __init__(
+        self, generation: int, rows: Sequence[FoldRow], samples: Sequence[WeightSample]
+    ) -> None:
+        self.generation = generation
+        self._rows = [(r.position, r.weight, r.version, r.pointer) for r in rows]
+        self._forms = [(row.position, row.folded) for row in rows]
+        flat = [sample for sample in samples if sample.now.dim() == 1]
+        self._others = [sample for sample in samples if sample.now.dim() != 1]
+        self._groups = []
+        for dtype in {sample.now.dtype for sample in flat}:
+            group = [sample for sample in flat if sample.now.dtype == dtype]
+            before = torch.cat([sample.before for sample in group])
+            self._groups.append(([sample.now for sample in group], before))
+
+    def holds(self, inputs: Sequence[Any]) -> bool:
+        """Returns whether the weights among the inputs are as folded, and need no gradient."""
+        trained = torch.is_grad_enabled()
+        for position, reference, version, pointer in self._rows:
+            weight: Tensor = inputs[position]
+            if reference() is not weight or weight._version != version:
+                return False
+            if weight.data_ptr() != pointer or (trained and weight.requires_grad):
+                return False
+        for parts, before in self._groups:
+            if not torch.equal(torch.cat(parts), before):
+                return False
+        return all(torch.equal(sample.now, sample.before) for sample in self._others)
+
+    def replace(self, arguments: list[Any]) -> None:
+        """Puts the folded forms in the place of the weights."""
+        for position, folded in self._forms:
+            arguments[position] = folded
+
+
+def make_check(
+    weights: FoldedWeights,
+    folds: Sequence[tuple[int, WeightFormat, str]],
+    inputs: Sequence[Any],
+    arguments: Sequence[Any],
+) -> FoldCheck | None:
+    """Returns a check of the weights of a graph; None where one has no version counter.
+
+    Args:
+        weights: The folded weights of the model.
+        folds: (position, format, name) of each weight of the graph.
+        inputs: What the graph was called with.
+        arguments: The same with the folded forms in the place of the weights.
+    """
+    rows, samples = [], []
+    for position, weight_format, _ in folds:
+        weight = inputs[position]
+        if weight.is_inference():
+            return None
+        state = weight._version, weight.data_ptr()
+        rows.append(FoldRow(position, weakref.ref(weight), *state, arguments[position]))
+        sample = weights.find_samples(weight, weight_format)
+        if sample is not None:
+            samples.append(sample)
+    return FoldCheck(weights.generation, rows, samples)
