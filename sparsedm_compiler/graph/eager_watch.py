@@ -135,7 +135,8 @@ class EagerMask(_EagerMode):
         self, module: nn.Module, mask: Callable[[Tensor, Names, EagerProduct | None], Tensor]
     ) -> None:
         super().__init__(module)
-        self._mask = mask
+        # Dynamo would else compile the frames that compute masks, where a call breaks its graph.
+        self._mask: Any = torch._dynamo.disable(mask)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
