@@ -32,6 +32,7 @@ from ..graph.capture import (
     bind_parameters,
 )
 from ..graph.eager_watch import EagerProduct, leave_eager_modes
+from ..graph.module_guards import pin_modules
 from ..graph.names import strip_adapter_prefix
 from ..masks.mask_ste import mask_ste
 from ..passes import (
@@ -251,6 +252,8 @@ class SparseForward(OwnForward):
         require_present_weights(self.module, self.decisions)
         if whole:
             require_read_weights(graph, self.module, self.is_pruned, self.known)
+        else:
+            pin_modules(gm)
         self._adopt(mark_prunable(find_sites(graph), self.config, self.known, whole=whole))
         config, weights = self.config, self.weights
         plan = plan_weights(graph, example_inputs, self.decisions, config, weights, self.budget)
