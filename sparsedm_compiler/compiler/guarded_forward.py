@@ -47,6 +47,7 @@ from ..passes import (
     may_be_pruned,
 )
 from ..reports import Choice, Decision
+from ..selection.top_n import KEYS
 from .applied_masks import AppliedMasks
 from .entry_point import EntryPoint
 from .explanations import (
@@ -215,6 +216,8 @@ class SparseForward(OwnForward):
             self._decide_product(product, names)
         decision = self.decisions.get(name)
         if decision is None or decision.pattern is None:
+            return weight
+        if product is None and weight.dtype not in KEYS:  # stored in float8: masked once cast
             return weight
         if weight.shape != decision.shape or not isinstance(weight, nn.Parameter):
             raise explain_late_decision(name, self.broken)
