@@ -18,6 +18,13 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     # Captures of diffusers models; of the battery a row of uvit stays.
     "compiler/test_battery.py": (r"\[(?!uvit\]|uvit-sparse\])",),
     "compiler/test_dynamo_backend.py": (DIFFUSERS, "import"),
+    "compiler/test_diffusers_lines.py": (
+        "cache",
+        "option_of",
+        "pretrained",
+        "pipeline",
+        "controlnet",
+    ),
     "compiler/test_pipelines.py": ("",),
     "compiler/test_other_libraries.py": ("",),
     "compiler/test_other_pipelines.py": ("",),

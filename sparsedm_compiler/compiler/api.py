@@ -32,6 +32,7 @@ from ..backends.packing import PackedWeight
 from ..config import Backend, CompileConfig
 from ..errors import ConfigError
 from ..graph.capture import find_own_forward, map_parameter_names, wraps_forward
+from ..graph.names import strip_adapter_prefix
 from ..masks.detect import detect_patterns
 from ..meta_models import require_values
 from ..patterns import Pattern
@@ -173,7 +174,8 @@ def install(
     if config.mode == "infer":
         student.requires_grad_(False)
     if known is None:
-        known = frozenset(chain.from_iterable(map_parameter_names(student).values()))
+        names = chain.from_iterable(map_parameter_names(student).values())
+        known = frozenset(map(strip_adapter_prefix, names))
     state = (student, config, known, decisions or {}, find_own_forward(student), packed)
     before = find_compiled(student)
     if before is not None and wraps_forward(student, before):  # in the place where it is wrapped

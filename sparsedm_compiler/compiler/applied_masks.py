@@ -5,9 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ..graph.names import strip_adapter_prefix
+from ..masks.nm_mask import apply_mask, compute_mask
+from ..patterns import Pattern
 from ..reports import Decision
 
 
@@ -23,10 +26,15 @@ class AppliedMasks:
 
     def cover(self, module: nn.Module, decisions: Mapping[str, Decision]) -> bool:
         """Returns whether weights are pruned, and all of them hold their masked values."""
-        pruned = {name for name, decision in decisions.items() if decision.accepted}
+        pruned = {name: d.pattern for name, d in decisions.items() if d.pattern is not None}
         named = {strip_adapter_prefix(name): p for name, p in module.named_parameters()}
-        return bool(pruned) and all(name in named and self._holds(named[name]) for name in pruned)
+        return bool(pruned) and all(
+            name in named and self._holds(named[name], pattern) for name, pattern in pruned.items()
+        )
 
-    def _holds(self, weight: Tensor) -> bool:
+    def _holds(self, weight: Tensor, pattern: Pattern) -> bool:
         reference, version = self._versions.get(id(weight), (None, 0))
-        return reference is not None and reference() is weight and weight._version == version
+        if reference is None or reference() is not weight or weight._version != version:
+            return False
+        values = weight.detach()  # what is written to weight.data (by an EMA) counts no version
+        return torch.equal(values, apply_mask(values, compute_mask(values, pattern)))

@@ -32,6 +32,7 @@ from ..graph.capture import (
     bind_parameters,
 )
 from ..graph.eager_watch import EagerProduct, leave_eager_modes
+from ..graph.module_guards import pin_modules
 from ..graph.names import strip_adapter_prefix
 from ..masks.mask_ste import mask_ste
 from ..passes import (
@@ -46,6 +47,7 @@ from ..passes import (
     may_be_pruned,
 )
 from ..reports import Choice, Decision
+from ..selection.top_n import KEYS
 from .applied_masks import AppliedMasks
 from .entry_point import EntryPoint
 from .explanations import (
@@ -215,6 +217,8 @@ class SparseForward(OwnForward):
         decision = self.decisions.get(name)
         if decision is None or decision.pattern is None:
             return weight
+        if product is None and weight.dtype not in KEYS:  # stored in float8: masked once cast
+            return weight
         if weight.shape != decision.shape or not isinstance(weight, nn.Parameter):
             raise explain_late_decision(name, self.broken)
         self.eager.setdefault(name)
@@ -251,6 +255,8 @@ class SparseForward(OwnForward):
         require_present_weights(self.module, self.decisions)
         if whole:
             require_read_weights(graph, self.module, self.is_pruned, self.known)
+        else:
+            pin_modules(gm)
         self._adopt(mark_prunable(find_sites(graph), self.config, self.known, whole=whole))
         config, weights = self.config, self.weights
         plan = plan_weights(graph, example_inputs, self.decisions, config, weights, self.budget)

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch._dynamo
@@ -18,6 +18,11 @@ from .capture import Names, copy_forward, map_parameter_names
 from .flat_graph import classify_step
 from .op_table import OP_TABLE, OpEntry
 from .python_state import undo_after
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,16 @@ class EagerProduct:
     values: Mapping[str, Any]
     out: Any
     names: Mapping[str, Names]
+
+
+def _leave_to_python(function: Run) -> Run:
+    """Returns a function that TorchDynamo does not compile, nor what it calls.
+
+    Where a call breaks its graph, TorchDynamo compiles every frame of Python that the call reaches,
+    a mode's too.
+    """
+    disabled: Run = torch._dynamo.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 class _EagerMode(TorchFunctionMode):
@@ -58,6 +73,7 @@ class _EagerMode(TorchFunctionMode):
     def _note(self, tensor: Tensor, names: Names) -> None:
         self._known[id(tensor)] = weakref.ref(tensor), names
 
+    @_leave_to_python
     def _find_names(self, value: Any, *, multiplied: bool = False) -> Names:
         """Returns the names of a parameter, or of the one that a tensor is a cast or view of."""
         reference, names = self._known.get(id(value), (None, ()))
@@ -69,12 +85,14 @@ class _EagerMode(TorchFunctionMode):
         self._refresh()
         return self._known[id(value)][1]
 
+    @_leave_to_python
     def _note_step(self, out: Any, names: Names) -> None:
         """Gives a cast or view of a parameter the names of that parameter."""
         for part in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(part, Tensor):
                 self._note(part, names)
 
+    @_leave_to_python
     def _bind(self, entry: OpEntry, args: Any, kwargs: Any) -> tuple[dict[str, Any], Any]:
         """Returns the arguments of an op by name, and the names of those that are parameters."""
         values = entry.bind(args, kwargs)
@@ -135,7 +153,8 @@ class EagerMask(_EagerMode):
         self, module: nn.Module, mask: Callable[[Tensor, Names, EagerProduct | None], Tensor]
     ) -> None:
         super().__init__(module)
-        self._mask = mask
+        self._mask = _leave_to_python(mask)
+        self._casts: dict[int, tuple[weakref.ref[Tensor], Callable[[], Any]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -159,10 +178,30 @@ class EagerMask(_EagerMode):
                 out = func(*args, **kwargs)
                 self._note_step(out, names)
                 return out
-            args = (masked_weight, *args[1:])
+            out = func(masked_weight, *args[1:], **kwargs)
+            self._note_cast(out, func, args, kwargs)
+            return out
+        elif func == _SET_DATA:
+            args = (args[0], self._undo_mask(args[1]))
         else:
             return self._run_other(func, args, kwargs)
         return func(*args, **kwargs)
+
+    @_leave_to_python
+    def _note_cast(self, out: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Notes how to make a cast or view of a masked weight without its mask."""
+        weight = weakref.ref(args[0])
+        if isinstance(out, Tensor):
+            self._casts[id(out)] = weakref.ref(out), lambda: func(weight(), *args[1:], **kwargs)
+
+    @_leave_to_python
+    def _undo_mask(self, value: Any) -> Any:
+        """Returns a value that becomes the data of a parameter, as ``Module.to`` sets it.
+
+        The cast of a masked weight is made anew without the mask, which would stay for good.
+        """
+        reference, cast = self._casts.get(id(value), (None, None))
+        return value if cast is None or reference() is not value else cast()  # type: ignore
 
     def _run_other(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Runs an op that is no product: one that makes a tensor of a weight gets it masked."""
@@ -201,6 +240,7 @@ def _replace(tree: Any, by_id: Mapping[int, Tensor]) -> Any:
 # Dynamo may inline a mode into a graph it captures, but must not make a graph of the mode itself.
 skip_code(EagerWatch.__torch_function__.__code__)
 skip_code(EagerMask.__torch_function__.__code__)
+skip_code(EagerMask._run_other.__code__)
 
 
 def record_eager_products(module: nn.Module, *args: Any, **kwargs: Any) -> list[EagerProduct]:

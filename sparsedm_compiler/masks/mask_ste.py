@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import PatternError
 from ..patterns import Pattern
 from . import triton_mask
-from .nm_mask import apply_inverse_mask, apply_mask, compute_mask
+from .nm_mask import apply_inverse_mask, apply_mask, compute_mask, require_maskable
 
 
 @torch.library.custom_op("sparsedm::mask_ste", mutates_args=())
@@ -63,6 +63,7 @@ def mask_ste(weight: Tensor, pattern: str | Pattern) -> Tensor:
         mask is False.
 
     Raises:
+        MaskError: If the weight has another dtype or fewer dimensions.
         PatternError: If ``pattern`` is no pattern, or does not fit the shape.
 
     Example:
@@ -95,8 +96,14 @@ def zero_kept(weight: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _parse_fitting(weight: Tensor, text: str) -> Pattern:
-    """Returns the pattern of a text. Raises PatternError if it does not fit the weight."""
+    """Returns the pattern of a text.
+
+    Raises:
+        MaskError: If the weight's dtype has no mask.
+        PatternError: If the pattern does not fit the weight.
+    """
     pattern = Pattern.parse(text)
+    require_maskable(weight, "the weight")
     reason = pattern.misfit(weight.shape[0], weight.shape[1])
     if reason is not None:
         raise PatternError(

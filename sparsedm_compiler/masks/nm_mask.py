@@ -41,11 +41,7 @@ def nm_mask(weight: Tensor, pattern: str | Pattern, *, name: str | None = None) 
     """
     pattern = Pattern.parse(pattern)
     subject = "the weight" if name is None else f"parameter {name!r}"
-    if weight.dtype not in KEYS or weight.dim() < 2:
-        raise MaskError(
-            f"{subject} is {weight.dtype} of shape {list(weight.shape)}; a mask needs "
-            "[out, in] or [out, in, *kernel] in float16, bfloat16, float32 or float64"
-        )
+    require_maskable(weight, subject)
     if (reason := pattern.misfit(weight.shape[0], weight.shape[1])) is not None:
         raise PatternError(
             f"pattern '{pattern}' does not fit {subject} of shape {list(weight.shape)}: {reason}; "
@@ -55,6 +51,15 @@ def nm_mask(weight: Tensor, pattern: str | Pattern, *, name: str | None = None) 
         return torch.empty_like(weight, dtype=torch.bool)
     _require_finite(weight.detach(), subject)
     return compute_mask(weight, pattern)
+
+
+def require_maskable(weight: Tensor, subject: str) -> None:
+    """Raises MaskError if a weight has a dtype or number of dimensions that masks do not know."""
+    if weight.dtype not in KEYS or weight.dim() < 2:
+        raise MaskError(
+            f"{subject} is {weight.dtype} of shape {list(weight.shape)}; a mask needs "
+            "[out, in] or [out, in, *kernel] in float16, bfloat16, float32 or float64"
+        )
 
 
 def compute_mask(weight: Tensor, pattern: Pattern) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsedm_compiler.errors import PatternError
+from sparsedm_compiler.errors import MaskError, PatternError
 from sparsedm_compiler.masks.mask_ste import mask_ste, mask_ste_op
 from sparsedm_compiler.patterns import SharedNM
 from tests.oracle import brute_mask
@@ -154,3 +154,8 @@ def test_mask_ste_of_nan_and_inf_keeps_them_or_gives_zero() -> None:
     masked = mask_ste(weight, "2:4")
     assert masked.isnan().tolist() == [[True, False, True, False]]
     assert masked[0, 1::2].tolist() == [0.0, 0.0]
+
+
+def test_mask_ste_when_a_dtype_has_no_mask_names_it() -> None:
+    with pytest.raises(MaskError, match=r"is torch\.float8_e4m3fn .* a mask needs"):
+        mask_ste(torch.ones(4, 4).to(torch.float8_e4m3fn), "2:4")
