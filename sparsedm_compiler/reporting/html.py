@@ -37,7 +37,7 @@ class Cell:
         title: The text on hover.
         left: Whether it is aligned to the left.
         badge: A highlighted remark behind the text.
-        best: Whether it is marked as the best of its kind.
+        best: Whether it is marked as the best, before the text.
         pick: Of a head: whether rows can be filtered by the texts of its column.
         links: Links instead of the text, one a line.
         more: Links below.
@@ -63,11 +63,11 @@ class Cell:
         attributes += " data-pick" if self.pick else ""
         text = "<br>".join(link.render() for link in self.links) or escape(self.text)
         badge = f' <span class="pill">{escape(self.badge)}</span>' if self.badge else ""
-        badge += ' <span class="pill best">best</span>' if self.best else ""
+        best = '<span class="pill best">best</span> ' if self.best else ""
         detail = f"<small>{escape(self.detail)}</small>" if self.detail else ""
         more = " ".join(link.render() for link in self.more)
         detail += f"<small>{more}</small>" if more else ""
-        return f"<{tag}{attributes}><span>{text}{badge}{detail}</span></{tag}>"
+        return f"<{tag}{attributes}><span>{best}{text}{badge}{detail}</span></{tag}>"
 
 
 @dataclass(frozen=True, slots=True)

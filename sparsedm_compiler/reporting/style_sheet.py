@@ -64,7 +64,7 @@ figure { margin: 0; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .grids { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr)); }
 .grids figure { padding: .8rem; }
-.grids img { width: 100%; image-rendering: pixelated; background: #fff; border-radius: 4px; }
+.grids img { width: 100%; background: #fff; border-radius: 4px; }
 .grids .real { border-color: var(--accent); }
 .zoom { display: block; cursor: zoom-in; }
 .close { display: none; }

@@ -193,11 +193,11 @@ def test_save_curves_of_any_log_writes_a_png(tmp_path: Path, log: list[Any]) -> 
         assert image.size == (1300, 832)
 
 
-def test_style_axis_without_values_prints_no_values_yet() -> None:
+def test_style_axis_without_values_prints_that_they_are_few() -> None:
     axis = Figure().subplots()
     axis.plot([64], [math.nan])
     style_axis(axis, CHARTS[0], LIGHT)
-    assert [text.get_text() for text in axis.texts] == ["no values yet"]
+    assert [text.get_text() for text in axis.texts] == ["fewer than 3 values"]
     assert [*axis.get_xticks(), *axis.get_yticks()] == []
 
 
