@@ -118,6 +118,7 @@ def make_curves(runs: Mapping[str, RunRecord]) -> str:
     drawn = {name: run for name, run in runs.items() if has_curve(run.log)}
     flat = [name for name in runs if name not in drawn]
     note = f"Fewer than three values, and so no curve: {', '.join(flat)}." if flat else ""
+    note = note if drawn else "No run has three values of its losses, and so there is no curve."
     below = f'<p class="soft">{escape(note)}</p>' if note else ""
     return "".join(make_chart_figure(drawn, names) for names in split_runs(drawn)) + below
 

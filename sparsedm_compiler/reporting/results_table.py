@@ -117,7 +117,7 @@ def make_quality_column(
 def find_best(
     groups: Sequence[SeedGroup], values: Sequence[float | None], *, lower: bool
 ) -> list[int]:
-    """Returns the indices of the best values of every pattern, where two or more can be compared.
+    """Returns the indices of the best values of every pattern; none where all are equal.
 
     Only finished runs with the same pattern, model, data and objective are compared.
     """
@@ -133,7 +133,7 @@ def find_best(
     for indices in contests.values():
         numbers = {index: value for index in indices if (value := values[index]) is not None}
         winner = min(numbers.values()) if lower else max(numbers.values())
-        if len(numbers) > 1:
+        if len({*numbers.values()}) > 1:
             best += [index for index, value in numbers.items() if value == winner]
     return best
 

@@ -46,7 +46,7 @@ class ParsedPage(HTMLParser):
         if self.inside not in ("style", "script"):
             self.words.append(data)
         if self.inside in ("td", "th"):
-            self.tables[-1][-1][-1] = f"{self.tables[-1][-1][-1]} {data}".strip()
+            self.tables[-1][-1][-1] = " ".join(f"{self.tables[-1][-1][-1]} {data}".split())
 
     def row(self, *starts: str) -> dict[str, str]:
         """The row of the first table whose cells after the run's name start so, by the heads."""

@@ -236,6 +236,18 @@ def test_report_page_fetches_nothing_and_contains_no_local_path(tmp_path: Path) 
     assert str(tmp_path) not in text
 
 
+def test_report_page_leaves_out_curves_of_two_points_and_says_so(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", method="ste")]
+    lines = (folders[1] / "log.jsonl").read_text().splitlines(keepends=True)
+    (folders[1] / "log.jsonl").write_text("".join(lines[:2]))
+    page = report(*folders)
+    assert page.tags.count("source") == 1
+    assert "Fewer than three values, and so no curve: b." in page.text
+    alone = report(folders[1])
+    assert alone.tags.count("source") == 0
+    assert "No run has three values of its losses, and so there is no curve." in alone.text
+
+
 def test_report_page_with_an_unknown_reference_count_says_so(tmp_path: Path) -> None:
     page = report(
         write_run(tmp_path / "a", scores=[{**FD, "reference_count": None, "spread": 0.1}])
@@ -314,11 +326,28 @@ addEventListener("load", () => {
   seen.clipped = [...document.querySelectorAll(".card")].filter(card =>
     card.scrollWidth > card.clientWidth && getComputedStyle(card).overflowX != "auto").length;
   seen.overflow = document.documentElement.scrollWidth - innerWidth;
-  const column = () => [...document.querySelectorAll("table.sort tbody tr")]
-    .map(row => row.cells[8].dataset.value).join();
-  const button = document.querySelectorAll("table.sort thead button")[8];
+  const table = document.querySelector("#results table");
+  const column = () => [...table.tBodies[0].rows].map(row => row.cells[8].dataset.value).join();
+  const button = table.querySelectorAll("thead button")[8];
   button.click(); seen.up = column();
   button.click(); seen.down = column();
+  seen.order = table.querySelector("[aria-sort]").getAttribute("aria-sort");
+  const [search, ...picks] = document.querySelectorAll("#results .controls :is(input, select)");
+  const names = () => [...table.tBodies[0].rows].filter(row => row.offsetParent)
+    .map(row => row.cells[0].querySelector("a").textContent).join();
+  const set = (control, value) => {
+    control.value = value; control.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  set(search, "UNFIN sparse"); seen.search = names();
+  seen.count = document.querySelector("#results output").textContent;
+  set(search, "");
+  seen.picks = picks.map(pick => pick.getAttribute("aria-label")).join();
+  set(picks[0], "1:4"); seen.picked = names();
+  set(picks[0], ""); seen.all = names();
+  const image = document.querySelector(".zoom img");
+  image.click(); seen.full = image.clientWidth + " " + location.hash;
+  dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+  seen.closed = location.hash;
 });
 </script>"""
 
@@ -345,6 +374,10 @@ def test_report_page_renders_and_sorts_in_a_browser(tmp_path: Path, width: int) 
     assert seen["widths"] == "1300,160,160"
     assert seen["up"].split(",") == ["2713344", "5376768", ""]
     assert seen["down"].split(",") == ["5376768", "2713344", ""]
+    assert seen["order"] == "descending"
+    assert (seen["search"], seen["count"]) == ("c", "1 of 3 rows")
+    assert (seen["picks"], seen["picked"], seen["all"]) == ("pattern,sort by", "b", "a,b,c")
+    assert (seen["full"], seen["closed"]) == ("160 #full-1", "#samples-1")
     shown = ParsedPage(dom)
     assert sorted(shown.tables[0]) == sorted(before.tables[0])
     assert shown.tables[1:] == before.tables[1:]
