@@ -55,7 +55,7 @@ def make_number_cell(values: Sequence[float | None], decimals: int, unit: str) -
     value = middle if math.isfinite(middle) else None
     if len(known) == 1:
         return Cell(text + unit, value=value, title=title)
-    text = f"{text} ± {format_number(stdev(known), decimals)}{unit}"
+    text = f"{text} ± {stdev(known):,.{decimals}f}{unit}"
     return Cell(text, f"n = {len(known)}", value, title)
 
 

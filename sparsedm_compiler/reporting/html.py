@@ -39,7 +39,7 @@ class Cell:
         badge: A highlighted remark behind the text.
         best: Whether it is marked as the best, before the text.
         pick: Of a head: whether rows can be filtered by the texts of its column.
-        links: Links instead of the text, one a line.
+        link: A link instead of the text.
         more: Links below.
     """
 
@@ -51,7 +51,7 @@ class Cell:
     badge: str = ""
     best: bool = False
     pick: bool = False
-    links: tuple[Link, ...] = ()
+    link: Link | None = None
     more: tuple[Link, ...] = ()
 
     def render(self, label: str, tag: str = "td") -> str:
@@ -61,11 +61,11 @@ class Cell:
         attributes += f' title="{escape(self.title)}"' if self.title else ""
         attributes += ' class="word"' if self.left else ""
         attributes += " data-pick" if self.pick else ""
-        text = "<br>".join(link.render() for link in self.links) or escape(self.text)
+        text = escape(self.text) if self.link is None else self.link.render()
         badge = f' <span class="pill">{escape(self.badge)}</span>' if self.badge else ""
         best = '<span class="pill best">best</span> ' if self.best else ""
         detail = f"<small>{escape(self.detail)}</small>" if self.detail else ""
-        more = " ".join(link.render() for link in self.more)
+        more = " · ".join(link.render() for link in self.more)
         detail += f"<small>{more}</small>" if more else ""
         return f"<{tag}{attributes}><span>{best}{text}{badge}{detail}</span></{tag}>"
 

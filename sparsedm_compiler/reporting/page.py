@@ -33,9 +33,11 @@ CHART_PACKAGES = ("matplotlib", "PIL")
 def report_page(runs: Sequence[str | Path], out: str | Path) -> None:
     """Writes one HTML file that compares training runs.
 
-    The page holds everything it shows: a table (losses, scores, MACs, speed), the curves, the last
-    sample grids, and the options that differ. Runs that differ in their seed alone share a row of
-    means and standard deviations. A run that is still going is shown as far as it is.
+    The page holds everything it shows and needs no network: a table that can be sorted and
+    filtered (losses, scores, MACs, speed; the best of every pattern is marked), the curves of more
+    than two values, the last sample grids beside real images, and a row of options for every run.
+    Runs that differ in their seed alone share a row of means and standard deviations. A run that is
+    still going is shown as far as it is. Without JavaScript only sorting and filtering are missing.
 
     Args:
         runs: The folders of the runs, as ``finetune`` and ``sparsedm finetune`` write them.
@@ -93,9 +95,14 @@ def make_anchors(
 def summarize(runs: Mapping[str, RunRecord], groups: Sequence[SeedGroup]) -> list[str]:
     """Returns the lines under the title: which runs are compared, and how rows are averaged."""
     labels = dict.fromkeys(group.first.label for group in groups)
+    text = ", ".join(labels)
+    if len(labels) > FEW:
+        methods = dict.fromkeys(run.method for run in runs.values())
+        patterns = dict.fromkeys(run.pattern for run in runs.values() if run.pattern)
+        text = f"{', '.join(methods)}; patterns {', '.join(patterns)}"
     seeds = sorted({run.seed for run in runs.values()})
     plural = "seeds" if len(seeds) > 1 else "seed"
-    lines = [f"{', '.join(labels)}; {plural} {', '.join(map(str, seeds))}."]
+    lines = [f"{text}; {plural} {', '.join(map(str, seeds))}."]
     if any(len(group.runs) > 1 for group in groups):
         lines.append(
             "Runs that differ in nothing but their seed share a row: "
@@ -118,7 +125,7 @@ def make_curves(runs: Mapping[str, RunRecord]) -> str:
     drawn = {name: run for name, run in runs.items() if has_curve(run.log)}
     flat = [name for name in runs if name not in drawn]
     note = f"Fewer than three values, and so no curve: {', '.join(flat)}." if flat else ""
-    note = note if drawn else "No run has three values of its losses, and so there is no curve."
+    note = note if drawn else "No curves: no log of these runs has three values to draw."
     below = f'<p class="soft">{escape(note)}</p>' if note else ""
     return "".join(make_chart_figure(drawn, names) for names in split_runs(drawn)) + below
 
@@ -180,7 +187,7 @@ def make_differences(runs: Mapping[str, RunRecord], anchors: Mapping[str, Sequen
     heads = [Cell("run", left=True), *(Cell(option) for option in options)]
     rows = [
         [
-            Cell(name, left=True, links=(anchors[name][0],)),
+            Cell(name, left=True, link=anchors[name][0]),
             *(Cell(values[name], value=read_number(values[name])) for values in options.values()),
         ]
         for name in runs

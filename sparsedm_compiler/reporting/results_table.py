@@ -52,10 +52,14 @@ def make_name_columns(
     for group in groups:
         run, links = group.first, [anchors[name] for name in group.runs]
         badge = "" if run.finished else "unfinished"
-        named = tuple(link for link, *_ in links)
         samples = tuple(link for _, *more in links for link in more)[:1]
+        seeds = tuple(
+            Link(f"seed {member.seed}", link.anchor)
+            for member, (link, *_) in zip(group.runs.values(), links, strict=True)
+        )
         names = ", ".join(group.runs)
-        runs.append(Cell(names, left=True, badge=badge, links=named, more=samples))
+        cell = Cell(names, left=True, badge=badge, title=names, link=links[0][0])
+        runs.append(replace(cell, more=(*seeds[1:], *samples)))
         total = "" if run.finished or run.goal is None else f"of {run.goal:,}"
         images.append(Cell(f"{run.images:,}", total, run.images))
     methods = [Cell(group.first.method, left=True) for group in groups]
@@ -64,12 +68,12 @@ def make_name_columns(
         for pattern in (group.first.pattern for group in groups)
     ]
     lists = [sorted(run.seed for run in group.runs.values()) for group in groups]
-    seeds = [Cell(", ".join(map(str, numbers)), value=numbers[0]) for numbers in lists]
+    numbers = [Cell(", ".join(map(str, seeds)), value=seeds[0]) for seeds in lists]
     return [
         Column(Cell("run", left=True), runs),
         Column(Cell("method", left=True, pick=True), methods),
         Column(Cell("pattern", left=True, pick=True), patterns),
-        Column(Cell("seed"), seeds),
+        Column(Cell("seed"), numbers),
         Column(Cell("images"), images),
     ]
 
@@ -142,7 +146,7 @@ def make_cost_columns(groups: Sequence[SeedGroup]) -> list[Column]:
     """Returns the columns of MACs, of the speed-up, and of the speed of the training."""
     runs = [[*group.runs.values()] for group in groups]
     ratios = [[None if r.speedup is None else r.speedup.ratio for r in row] for row in runs]
-    rates = [[run.images_per_second for run in row] for row in runs]
+    rates = [[run.images_per_second or None for run in row] for row in runs]
     seconds = [[run.compile_seconds for run in row] for row in runs]
     return [
         Column(Cell("MACs"), make_macs_cells([group.first.macs for group in groups])),

@@ -37,7 +37,7 @@ th { font-weight: 600; }
 thead th { border-bottom: 1px solid var(--line); font-size: .82rem; vertical-align: bottom;
   white-space: normal; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
-tbody tr > th:first-child { white-space: normal; min-width: 9rem; max-width: 20rem;
+tbody tr > th:first-child { white-space: normal; min-width: 10rem; max-width: 22rem;
   overflow-wrap: anywhere; }
 th:first-child { position: sticky; left: 0; background: var(--paper); }
 .word { text-align: left; }
@@ -89,7 +89,8 @@ pre { margin: .6rem 0 0; overflow-x: auto; font-size: .8rem; }
   .stack th:first-child { position: static; }
   .stack tr { display: block; padding: .6rem .85rem; }
   .stack tr > *:nth-child(n) { display: flex; justify-content: space-between; gap: 1rem;
-    padding: .18rem 0; border: 0; white-space: normal; text-align: right; max-width: none; }
+    padding: .18rem 0; border: 0; white-space: normal; text-align: right; min-width: 0;
+    max-width: none; }
   .stack td > span { min-width: 0; overflow-wrap: anywhere; }
   .stack tbody tr + tr { border-top: 1px solid var(--line); }
   .stack tbody tr + tr > * { border: 0; }

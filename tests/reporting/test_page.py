@@ -245,7 +245,7 @@ def test_report_page_leaves_out_curves_of_two_points_and_says_so(tmp_path: Path)
     assert "Fewer than three values, and so no curve: b." in page.text
     alone = report(folders[1])
     assert alone.tags.count("source") == 0
-    assert "No run has three values of its losses, and so there is no curve." in alone.text
+    assert "No curves: no log of these runs has three values to draw." in alone.text
 
 
 def test_report_page_with_an_unknown_reference_count_says_so(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def test_results_table_names_the_runs_of_every_row(tmp_path: Path) -> None:
         write_run(tmp_path / "second", seed=1),
         write_run(tmp_path / "third", pattern="1:4"),
     )
-    assert page.column("run") == ["first second samples", "third samples"]
+    assert page.column("run") == ["first seed 1 · samples", "third samples"]
+    titles = [values.get("title") for tag, values in page.attributes if tag == "th"]
+    assert "first, second" in titles
 
 
 def test_results_table_links_lead_to_elements_of_the_page(tmp_path: Path) -> None:
@@ -99,6 +101,25 @@ def test_columns_without_a_value_are_left_out_and_named_once(tmp_path: Path) -> 
         "Not measured in any of these runs: of the EMA, MACs, speed, compile time "
         "(sparsedm bench RUN measures the speed)." in page.text
     )
+
+
+def test_spread_has_the_decimals_of_its_mean(tmp_path: Path) -> None:
+    page = report(
+        *(
+            write_run(tmp_path / f"s{seed}", seed=seed, scores=[{**FD, "value": value}])
+            for seed, value in enumerate((3.9169, 3.9171))
+        ),
+        write_run(tmp_path / "b", pattern="1:4", scores=[{**FD, "value": 20.0}]),
+    )
+    assert page.column("FD-DigitsCNN [1]") == ["3.917 ± 0.000 n = 2", "20.000"]
+
+
+def test_images_per_second_of_a_run_that_trained_on_none_are_not_measured(tmp_path: Path) -> None:
+    page = report(
+        write_run(tmp_path / "a", images_per_second=0.0, images=0),
+        write_run(tmp_path / "b", method="ste"),
+    )
+    assert page.column("images/s") == ["-", "100"]
 
 
 def test_speed_measured_of_one_run_is_a_column_with_gaps(tmp_path: Path) -> None:
