@@ -17,7 +17,7 @@ UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column: its head, its cells, and the index of its best cells."""
+    """A column of a table: its head and its cells."""
 
     head: Cell
     cells: Sequence[Cell]

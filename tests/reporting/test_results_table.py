@@ -7,8 +7,15 @@ from typing import Any
 
 import pytest
 
+from sparsedm_compiler.reporting import page as page_module
 from tests.reporting.parsed_page import report
 from tests.reporting.run_folders import FD, write_grid, write_json, write_run, write_unfinished_run
+
+
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib takes longer than all else on these pages."""
+    monkeypatch.setattr(page_module, "has_curve", lambda log: False)
 
 
 def held_out(student: float, ema: float | None = None) -> list[dict[str, Any]]:
@@ -78,7 +85,7 @@ def test_best_of_every_pattern_is_marked_by_the_direction_of_the_metric(tmp_path
 
 
 def test_best_needs_another_finished_run_with_the_same_data(tmp_path: Path) -> None:
-    other = write_run(tmp_path / "c", method="ste")
+    other = write_run(tmp_path / "c", method="ste", held_out=held_out(0.5), scores=[])
     values = {"model": {"name": "UViT", "options": {"depth": 4}}, "train": {"method": "ste"}}
     write_json(other / "run.json", {**values, "data": {"train": "other"}})
     page = report(
