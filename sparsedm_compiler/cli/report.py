@@ -9,9 +9,10 @@ from .job import Job, check_writable
 ABOUT = """\
 compare training runs on one HTML page
 
-The page is one self-contained file: a table (losses, scores, MACs, speed; the seeds of one
-experiment as mean and standard deviation), the curves, the samples and the options in which the
-configurations differ. An unfinished run is shown with its progress so far."""
+The page is one self-contained file: a table to sort and filter (losses, scores, MACs, speed; the
+seeds of one experiment as mean and standard deviation; the best of every pattern marked), the
+curves, the samples beside real images, and the options in which the configurations differ.
+An unfinished run is shown with its progress so far."""
 EXAMPLE = "  sparsedm report runs/dense runs/sparse-seed* --out report.html"
 
 

@@ -23,6 +23,7 @@ from ..evaluate.process_group import join_process_group, own_share, raising_toge
 from ..evaluate.score_images import Metrics, prepare_reference, score_images
 from ..models import load_weights
 from ..progress import announce
+from ..reporting.run_record import REAL_IMAGES
 from ..train.checkpoint import replace_text
 from ..train.finetuning import train_run
 from ..train.folder_lock import lock_folder
@@ -35,6 +36,7 @@ from .inputs import (
     make_sample_grids,
     make_sample_plan,
     make_training_scheduler,
+    take_real_images,
 )
 from .opened_run import OpenedRun, get_compile_options, open_run, open_scorer
 from .resuming import is_scored_alike
@@ -127,6 +129,7 @@ def write_results(
     values["complete"] = True
     if main:
         grids.save(folder / values["samples"], images)
+        grids.save(folder / REAL_IMAGES, take_real_images(inputs, grids.count))
         replace_text(folder / "results.json", json.dumps(values, indent=1) + "\n")
     join_process_group().wait_for_everyone()
     return values

@@ -22,6 +22,9 @@ LEGEND = 128
 SPAN = 20
 """The ratio of largest to smallest loss from which on the scale is logarithmic."""
 
+POINTS = 3
+"""Values that make a curve, at least; fewer are not drawn."""
+
 
 @dataclass(frozen=True, slots=True)
 class Theme:
@@ -55,7 +58,8 @@ def save_curves(path: str | Path, runs: Mapping[str, Log]) -> None:
     """Writes the training curves of runs as one PNG of four charts over the images seen.
 
     The charts show the training loss, the held-out loss (dashed: of the EMA), the learning rate
-    and the mask flips, in one colour per run. The file is replaced atomically.
+    and the mask flips, in one colour per run; fewer than three values are no curve. The file is
+    replaced atomically.
 
     Args:
         path: The PNG to write; its folder is made.
@@ -68,12 +72,14 @@ def save_curves(path: str | Path, runs: Mapping[str, Log]) -> None:
         part.write_bytes(draw_curves(runs))
 
 
-def draw_curves(runs: Mapping[str, Log], theme: Theme = LIGHT) -> bytes:
-    """Returns a PNG of four charts over the images seen, one colour per run (name -> log).
+def draw_curves(
+    runs: Mapping[str, Log], theme: Theme = LIGHT, *, charts: Sequence[Chart] | None = None
+) -> bytes:
+    """Returns a PNG of charts over the images seen, one colour per run (name -> log).
 
-    They show the training loss (its moving average, and the raw loss faint behind it), the
-    held-out loss (dashed: of the EMA), the learning rate and the mask flips. A chart without
-    values says so.
+    The four of ``CHARTS`` are the training loss (its moving average, and the raw loss faint behind
+    it), the held-out loss (dashed: of the EMA), the learning rate and the mask flips. A chart
+    without a curve of ``POINTS`` values says so.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -81,12 +87,17 @@ def draw_curves(runs: Mapping[str, Log], theme: Theme = LIGHT) -> bytes:
     from PIL import Image
 
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
-    figure = Figure(figsize=(10, 6.4), dpi=DPI, layout=layout, facecolor=theme.paper)
+    charts = CHARTS if charts is None else charts
+    lines, columns = -(-len(charts) // 2), min(len(charts), 2)
+    figure = Figure(figsize=(10, 3.2 * lines), dpi=DPI, layout=layout, facecolor=theme.paper)
     FigureCanvasAgg(figure)
     colours = {name: theme.runs[i % len(theme.runs)] for i, name in enumerate(runs)}
-    for axis, chart in zip(figure.subplots(2, 2).flat, CHARTS, strict=True):
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis in axes[len(charts) :]:
+        axis.set_visible(False)
+    for axis, chart in zip(axes, charts, strict=False):
         for name, log in runs.items():
-            for images, values, style in chart.lines(log):
+            for images, values, style in find_curves(chart, log):
                 axis.plot(images, values, color=colours[name], **style)
         style_axis(axis, chart, theme)
     add_legend(figure, colours, theme)
@@ -96,6 +107,22 @@ def draw_curves(runs: Mapping[str, Log], theme: Theme = LIGHT) -> bytes:
     quantized = Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     quantized.save(small, format="png", optimize=True)
     return small.getvalue()
+
+
+def find_curves(chart: Chart, log: Log) -> list[Line]:
+    """Returns the lines of a chart that have at least ``POINTS`` finite values."""
+    lines = chart.lines(log)
+    return [line for line in lines if sum(map(math.isfinite, line[1])) >= POINTS]
+
+
+def has_curve(log: Log) -> bool:
+    """Returns whether any chart of the log has a curve."""
+    return any(find_curves(chart, log) for chart in CHARTS)
+
+
+def find_charts(runs: Mapping[str, Log]) -> list[Chart]:
+    """Returns the charts in which any of the runs has a curve."""
+    return [chart for chart in CHARTS if any(find_curves(chart, log) for log in runs.values())]
 
 
 def trace_training_loss(log: Log) -> list[Line]:
@@ -169,7 +196,9 @@ def style_axis(axis: Any, chart: Chart, theme: Theme) -> None:
     axis.set_xlabel("images seen", color=theme.ink)
     values = [y for line in axis.lines for y in line.get_ydata() if math.isfinite(y)]
     if not values:
-        axis.text(0.5, 0.5, "no values yet", ha="center", color=theme.ink, transform=axis.transAxes)
+        axis.text(
+            0.5, 0.5, "fewer than 3 values", ha="center", color=theme.ink, transform=axis.transAxes
+        )
         axis.set_xticks([])
         axis.set_yticks([])
     if chart.log and values and min(values) > 0 and max(values) > SPAN * min(values):

@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from statistics import mean, stdev
 
 from ..errors import DataError
-from ..evaluate.score import ScoreKey
 from ..optional_deps import DISTRIBUTIONS, is_installed
-from .charts import DARK, LIGHT, draw_curves
-from .grouping import (
-    ABSENT,
-    SeedGroup,
-    find_differences,
-    group_runs,
-    name_runs,
-    sort_by_pattern,
+from .charts import DARK, LIGHT, draw_curves, find_charts, has_curve
+from .grouping import SeedGroup, find_differences, group_runs, name_runs, sort_by_pattern
+from .html import (
+    Cell,
+    Link,
+    Section,
+    make_document,
+    make_picture,
+    make_table,
+    make_zoomable_figure,
 )
-from .html import Cell, encode_png, make_document, make_picture, make_section, make_table
+from .results_table import make_results
 from .run_record import RunRecord, read_run
 
 FEW = len(LIGHT.runs)
 """Runs in one chart at most, as many as there are colours."""
 CHART_PACKAGES = ("matplotlib", "PIL")
 """Packages that draw the curves, without which a page has none."""
-BETTER = {
-    **dict.fromkeys(("FD", "FID", "KID"), "lower is better"),
-    **dict.fromkeys(("IS", "precision", "recall", "density", "coverage"), "higher is better"),
-}
 
 
 def report_page(runs: Sequence[str | Path], out: str | Path) -> None:
     """Writes one HTML file that compares training runs.
 
-    The page holds everything it shows: a table (losses, scores, MACs, speed), the curves, the last
-    sample grids, and the options that differ. Runs that differ in their seed alone share a row of
-    means and standard deviations. A run that is still going is shown as far as it is.
+    The page holds everything it shows and needs no network: a table that can be sorted and
+    filtered (losses, scores, MACs, speed; the best of every pattern is marked), the curves of more
+    than two values, the last sample grids beside real images, and a row of options for every run.
+    Runs that differ in their seed alone share a row of means and standard deviations. A run that is
+    still going is shown as far as it is. Without JavaScript only sorting and filtering are missing.
 
     Args:
         runs: The folders of the runs, as ``finetune`` and ``sparsedm finetune`` write them.
@@ -65,25 +63,46 @@ def render_page(runs: Mapping[str, RunRecord]) -> str:
     if len(runs) > FEW:
         shown = dict(next(iter(group.runs.items())) for group in groups)
     title = f"{len(runs)} training runs compared" if len(runs) > 1 else f"Run {min(runs)}"
+    anchors = make_anchors(runs, shown)
     return make_document(
         title,
         summarize(runs, groups),
         [
-            make_section("Results", make_results(groups)),
-            make_section("Curves", make_curves(shown)),
-            make_section("Samples", make_samples(shown)),
-            make_section("What differs between the runs", make_differences(shown)),
-            make_section("Configurations and machines", make_configs(runs)),
+            Section("Results", "results", make_results(groups, anchors)),
+            Section("Curves", "curves", make_curves(shown)),
+            Section("Samples", "samples", make_samples(shown, anchors)),
+            Section("What differs", "differences", make_differences(runs, anchors)),
+            Section("Configurations and machines", "configurations", make_configs(runs, anchors)),
         ],
     )
+
+
+def make_anchors(
+    runs: Mapping[str, RunRecord], shown: Mapping[str, RunRecord]
+) -> dict[str, list[Link]]:
+    """Returns the links of every run: to its configuration, and to its sample grid if it is shown.
+
+    They are numbered from 1 on; 0 is the grid of real images.
+    """
+    anchors = {}
+    for number, (name, run) in enumerate(runs.items(), 1):
+        anchors[name] = [Link(name, f"run-{number}")]
+        if name in shown and run.samples is not None:
+            anchors[name].append(Link("samples", f"samples-{number}"))
+    return anchors
 
 
 def summarize(runs: Mapping[str, RunRecord], groups: Sequence[SeedGroup]) -> list[str]:
     """Returns the lines under the title: which runs are compared, and how rows are averaged."""
     labels = dict.fromkeys(group.first.label for group in groups)
+    text = ", ".join(labels)
+    if len(labels) > FEW:
+        methods = dict.fromkeys(run.method for run in runs.values())
+        patterns = dict.fromkeys(run.pattern for run in runs.values() if run.pattern)
+        text = f"{', '.join(methods)}; patterns {', '.join(patterns)}"
     seeds = sorted({run.seed for run in runs.values()})
     plural = "seeds" if len(seeds) > 1 else "seed"
-    lines = [f"{', '.join(labels)}; {plural} {', '.join(map(str, seeds))}."]
+    lines = [f"{text}; {plural} {', '.join(map(str, seeds))}."]
     if any(len(group.runs) > 1 for group in groups):
         lines.append(
             "Runs that differ in nothing but their seed share a row: "
@@ -95,139 +114,6 @@ def summarize(runs: Mapping[str, RunRecord], groups: Sequence[SeedGroup]) -> lis
     return lines
 
 
-def make_results(groups: Sequence[SeedGroup]) -> str:
-    """Returns the table of results, one row per group, with notes on its columns."""
-    runs = [run for group in groups for run in group.runs.values()]
-    keys = [*dict.fromkeys(score.key for run in runs for score in run.scores)]
-    heads = [
-        Cell("method", left=True),
-        Cell("pattern", left=True),
-        Cell("seed"),
-        Cell("images"),
-        Cell("held-out loss"),
-        Cell("of the EMA"),
-        *(Cell(f"{name_score(key)} [{number}]") for number, key in enumerate(keys, 1)),
-        Cell("MACs"),
-        Cell("speed"),
-        Cell("images/s"),
-    ]
-    notes = [
-        *(f"[{number}] {describe_score(key)}" for number, key in enumerate(keys, 1)),
-        "Held-out loss: the denoising error on data never trained on, of the student and of the "
-        "exponential moving average (EMA) of its weights; lower is better.",
-        "MACs: conv and linear layers of one forward, dense → pruned. Images/s: while training.",
-        *describe_baselines(groups),
-    ]
-    rows = [make_row(group, keys) for group in groups]
-    return make_table(heads, rows, kind="sort stack", notes=notes)
-
-
-def name_score(key: ScoreKey) -> str:
-    """Returns the metric with its feature network, e.g. "FD-InceptionV3"."""
-    return f"{key.metric}-{key.network}" if key.network else key.metric
-
-
-def describe_score(key: ScoreKey) -> str:
-    """Returns the note on a score: counts, sampler, and which direction is better."""
-    hint = f"; {BETTER[key.metric]}" if key.metric in BETTER else ""
-    count = key.reference_count
-    images = "an unknown number of" if count is None else f"{count:,}"
-    about = f"{key.count:,} samples against {images} images, {key.sampler}{hint}."
-    return f"{name_score(key)}: {about}"
-
-
-def make_row(group: SeedGroup, keys: Iterable[ScoreKey]) -> list[Cell]:
-    """Returns the cells of a group, in the order of the heads."""
-    run, runs = group.first, [*group.runs.values()]
-    seeds = sorted(member.seed for member in runs)
-    losses = [member.held_out for member in runs if member.held_out is not None]
-    total = "" if run.finished or run.goal is None else f"of {run.goal:,}"
-    return [
-        Cell(
-            run.method,
-            title=", ".join(group.runs),
-            left=True,
-            badge="" if run.finished else "unfinished",
-        ),
-        Cell(run.pattern or "dense", left=True),
-        Cell(", ".join(map(str, seeds)), value=seeds[0]),
-        Cell(f"{run.images:,}", total, run.images),
-        make_spread_cell(entry.held_out for entry in losses),
-        make_spread_cell(entry.held_out_ema for entry in losses),
-        *(make_spread_cell(member.find_score(key) for member in runs) for key in keys),
-        make_macs_cell(run),
-        make_speed_cell(group),
-        make_spread_cell((member.images_per_second for member in runs), digits=3),
-    ]
-
-
-def make_spread_cell(values: Iterable[float | None], *, digits: int = 4) -> Cell:
-    """Returns the value, or mean and standard deviation of several; None is left out."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return Cell(ABSENT)
-    if len(known) == 1:
-        return Cell(format_number(known[0], digits), value=known[0], title=repr(known[0]))
-    middle = mean(known)
-    text = f"{format_number(middle, digits)} ± {format_number(stdev(known), 2)}"
-    return Cell(text, f"n = {len(known)}", middle, ", ".join(map(repr, known)))
-
-
-def format_number(value: float, digits: int) -> str:
-    """Returns ``value`` with that many significant digits; large numbers keep all before the point.
-
-    >>> format_number(0.078612, 4), format_number(12345.6, 3)
-    ('0.07861', '12,346')
-    """
-    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
-
-
-def make_macs_cell(run: RunRecord) -> Cell:
-    """Returns the MACs before and after pruning; all digits on hover."""
-    if run.macs is None:
-        return Cell(ABSENT)
-    dense, sparse, attention = run.macs.dense, run.macs.sparse, run.macs.attention
-    return Cell(
-        format_macs(dense, sparse),
-        f"÷ {dense / max(sparse, 1):.2f}",
-        sparse,
-        f"{dense:,} → {sparse:,}; attention apart: {attention:,}",
-    )
-
-
-def format_macs(dense: int, sparse: int) -> str:
-    """Returns both numbers with three digits, in the unit that suits the first.
-
-    >>> format_macs(11_321_564_160, 970_000_000), format_macs(999, 10)
-    ('11.3 → 0.97 G', '999 → 10')
-    """
-    units = ((12, " T"), (9, " G"), (6, " M"), (3, " k"))
-    power, unit = next((entry for entry in units if dense >= 10 ** entry[0]), (0, ""))
-    return f"{dense / 10**power:.3g} → {sparse / 10**power:.3g}{unit}"
-
-
-def make_speed_cell(group: SeedGroup) -> Cell:
-    """Returns the speed-up over the dense baseline, or "not measured"."""
-    speedups = [run.speedup for run in group.runs.values() if run.speedup is not None]
-    cell = make_spread_cell((speedup.ratio for speedup in speedups), digits=3)
-    return Cell("not measured") if cell.value is None else replace(cell, text=f"{cell.text}x")
-
-
-def describe_baselines(groups: Sequence[SeedGroup]) -> list[str]:
-    """Returns the notes on the baselines that speeds were measured against, if any."""
-    baselines: dict[str, dict[str, None]] = {}
-    for group in groups:
-        for run in group.runs.values():
-            if run.speedup is not None:
-                baselines.setdefault(run.speedup.baseline, {})[run.label] = None
-    if len(baselines) == 1:
-        return [f"Speed: times faster than {next(iter(baselines))}, side by side in one process."]
-    return [
-        f"Speed of {', '.join(labels)}: times faster than {baseline}."
-        for baseline, labels in baselines.items()
-    ]
-
-
 def make_curves(runs: Mapping[str, RunRecord]) -> str:
     """Returns the charts of the runs, light and dark; of many runs, charts by pattern."""
     if missing := [package for package in CHART_PACKAGES if not is_installed(package)]:
@@ -236,56 +122,97 @@ def make_curves(runs: Mapping[str, RunRecord]) -> str:
             f'<p class="soft">Left out: charts need {needs}, not installed here: '
             "pip install &quot;sparsedm-compiler[train]&quot;</p>"
         )
-    parts: list[list[str]] = [[*runs]]
-    if len(runs) > FEW:
-        patterns = dict.fromkeys(run.pattern for run in runs.values())
-        alike = [[name for name in runs if runs[name].pattern == pattern] for pattern in patterns]
-        parts = [names[k : k + FEW] for names in alike for k in range(0, len(names), FEW)]
-    figures = []
-    for names in parts:
-        logs = {name: runs[name].log for name in names}
-        light, dark = draw_curves(logs), draw_curves(logs, DARK)
-        chart = make_picture(light, dark, "curves over the images seen")
-        patterns_shown = ", ".join(dict.fromkeys(runs[name].pattern or "dense" for name in names))
-        caption = f"<figcaption>{escape(patterns_shown)}</figcaption>" if len(parts) > 1 else ""
-        figures.append(f'<figure class="scroll card chart">{caption}{chart}</figure>')
-    return "".join(figures)
+    drawn = {name: run for name, run in runs.items() if has_curve(run.log)}
+    flat = [name for name in runs if name not in drawn]
+    note = f"Fewer than three values, and so no curve: {', '.join(flat)}." if flat else ""
+    note = note if drawn else "No curves: no log of these runs has three values to draw."
+    below = f'<p class="soft">{escape(note)}</p>' if note else ""
+    return "".join(make_chart_figure(drawn, names) for names in split_runs(drawn)) + below
 
 
-def make_samples(runs: Mapping[str, RunRecord]) -> str:
-    """Returns the last sample grids of the runs, side by side. Raises DataError."""
+def split_runs(runs: Mapping[str, RunRecord]) -> list[list[str]]:
+    """Returns the names of the runs that share a picture; those of many runs share a pattern."""
+    if len(runs) <= FEW:
+        return [[*runs]] if runs else []
+    patterns = dict.fromkeys(run.pattern for run in runs.values())
+    alike = [[name for name in runs if runs[name].pattern == pattern] for pattern in patterns]
+    return [names[k : k + FEW] for names in alike for k in range(0, len(names), FEW)]
+
+
+def make_chart_figure(runs: Mapping[str, RunRecord], names: Sequence[str]) -> str:
+    """Returns the charts of the runs of these names, light and dark."""
+    logs = {name: runs[name].log for name in names}
+    charts = find_charts(logs)
+    light, dark = draw_curves(logs, charts=charts), draw_curves(logs, DARK, charts=charts)
+    titles = ", ".join(chart.title for chart in charts)
+    chart = make_picture(light, dark, f"curves over the images seen: {titles}")
+    patterns = ", ".join(dict.fromkeys(runs[name].pattern or "dense" for name in names))
+    text = patterns if len(names) < len(runs) else ""
+    caption = f"<figcaption>{escape(text)}</figcaption>" if text else ""
+    return f'<figure class="scroll card chart">{caption}{chart}</figure>'
+
+
+def make_samples(runs: Mapping[str, RunRecord], anchors: Mapping[str, Sequence[Link]]) -> str:
+    """Returns the real images and the last sample grids, side by side. Raises DataError."""
+    with_grid = {name: run for name, run in runs.items() if run.samples is not None}
+    real: dict[bytes, list[str]] = {}
+    for name, run in with_grid.items():
+        if run.real_images is not None:
+            real.setdefault(read_image(run.real_images), []).append(name)
     figures = []
-    for name, run in runs.items():
-        if run.samples is None:
-            continue
-        try:
-            image = encode_png(run.samples.read_bytes())
-        except OSError as error:
-            raise DataError(f"cannot read {run.samples}: {error.strerror}") from error
-        caption = f"{name}: {run.label}, after {run.images:,} images"
-        figures.append(
-            f'<figure class="card"><img src="{image}" alt="samples of {escape(name)}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
+    for index, (image, names) in enumerate(real.items()):
+        of_runs = f" of {', '.join(names)}" if len(real) > 1 else ""
+        caption = escape(f"real images{of_runs}, as a yardstick")
+        figures.append(make_zoomable_figure(image, caption, -index, kind="real"))
+    for name, run in with_grid.items():
+        link, samples = anchors[name]
+        number = int(samples.anchor.partition("-")[2])
+        caption = f"{link.render()}: {escape(f'{run.label}, after {run.images:,} images')}"
+        assert run.samples is not None
+        figures.append(make_zoomable_figure(read_image(run.samples), caption, number))
     return f'<div class="grids">{"".join(figures)}</div>' if figures else ""
 
 
-def make_differences(runs: Mapping[str, RunRecord]) -> str:
-    """Returns the table of options that are not equal in all runs."""
-    heads = [Cell("option", left=True), *(Cell(name) for name in runs)]
+def read_image(path: Path) -> bytes:
+    """Returns the bytes of a PNG. Raises DataError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def make_differences(runs: Mapping[str, RunRecord], anchors: Mapping[str, Sequence[Link]]) -> str:
+    """Returns the table of options that are not equal in all runs: a row for every run."""
+    options = find_differences(runs)
+    heads = [Cell("run", left=True), *(Cell(option) for option in options)]
     rows = [
-        [Cell(option, left=True), *(Cell(values[name]) for name in runs)]
-        for option, values in find_differences(runs).items()
+        [
+            Cell(name, left=True, link=anchors[name][0]),
+            *(Cell(values[name], value=read_number(values[name])) for values in options.values()),
+        ]
+        for name in runs
     ]
-    return make_table(heads, rows, kind="stack") if rows else ""
+    return make_table(heads, rows) if options else ""
 
 
-def make_configs(runs: Mapping[str, RunRecord]) -> str:
+def read_number(text: str) -> float | None:
+    """Returns the finite number that ``text`` is, None for other text."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def make_configs(runs: Mapping[str, RunRecord], anchors: Mapping[str, Sequence[Link]]) -> str:
     """Returns all options and the machine of every run, collapsed."""
     parts = []
     for name, run in runs.items():
         text = json.dumps({"config": run.config, "machine": run.machine}, indent=2)
+        link, *samples = anchors[name]
+        more = "".join(f"<p>{sample.render()}</p>" for sample in samples)
         parts.append(
-            f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
+            f'<details id="{link.anchor}"><summary>{escape(name)}</summary>{more}'
+            f"<pre>{escape(text)}</pre></details>"
         )
     return f'<div class="card">{"".join(parts)}</div>'

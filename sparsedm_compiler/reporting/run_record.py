@@ -15,6 +15,8 @@ from .run_log_format import HeldOutEntry, LogEntry, StepEntry, read_log
 VERSION = 1
 FILES = ("run.json", "config.json", "results.json")
 """The whole configuration (where ``run`` made the folder), that of the training, the results."""
+REAL_IMAGES = "real.png"
+"""The grid of real images, to judge samples by (where ``run`` made the folder)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,9 @@ class RunRecord:
         macs: The MACs of its model, None before they were counted.
         speedup: The measured speed-up, None where it was not measured.
         images_per_second: The training speed, None where unknown.
+        compile_seconds: Time spent compiling the training step, None where unknown.
         samples: The newest sample grid, None where there is none.
+        real_images: A grid of real images, None where there is none.
         machine: The versions and the hardware it ran on.
     """
 
@@ -84,7 +88,9 @@ class RunRecord:
     macs: Macs | None = None
     speedup: Speedup | None = None
     images_per_second: float | None = None
+    compile_seconds: float | None = None
     samples: Path | None = None
+    real_images: Path | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -160,7 +166,9 @@ def describe_finished(
         macs=None if macs is None else Macs(macs["dense"], macs["sparse"], macs["attention"]),
         speedup=None if speed is None else Speedup(float(speed["ratio"]), str(speed["baseline"])),
         images_per_second=float(results["images_per_second"]),
+        compile_seconds=results.get("compile_seconds"),
         samples=find_last_grid(folder) if samples is None else folder / samples,
+        real_images=find_real_images(folder),
         machine=dict(results["machine"]),
     )
 
@@ -187,6 +195,7 @@ def describe_unfinished(
         held_out=held_out[-1] if held_out else None,
         images_per_second=steps[-1].images_per_second if steps else None,
         samples=find_last_grid(folder),
+        real_images=find_real_images(folder),
     )
 
 
@@ -219,6 +228,11 @@ def rebuild_log(
 def find_last_grid(folder: Path) -> Path | None:
     """Returns the newest sample grid in the folder of a run, None where there is none."""
     return max((folder / "samples").glob("*.png"), default=None)
+
+
+def find_real_images(folder: Path) -> Path | None:
+    """Returns the grid of real images in the folder of a run, None where there is none."""
+    return path if (path := folder / REAL_IMAGES).exists() else None
 
 
 def read_json_object(path: Path) -> dict[str, Any] | None:

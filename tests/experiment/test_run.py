@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import SparseDMError
+from sparsedm_compiler.data import open_data
 from sparsedm_compiler.diffusion import generator_at
 from sparsedm_compiler.experiment import run as runs
 from sparsedm_compiler.experiment.inputs import make_guidance, make_sample_grids, open_inputs
@@ -62,6 +63,9 @@ def test_run_writes_weights_grids_scores_and_macs(config: RunConfig) -> None:
     grids.save(Path("again.png"), grids.draw(saved, "eps"))
     drawn = matplotlib.image.imread("run/" + values["samples"])
     assert (drawn == matplotlib.image.imread("again.png")).mean() > 0.99
+    fetched = open_data("digits:test", limit=16).fetch([k * 16 // 12 for k in range(12)])[0]
+    grids.save(Path("again.png"), fetched)
+    assert Path("run/real.png").read_bytes() == Path("again.png").read_bytes()
     for model, same in ((saved, True), (dense, False)):
         scores = runs.score_samples(config, opened, model, progress=False)
         assert (scores[0]["value"] == pytest.approx(metrics["FD"]["value"], rel=1e-6)) == same

@@ -20,6 +20,9 @@ from sparsedm_compiler.reporting.charts import (
     LIGHT,
     Theme,
     draw_curves,
+    find_charts,
+    find_curves,
+    has_curve,
     smooth,
     style_axis,
     trace_held_out_loss,
@@ -193,11 +196,37 @@ def test_save_curves_of_any_log_writes_a_png(tmp_path: Path, log: list[Any]) -> 
         assert image.size == (1300, 832)
 
 
-def test_style_axis_without_values_prints_no_values_yet() -> None:
+def test_find_charts_takes_only_charts_with_more_than_two_points() -> None:
+    steps = [StepEntry(64 * number, 0.5, 1e-3) for number in range(1, 4)]
+    ends = [HeldOutEntry(0, 1.0, 1.0), HeldOutEntry(192, 0.5, 0.5)]
+    assert [chart.title for chart in find_charts({"a": [*steps, *ends]})] == [
+        "training loss",
+        "learning rate",
+    ]
+    assert find_charts({"a": [*steps[:2], *ends]}) == []
+    assert [has_curve(log) for log in (steps, steps[:2], [*steps[:2], *ends])] == [1, 0, 0]
+    more = [*ends, HeldOutEntry(256, 0.25)]  # of the EMA there are still two
+    (held,) = find_charts({"a": ends, "b": more})
+    assert [len(find_curves(held, log)) for log in (ends, more)] == [0, 1]
+    flat = [StepEntry(64 * k, 0.5, 1e-3 if k else math.nan) for k in range(3)]
+    assert [chart.title for chart in find_charts({"a": flat})] == ["training loss"]
+
+
+@pytest.mark.parametrize(("count", "height"), [(1, 416), (2, 416), (3, 832)])
+def test_draw_curves_of_some_charts_is_as_high_as_they_need(
+    tmp_path: Path, count: int, height: int
+) -> None:
+    log = [StepEntry(64 * number, 1 / number, 1e-3, flip_rate=0.1) for number in range(1, 9)]
+    (tmp_path / "c.png").write_bytes(draw_curves({"a": log}, charts=CHARTS[:count]))
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.size == (1300, height)
+
+
+def test_style_axis_without_values_prints_that_they_are_few() -> None:
     axis = Figure().subplots()
     axis.plot([64], [math.nan])
     style_axis(axis, CHARTS[0], LIGHT)
-    assert [text.get_text() for text in axis.texts] == ["no values yet"]
+    assert [text.get_text() for text in axis.texts] == ["fewer than 3 values"]
     assert [*axis.get_xticks(), *axis.get_yticks()] == []
 
 

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +16,8 @@ from PIL import Image
 
 from sparsedm_compiler.errors import DataError
 from sparsedm_compiler.reporting import read_run, report_page
+from tests.reporting.parsed_page import ParsedPage, report
 from tests.reporting.run_folders import FD, write_json, write_run, write_unfinished_run
-
-
-class ParsedPage(HTMLParser):
-    """A parsed page: its tables as rows of texts, its tags and its links."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tables: list[list[list[str]]] = []
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.words: list[str] = []
-        self.inside: str | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "srcset", "href")]
-        if tag in ("td", "th", "style", "script"):
-            self.inside = tag
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = None if tag == self.inside else self.inside
-
-    def handle_data(self, data: str) -> None:
-        if self.inside not in ("style", "script"):
-            self.words.append(data)
-        if self.inside in ("td", "th"):
-            self.tables[-1][-1][-1] = f"{self.tables[-1][-1][-1]} {data}".strip()
-
-    def row(self, *starts: str) -> dict[str, str]:
-        """The row of the first table that starts so, by the heads."""
-        heads, *rows = self.tables[0]
-        (row,) = [cells for cells in rows if tuple(cells[: len(starts)]) == starts]
-        return dict(zip(heads, row, strict=True))
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.words)
-
-
-def report(*runs: Path) -> ParsedPage:
-    out = runs[0].parent / "report.html"
-    report_page(runs, out)
-    return ParsedPage(out.read_text(encoding="utf-8"))
 
 
 def test_report_page_shows_one_row_per_run(tmp_path: Path) -> None:
@@ -77,19 +27,20 @@ def test_report_page_shows_one_row_per_run(tmp_path: Path) -> None:
         write_run(tmp_path / "b", method="dense", pattern=None),
     )
     assert page.row("sparsedm") == {
+        "run": "a samples",
         "method": "sparsedm",
         "pattern": "2:4",
         "seed": "0",
         "images": "64,000",
-        "held-out loss": "0.08",
-        "of the EMA": "0.07",
-        "FD-DigitsCNN [1]": "1.25",
-        "MACs": "10.7 → 5.38 M ÷ 1.99",
+        "held-out loss": "0.08000",
+        "of the EMA": "0.07000",
+        "FD-DigitsCNN [1]": "1.250",
+        "MACs": "10.70 → 5.38 M ÷ 1.99",
         "speed": "1.68x",
         "images/s": "100",
     }
     assert page.row("dense")["pattern"] == "dense"
-    assert page.row("dense")["speed"] == "not measured"
+    assert page.row("dense")["speed"] == "-"
     assert "2 training runs compared" in page.text
     assert "dense, sparsedm 2:4; seed 0." in page.text
     assert (
@@ -109,7 +60,7 @@ def test_report_page_names_every_speed_baseline_and_shows_a_score_of_zero(tmp_pa
     )
     assert "Speed of sparsedm 2:4: times faster than eager." in page.text
     assert "Speed of sparsedm 1:4: times faster than Inductor." in page.text
-    assert page.row("sparsedm", "2:4")["FD-DigitsCNN [1]"] == "0"
+    assert page.row("sparsedm", "2:4")["FD-DigitsCNN [1]"] == "0.000"
 
 
 def test_report_page_averages_the_seeds_of_one_experiment(tmp_path: Path) -> None:
@@ -125,10 +76,10 @@ def test_report_page_averages_the_seeds_of_one_experiment(tmp_path: Path) -> Non
     ]
     row = report(*folders).row("sparsedm")
     assert row["seed"] == "0, 1, 2"
-    assert row["held-out loss"] == f"{np.mean(losses):.4g} ± {np.std(losses, ddof=1):.2g} n = 3"
-    assert row["of the EMA"] == "-"
+    assert row["held-out loss"] == f"{np.mean(losses):.5f} ± {np.std(losses, ddof=1):.5f} n = 3"
+    assert "of the EMA" not in row
     two = 10 * np.array(losses[1:])
-    assert row["FD-DigitsCNN [1]"] == f"{np.mean(two):.4g} ± {np.std(two, ddof=1):.2g} n = 2"
+    assert row["FD-DigitsCNN [1]"] == f"{np.mean(two):.4f} ± {np.std(two, ddof=1):.4f} n = 2"
 
 
 def test_report_page_averages_over_seeds_only(tmp_path: Path) -> None:
@@ -151,8 +102,7 @@ def test_report_page_sorts_rows_from_dense_to_sparse(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / f"run{k}", pattern=pattern) for k, pattern in enumerate(patterns)
     ]
-    column = [row[1] for row in report(*folders).tables[0][1:]]
-    assert column == ["dense", "2:4", "2:4x4", "1:4", "1:8", "odd"]
+    assert report(*folders).column("pattern") == ["dense", "2:4", "2:4x4", "1:4", "1:8", "odd"]
 
 
 def test_report_page_of_many_runs_draws_charts_by_pattern(tmp_path: Path) -> None:
@@ -183,7 +133,7 @@ def test_report_page_separates_incomparable_scores(tmp_path: Path) -> None:
         "FD-DigitsCNN [2]",
     ]
     assert page.row("ste")["FD-DigitsCNN [1]"] == "-"
-    assert page.row("ste")["FD-DigitsCNN [2]"] == "3.5"
+    assert page.row("ste")["FD-DigitsCNN [2]"] == "3.500"
     assert "5,000 samples" in page.text
 
 
@@ -191,8 +141,9 @@ def test_report_page_of_an_unfinished_run_shows_its_progress(tmp_path: Path) -> 
     page = report(
         write_unfinished_run(tmp_path / "going", method="ste"), write_run(tmp_path / "done")
     )
-    row = page.row("ste unfinished")
-    assert (row["images"], row["speed"], row["MACs"]) == ("12,800 of 64,000", "not measured", "-")
+    row = page.row("ste")
+    assert row["run"] == "going unfinished"
+    assert (row["images"], row["FD-DigitsCNN [1]"], row["MACs"]) == ("12,800 of 64,000", "-", "-")
     assert float(row["held-out loss"]) == pytest.approx(0.1 + np.exp(-59 / 8) / 2, rel=1e-3)
     assert "Not finished: going." in page.text
     assert page.tags.count("img") == 2  # the curves and the samples of the other
@@ -201,20 +152,23 @@ def test_report_page_of_an_unfinished_run_shows_its_progress(tmp_path: Path) -> 
 def test_report_page_of_a_run_without_log_reads_its_config(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     write_json(begun / "config.json", {"method": "dense", "images": 640, "seed": 4})
-    row = report(begun).row("dense unfinished")
+    row = report(begun).row("dense")
+    assert row["run"] == "begun unfinished"
     assert (row["pattern"], row["seed"], row["images"]) == ("dense", "4", "0 of 640")
     write_json(
         begun / "run.json", {"prune": {"pattern": "1:8"}, "train": {"method": "ste", "seed": 5}}
     )
-    row = report(begun).row("ste unfinished")
+    row = report(begun).row("ste")
     assert (row["pattern"], row["seed"], row["images"]) == ("1:8", "5", "0")
 
 
 def test_report_page_marks_a_run_without_scores_as_unfinished(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", scores=[], complete=False)
-    assert report(folder).row("sparsedm unfinished")["images"] == "64,000 of 64,000"
+    row = report(folder).row("sparsedm")
+    assert (row["run"], row["images"]) == ("a unfinished samples", "64,000 of 64,000")
     (folder / "run.json").unlink()  # finetune alone scores nothing
-    assert report(folder).row("sparsedm")["images"] == "64,000"
+    row = report(folder).row("sparsedm")
+    assert (row["run"], row["images"]) == ("a samples", "64,000")
 
 
 def test_read_run_without_log_rebuilds_it_from_the_results(tmp_path: Path) -> None:
@@ -234,9 +188,9 @@ def test_report_page_compares_only_options_that_differ(tmp_path: Path) -> None:
     )
     page = report(first, second)
     assert page.tables[1] == [
-        ["option", "a", "b"],
-        ["train.seed", "0", "1"],
-        ["train.ema", "-", "none"],
+        ["run", "train.seed", "train.ema"],
+        ["a", "0", "-"],
+        ["b", "1", "none"],
     ]
     assert '"betas"' in page.text
     assert len(report(first).tables) == 1
@@ -248,7 +202,7 @@ def test_report_page_prefixes_runs_of_equal_name_with_their_folder(tmp_path: Pat
         write_run(tmp_path / "y" / "r", seed=1),
         write_run(tmp_path / "r2"),
     )
-    assert page.tables[1][0] == ["option", "x/r", "y/r", "r2"]
+    assert [row[0] for row in page.tables[1]] == ["run", "x/r", "y/r", "r2"]
 
 
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)> &amp; "\''
@@ -265,7 +219,7 @@ def test_report_page_escapes_every_text(tmp_path: Path) -> None:
     assert page.tags.count("script") == 1
     assert page.tags.count("img") == 3
     assert page.row(EVIL, EVIL)["images"] == "64,000"
-    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
 
 
 def test_report_page_fetches_nothing_and_contains_no_local_path(tmp_path: Path) -> None:
@@ -280,6 +234,18 @@ def test_report_page_fetches_nothing_and_contains_no_local_path(tmp_path: Path) 
     assert not re.search(r"https?://|url\(|@import|<link", text)
     assert "default-src 'none'; img-src data:" in text
     assert str(tmp_path) not in text
+
+
+def test_report_page_leaves_out_curves_of_two_points_and_says_so(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", method="ste")]
+    lines = (folders[1] / "log.jsonl").read_text().splitlines(keepends=True)
+    (folders[1] / "log.jsonl").write_text("".join(lines[:2]))
+    page = report(*folders)
+    assert page.tags.count("source") == 1
+    assert "Fewer than three values, and so no curve: b." in page.text
+    alone = report(folders[1])
+    assert alone.tags.count("source") == 0
+    assert "No curves: no log of these runs has three values to draw." in alone.text
 
 
 def test_report_page_with_an_unknown_reference_count_says_so(tmp_path: Path) -> None:
@@ -360,11 +326,28 @@ addEventListener("load", () => {
   seen.clipped = [...document.querySelectorAll(".card")].filter(card =>
     card.scrollWidth > card.clientWidth && getComputedStyle(card).overflowX != "auto").length;
   seen.overflow = document.documentElement.scrollWidth - innerWidth;
-  const column = () => [...document.querySelectorAll("table.sort tbody tr")]
-    .map(row => row.children[7].dataset.value).join();
-  const button = document.querySelectorAll("table.sort thead button")[7];
+  const table = document.querySelector("#results table");
+  const column = () => [...table.tBodies[0].rows].map(row => row.cells[8].dataset.value).join();
+  const button = table.querySelectorAll("thead button")[8];
   button.click(); seen.up = column();
   button.click(); seen.down = column();
+  seen.order = table.querySelector("[aria-sort]").getAttribute("aria-sort");
+  const [search, ...picks] = document.querySelectorAll("#results .controls :is(input, select)");
+  const names = () => [...table.tBodies[0].rows].filter(row => row.offsetParent)
+    .map(row => row.cells[0].querySelector("a").textContent).join();
+  const set = (control, value) => {
+    control.value = value; control.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  set(search, "UNFIN sparse"); seen.search = names();
+  seen.count = document.querySelector("#results output").textContent;
+  set(search, "");
+  seen.picks = picks.map(pick => pick.getAttribute("aria-label")).join();
+  set(picks[0], "1:4"); seen.picked = names();
+  set(picks[0], ""); seen.all = names();
+  const image = document.querySelector(".zoom img");
+  image.click(); seen.full = image.clientWidth + " " + location.hash;
+  dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+  seen.closed = location.hash;
 });
 </script>"""
 
@@ -391,6 +374,10 @@ def test_report_page_renders_and_sorts_in_a_browser(tmp_path: Path, width: int) 
     assert seen["widths"] == "1300,160,160"
     assert seen["up"].split(",") == ["2713344", "5376768", ""]
     assert seen["down"].split(",") == ["5376768", "2713344", ""]
+    assert seen["order"] == "descending"
+    assert (seen["search"], seen["count"]) == ("c", "1 of 3 rows")
+    assert (seen["picks"], seen["picked"], seen["all"]) == ("pattern,sort by", "b", "a,b,c")
+    assert (seen["full"], seen["closed"]) == ("160 #full-1", "#samples-1")
     shown = ParsedPage(dom)
     assert sorted(shown.tables[0]) == sorted(before.tables[0])
     assert shown.tables[1:] == before.tables[1:]
