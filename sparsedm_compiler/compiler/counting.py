@@ -16,6 +16,7 @@ from ..passes import count_macs as count_sites
 from ..passes import find_eager_sites, find_sites, mark_eager, mark_prunable, trace_topology
 from ..patterns import Pattern
 from ..reports import MacsReport, Topology
+from .lookup import analyse_layers
 
 
 def count_macs(
@@ -60,7 +61,7 @@ def count_macs(
         pattern, keep_dense=keep_dense, overrides=overrides, policy=policy
     )
     config = config.bind(list(map_parameter_names(model).values()))
-    with torch.no_grad():
+    with torch.no_grad(), analyse_layers(model):
         graph = capture(model, *args, **kwargs)
         if graph is not None:
             sites = find_sites(graph)
@@ -104,7 +105,7 @@ def topology(model: nn.Module, *args: Any, **kwargs: Any) -> Topology:
         >>> sdm.topology(net, torch.randn(1, 8)).critical_path
         ('0', '1', '2')
     """
-    with torch.no_grad():
+    with torch.no_grad(), analyse_layers(model):
         graph = capture(model, *args, **kwargs)
     if graph is None:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
@@ -19,6 +20,16 @@ def iterate_sparse_forwards(model: nn.Module) -> Iterator[tuple[str, SparseForwa
         forward = module.__dict__.get(KEY)
         if isinstance(forward, SparseForward) and forward.module is module:
             yield (f"{name}." if name else ""), forward
+
+
+@contextmanager
+def analyse_layers(model: nn.Module) -> Iterator[None]:
+    """Lets the own forwards of compiled modules inside be captured for an analysis."""
+    with ExitStack() as stack:
+        for _, forward in iterate_sparse_forwards(model):
+            forward.prepare()
+            stack.enter_context(forward.guard)
+        yield
 
 
 def require_compiled(model: nn.Module) -> list[tuple[str, SparseForward]]:

@@ -102,6 +102,18 @@ def test_copies_when_whole_guard_themselves_and_when_in_part_are_plain() -> None
     assert_same(again(X), oracle_of(again)(X))
 
 
+def test_analyses_when_of_a_compiled_model_are_those_of_the_plain_one() -> None:
+    for called in (False, True):
+        student = compiled_chain()
+        if called:
+            student(X)
+        report = sdm.count_macs(student, X, pattern="1:4")
+        assert report == sdm.count_macs(Chain(), X, pattern="1:4")
+        assert sdm.topology(student, X) == sdm.topology(Chain(), X)
+        with pytest.raises(sdm.DenseRunError):
+            student.b(X)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tracer_when_it_goes_by_the_class_raises() -> None:
     student = compiled_chain()
