@@ -30,8 +30,7 @@ _NO_FRAMES = "found no compiled frames"
 class EntryPoint:
     """One method of a compiled model.
 
-    ``broken``: why it runs as several graphs, None while one holds it all. ``runs``: how often a
-    rewritten graph has run in this thread.
+    ``broken``: why it runs as several graphs, None while one holds it all.
     """
 
     def __init__(
@@ -79,6 +78,22 @@ class EntryPoint:
         """Returns the method as a function of (self, ...)."""
         return copy_method(self._forward.module, self._name, self._override)
 
+    def record_sites(
+        self,
+        into: list[Site],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        also: Callable[[EagerProduct], None] | None = None,
+    ) -> None:
+        """Runs the method eagerly, undone, and appends its products; tells ``also`` of each."""
+
+        def note(product: EagerProduct) -> None:
+            into.extend(site.without_tensors() for site in find_eager_sites((product,), len(into)))
+            if also is not None:
+                also(product)
+
+        watch_eager(self._forward.module, self.copy(), note, args, kwargs)
+
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         own = getattr(type(self._forward.module), self._name)
         if self._compiled is None or own is not self._own:  # captured anew where it was patched
@@ -103,11 +118,7 @@ class EntryPoint:
     def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
         """Runs as several graphs from now on, decided by an eager run, since none holds it all."""
         sites: list[Site] = []
-
-        def note(seen: EagerProduct) -> None:
-            sites.extend(site.without_tensors() for site in find_eager_sites((seen,), len(sites)))
-
-        watch_eager(self._forward.module, self.copy(), note, args, kwargs)
+        self.record_sites(sites, args, kwargs)
         self._forward.decide_eagerly(sites)
         self.broken = reason
         self._compiled = self._compile(fullgraph=False)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..graph.capture import KEY, Names
 from ..graph.closures import list_closure
-from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
+from ..graph.eager_watch import EagerMask, EagerProduct
 from ..graph.python_state import PythonState
-from ..passes import Site, find_eager_sites
+from ..passes import Site
 from .entry_point import EntryPoint
 from .masked_model import MaskedModel
 from .read_guard import ReadGuard
@@ -121,16 +121,14 @@ class SparseMethod:
         sites: list[Site] = []
         uses: Counter[str] = Counter()
 
-        def note(product: EagerProduct) -> None:
-            sites.extend(s.without_tensors() for s in find_eager_sites((product,), len(sites)))
+        def count(product: EagerProduct) -> None:
             uses.update(names[0] for names in product.names.values())
             if max(uses.values(), default=0) > _REPEATS:
                 raise _Loops
 
-        method = self.entry.copy()
         try:
             with forward.refuse_calls(_Loops):
-                watch_eager(self.module, method, note, args, kwargs)
+                self.entry.record_sites(sites, args, kwargs, also=count)
         except _Loops:
             forward.decide_eagerly(sites)
             return False
@@ -148,9 +146,9 @@ def list_methods(module: nn.Module) -> list[SparseMethod]:
 def install_methods(module: nn.Module) -> None:
     """Puts a SparseMethod in the place of every public method that reaches a layer."""
     for name in find_methods(module):
-        set_before = module.__dict__.get(name)
-        if not isinstance(set_before, SparseMethod):
-            module.__dict__[name] = SparseMethod(module, name, set_before)
+        before = module.__dict__.get(name)
+        override = before.override if isinstance(before, SparseMethod) else before
+        module.__dict__[name] = SparseMethod(module, name, override)
 
 
 def find_methods(module: nn.Module) -> list[str]:

@@ -65,6 +65,22 @@ def test_autoencoder_when_copied_has_methods_of_its_own() -> None:
         assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_methods_when_the_model_is_compiled_again_follow_its_pattern(inplace: bool) -> None:
+    x = torch.linspace(-1, 1, 32).reshape(2, 16)
+    student = sdm.compile(Sampler(), "2:4", policy="all", backend="eager")
+    for name, args in (("features", ()), ("unroll", (9,))):
+        assert_same(getattr(student, name)(x, *args), getattr(oracle_of(student), name)(x, *args))
+    with pytest.warns(UserWarning, match="pattern 2:4 became 1:4"):
+        again = sdm.compile(student, "1:4", backend="eager", inplace=inplace)
+    sdm.repattern(student, "1:4")
+    for model in (again, student):
+        for name, args in (("features", ()), ("unroll", (9,))):
+            out = getattr(model, name)(x, *args)
+            assert {str(p) for _, p in sdm.masked_parameters(model).values()} == {"1:4"}
+            assert_same(out, getattr(oracle_of(model), name)(x, *args))
+
+
 def test_latent_pipeline_when_its_autoencoder_is_compiled_decodes_masked() -> None:
     def image(model: nn.Module) -> Tensor:
         unet = diffusers.UNet2DModel(
