@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,39 +13,28 @@ from ..backends.kernel_family import WeightFormat
 from .edit_watch import WeightSample
 from .folded_weights import FoldedWeights
 
-
-@dataclass(frozen=True, slots=True)
-class FoldRow:
-    """A weight of a graph as it was folded.
-
-    Attributes:
-        position: Its place among the inputs of the graph.
-        weight: The weight.
-        version: Its version counter.
-        pointer: The address of its storage.
-        folded: Its folded form.
-    """
-
-    position: int
-    weight: weakref.ref[Tensor]
-    version: int
-    pointer: int
-    folded: Tensor
+Row = tuple[int, weakref.ref[Tensor], int, int]
+"""A weight as it was folded: its place among the inputs, itself, version counter and address."""
 
 
 class FoldCheck:
     """Tells whether the weights of a graph are what was folded, in one loop over all of them.
 
-    ``generation``: of the folded weights when this was made. ``samples``: values of the weights
-    whose device can be read at once; all are compared in one go.
+    ``generation``: of the folded weights when this was made. ``forms``: their folded forms by
+    place. ``samples``: values of the weights whose device can be read at once; all are compared
+    in one go.
     """
 
     def __init__(
-        self, generation: int, rows: Sequence[FoldRow], samples: Sequence[WeightSample]
+        self,
+        generation: int,
+        rows: Sequence[Row],
+        forms: Mapping[int, Tensor],
+        samples: Sequence[WeightSample],
     ) -> None:
         self.generation = generation
-        self._rows = [(r.position, r.weight, r.version, r.pointer) for r in rows]
-        self._forms = [(row.position, row.folded) for row in rows]
+        self._rows = rows
+        self._forms = forms
         flat = [sample for sample in samples if sample.now.dim() == 1]
         self._others = [sample for sample in samples if sample.now.dim() != 1]
         self._groups = []
@@ -71,7 +59,7 @@ class FoldCheck:
 
     def replace(self, arguments: list[Any]) -> None:
         """Puts the folded forms in the place of the weights."""
-        for position, folded in self._forms:
+        for position, folded in self._forms.items():
             arguments[position] = folded
 
 
@@ -89,14 +77,15 @@ def make_check(
         inputs: What the graph was called with.
         arguments: The same with the folded forms in the place of the weights.
     """
-    rows, samples = [], []
+    rows: list[Row] = []
+    samples = []
     for position, weight_format, _ in folds:
         weight = inputs[position]
         if weight.is_inference():
             return None
-        state = weight._version, weight.data_ptr()
-        rows.append(FoldRow(position, weakref.ref(weight), *state, arguments[position]))
+        rows.append((position, weakref.ref(weight), weight._version, weight.data_ptr()))
         sample = weights.find_samples(weight, weight_format)
         if sample is not None:
             samples.append(sample)
-    return FoldCheck(weights.generation, rows, samples)
+    forms = {position: arguments[position] for position, _, _ in folds}
+    return FoldCheck(weights.generation, rows, forms, samples)
