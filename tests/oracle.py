@@ -135,7 +135,7 @@ def gradients(
     torch.manual_seed(seed)
     out = sample_of(model(*call[0], **call[1]))
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
-    (out * weights.to(out.dtype)).sum().backward()
+    (out * weights.to(out)).sum().backward()
     named = model.named_parameters()
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 LOG = "GPU_TESTS_LOG"
+_KEPT_LINES = 30
 _IN_WORKER = "PYTEST_XDIST_WORKER"  # whose reports the main process gets, too
 
 
 def pytest_runtest_logreport(report: Any) -> None:
     """The outcome of a test: of its call, or of what failed or skipped before or after it."""
     if report.when == "call" or report.outcome != "passed":
-        _write(report.nodeid, report.outcome, _reason(report), seconds=report.duration)
+        more = {"traceback": _shorten(report)} if report.failed else {}
+        _write(report.nodeid, report.outcome, _reason(report), seconds=report.duration, **more)
 
 
 def pytest_collectreport(report: Any) -> None:
@@ -28,6 +30,11 @@ def _reason(report: Any) -> str:
         return str(report.longrepr[2])
     lines = [line for line in str(report.longrepr or "").splitlines() if line.startswith("E  ")]
     return " ".join(line[1:].strip() for line in lines[:6])[:1000]
+
+
+def _shorten(report: Any) -> str:
+    """The end of the traceback, without what the test printed."""
+    return "\n".join(str(report.longrepr).splitlines()[-_KEPT_LINES:])
 
 
 def _write(nodeid: str, outcome: str, reason: str, **more: Any) -> None:

@@ -41,7 +41,7 @@ def command(files: list[str]) -> list[str]:
     """pytest on these files, without the options of pyproject.toml that need plugins."""
     missing = find_absent(("xdist", "pytest_timeout"))
     options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "default"]
-    options += ["-p", "benchmarks.gpu.recorder", "--continue-on-collection-errors"]
+    options += ["-p", "benchmarks.gpu.recorder", "--continue-on-collection-errors", "--tb=short"]
     together = min(_TOGETHER, (os.cpu_count() or 1) // 2)
     if "xdist" not in missing and together > 1:
         options += ["-n", str(together), "--dist", "worksteal"]
@@ -75,8 +75,12 @@ def run_tests(
 
 
 def read_outcomes(log: str) -> dict[str, Any]:
-    """{"passed": [...], "failed": {name: why}, "skipped": {...}, "left_out": {file: why}}."""
+    """{"passed": [...], "failed": {name: why}, "skipped": {...}, "left_out": {file: why}}.
+
+    And "tracebacks": the short tracebacks of failed tests, by name.
+    """
     outcomes: dict[str, Any] = {"passed": [], "failed": {}, "skipped": {}, "left_out": {}}
+    outcomes["tracebacks"] = {}
     for line in log.splitlines():
         entry = json.loads(line)
         name, outcome, why = entry["test"], entry["outcome"], entry["reason"]
@@ -91,5 +95,6 @@ def read_outcomes(log: str) -> dict[str, Any]:
             outcomes["left_out"][name] = why
         else:
             outcomes["failed"][name] = why
+            outcomes["tracebacks"][name] = entry.get("traceback", "")
     outcomes["passed"] = [name for name in outcomes["passed"] if name not in outcomes["failed"]]
     return outcomes

@@ -68,7 +68,7 @@ def _select_fastest(
         return row.run_dense(_distrust(candidates))
     times = KernelTimes(dense_ms, best_ms)
     if best_ms >= MARGIN * dense_ms:
-        reason = f"{best.name} was not faster"
+        reason = _add_doubts(f"{best.name} was not faster", best)
         return row.run_dense(reason, status=Status.MEASURED, times=times)
     return _run_sparse(row, trial.weight, best, Status.MEASURED, "fastest measured", times)
 
@@ -130,11 +130,17 @@ def _run_sparse(
 ) -> PlannedWeight:
     if inexact := find_family(kernel.name).inexact:
         reason = f"{reason}; it {inexact}"
+    reason = _add_doubts(reason, kernel)
     dtype = row.problems[0].dtype
     weight_format = WeightFormat(
         row.pattern, None if dtype == weight.dtype else dtype, kernel.untiled
     )
     return row.run_sparse(kernel, weight_format, status=status, reason=reason, times=times)
+
+
+def _add_doubts(reason: str, kernel: KernelConfig) -> str:
+    doubts = find_family(kernel.name).describe_doubts()
+    return f"{reason} ({doubts})" if doubts else reason
 
 
 def select_training_kernel(

@@ -177,6 +177,13 @@ class KernelFamily(ABC):
     def why_unavailable(self) -> str | None:
         """Returns why none of the kernels runs on this machine, as a sentence; None if they do."""
 
+    def describe_doubts(self) -> str | None:
+        """Returns what is known against the libraries it runs on here, as a phrase, or None.
+
+        It is a note beside the reason of a choice, and refuses nothing.
+        """
+        return None
+
     @abstractmethod
     def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         """Returns what ``why_refused`` does, for a pattern that is accepted."""

@@ -15,8 +15,8 @@ SPARSE_CORES = (8, 0)
 """The first compute capability with sparse tensor cores."""
 FP8_CORES = (8, 9)
 """The first compute capability with sparse tensor cores for e4m3."""
-GOOD_CUSPARSELT = (0, 8, 1)
-"""The first version of cuSPARSELt that is used."""
+BETTER_CUSPARSELT = (0, 8, 1)
+"""The first version of cuSPARSELt about which no slowness is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,18 @@ def why_no_cusparselt(device: CudaDevice | None) -> str | None:
         if device.platform == "win32":
             return "no cuSPARSELt: torch's wheels for Windows leave it out"
         return "no cuSPARSELt: this torch was built without it"
-    if device.cusparselt < GOOD_CUSPARSELT:
-        version, good = _format_version(device.cusparselt), _format_version(GOOD_CUSPARSELT)
-        return (
-            f"cuSPARSELt {version} is too old: {good} mends "
-            "0.8.0, which is slower than dense on H100; pip install -U nvidia-cusparselt-cu13"
-        )
     return None
+
+
+def note_cusparselt(device: CudaDevice | None) -> str | None:
+    """Returns what is known against the cuSPARSELt that is loaded, as a phrase; None for nothing.
+
+    It refuses nothing: kernels are measured beside dense, whatever the version.
+    """
+    if device is None or device.cusparselt is None or device.cusparselt >= BETTER_CUSPARSELT:
+        return None
+    version, better = _format_version(device.cusparselt), _format_version(BETTER_CUSPARSELT)
+    return f"cuSPARSELt {version} is slower on some cards than {better}"
 
 
 def why_no_nvrtc(device: CudaDevice | None) -> str | None:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from ...errors import PackError
 from ...patterns import NM, VNM, Pattern, SharedNM, TransposableNM
-from ..cuda.device import find_device, why_no_cusparselt, why_no_tensor_cores
+from ..cuda.device import (
+    find_device,
+    note_cusparselt,
+    why_no_cusparselt,
+    why_no_tensor_cores,
+)
 from ..cuda.family import CudaFamily
 from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, WeightFormat
 from ..weight_matrix import from_matrix, to_matrix
@@ -44,6 +49,9 @@ class CuSparseLtFamily(CudaFamily):
     def why_unavailable(self) -> str | None:
         device = find_device()
         return why_no_tensor_cores(device) or why_no_cusparselt(device)
+
+    def describe_doubts(self) -> str | None:
+        return note_cusparselt(find_device())
 
     def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         if dtype not in TYPES:

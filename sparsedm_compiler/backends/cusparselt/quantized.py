@@ -17,6 +17,7 @@ from ...errors import PackError
 from ...patterns import Pattern
 from ..cuda.device import (
     find_device,
+    note_cusparselt,
     why_no_cusparselt,
     why_no_fp8_cores,
     why_no_tensor_cores,
@@ -63,6 +64,9 @@ class QuantizedFamily(CudaFamily):
         device = find_device()
         lacks_cores = why_no_fp8_cores if self.kind == "fp8" else why_no_tensor_cores
         return lacks_cores(device) or why_no_cusparselt(device)
+
+    def describe_doubts(self) -> str | None:
+        return note_cusparselt(find_device())
 
     def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         if dtype not in TYPES:
