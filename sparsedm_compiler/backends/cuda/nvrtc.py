@@ -72,17 +72,29 @@ def why_unavailable() -> str | None:
 
 
 def compile_kernel(
-    source: str, capability: tuple[int, int], macros: Sequence[tuple[str, int]]
+    source: str,
+    capability: tuple[int, int],
+    macros: Sequence[tuple[str, int]],
+    *,
+    feature: str = "",
 ) -> bytes:
     """Returns the machine code (a cubin) of a source for one kind of device.
 
-    It comes from disk if it was built before. Raises KernelError with the compiler's words where it
-    does not compile.
+    It comes from disk if it was built before.
+
+    Args:
+        source: CUDA C++.
+        capability: The device's compute capability.
+        macros: Macros with their values.
+        feature: "a" for the instructions that only this architecture has.
+
+    Raises:
+        KernelError: It does not compile; with the compiler's words.
     """
     defined = (*macros, ("CUDA_VERSION_NUMBER", read_nvrtc_version()))
     options = (
         "--std=c++17",
-        f"--gpu-architecture={_find_architecture(capability)}",
+        f"--gpu-architecture={_find_architecture(capability)}{feature}",
         *(f"-D{name}={value}" for name, value in defined),
     )
     key = hashlib.sha256(repr((source, options)).encode()).hexdigest()[:24]
@@ -153,19 +165,19 @@ class Launcher:
         self.shared = shared
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
-            _call_driver("cuModuleLoadData", ctypes.byref(self._module), code)
-            _call_driver(
+            call_driver("cuModuleLoadData", ctypes.byref(self._module), code)
+            call_driver(
                 "cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode()
             )
             if shared > _PLAIN_SHARED:
-                _call_driver("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, shared)
+                call_driver("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED, shared)
 
     def __call__(self, arguments: ctypes.Structure, grid: tuple[int, int], threads: int) -> None:
         """Launches with one structure as the only argument."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         sizes = (*grid, 1, threads, 1, 1)
-        _call_driver("cuLaunchKernel", self._function, *sizes, self.shared, stream, pointers, None)
+        call_driver("cuLaunchKernel", self._function, *sizes, self.shared, stream, pointers, None)
 
 
 @cache
@@ -176,7 +188,8 @@ def _load_driver() -> ctypes.CDLL:
         raise KernelError(f"no CUDA driver: {error}") from error
 
 
-def _call_driver(call: str, *arguments: object) -> None:
+def call_driver(call: str, *arguments: object) -> None:
+    """Calls a function of the CUDA driver. Raises KernelError with the name of an error."""
     code = getattr(_load_driver(), call)(*arguments)
     if code != 0:
         name = ctypes.c_char_p()

@@ -1,0 +1,80 @@
+"""The kernels on Hopper's own tensor-core instructions as a family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...patterns import NM, VNM, BlockNM, NestedNM, Pattern, SharedNM, TransposableNM
+from ..cuda.device import CudaDevice, find_device, why_no_nvrtc
+from ..cuda.nvrtc import why_unavailable
+from ..cuda.raw_format import RawFormatFamily
+from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
+from . import format as wgmma_format
+from .launch import Tile, hash_sources
+from .ops import wgmma_conv2d_op, wgmma_linear_op
+
+BLOCKS, SEMI = "cuda_block", "cuda_semi_wgmma"
+TILES = (
+    Tile(128, 3),
+    Tile(128, 3, raster=8),
+    Tile(128, 3, slices=4, raster=8),
+    Tile(96, 3),
+    Tile(192, 2),
+    Tile(192, 2, slices=3, raster=8),
+    Tile(128, 2),
+    Tile(128, 2, slices=2),
+    Tile(64, 2),
+    Tile(128, 1, slices=1),
+)
+"""Large ones for large products; measured to be enough on an H100 (docs/results)."""
+
+_HOPPER = (9, 0)
+_PLENTY = 227 * 1024  # bytes of shared memory of an H100's block
+
+
+class WgmmaFamily(RawFormatFamily):
+    """Kernels for blocks of weights, and for at most 2 of every 4 columns, in half precision.
+
+    Tile of a KernelConfig: as ``launch.Tile``.
+    """
+
+    names = (BLOCKS, SEMI)
+    accepts = (BlockNM, NestedNM, NM, SharedNM, VNM, TransposableNM)
+    format = wgmma_format
+
+    def why_unavailable(self) -> str | None:
+        device = find_device()
+        return why_no_nvrtc(device) or _why_other(device) or why_unavailable()
+
+    def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
+        device, accepted = find_device(), self.require_accepted(pattern)
+        room = _PLENTY if device is None else device.shared_bytes
+        layout = wgmma_format.choose_layout(accepted, wgmma_format.ROWS, wgmma_format.ROWS)
+        name = BLOCKS if isinstance(accepted, (BlockNM, NestedNM)) else SEMI
+        code = (wgmma_format.TYPES.index(dtype),)
+        return tuple(
+            KernelConfig(name, code, (tile.tokens, tile.groups, tile.slices, tile.raster))
+            for tile in TILES
+            if tile.count_stages(layout, room)
+        )
+
+    def call(
+        self, problem: MatmulProblem, weight_format: WeightFormat, tile: tuple[int, ...]
+    ) -> OpCall:
+        pattern = str(self.require_accepted(weight_format.pattern))
+        return problem.choose_op(
+            wgmma_linear_op, wgmma_conv2d_op, act=problem.act, pattern=pattern, tile=list(tile)
+        )
+
+    def describe_machine(self) -> tuple[Any, ...]:
+        return *super().describe_machine(), hash_sources()
+
+
+def _why_other(device: CudaDevice | None) -> str | None:
+    """Returns why a device that is there is not a Hopper one, as a sentence; None if it is."""
+    if device is None or device.capability[0] == _HOPPER[0]:
+        return None
+    version = ".".join(map(str, device.capability))
+    return f"no wgmma: {device.name} has compute capability {version}, 9.0 is needed"
