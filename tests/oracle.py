@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
-from sparsedm_compiler.patterns import NM, VNM, SharedNM, TransposableNM
+from sparsedm_compiler.patterns import NM, VNM, BlockNM, NestedNM, SharedNM, TransposableNM
 from tests.zoo import sample_of
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -40,6 +40,9 @@ def brute_mask(weight: Tensor, pattern: str | Pattern) -> Tensor:
     parsed = Pattern.parse(pattern)
     if isinstance(parsed, TransposableNM):
         return brute_tiles(weight, parsed.n)
+    if isinstance(parsed, (BlockNM, NestedNM)):
+        inner = parsed.inner if isinstance(parsed, NestedNM) else None
+        return brute_blocks(weight, (parsed.n, parsed.m, parsed.rows, parsed.columns), inner)
     assert isinstance(parsed, (NM, SharedNM, VNM)), f"no brute force for {parsed}"
     n, m, height = parsed.n, parsed.m, parsed.height
     scores = weight.detach().double().abs().movedim(1, -1)
@@ -58,6 +61,28 @@ def brute_mask(weight: Tensor, pattern: str | Pattern) -> Tensor:
                 mask[r][position][c] = True
     marks = torch.tensor(mask, dtype=torch.bool, device=weight.device)
     return marks.reshape(scores.shape).movedim(-1, 1)
+
+
+def brute_blocks(weight: Tensor, numbers: tuple[int, int, int, int], inner: NM | None) -> Tensor:
+    """Returns the mask that keeps n of every m blocks of rows x columns, one group after the other.
+
+    Within a kept block ``inner`` holds; weights that it prunes have no part in a block's energy.
+    """
+    n, m, height, width = numbers
+    allowed = torch.ones(weight.shape).bool() if inner is None else brute_mask(weight, inner)
+    squares = (weight.detach().double() ** 2).cpu() * allowed.cpu()
+    marks = torch.zeros(weight.shape, dtype=torch.bool)
+    tops, lefts = range(0, weight.shape[0], height), range(0, weight.shape[1], m * width)
+    for top, left, *position in product(tops, lefts, *map(range, weight.shape[2:])):
+        starts = [left + block * width for block in range(m)]
+        cut = {
+            start: (slice(top, top + height), slice(start, start + width), *position)
+            for start in starts
+        }
+        energy = {start: sum(squares[cut[start]].flatten().tolist()) for start in starts}
+        for start in pick_largest(starts, energy, n):
+            marks[cut[start]] = allowed[cut[start]]
+    return marks.to(weight.device)
 
 
 def pick_largest(

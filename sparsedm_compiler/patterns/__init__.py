@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .blocks import BlockNM, NestedNM
 from .pattern import Pattern, register_pattern, unregister_pattern
 from .per_row import NM
 from .shared_rows import SharedNM
@@ -11,6 +12,8 @@ from .vnm import VNM
 __all__ = [
     "NM",
     "VNM",
+    "BlockNM",
+    "NestedNM",
     "Pattern",
     "SharedNM",
     "TransposableNM",

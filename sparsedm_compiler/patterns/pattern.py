@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -20,7 +21,7 @@ NUMBER = r"([0-9]{1,6})"
 
 @dataclass(frozen=True, slots=True)
 class Pattern(ABC):
-    """A sparsity pattern of a weight: of every ``m`` weights it keeps ``n``.
+    """A sparsity pattern of a weight: of every ``m`` weights (or blocks of them) it keeps ``n``.
 
     A kind of pattern is one final subclass, decorated with ``register_pattern``. It defines its
     spelling, its mask, the weights that it fits, and the other patterns that its masks satisfy; a
@@ -82,8 +83,10 @@ class Pattern(ABC):
 
         Args:
             text: "n:m" keeps n of every m consecutive input channels in every output row (``NM``).
-                "n:mxR" shares each mask among R consecutive output rows (``SharedNM``). "V:n:m"
-                is the format of VENOM (``VNM``). "n:4t" keeps n of 4 in the rows and in the columns
+                "n:mxR" shares each mask among R consecutive output rows (``SharedNM``). "n:m@RxC"
+                keeps n of every m blocks of R rows by C columns (``BlockNM``), and "n:m@RxC+n:m"
+                is per-row N:M within those (``NestedNM``). "V:n:m" is the format of VENOM
+                (``VNM``). "n:4t" keeps n of 4 in the rows and in the columns
                 (``TransposableNM``). Spaces around the text are dropped. A ``Pattern`` is returned
                 as it is.
 
@@ -127,6 +130,16 @@ class Pattern(ABC):
         return str(self.height)
 
     @property
+    def width(self) -> int:
+        """The number of consecutive input channels whose masks are decided together."""
+        return self.m
+
+    @property
+    def width_label(self) -> str:
+        """``width`` in words, for the sentence of ``misfit``."""
+        return str(self.width)
+
+    @property
     def most_n(self) -> int:
         """The ``n`` of a pattern of this kind and ``m`` that prunes as little as possible."""
         return self.m
@@ -145,8 +158,8 @@ class Pattern(ABC):
             >>> Pattern.parse("2:4").misfit(8, 6)
             'input width 6 is not a multiple of 4'
         """
-        if in_channels % self.m:
-            return f"input width {in_channels} is not a multiple of {self.m}"
+        if in_channels % self.width:
+            return f"input width {in_channels} is not a multiple of {self.width_label}"
         if out_channels % self.height:
             return f"output width {out_channels} is not a multiple of {self.height_label}"
         return None
@@ -195,15 +208,14 @@ class Pattern(ABC):
             >>> [Pattern.parse(text).most_kept(4) for text in ("2:4", "1:2", "2:8x16", "3:4")]
             [2, 2, 2, 3]
         """
-        n, m = self.n, self.m
-        windows = (range(start, start + group) for start in range(0, math.lcm(m, group), group))
-        return max(
-            sum(
-                min(n, sum(column // m == block for column in window))
-                for block in {column // m for column in window}
-            )
-            for window in windows
-        )
+        period = math.lcm(self.width, group)
+        windows = (range(start, start + group) for start in range(0, period, group))
+        return max(self.count_most(window) for window in windows)
+
+    def count_most(self, window: range) -> int:
+        """Returns the most columns of a range that a mask can keep."""
+        groups = Counter(column // self.m for column in window)
+        return sum(min(self.n, columns) for columns in groups.values())
 
 
 Kind = TypeVar("Kind", bound=type[Pattern])

@@ -19,11 +19,13 @@ from tests.masks.mask_cases import (
     block_cases,
     channels_last,
     per_row_cases,
+    shared_cases,
     transposable_cases,
 )
 from tests.oracle import brute_mask
 
 properties = settings(deadline=None, max_examples=120)
+any_cases = st.one_of(per_row_cases(), shared_cases(), block_cases(), transposable_cases())
 
 
 def groups_of(tensor: Tensor, m: int) -> Tensor:
@@ -32,7 +34,7 @@ def groups_of(tensor: Tensor, m: int) -> Tensor:
 
 
 @properties
-@given(st.one_of(per_row_cases(), block_cases(), transposable_cases()))
+@given(any_cases)
 def test_nm_mask_equals_the_brute_force_mask(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight, pattern)
@@ -41,11 +43,11 @@ def test_nm_mask_equals_the_brute_force_mask(case: tuple[Tensor, Pattern]) -> No
 
 
 @properties
-@given(st.one_of(per_row_cases(), block_cases(), transposable_cases()))
+@given(any_cases)
 def test_nm_mask_keeps_exactly_n_of_every_group(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
-    counts = groups_of(nm_mask(weight, pattern), pattern.m).sum(1)
-    assert bool((counts == pattern.n).all())
+    counts = groups_of(nm_mask(weight, pattern), pattern.width).sum(1)
+    assert bool((counts == int(pattern.width * pattern.density)).all())
 
 
 @properties
@@ -65,7 +67,7 @@ def test_nm_mask_keeps_the_largest_and_the_lowest_index_of_ties(
 
 
 @properties
-@given(st.one_of(per_row_cases(), transposable_cases()))
+@given(st.one_of(per_row_cases(), block_cases(), transposable_cases()))
 def test_nm_mask_of_a_masked_weight_changes_nothing(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     once = apply_mask(weight, nm_mask(weight, pattern))
@@ -73,7 +75,7 @@ def test_nm_mask_of_a_masked_weight_changes_nothing(case: tuple[Tensor, Pattern]
 
 
 @properties
-@given(st.one_of(per_row_cases(), block_cases(), transposable_cases()))
+@given(any_cases)
 def test_nm_mask_is_the_same_for_every_dtype_and_layout(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight.double().contiguous(), pattern)
@@ -83,7 +85,7 @@ def test_nm_mask_is_the_same_for_every_dtype_and_layout(case: tuple[Tensor, Patt
 
 
 @properties
-@given(block_cases())
+@given(shared_cases())
 def test_nm_mask_of_shared_rows_shares_columns(case: tuple[Tensor, Pattern]) -> None:
     weight, pattern = case
     mask = nm_mask(weight, pattern).unflatten(0, (-1, pattern.height))
@@ -102,6 +104,7 @@ def test_nm_mask_sums_column_energy_in_float32() -> None:
         assert nm_mask(weight, "1:2x2").tolist() == [[False, True], [False, True]]
 
 
+BLOCKS = ["1:2@4x4", "3:4@1x2", "1:2@3x8+2:4", "1:4@4x3", "2:4@2x6+1:3"]
 SIZES = ["31:32", "3:4", "2:4", "1:2", "2:8", "1:8", "1:16", "1:32", "16:32", "8:64", "3:5", "2:24"]
 
 
@@ -143,7 +146,10 @@ def test_nm_mask_of_a_weight_larger_than_the_cache_equals_brute_force(text: str)
 
 @pytest.mark.parametrize(
     "text",
-    ["2:4", "1:4", "3:4", "1:8", "7:8", "16:32", "31:32", "2:4x2", "2:2:8", "1:4t", "2:4t", "3:4t"],
+    [
+        *("2:4", "1:4", "3:4", "1:8", "7:8", "16:32", "31:32", "2:4x2", "2:2:8", "1:4t", "2:4t"),
+        *("3:4t", "1:2@4x4", "3:4@1x2", "1:2@8x8+2:4", "2:2@4x8+1:4"),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compute_mask_of_nan_and_inf_keeps_exactly_n(text: str, dtype: torch.dtype) -> None:
@@ -153,11 +159,14 @@ def test_compute_mask_of_nan_and_inf_keeps_exactly_n(text: str, dtype: torch.dty
     weight[torch.rand(64, 64) < 0.3] = torch.nan
     weight[torch.rand(64, 64) < 0.3] = -torch.inf
     mask = compute_mask(weight, pattern)
-    assert bool((groups_of(mask, pattern.m).sum(1) == pattern.n).all())
+    counts = groups_of(mask, pattern.width).sum(1)
+    assert bool((counts == int(pattern.width * pattern.density)).all())
     assert torch.equal(compute_mask(weight.clone(), pattern), mask)
 
 
-@pytest.mark.parametrize("text", ["2:4", "5:8", "1:32", "31:32", "16:32", "3:5", "3:2:8", "1:8x4"])
+@pytest.mark.parametrize(
+    "text", ["2:4", "5:8", "1:32", "31:32", "16:32", "3:5", "3:2:8", "1:8x4", *BLOCKS]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compute_mask_on_the_path_of_accelerators_gives_the_same(
     text: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -165,7 +174,7 @@ def test_compute_mask_on_the_path_of_accelerators_gives_the_same(
     """The formula runs on any device; the weight's device decides whether it is used."""
     pattern = Pattern.parse(text)
     torch.manual_seed(0)
-    weight = (torch.randn(12, 2 * pattern.m, 3) * 2).round().to(dtype)
+    weight = (torch.randn(12, 2 * pattern.width, 3) * 2).round().to(dtype)
     expected = compute_mask(weight, pattern)
 
     def at_once(part: Tensor, mask: Tensor, columns: Tensor | None, *rest: object) -> None:
@@ -178,15 +187,15 @@ def test_compute_mask_on_the_path_of_accelerators_gives_the_same(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("text", [*SIZES, "1:8x16", "64:2:8", "1:4t", "2:4t", "3:4t"])
+@pytest.mark.parametrize("text", [*SIZES, "1:8x16", "64:2:8", "1:4t", "2:4t", "3:4t", *BLOCKS])
 def test_nm_mask_on_a_gpu_gives_the_same(text: str) -> None:
     pattern = Pattern.parse(text)
     for dtype in DTYPES:
-        weight = (torch.randn(128, 4 * pattern.m, 3, 3) * 4).round().to(dtype)
+        weight = (torch.randn(192, 4 * pattern.width, 3, 3) * 4).round().to(dtype)
         assert torch.equal(nm_mask(weight.cuda(), pattern).cpu(), nm_mask(weight, pattern))
 
 
-@pytest.mark.parametrize("text", ["2:4", "1:8x2", "2:2:8", "2:4t"])
+@pytest.mark.parametrize("text", ["2:4", "1:8x2", "2:2:8", "2:4t", "1:2@2x4", "1:2@2x4+2:4"])
 def test_nm_mask_of_meta_and_fake_tensors_has_their_shape(text: str) -> None:
     on_meta = nm_mask(torch.empty(4, 8, 3, 3, device="meta"), text)
     assert (on_meta.shape, on_meta.dtype, on_meta.is_meta) == ((4, 8, 3, 3), torch.bool, True)
@@ -196,7 +205,7 @@ def test_nm_mask_of_meta_and_fake_tensors_has_their_shape(text: str) -> None:
 
 
 def test_nm_mask_of_an_empty_weight_is_empty() -> None:
-    for text in ("2:4", "2:4t"):
+    for text in ("2:4", "2:4t", "1:2@2x4", "1:2@2x4+2:4"):
         assert nm_mask(torch.empty(0, 8), text).shape == (0, 8)
         assert nm_mask(torch.empty(8, 0), text).shape == (8, 0)
 
@@ -255,6 +264,8 @@ def test_nm_mask_of_large_finite_weights_does_not_raise() -> None:
         ((32, 8), "64:2:8", "output width 32 is not a multiple of the 64"),
         ((6, 8), "2:4t", "output width 6 is not a multiple of 4"),
         ((8, 6), "2:4t", "input width 6 is not a multiple of 4"),
+        ((8, 24), "1:2@4x8", "input width 24 is not a multiple of the 16 columns of 2 blocks"),
+        ((6, 16), "1:2@4x8", "output width 6 is not a multiple of the 4 rows of a block"),
     ],
 )
 def test_nm_mask_raises_with_the_reason_where_the_pattern_does_not_fit(

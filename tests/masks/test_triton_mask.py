@@ -19,7 +19,7 @@ from sparsedm_compiler.masks.triton_mask import (
 from sparsedm_compiler.patterns import Pattern
 from sparsedm_compiler.selection.top_n import KEYS
 from tests.backends.cuda.running import moved, on_cuda, on_device, run_interpreted
-from tests.masks.mask_cases import LAYOUTS, block_cases, channels_last, contiguous, per_row_cases
+from tests.masks.mask_cases import LAYOUTS, channels_last, contiguous, per_row_cases, shared_cases
 
 # numpy, in the interpreter: an energy may be infinite.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
@@ -69,7 +69,7 @@ def test_in_the_interpreter() -> None:
 
 @on_device
 @settings(deadline=None, max_examples=80)
-@given(st.one_of(per_row_cases(), block_cases()), st.sampled_from(DTYPES))
+@given(st.one_of(per_row_cases(), shared_cases()), st.sampled_from(DTYPES))
 def test_mask_by_triton_of_any_pattern_and_layout(
     case: tuple[Tensor, Pattern], dtype: torch.dtype
 ) -> None:
