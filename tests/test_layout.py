@@ -64,7 +64,9 @@ BY_NAME = {"", "optional_deps", "models.factories"}
 
 # The folders of kernel families; one of them is what the NVIDIA families share.
 SHARED = "backends.cuda"
-KERNEL_FAMILIES = ("backends.cpu", "backends.cusparselt", "backends.gather", "backends.vnm")
+KERNEL_FAMILIES = tuple(
+    f"backends.{folder}" for folder in ("cpu", "cusparselt", "gather", "vnm", "wgmma")
+)
 
 BANNED = {"found", "each", "place", "how", "given", "asked"}
 

@@ -10,6 +10,7 @@ from .cusparselt.quantized import QuantizedFamily
 from .gather.family import GatherFamily
 from .kernel_family import KernelFamily, Op
 from .vnm.family import VnmFamily
+from .wgmma.family import BlockFamily, SemiFamily
 
 _families: list[KernelFamily] = []
 
@@ -75,8 +76,10 @@ def find_feature_major_ops() -> frozenset[Op]:
 for _family in (
     CpuFamily(),
     VnmFamily(),
+    BlockFamily(),
     GatherFamily(),
     CuSparseLtFamily(),
+    SemiFamily(),
     QuantizedFamily("fp8"),
     QuantizedFamily("int8"),
 ):

@@ -12,21 +12,34 @@ import torch
 
 from ..interleaved_timer import Calls, interleave
 
-_WARMUP, _ROUNDS, _ISSUES = 3, 15, 10
+_WARMUP, _SCREENING, _ROUNDS, _ISSUES = 3, 3, 15, 10
+_NEAR = 1.15
+"""Calls that took up to this many times as long as the fastest of the screening go on."""
 _FLUSHED = 2  # times the L2 cache
 
 
 def time_calls(calls: Calls, device: torch.device, *, graphs: bool) -> dict[str, float]:
-    """Returns the median milliseconds of each call on the GPU.
+    """Returns the median milliseconds of each call on the GPU, "dense" among them.
+
+    A few rounds of all tell which are worth the rounds of the last.
 
     ``graphs``: the model will run under CUDA graphs, so that what a launch costs on the CPU does
     not count; else a call takes at least as long as the CPU needs to issue it.
     """
-    times = {name: median(spans) for name, spans in sample_calls(calls, device).items()}
-    if not graphs:
-        with torch.cuda.device(device):
+    with torch.cuda.device(device):
+        replays = _warm_up(calls)
+        times = _compute_medians(_time_replays(replays, device, _SCREENING))
+        fastest = min((ms for name, ms in times.items() if name != "dense"), default=0.0)
+        near = {name for name, ms in times.items() if name == "dense" or ms <= _NEAR * fastest}
+        finalists = {name: replay for name, replay in replays.items() if name in near}
+        times |= _compute_medians(_time_replays(finalists, device, _ROUNDS))
+        if not graphs:
             times = {name: max(times[name], _time_issue(call)) for name, call in calls.items()}
     return times
+
+
+def _compute_medians(samples: dict[str, list[float]]) -> dict[str, float]:
+    return {name: median(spans) for name, spans in samples.items()}
 
 
 def sample_calls(
@@ -34,30 +47,30 @@ def sample_calls(
 ) -> dict[str, list[float]]:
     """Returns the milliseconds of each call on the GPU, by round, replayed as a CUDA graph."""
     with torch.cuda.device(device):
-        for call in calls.values():
-            for _ in range(_WARMUP):
-                call()
-        replays = {name: _capture(call) for name, call in calls.items()}
-        return _time_replays(replays, device, rounds)
+        return _time_replays(_warm_up(calls), device, rounds)
 
 
-def _capture(call: Callable[[], Any]) -> Callable[[], Any]:
+def _warm_up(calls: Calls) -> dict[str, Callable[[], Any]]:
+    """Returns the calls as CUDA graphs, which share one pool of memory: outputs lie on another."""
+    for call in calls.values():
+        for _ in range(_WARMUP):
+            call()
+    pool = torch.cuda.graph_pool_handle()
+    return {name: _capture(call, pool) for name, call in calls.items()}
+
+
+def _capture(call: Callable[[], Any], pool: Any) -> Callable[[], Any]:
     """Returns the call as a CUDA graph, so that the time between its launches is the GPU's own.
 
     A call that cannot be captured is returned as it is.
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            out = call()
+        with torch.cuda.graph(graph, pool=pool):
+            call()
     except RuntimeError:
         return call
-
-    def replay() -> Any:
-        graph.replay()
-        return out  # keeps the memory that the graph writes to
-
-    return replay
+    return graph.replay
 
 
 def _time_replays(calls: Calls, device: torch.device, rounds: int) -> dict[str, list[float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from ..cuda.device import (
 from ..cuda.family import CudaFamily
 from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, WeightFormat
 from ..weight_matrix import from_matrix, to_matrix
+from .algorithms import find_algorithms
 from .format import GROUP, KEPT, pack24, read_header, why_not_2to4
 from .ops import DEFAULT, TOKENS, CuSparseLtSetting, semi_conv2d, semi_linear, to_dense
 from .training import semi_train_op
@@ -60,10 +60,12 @@ class CuSparseLtFamily(CudaFamily):
         return why_misfit(pattern, rows, cols, _MULTIPLE)
 
     def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
-        """Returns every algorithm of the library; only running one tells which sizes it takes."""
+        """Returns the algorithms that run here; only running one tells which sizes it takes."""
         _, *split = DEFAULT
-        ids = range(count_algorithms(dtype))
-        return tuple(KernelConfig(self.names[0], (), (algorithm, *split)) for algorithm in ids)
+        return tuple(
+            KernelConfig(self.names[0], (), (algorithm, *split))
+            for algorithm in find_algorithms(dtype)
+        )
 
     def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
         values, mask = check_matrices(weight, mask, pattern, self)
@@ -119,14 +121,3 @@ def why_misfit(pattern: Pattern, rows: int, cols: int, multiple: int) -> str | N
         if size % multiple:
             return f"{size} {dimension} are not a multiple of {multiple}, as cuSPARSELt wants"
     return None
-
-
-@cache
-def count_algorithms(dtype: torch.dtype) -> int:
-    """Returns how many algorithms cuSPARSELt has for a dtype here, by a search of a product."""
-    if find_device() is None:
-        return 1
-    one = torch.zeros(128, 128, dtype=dtype, device="cuda")
-    search = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
-    *_, count = search(torch._cslt_compress(one), one.t(), None, None, None, True)
-    return max(1, int(count))

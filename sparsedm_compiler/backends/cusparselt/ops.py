@@ -105,7 +105,7 @@ def multiply(
             split_k=split_k,
             split_k_mode=mode,
         )
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except RuntimeError as error:  # an algorithm that is none, or none for these sizes
         tokens, cols = flat.shape

@@ -108,7 +108,7 @@ def quantize(values: Tensor, kind: str, *, per_row: bool = False) -> tuple[Tenso
     dtype, largest = KINDS[kind]
     wide = values.float()
     most = wide.abs().amax(1 if per_row else (0, 1), keepdim=True)
-    scales = (most / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    scales = (most * (1 / largest)).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = (wide / scales).clamp(-largest, largest)
     return (scaled.round() if kind == "int8" else scaled).to(dtype), scales
 

@@ -1,4 +1,4 @@
-"""The kernels on Hopper's own tensor-core instructions as a family."""
+"""The kernels on Hopper's own tensor-core instructions as two families: by kind of pattern."""
 
 from __future__ import annotations
 
@@ -35,13 +35,11 @@ _PLENTY = 227 * 1024  # bytes of shared memory of an H100's block
 
 
 class WgmmaFamily(RawFormatFamily):
-    """Kernels for blocks of weights, and for at most 2 of every 4 columns, in half precision.
+    """The base of both, in half precision.
 
     Tile of a KernelConfig: as ``launch.Tile``.
     """
 
-    names = (BLOCKS, SEMI)
-    accepts = (BlockNM, NestedNM, NM, SharedNM, VNM, TransposableNM)
     format = wgmma_format
 
     def why_unavailable(self) -> str | None:
@@ -52,10 +50,9 @@ class WgmmaFamily(RawFormatFamily):
         device, accepted = find_device(), self.require_accepted(pattern)
         room = _PLENTY if device is None else device.shared_bytes
         layout = wgmma_format.choose_layout(accepted, wgmma_format.ROWS, wgmma_format.ROWS)
-        name = BLOCKS if isinstance(accepted, (BlockNM, NestedNM)) else SEMI
         code = (wgmma_format.TYPES.index(dtype),)
         return tuple(
-            KernelConfig(name, code, (tile.tokens, tile.groups, tile.slices, tile.raster))
+            KernelConfig(self.names[0], code, (tile.tokens, tile.groups, tile.slices, tile.raster))
             for tile in TILES
             if tile.count_stages(layout, room)
         )
@@ -70,6 +67,20 @@ class WgmmaFamily(RawFormatFamily):
 
     def describe_machine(self) -> tuple[Any, ...]:
         return *super().describe_machine(), hash_sources()
+
+
+class BlockFamily(WgmmaFamily):
+    """A kernel for blocks of weights, dense or with 2:4 within, that skips the others."""
+
+    names = (BLOCKS,)
+    accepts = (BlockNM, NestedNM)
+
+
+class SemiFamily(WgmmaFamily):
+    """A kernel for at most 2 of every 4 columns, as cuSPARSELt's are."""
+
+    names = (SEMI,)
+    accepts = (NM, SharedNM, VNM, TransposableNM)
 
 
 def _why_other(device: CudaDevice | None) -> str | None:

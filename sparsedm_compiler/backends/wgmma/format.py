@@ -109,7 +109,9 @@ def why_misfit(pattern: Pattern) -> str | None:
         return f"{pattern} has groups of {pattern.width} columns, which {_WIDTHS} do not hold whole"
     kept = _count_kept(pattern, fitting[0], chunk)
     if kept > _MOST_KEPT or (chunk > CHUNK and kept == 3):
-        return f"{pattern} keeps {kept} chunks of {fitting[0]} columns, which no kernel is built for"
+        return (
+            f"{pattern} keeps {kept} chunks of {fitting[0]} columns, which no kernel is built for"
+        )
     return None
 
 
@@ -143,13 +145,11 @@ def pack(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
     chunks = _select_chunks(held.any(5).any(3), layout, pattern)  # [units, stages, 2, kept]
     index = chunks[:, :, :, None, :, None].expand(-1, -1, -1, HALF, -1, layout.chunk)
     values, held = values.gather(4, index), held.gather(4, index)
-    sections = []
+    sections = [_arrange_chunks(chunks)]
     if layout.sparse:
         values, columns = _compress(values, held, pattern)
-        sections.append(_arrange_meta(columns, layout))
-    sections.insert(0, _arrange_values(values))
-    sections.append(_arrange_chunks(chunks))
-    return torch.cat(sections, 2).view(-1)
+        sections.insert(0, _arrange_meta(columns, layout))
+    return torch.cat([_arrange_values(values), *sections], 2).view(-1)
 
 
 def unpack(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.dtype) -> Tensor:
@@ -234,7 +234,7 @@ def _compress(values: Tensor, held: Tensor, pattern: Pattern) -> tuple[Tensor, T
 
     Where a row keeps fewer than 2, columns it does not keep fill up, whose values are zeros.
     """
-    fours, kept = values.unflatten(-1, (8, 4)), held.unflatten(-1, (8, 4))
+    fours, kept = torch.unflatten(values, -1, (8, 4)), torch.unflatten(held, -1, (8, 4))
     if bool((kept.sum(-1) > 2).any()):
         raise PackError(f"the mask is not one of {pattern}: it keeps more than 2 of 4 columns")
     order = kept.logical_not().byte().sort(dim=-1, stable=True).indices[..., :2]
@@ -245,12 +245,12 @@ def _compress(values: Tensor, held: Tensor, pattern: Pattern) -> tuple[Tensor, T
 def _expand(values: Tensor, columns: Tensor) -> Tensor:
     """Returns what ``_compress`` was given, zeros where nothing is kept."""
     fours = values.new_zeros(*values.shape[:-1], 8, 4)
-    return fours.scatter_(-1, columns, values.unflatten(-1, (8, 2))).flatten(-2)
+    return fours.scatter_(-1, columns, torch.unflatten(values, -1, (8, 2))).flatten(-2)
 
 
 def _arrange_values(values: Tensor) -> Tensor:
     """Returns [units, stages, 2, 64, kept, 16] as bytes of units."""
-    halves = values.unflatten(-1, (2, 8)).permute(0, 1, 2, 4, 5, 3, 6)
+    halves = torch.unflatten(values, -1, (2, 8)).permute(0, 1, 2, 4, 5, 3, 6)
     return halves.contiguous().view(torch.uint8).flatten(2)
 
 
@@ -266,7 +266,9 @@ def _arrange_meta(columns: Tensor, layout: Layout) -> Tensor:
     shifts = torch.arange(4, device=columns.device, dtype=torch.int32) * 4
     words = (nibbles.view(shape) << shifts).sum(-1, dtype=torch.int32)
     words = words[:, :, :, :, 0] | words[:, :, :, :, 1] << 16  # [units, stages, 2, 4, 8, kept, 2]
-    pairs = words.unflatten(5, (-1, min(2, layout.kept)))  # ..., pair of chunks, selector, thread]
+    pairs = torch.unflatten(
+        words, 5, (-1, min(2, layout.kept))
+    )  # ..., pair of chunks, selector, thread]
     ordered = pairs.permute(0, 1, 5, 3, 4, 6, 7, 2)  # [.., pair, warp, g, selector, thread, block]
     return ordered.contiguous().view(torch.uint8).flatten(2)
 
@@ -293,4 +295,5 @@ def _arrange_chunks(chunks: Tensor) -> Tensor:
 def _read_chunks(units: Tensor, layout: Layout) -> Tensor:
     """Returns the chunks that are kept: [units, stages, 2, kept]."""
     section = units[..., layout.value_bytes + layout.meta_bytes :].contiguous().view(torch.int32)
-    return section[..., : 2 * layout.kept].unflatten(-1, (layout.kept, 2)).transpose(2, 3).long()
+    pairs = torch.unflatten(section[..., : 2 * layout.kept], -1, (layout.kept, 2))
+    return pairs.transpose(2, 3).long()

@@ -162,42 +162,54 @@ def hash_sources() -> str:
     return hashlib.sha256(read_sources(64, True, torch.bfloat16).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A build loaded on a device."""
+
+    linear: Launcher
+    reduce: Launcher
+    threads: int
+    multiprocessors: int
+
+
 def launch_linear(
-    flat: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, layout: Layout, tile: Tile, act: str
+    flat: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    layout: Layout,
+    tile: Tile,
+    act: str,
 ) -> None:
-    """Writes act(x W^T + b) into ``out`` [tokens, rows]; flat: x [tokens, cols] with rows aligned."""
-    device = find_device(flat.device.index)
-    if device is None:
-        raise KernelError("no CUDA device can be used")
-    build = specify_linear(layout, tile, dtype=flat.dtype, act=act, room=device.shared_bytes)
-    tokens, rows = out.shape
-    row_tiles, token_tiles = ceil(rows / tile.rows), ceil(tokens / tile.tokens)
-    splits = choose_splits(row_tiles * token_tiles, layout.stages, device.multiprocessors)
-    arguments = LaunchArguments(
-        packed=packed.data_ptr(), out=out.data_ptr(), tokens=tokens, rows=rows,
-        bias=None if bias is None else bias.data_ptr(),
-        bias_is_float=int(bias is not None and bias.dtype == torch.float32),
-        stages=layout.stages, units=layout.units, row_tiles=row_tiles, token_tiles=token_tiles,
-        group=tile.raster or row_tiles, splits=splits, sums=int(splits > 1),
-    )  # fmt: skip
-    arguments.x[:] = encode_map(
-        flat.data_ptr(), (flat.shape[1], tokens), flat.stride(0), tile.tokens, flat.dtype
-    )
-    if tile.slices:
-        slice_tokens = tile.tokens // tile.slices
-        arguments.out_map[:] = encode_map(
-            out.data_ptr(), (rows, tokens), rows, slice_tokens, out.dtype
-        )
-    if splits > 1:
-        parts = torch.empty(splits, tokens, rows, dtype=torch.float32, device=flat.device)
-        arguments.parts = parts.data_ptr()
+    """Writes act(x W^T + b) to ``out`` [tokens, rows].
+
+    flat: x [tokens, cols], each row at a multiple of 16 bytes. bias: [rows], contiguous.
+    """
     with torch.cuda.device(flat.device):
-        index = torch.cuda.current_device()
-        linear, reduce = _load(build, tile.tokens, layout.sparse, flat.dtype, index)
-        blocks = min(row_tiles * token_tiles * splits, device.multiprocessors)
-        linear(arguments, (blocks, 1), build.threads)
+        prepared = _prepare(layout, tile, flat.dtype, act, torch.cuda.current_device())
+        tokens, rows = out.shape
+        row_tiles, token_tiles = ceil(rows / tile.rows), ceil(tokens / tile.tokens)
+        tiles = row_tiles * token_tiles
+        splits = choose_splits(tiles, layout.stages, prepared.multiprocessors)
+        arguments = LaunchArguments(
+            packed=packed.data_ptr(), out=out.data_ptr(), tokens=tokens, rows=rows,
+            bias=None if bias is None else bias.data_ptr(),
+            bias_is_float=int(bias is not None and bias.dtype == torch.float32),
+            stages=layout.stages, units=layout.units, row_tiles=row_tiles, token_tiles=token_tiles,
+            group=tile.raster or row_tiles, splits=splits, sums=int(splits > 1),
+        )  # fmt: skip
+        sizes = flat.shape[1], tokens
+        arguments.x[:] = encode_map(flat.data_ptr(), sizes, flat.stride(0), tile.tokens, flat.dtype)
+        if tile.slices:
+            box = tile.tokens // tile.slices
+            arguments.out_map[:] = encode_map(out.data_ptr(), (rows, tokens), rows, box, out.dtype)
         if splits > 1:
-            reduce(arguments, (ceil(tokens * rows / 1024), 1), 256)
+            parts = torch.empty(splits, tokens, rows, dtype=torch.float32, device=flat.device)
+            arguments.parts = parts.data_ptr()
+        blocks = min(tiles * splits, prepared.multiprocessors)
+        prepared.linear(arguments, (blocks, 1), prepared.threads)
+        if splits > 1:
+            prepared.reduce(arguments, (ceil(tokens * rows / 1024), 1), 256)
 
 
 def choose_splits(tiles: int, stages: int, multiprocessors: int) -> int:
@@ -207,13 +219,20 @@ def choose_splits(tiles: int, stages: int, multiprocessors: int) -> int:
 
 
 @cache
+def _prepare(layout: Layout, tile: Tile, dtype: torch.dtype, act: str, device: int) -> _Prepared:
+    facts = find_device(device)
+    if facts is None:
+        raise KernelError("no CUDA device can be used")
+    build = specify_linear(layout, tile, dtype=dtype, act=act, room=facts.shared_bytes)
+    source = read_sources(tile.tokens, layout.sparse, dtype)
+    linear, reduce = _load(source, build, facts.capability, device)
+    return _Prepared(linear, reduce, build.threads, facts.multiprocessors)
+
+
+@cache
 def _load(
-    build: KernelBuild, tokens: int, sparse: bool, dtype: torch.dtype, device: int
+    source: str, build: KernelBuild, capability: tuple[int, int], device: int
 ) -> tuple[Launcher, Launcher]:
-    source, capability = (
-        read_sources(tokens, sparse, dtype),
-        torch.cuda.get_device_capability(device),
-    )
     code = compile_kernel(source, capability, build.macros, feature="a")
     return (
         Launcher(code, "wgmma_linear", build.shared, device),

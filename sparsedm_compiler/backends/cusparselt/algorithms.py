@@ -1,0 +1,109 @@
+"""The algorithms of cuSPARSELt that run on this machine, tried in a process of their own.
+
+The library's own search, and single algorithms in some dtypes, stop a card with an illegal
+instruction (0.8.0, float16, H100), after which the process can use the card no more. So each is run
+once elsewhere, and those that return the right numbers are kept on disk as candidates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ...fileio import cache_folder, write_atomically
+from ...progress import announce
+from ..cuda.device import describe_machine, find_device
+from .ops import DEFAULT, CuSparseLtSetting, multiply
+
+_MOST = 64
+_LAST = 8
+"""Algorithms refused one after the other, behind which there are no more."""
+_SECONDS = 120
+_DEATHS = 8
+_SHAPES = ((136, 256, 512), (1024, 512, 256))
+"""(tokens, rows, columns) that each is tried on."""
+
+
+@cache
+def find_algorithms(dtype: torch.dtype) -> tuple[int, ...]:
+    """Returns the numbers of the algorithms that run here, the library's default among them."""
+    if find_device() is None:
+        return (DEFAULT.algorithm,)
+    name = str(dtype).removeprefix("torch.")
+    about = repr((describe_machine(), name, _SHAPES))
+    path = cache_folder("cusparselt") / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
+    try:
+        return tuple(map(int, json.loads(path.read_bytes())))
+    except (OSError, ValueError, TypeError):
+        pass
+    with announce(f"trying the algorithms of cuSPARSELt in {name}, once on this machine"):
+        algorithms = _try_in_processes(name)
+    write_atomically(path, json.dumps(algorithms).encode())
+    return algorithms
+
+
+def _try_in_processes(name: str) -> tuple[int, ...]:
+    """Runs ``main`` until it came to its end, each time behind the algorithm that it died of."""
+    sound, start = {DEFAULT.algorithm}, 0
+    for _ in range(_DEATHS):
+        command = [sys.executable, "-m", __name__, name, str(start)]
+        try:
+            process = subprocess.run(
+                command, capture_output=True, text=True, timeout=_SECONDS, env=_make_environment()
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            break
+        begun = [int(line.split()[1]) for line in process.stdout.splitlines() if "begin" in line]
+        sound |= {int(line.split()[1]) for line in process.stdout.splitlines() if "sound" in line}
+        if "end" in process.stdout or not begun:
+            break
+        start = begun[-1] + 1
+    return tuple(sorted(sound))
+
+
+def _make_environment() -> dict[str, str]:
+    """Returns the environment in which a new process imports the package that runs here."""
+    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def main(name: str, start: int) -> None:
+    """Prints "begin k" before it tries algorithm k, "sound k" where it was right, then "end"."""
+    dtype, refused = getattr(torch, name), 0
+    torch.manual_seed(0)
+    for algorithm in range(start, _MOST):
+        print("begin", algorithm, flush=True)
+        try:
+            right = all(_is_right(algorithm, dtype, *shape) for shape in _SHAPES)
+            refused = 0
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError:
+            right, refused = False, refused + 1
+        if right:
+            print("sound", algorithm, flush=True)
+        if refused == _LAST:
+            break
+    print("end", flush=True)
+
+
+def _is_right(algorithm: int, dtype: torch.dtype, tokens: int, rows: int, cols: int) -> bool:
+    weight = torch.randn(rows, cols, device="cuda").to(dtype)
+    weight.view(rows, -1, 4)[..., 2:] = 0
+    x = torch.randn(tokens, cols, device="cuda").to(dtype)
+    exact = x.float() @ weight.float().t()
+    setting = CuSparseLtSetting(algorithm)
+    out = multiply(torch._cslt_compress(weight), x, None, setting).float()
+    torch.cuda.synchronize()
+    return bool((out - exact).norm() <= 1e-2 * exact.norm())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
