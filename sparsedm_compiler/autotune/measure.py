@@ -109,12 +109,20 @@ def _calls(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, Cal
 
     expected, calls = dense(), {"dense": dense}
     refusals = KernelError if weight.device.type == "cpu" else Exception  # drivers' and Triton's
+    _prepare(trial, kernels)
     for kernel in kernels:
         with suppress(refusals):
             call = _sparse_calls(trial, inputs, folded(kernel.untiled), kernel)
             if all(map(_agree, call(), expected)):
                 calls[str(kernel)] = call
     return calls
+
+
+def _prepare(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> None:
+    shape = trial.weight.shape[0], trial.weight[0].numel()
+    for family in dict.fromkeys(find_family(kernel.name) for kernel in kernels):
+        own = [kernel for kernel in kernels if kernel.name in family.names]
+        family.prepare(own, trial.pattern, trial.problems, shape)
 
 
 def _agree(out: Tensor, dense: Tensor) -> bool:

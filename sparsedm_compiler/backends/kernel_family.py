@@ -8,7 +8,7 @@ a family.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -191,6 +191,18 @@ class KernelFamily(ABC):
     @abstractmethod
     def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         """Returns the kernels for an accepted pattern, in the settings worth measuring."""
+
+    def prepare(  # noqa: B027
+        self,
+        kernels: Sequence[KernelConfig],
+        pattern: Pattern,
+        problems: Sequence[MatmulProblem],
+        shape: tuple[int, int],
+    ) -> None:
+        """Builds what kernels need before they are called, side by side, where that takes long.
+
+        shape: (rows, cols) of the weight. A kernel that cannot be built says so when it is called.
+        """
 
     @abstractmethod
     def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:

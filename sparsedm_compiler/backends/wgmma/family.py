@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..cuda.nvrtc import why_unavailable
 from ..cuda.raw_format import RawFormatFamily
 from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
 from . import format as wgmma_format
-from .launch import Tile, hash_sources
+from .build import Tile, build_ahead, hash_sources
 from .ops import wgmma_conv2d_op, wgmma_linear_op
 
 BLOCKS, SEMI = "cuda_block", "cuda_semi_wgmma"
@@ -37,7 +38,7 @@ _PLENTY = 227 * 1024  # bytes of shared memory of an H100's block
 class WgmmaFamily(RawFormatFamily):
     """The base of both, in half precision.
 
-    Tile of a KernelConfig: as ``launch.Tile``.
+    Tile of a KernelConfig: as ``build.Tile``.
     """
 
     format = wgmma_format
@@ -56,6 +57,20 @@ class WgmmaFamily(RawFormatFamily):
             for tile in TILES
             if tile.count_stages(layout, room)
         )
+
+    def prepare(
+        self,
+        kernels: Sequence[KernelConfig],
+        pattern: Pattern,
+        problems: Sequence[MatmulProblem],
+        shape: tuple[int, int],
+    ) -> None:
+        device = find_device()
+        if device is not None:
+            layout = wgmma_format.choose_layout(self.require_accepted(pattern), *shape)
+            tiles = {Tile(*kernel.tile) for kernel in kernels}
+            uses = {(problem.dtype, problem.act) for problem in problems}
+            build_ahead(layout, tiles, uses, device)
 
     def call(
         self, problem: MatmulProblem, weight_format: WeightFormat, tile: tuple[int, ...]

@@ -12,13 +12,14 @@ from ...errors import KernelError
 from ...patterns import Pattern
 from ..cuda.im2col import register_conv
 from ..custom_op import apply_activation, fake_linear, register
+from .build import Tile
 from .format import choose_layout, unpack
-from .launch import Tile, launch_linear
+from .launch import launch_linear
 
 SCHEMA = "str act, str pattern, int[] tile"
 """The arguments of the op behind ``rows``: the activation, the pattern as text, the tile.
 
-``tile`` is (tokens, warpgroups, slices, raster), as ``launch.Tile``.
+``tile`` is (tokens, warpgroups, slices, raster), as ``build.Tile``.
 """
 
 _ALIGN = 16

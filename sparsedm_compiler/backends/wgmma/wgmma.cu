@@ -18,7 +18,7 @@
 // reduce_parts adds.
 //
 // Set by the compiler's options: BFLOAT16, SPARSE, TOKENS, WARPGROUPS, STAGE_COLS, KEPT, STAGES,
-// SLICES, MIXED, ACT. Product<TOKENS>::run<selector> is written by launch.py.
+// SLICES, MIXED, ACT. Product<TOKENS>::run<selector> is written by build.py.
 
 struct LaunchArguments {
   TensorMap x, out_map;

@@ -14,9 +14,10 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler import KernelError, Pattern
 from sparsedm_compiler.backends.custom_op import ACTS, apply_activation
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
+from sparsedm_compiler.backends.wgmma.build import Tile, write_product
 from sparsedm_compiler.backends.wgmma.family import BLOCKS, SEMI, TILES, BlockFamily, SemiFamily
 from sparsedm_compiler.backends.wgmma.format import ROWS, TYPES, choose_layout, pack
-from sparsedm_compiler.backends.wgmma.launch import Tile, choose_splits, write_product
+from sparsedm_compiler.backends.wgmma.launch import choose_splits
 from sparsedm_compiler.backends.wgmma.ops import run_linear, wgmma_linear_op
 from tests.backends.cuda.here import kernels_of, on_cpu
 from tests.backends.wgmma.test_format import pruned
