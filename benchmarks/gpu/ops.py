@@ -201,7 +201,10 @@ def calls(
 ) -> Iterator[tuple[KernelConfig, Run]]:
     """Every kernel of a family with its call; weights are packed once for all that share them."""
     packed: dict[KernelConfig, Tensor] = {}
-    for kernel in family.list_candidates(pattern, DTYPE):
+    kernels = family.list_candidates(pattern, DTYPE)
+    shape = operands.layer.rows, operands.layer.cols
+    family.prepare(kernels, pattern, (operands.work,), shape)
+    for kernel in kernels:
         form = WeightFormat(pattern, DTYPE, kernel.untiled)
         if kernel.untiled not in packed:
             packed[kernel.untiled] = fold_weight(operands.weight, form, "weight")

@@ -6,7 +6,8 @@ pattern is timed beside the dense model in rounds of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -41,6 +42,8 @@ def compare(
     with torch.no_grad():
         model, call = open_model(name, batch, plan.device, DTYPE)
         compiled = dense(model, plan)
+        row["dense_first_call_s"] = time_call(bind_call(compiled, call))
+        yield row
         for text in plan.model_patterns:
             crumb = f"{name} batch {batch} at {text}"
             if crumb in avoid:
@@ -48,8 +51,13 @@ def compare(
                 continue
             tell(crumb)
             student = student_of(model, text, plan, policy=entry.policy, kernels=plan.kernels)
+            first = time_call(bind_call(student, call))
             cell: dict[str, Any] = check_student(model, student, call)
-            cell |= {"kernels": kernels_of(student), "dense_because": reasons_of(student)}
+            cell |= {
+                "first_call_s": first,
+                "kernels": kernels_of(student),
+                "dense_because": reasons_of(student),
+            }
             if not cell["wrong"]:
                 runs = {"dense": compiled, "sparse": student}
                 calls = {key: bind_call(run, call) for key, run in runs.items()}
@@ -61,8 +69,19 @@ def compare(
             yield row
 
 
+def time_call(once: Callable[[], object]) -> float:
+    """The seconds of one call, to the end of the GPU's work."""
+    start = time.perf_counter()
+    once()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return round(time.perf_counter() - start, 2)
+
+
 def format_row(row: Row, text: str) -> str:
     """One pattern of a row in one line."""
     cell = row["patterns"][text]
     speed = f"{cell['ratio'][1]:.3f} times as fast" if "ratio" in cell else "wrong"
-    return f"models: {row['model']}, batch {row['batch']}, {text}: {speed}, {cell['kernels']}"
+    first = f"first call {cell['first_call_s']} s (dense {row['dense_first_call_s']} s)"
+    about = f"models: {row['model']}, batch {row['batch']}, {text}"
+    return f"{about}: {speed}, {first}, {cell['kernels']}"
