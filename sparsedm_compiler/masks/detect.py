@@ -46,9 +46,8 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
         return None
     per_row = _detect_per_row(kept)
     best = min(per_row, key=lambda pattern: (pattern.density, pattern.m), default=None)
-    blocks: list[BlockNM | NestedNM] = [
-        pattern for block in _detect_blocks(kept) for pattern in (block, *_nest(block, per_row))
-    ]
+    whole = _detect_blocks(kept)
+    blocks: list[BlockNM | NestedNM] = [*whole, *_nest(whole, per_row)]
     block = min(blocks, key=_rank, default=None)
     if block is not None and (best is None or block.density <= best.density):
         return block
@@ -94,11 +93,11 @@ def _detect_blocks(kept: Tensor) -> list[BlockNM]:
     return patterns
 
 
-def _nest(block: BlockNM, per_row: list[NM]) -> list[NestedNM]:
-    """Returns the patterns of per-row groups, as listed, that lie whole in the blocks."""
+def _nest(blocks: list[BlockNM], per_row: list[NM]) -> list[NestedNM]:
+    """Returns the patterns of blocks with per-row groups that lie whole in them."""
     return [
         NestedNM(block.n, block.m, block.rows, block.columns, inner)
-        for inner in per_row
+        for block, inner in product(blocks, per_row)
         if block.columns % inner.m == 0
     ]
 
