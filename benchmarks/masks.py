@@ -27,7 +27,7 @@ from sparsedm_compiler.autotune.side_by_side import (
 from sparsedm_compiler.masks.nm_mask import compute_mask
 from sparsedm_compiler.patterns import Pattern
 
-JOINT = ["2:4t", "1:8x16", "64:2:8"]
+JOINT = ["2:4t", "1:8x16", "64:2:8", "1:2@64x16", "1:2@64x32+2:4"]
 PATTERNS = ["31:32", "3:4", "2:4", "1:4", "2:8", "1:8", "1:16", "1:32", "16:32", *JOINT]
 SHAPES = {"linear": (2048, 512), "conv": (256, 256, 3, 3)}
 

@@ -41,7 +41,8 @@ from sparsedm_compiler.patterns import Pattern
 
 Call = Callable[[], object]
 FREE = ("31:32", "3:4", "2:4", "1:4", "1:8", "1:16", "1:32")
-SHARED = ("2:4x4", "1:4x4", "1:8x4", "1:16x4", "2:4x64", "1:4x64", "1:8x64")
+BLOCKS = ("1:2@64x16", "1:4@64x16", "1:2@64x32+2:4")
+SHARED = ("2:4x4", "1:4x4", "1:8x4", "1:16x4", "2:4x64", "1:4x64", "1:8x64", *BLOCKS)
 LINEARS = ((257, 512, 1536), (257, 2048, 512))
 CONV = (256, 256, 16)
 (CPU,) = find_families("cpu")

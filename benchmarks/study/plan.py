@@ -12,11 +12,13 @@ from torch import nn
 from sparsedm_compiler.data import ImageData, open_data
 from sparsedm_compiler.models import UViT
 
-GROUPS = ("methods", "long", "sweep")
-"""Every method at every pattern; some with more images; one option at a time."""
+GROUPS = ("methods", "long", "sweep", "blocks")
+"""Every method at every pattern; some with more images; one option at a time; block patterns."""
 
 METHODS = ("sparsedm", "ste", "sr-ste", "asp", "progressive", "transfer")
 PATTERNS = ("2:4", "1:4", "1:8", "2:4x4", "1:4x4", "1:8x4")
+BLOCKS = ("2:4", "1:2@32x8", "1:4", "1:4@32x8", "1:2@32x8+2:4")
+"""Block patterns, each beside the per-row pattern of its density."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,12 @@ class Budget:
     width: int = 96
     depth: int = 5
     patterns: tuple[str, ...] = PATTERNS
+    blocks: tuple[str, ...] = BLOCKS
     judge_epochs: int = 6
 
 
 SMALL = Budget(240_000, 6_400, 4, 400, 600, 10)
-QUICK = Budget(512, 128, 2, 64, 40, 4, (0,), 32, 2, ("2:4", "1:4x4"), 1)
+QUICK = Budget(512, 128, 2, 64, 40, 4, (0,), 32, 2, ("2:4", "1:4x4"), BLOCKS[1::3], 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,8 @@ class Study:
                         yield Setting(group, method, pattern, seed)
         elif group == "long":
             yield from self.list_long_runs()
+        elif group == "blocks":
+            yield from self.list_block_runs()
         else:
             yield from self.list_sweep()
 
@@ -163,6 +168,16 @@ class Study:
             for pattern in ("2:4", "1:8"):
                 for method in ("asp", "ste", "sr-ste", "sparsedm"):
                     yield Setting("long", method, pattern, seed, options)
+
+    def list_block_runs(self) -> Iterator[Setting]:
+        """Yields a few methods at block patterns and at the per-row patterns of their densities."""
+        for seed in self.budget.seeds:
+            yield Setting("blocks", "dense", None, seed)
+            for pattern in self.budget.blocks:
+                if seed == self.budget.seeds[0]:
+                    yield Setting("blocks", "untrained", pattern, seed)
+                for method in ("asp", "ste", "sparsedm"):
+                    yield Setting("blocks", method, pattern, seed)
 
     def list_sweep(self) -> Iterator[Setting]:
         """Yields single changes to STE with a teacher, at 1:4 and 1:8; then longer runs."""

@@ -40,7 +40,8 @@ def write_tables(study: Study) -> None:
     }
     values = {**facts, **runs}
     (study.out / "methods.json").write_text(json.dumps(values, indent=1) + "\n")
-    tables = (format_methods(runs["methods"]), format_methods(runs["long"]))
+    groups = [group for group in ("methods", "long", "blocks") if runs[group]]
+    tables = [format_methods(runs[group]) for group in groups]
     text = "\n\n".join((*tables, format_sweep(runs["sweep"]))) + "\n"
     (study.out / "methods.md").write_text(text)
     print(text)
@@ -114,6 +115,7 @@ def format_methods(runs: Rows) -> str:
                 for pattern in patterns
             ]
             for method in ORDER
+            if any(run["method"] == method for run in runs)
         ]
         head = [f"{title} (dense {dense})", *patterns]
         parts.append(tabulate(body, head, tablefmt="github", disable_numparse=True))

@@ -76,9 +76,10 @@ def compile(
     Args:
         model: Any nn.Module; wrap it (DDP, torch.compile) afterwards, not before.
         pattern: "n:m" keeps n of every m weights along the input channels. "1:8x16" shares each
-            mask among 16 output rows, "64:2:8" is V:n:m, "2:4t" is transposable. None: that of
-            the student; for a model that is not compiled yet, in mode "infer" only, every weight
-            runs by the pattern that its zeros already satisfy.
+            mask among 16 output rows, "1:2@64x16" keeps whole blocks, "64:2:8" is V:n:m, "2:4t" is
+            transposable; ``Pattern.parse`` lists them. None: that of the student; for a model that
+            is not compiled yet, in mode "infer" only, every weight runs by the pattern that its
+            zeros already satisfy.
         mode: "train" or "infer".
         keep_dense: Names or globs of layers that stay dense, or a predicate over parameter names.
             None: those of the student, else no others.

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..patterns import NM, VNM, Pattern, SharedNM
+from ..patterns import NM, VNM, BlockNM, NestedNM, Pattern, SharedNM
 from ..patterns.vnm import SHARED_COLUMNS
 from ..selection.top_n import KEYS
 from ..triton_support import on_device_of
@@ -29,6 +29,19 @@ _FLOATS = {
 }
 _TILE, _LARGEST_TILE = 1 << 11, 1 << 14
 _PER_WARP = 1 << 9
+
+
+class _Slots(NamedTuple):
+    """How the slots of a lane are split: ``blocks`` of ``parts`` of ``size`` neighbours each."""
+
+    blocks: int
+    parts: int
+    size: int
+
+    @property
+    def padded(self) -> _Slots:
+        """The same with each number rounded up to a power of two."""
+        return _Slots(*map(_round_to_power, self))
 
 
 class _Dim(NamedTuple):
@@ -47,9 +60,10 @@ def explain_refusal(pattern: Pattern, dtype: torch.dtype) -> str | None:
     """
     if dtype not in _FLOATS:
         return f"no fused mask for {str(dtype).removeprefix('torch.')}"
-    if not isinstance(pattern, (NM, SharedNM, VNM)):
+    if not isinstance(pattern, (NM, SharedNM, VNM, BlockNM, NestedNM)):
         return f"no fused mask for a pattern of the kind of {pattern}"
-    if _round_to_power(pattern.m) * _round_to_power(pattern.height) > _LARGEST_TILE:
+    slots = math.prod(_split_slots(pattern).padded)
+    if slots * _round_to_power(pattern.height) > _LARGEST_TILE:
         return f"{pattern} masks more than {_LARGEST_TILE} weights together"
     return None
 
@@ -60,8 +74,8 @@ def mask_by_triton(weight: Tensor, pattern: Pattern, *, inverse: bool = False) -
     ``inverse``: ``apply_inverse_mask`` of the same instead, the weights that the mask prunes.
 
     weight: [out, in] or [out, in, *kernel] that the pattern fits and ``explain_refusal`` does not
-    refuse; the result has its strides. Energies of shared columns are sums in float32: two columns
-    that differ by its rounding alone may be ranked as another order of summation would not.
+    refuse; the result has its strides. Energies of shared columns and blocks are sums in float32:
+    two that differ by its rounding alone may be ranked as another order of summation would not.
     """
     weight = weight.detach()
     out = torch.empty_like(weight)
@@ -76,23 +90,17 @@ def _launch(
     weight: Tensor, out: Tensor, pattern: Pattern, *, inverse: bool = False, wide: bool = False
 ) -> None:
     """Fills ``out``. ``wide``: counts elements in 64 bits even where 32 would do."""
-    import triton.language as tl
+    from .triton_mask_kernels import block_mask_kernel, mask_kernel
 
-    from .triton_mask_kernels import mask_kernel
-
-    lanes = weight.numel() // (pattern.m * pattern.height)
+    lanes = weight.numel() // (pattern.width * pattern.height)
     dims = _list_lane_dims(weight, out, pattern)
     row = (weight.stride(0), out.stride(0)) if pattern.height > 1 else (0, 0)
     align = math.gcd(16, *row, *(stride for dim in dims for stride in dim[1:]))
-    rows, slots = _round_to_power(pattern.height), _round_to_power(pattern.m)
+    rows, slots = _round_to_power(pattern.height), math.prod(_split_slots(pattern).padded)
     block = max(1, min(_TILE // (rows * slots), _round_to_power(lanes)))
-    per_row, shared = not isinstance(pattern, SharedNM), 0
-    if isinstance(pattern, VNM):
-        shared = SHARED_COLUMNS
-    elif isinstance(pattern, SharedNM):
-        shared = pattern.n
+    kernel = block_mask_kernel if isinstance(pattern, (BlockNM, NestedNM)) else mask_kernel
     with on_device_of(weight):
-        mask_kernel[(-(-lanes // block),)](
+        kernel[(-(-lanes // block),)](
             weight.view(KEYS[weight.dtype]),
             out.view(KEYS[weight.dtype]),
             lanes,
@@ -102,26 +110,54 @@ def _launch(
             *(stride // align for stride in row),
             weight.stride(1),
             out.stride(1),
-            N=pattern.n,
-            M=pattern.m,
-            S=pattern.height,
-            SHARED=shared,
-            PER_ROW=per_row,
-            FLOAT=getattr(tl, _FLOATS[weight.dtype]),
+            **_make_constants(pattern, weight.dtype),
             INVERSE=inverse,
             ALIGN=align,
             ROWS=rows,
             LANES=block,
-            SLOTS=slots,
             WIDE=wide or max(_count_span(weight), _count_span(out)) + _LARGEST_TILE >= 1 << 31,
             num_warps=min(16, max(1, rows * block * slots // _PER_WARP)),
             enable_fp_fusion=False,  # squares are rounded before they are added, as torch does
         )
 
 
+def _make_constants(pattern: Pattern, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the arguments of a kernel that follow from the pattern and the dtype alone."""
+    import triton.language as tl
+
+    constants = {
+        "N": pattern.n,
+        "M": pattern.m,
+        "S": pattern.height,
+        "FLOAT": getattr(tl, _FLOATS[dtype]),
+    }
+    slots = _split_slots(pattern)
+    if isinstance(pattern, (BlockNM, NestedNM)):
+        kept = pattern.inner.n if isinstance(pattern, NestedNM) else slots.size
+        sizes = {"PARTS": slots.parts, "SIZE": slots.size, "INNER_N": kept}
+        padded = dict(zip(("BLOCKS", "GROUPS", "SLOTS"), slots.padded, strict=True))
+        return {**constants, **sizes, **padded}
+    shared = 0
+    if isinstance(pattern, VNM):
+        shared = SHARED_COLUMNS
+    elif isinstance(pattern, SharedNM):
+        shared = pattern.n
+    choices = {"SHARED": shared, "PER_ROW": not isinstance(pattern, SharedNM)}
+    return {**constants, **choices, "SLOTS": math.prod(slots.padded)}
+
+
+def _split_slots(pattern: Pattern) -> _Slots:
+    """Returns the slots of a lane: blocks of groups of the inner pattern, or single weights."""
+    if isinstance(pattern, NestedNM):
+        return _Slots(pattern.m, pattern.columns // pattern.inner.m, pattern.inner.m)
+    if isinstance(pattern, BlockNM):
+        return _Slots(pattern.m, 1, pattern.columns)
+    return _Slots(pattern.m, 1, 1)
+
+
 def _list_lane_dims(weight: Tensor, out: Tensor, pattern: Pattern) -> list[_Dim]:
     """Returns as few dimensions of lanes as possible, the fastest in memory first."""
-    units = (pattern.height, pattern.m, *[1] * (weight.dim() - 2))
+    units = (pattern.height, pattern.width, *[1] * (weight.dim() - 2))
     dims = sorted(
         (
             _Dim(size // unit, stride * unit, out_stride * unit)

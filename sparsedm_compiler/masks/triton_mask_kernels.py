@@ -1,4 +1,4 @@
-"""The Triton kernel of ``triton_mask``: mask and product of a tile of groups in one pass.
+"""The Triton kernels of ``triton_mask``: mask and product of a tile of groups in one pass.
 
 A *lane* is one group of M neighbours along the input channels, a *slot* each, of S rows that are
 masked together (S = 1: every row on its own). A tile is [rows, lanes, slots], padded to powers of
@@ -62,6 +62,70 @@ def mask_kernel(
         allowed = _keep_largest(energy, slot, allowed, SHARED, M, SLOTS)
     if PER_ROW:
         allowed = _keep_largest(bits, slot, allowed, N, SHARED if SHARED > 0 else M, SLOTS)
+    target = _compute_offsets(lane, row, slot, sizes, out_lane, out_row, out_slot, ALIGN, WIDE)
+    tl.store(out + target, tl.where(allowed != INVERSE, bits, 0), mask=inside)
+
+
+@triton.jit
+def block_mask_kernel(
+    weight,
+    out,
+    lanes,
+    sizes,
+    weight_lane,
+    out_lane,
+    weight_row,
+    out_row,
+    weight_slot,
+    out_slot,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    S: tl.constexpr,
+    INNER_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    FLOAT: tl.constexpr,
+    INVERSE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Writes as ``mask_kernel`` does, for lanes of M blocks of which the N of most energy are kept.
+
+    A block is PARTS groups of SIZE slots. Each row keeps INNER_N of a group, and the energy of a
+    block is counted over those. BLOCKS, GROUPS, SLOTS: M, PARTS and SIZE as powers of two.
+    """
+    BLOCK: tl.constexpr = GROUPS * SLOTS
+    lane = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * LANES + tl.arange(0, LANES)
+    row = tl.arange(0, ROWS)[:, None, None]
+    slot = tl.arange(0, BLOCKS * BLOCK)[None, None, :]
+    inside = (lane < lanes)[None, :, None] & (row < S)
+    if BLOCKS * BLOCK != M * PARTS * SIZE:  # else slots lie side by side, as the compiler must see
+        block, part, index = slot // BLOCK, slot % BLOCK // SLOTS, slot % SLOTS
+        slot = (block * PARTS + part) * SIZE + index
+        inside = inside & (block < M) & (part < PARTS) & (index < SIZE)
+    source = _compute_offsets(
+        lane, row, slot, sizes, weight_lane, weight_row, weight_slot, ALIGN, WIDE
+    )
+    bits = tl.load(weight + source, mask=inside, other=0)
+    allowed, value = inside, bits.to(FLOAT, bitcast=True).to(tl.float32)
+    if INNER_N != SIZE:
+        groups = tl.reshape(bits, (ROWS, LANES * BLOCKS * GROUPS, SLOTS))
+        index = tl.arange(0, SLOTS)[None, None, :]
+        kept = _keep_largest(groups, index, index < SIZE, INNER_N, SIZE, SLOTS)
+        allowed = allowed & tl.reshape(kept, (ROWS, LANES, BLOCKS * BLOCK))
+        value = tl.where(allowed, value, 0.0)
+    energy = tl.reshape(tl.sum(value * value, axis=0), (LANES * BLOCKS, BLOCK))
+    energy = tl.reshape(tl.sum(energy, axis=1), (1, LANES, BLOCKS)).to(tl.int32, bitcast=True)
+    number = tl.arange(0, BLOCKS)[None, None, :]
+    chosen = _keep_largest(energy, number, number < M, N, M, BLOCKS)
+    chosen = tl.reshape(tl.broadcast_to(chosen, (1, LANES, BLOCKS)), (LANES * BLOCKS, 1))
+    chosen = tl.broadcast_to(chosen, (LANES * BLOCKS, BLOCK))
+    allowed = allowed & tl.reshape(chosen, (1, LANES, BLOCKS * BLOCK))
     target = _compute_offsets(lane, row, slot, sizes, out_lane, out_row, out_slot, ALIGN, WIDE)
     tl.store(out + target, tl.where(allowed != INVERSE, bits, 0), mask=inside)
 

@@ -1,7 +1,8 @@
 """Parameters whose rows are spread over several processes (FSDP2), and masks of the local rows.
 
 Groups of m run along the input channels, inside a row, so a process masks its own rows alone.
-Only masks decided for several rows together (n:mxR, V:n:m, n:4t) need the rows of other processes.
+Only masks decided for several rows together (n:mxR, n:m@RxC, V:n:m, n:4t) need the rows of other
+processes.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
 from sparsedm_compiler.masks.detect import detect_pattern
 from sparsedm_compiler.masks.nm_mask import nm_mask
+from sparsedm_compiler.patterns import NM, BlockNM, SharedNM
 from tests.oracle import assert_same
 
 TEXTS = ("1:2", "2:4", "1:4", "3:4", "1:8", "3:8", "1:16", "31:32", "1:64", "2:4x4", "1:8x16")
@@ -32,6 +33,48 @@ def test_detect_pattern_of_a_masked_weight_returns_its_pattern(
     assert detected.m <= pattern.m
     masked = weight * nm_mask(weight, pattern)
     assert_same(masked * nm_mask(masked, detected), masked)
+
+
+BLOCKS = (
+    *("1:2@16x8", "1:4@16x16", "1:8@64x16", "3:4@32x32", "1:2@128x16", "5:16@16x8"),
+    *("1:2@64x32+2:4", "1:4@16x16+2:4", "1:4@32x8+1:8", "3:4@16x8+3:4", "1:2@128x32+1:16"),
+)
+
+
+@pytest.mark.parametrize("text", BLOCKS)
+@pytest.mark.parametrize("kernel", [(), (1, 3)])
+def test_detect_pattern_of_whole_zero_blocks_returns_the_block_pattern(
+    text: str, kernel: tuple[int, ...]
+) -> None:
+    pattern = Pattern.parse(text)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 6 * pattern.width, *kernel, generator=generator)
+    assert str(detect_pattern(weight * nm_mask(weight, pattern))) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("1:2@8x8", NM), ("1:2@16x4", NM), ("1:4x16", SharedNM), ("2:4", NM), ("1:3@16x8", BlockNM)],
+)
+def test_detect_pattern_of_other_blocks_keeps_every_non_zero(text: str, kind: type) -> None:
+    pattern = Pattern.parse(text)
+    weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(0))
+    weight *= nm_mask(weight, pattern)
+    detected = detect_pattern(weight)
+    assert detected is not None
+    assert isinstance(detected, (kind, SharedNM))
+    assert_same(weight * nm_mask(weight, detected), weight)
+
+
+def test_detect_pattern_with_one_weight_in_a_zero_block_returns_another_pattern() -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    weight *= nm_mask(weight, "1:2@32x16")
+    first = weight[0, :32].view(2, 16)
+    first[first.count_nonzero(1).argmin(), 3] = 1e-3
+    detected = detect_pattern(weight)
+    assert detected is None or str(detected) != "1:2@32x16"
+    if detected is not None:
+        assert_same(weight * nm_mask(weight, detected), weight)
 
 
 @pytest.mark.parametrize(("text", "plain"), [("1:4t", "1:4"), ("2:4t", "2:4"), ("3:4t", "3:4")])

@@ -19,7 +19,14 @@ from sparsedm_compiler.masks.triton_mask import (
 from sparsedm_compiler.patterns import Pattern
 from sparsedm_compiler.selection.top_n import KEYS
 from tests.backends.cuda.running import moved, on_cuda, on_device, run_interpreted
-from tests.masks.mask_cases import LAYOUTS, channels_last, contiguous, per_row_cases, shared_cases
+from tests.masks.mask_cases import (
+    LAYOUTS,
+    block_cases,
+    channels_last,
+    contiguous,
+    per_row_cases,
+    shared_cases,
+)
 
 # numpy, in the interpreter: an energy may be infinite.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
@@ -32,6 +39,10 @@ PER_ROW = (
 JOINT = (
     *("1:8x16", "2:4x3", "2:4x128", "3:5x7", "6:8x48", "5:64x2", "4:4x2"),
     *("64:2:8", "3:4:6", "5:1:7", "2:3:16", "128:2:32", "4:4:8"),
+)
+BLOCKS = (
+    *("1:2@8x4", "1:3@5x6", "3:4@1x2", "2:2@3x4", "1:1@4x4", "1:2@16x8", "1:8@2x16"),
+    *("1:2@8x8+2:4", "1:3@5x6+1:3", "2:2@4x8+2:4", "1:4@3x12+3:4"),
 )
 
 
@@ -69,7 +80,7 @@ def test_in_the_interpreter() -> None:
 
 @on_device
 @settings(deadline=None, max_examples=80)
-@given(st.one_of(per_row_cases(), shared_cases()), st.sampled_from(DTYPES))
+@given(st.one_of(per_row_cases(), shared_cases(), block_cases()), st.sampled_from(DTYPES))
 def test_mask_by_triton_of_any_pattern_and_layout(
     case: tuple[Tensor, Pattern], dtype: torch.dtype
 ) -> None:
@@ -83,15 +94,15 @@ def test_mask_by_triton_of_any_pattern_and_layout(
     ("text", "dtype"),
     [
         (text, dtype)
-        for i, text in enumerate([*PER_ROW, *JOINT])
+        for i, text in enumerate([*PER_ROW, *JOINT, *BLOCKS])
         for dtype in (torch.float32, DTYPES[i % 2])  # by turns float16 and bfloat16
     ],
     ids=str,
 )
 def test_mask_by_triton_of_any_shape_and_strides(text: str, dtype: torch.dtype) -> None:
     pattern = Pattern.parse(text)
-    blocks = 1 if pattern.m * pattern.height > 100 else 3
-    weight = integers((blocks * pattern.height, 2 * pattern.m, 2, 3), dtype)
+    blocks = 1 if pattern.width * pattern.height > 100 else 3
+    weight = integers((blocks * pattern.height, 2 * pattern.width, 2, 3), dtype)
     for layout in LAYOUTS:
         check(layout(weight), pattern)
         check(layout(weight[..., 1, 2]), pattern)
@@ -101,21 +112,35 @@ def test_mask_by_triton_of_any_shape_and_strides(text: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(12, 24), (12, 24, 5), (12, 24, 2, 1, 3)], ids=str)
 def test_mask_by_triton_of_any_number_of_dimensions(shape: tuple[int, ...], layout: object) -> None:
-    for text in ("2:8", "1:4x3", "6:2:8"):
+    for text in ("2:8", "1:4x3", "6:2:8", "1:2@3x4", "1:2@3x4+2:4"):
         check(layout(integers(shape, torch.float32)), Pattern.parse(text))  # type: ignore[operator]
 
 
 @on_device
-@pytest.mark.parametrize("text", ["2:4", "1:8", "3:5x2", "16:2:8"])
+@pytest.mark.parametrize("text", ["2:4", "1:8", "3:5x2", "16:2:8", "1:2@8x4", "1:2@4x8+2:4"])
 def test_mask_by_triton_in_many_programs_with_a_partial_last_one(text: str) -> None:
     pattern = Pattern.parse(text)
-    weight = integers((16 * 7, 5 * pattern.m * 7), torch.bfloat16)
+    weight = integers((16 * 7, 5 * pattern.width * 7), torch.bfloat16)
     check(weight, pattern)
-    check(weight[:, : 4 * pattern.m], pattern)
+    check(weight[:, : 4 * pattern.width], pattern)
 
 
 @on_device
-@pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "7:8", "16:32", "2:4x2", "2:2:8"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2:4",
+        "1:4",
+        "3:4",
+        "7:8",
+        "16:32",
+        "2:4x2",
+        "2:2:8",
+        "1:2@2x2",
+        "1:2@2x8+2:4",
+        "2:2@1x8+1:8",
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mask_by_triton_of_nan_and_inf_keeps_exactly_n(text: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -155,7 +180,7 @@ def test_mask_by_triton_of_an_empty_weight(shape: tuple[int, ...]) -> None:
 
 
 @on_device
-@pytest.mark.parametrize("text", ["2:4", "1:4x3", "6:2:8"])
+@pytest.mark.parametrize("text", ["2:4", "1:4x3", "6:2:8", "1:2@3x4", "1:2@3x4+2:4"])
 def test_mask_by_triton_with_64_bit_offsets_gives_the_same(text: str) -> None:
     pattern = Pattern.parse(text)
     for layout in LAYOUTS:
@@ -198,6 +223,11 @@ def test_lane_dims_follow_memory_and_are_joined(
         ("1:32768", torch.float32, "1:32768 masks more than 16384 weights together"),
         ("1:128x256", torch.float16, "1:128x256 masks more than 16384 weights together"),
         ("1:128x128", torch.float16, None),
+        ("1:2@64x16", torch.float64, "no fused mask for float64"),
+        ("1:4@128x32", torch.float32, None),
+        ("1:4@128x33", torch.float32, "1:4@128x33 masks more than 16384 weights together"),
+        ("1:4@128x36+1:3", torch.float32, "1:4@128x36+1:3 masks more than 16384 weights together"),
+        ("1:2@64x32+2:4", torch.float32, None),
         ("3:5", torch.bfloat16, None),
     ],
 )
@@ -218,7 +248,7 @@ def test_mask_ste_looks_for_triton_on_cuda_alone() -> None:
 
 
 @on_cuda
-@pytest.mark.parametrize("text", ["2:4", "1:8", "4:4", "1:4x2", "2:2:8"])
+@pytest.mark.parametrize("text", ["2:4", "1:8", "4:4", "1:4x2", "2:2:8", "1:2@4x8", "1:2@4x8+2:4"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mask_ste_on_cuda_equals_the_cpu(text: str, layout: object) -> None:
     for dtype in (*DTYPES, torch.float64):

@@ -126,7 +126,7 @@ def masks(rank: int, folder: Path) -> None:
     weight = model.weight
     assert get_local_rows(weight).shape == (6, 8)
     assert torch.equal(gather_rows(weight), full)
-    for text in ("2:4", "1:8", "2:4x4", "4:2:8", "2:4t"):
+    for text in ("2:4", "1:8", "2:4x4", "4:2:8", "2:4t", "1:2@4x4", "1:2@1x4", "1:2@4x4+2:4"):
         pattern = sdm.Pattern.parse(text)
         expected = slice_local_rows(nm_mask(full, pattern), weight)
         assert torch.equal(compute_local_mask(weight, pattern), expected)

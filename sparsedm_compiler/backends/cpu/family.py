@@ -34,7 +34,7 @@ class CpuFamily(KernelFamily):
         return why_unavailable()
 
     def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
-        return why_refused(pattern, rows, cols, dtype)
+        return why_refused(self.require_accepted(pattern), rows, cols, dtype)
 
     def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         """Returns the kernels in the settings that won somewhere (benchmarks/sparse.py)."""

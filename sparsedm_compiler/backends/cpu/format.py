@@ -116,11 +116,16 @@ def why_refused(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> s
         return f"no CPU kernel for {str(dtype).removeprefix('torch.')}"
     if pattern.is_dense:
         return f"{pattern} keeps everything"
-    if pattern.m > 256:
-        return f"groups of {pattern.m} are wider than the 256 columns a kernel addresses"
+    if pattern.m > (widest := find_widest(pattern)):
+        return f"groups of {pattern.m} are wider than the {widest} columns a kernel addresses"
     if cols % pattern.m:
         return f"{cols} columns are not whole groups of {pattern.m}"
     return None
+
+
+def find_widest(pattern: Pattern) -> int:
+    """Returns the most columns of a block: 16 bits address them, or 8 where rows differ."""
+    return 65535 if isinstance(pattern, SharedNM) else 256
 
 
 def plan_layout(
@@ -138,7 +143,7 @@ def plan_layout(
     target = width or (2048 if share else 128)
     groups = cols // pattern.m
     per_block = ceil(groups / max(1, ceil(cols / target)))
-    limit = (65535 if share else 256) // pattern.m
+    limit = find_widest(pattern) // pattern.m
     col_block = max(1, min(per_block, limit)) * pattern.m
     return Layout(dtype, rows, cols, pattern.n, pattern.m, share, col_block, row_block, wide)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PackError
-from ...patterns import NM, VNM, Pattern, SharedNM, TransposableNM
+from ...patterns import NM, VNM, BlockNM, NestedNM, Pattern, SharedNM, TransposableNM
 from ..cuda.device import (
     find_device,
     note_cusparselt,
@@ -24,7 +24,7 @@ from .ops import DEFAULT, TOKENS, CuSparseLtSetting, semi_conv2d, semi_linear, t
 from .training import semi_train_op
 
 TYPES = (torch.float16, torch.bfloat16)
-KINDS = (NM, SharedNM, VNM, TransposableNM)
+KINDS = (NM, SharedNM, VNM, TransposableNM, BlockNM, NestedNM)
 """The kinds of pattern that may keep at most 2 of every 4 columns."""
 _MULTIPLE = 16
 

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsedm_compiler import Pattern
+from sparsedm_compiler.backends.cpu.family import CpuFamily
 from sparsedm_compiler.backends.cpu.pack import pack
 from sparsedm_compiler.masks.nm_mask import nm_mask
 
 PATTERNS = (
     *("2:4", "1:4", "1:8", "3:4", "1:16", "31:32", "2:6", "1:2"),
     *("2:4t", "1:8x16", "2:4x4", "2:4x5", "1:4x6", "1:2x3", "1:4x2", "16:2:8"),
+    *("1:2@8x4", "1:4@16x8", "3:4@3x5", "1:2@1x6", "1:2@8x8+2:4", "1:2@5x6+1:3"),
 )
 ACTS = ("none", "gelu", "gelu_tanh", "silu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,9 +47,11 @@ def case(
     """A random weight of ``groups`` groups of channels; rows are rounded up to whole masks."""
     pattern = Pattern.parse(text)
     rows = -(-rows // pattern.height) * pattern.height
-    weight = torch.randn(rows, groups * pattern.m, *kernel).to(dtype)
+    weight = torch.randn(rows, groups * pattern.width, *kernel).to(dtype)
     mask = nm_mask(weight, pattern)
-    return Case(pattern, weight * mask, pack(weight * mask, mask, pattern, width=width, wide=wide))
+    accepted = CpuFamily().require_accepted(pattern)
+    packed = pack(weight * mask, mask, accepted, width=width, wide=wide)
+    return Case(pattern, weight * mask, packed)
 
 
 def activated(x: Tensor, act: str) -> Tensor:

@@ -104,6 +104,7 @@ def test_read_layout_of_other_tensors_raises() -> None:
         ("4:4", (8, 8), torch.float32, "keeps everything"),
         ("2:4", (8, 8), torch.float16, "no CPU kernel for float16"),
         ("1:512", (8, 512), torch.float32, "wider than the 256 columns"),
+        ("1:65536x4", (4, 65536), torch.float32, "wider than the 65535 columns"),
     ],
 )
 def test_pack_of_a_refused_weight_raises_the_reason(

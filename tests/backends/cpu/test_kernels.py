@@ -52,7 +52,7 @@ def check_linear(held: Case, x: Tensor, bias: Tensor | None, act: str, tile: int
     b = None if bias is None else bias.double()
     exact = F.linear(x.double(), held.masked.double(), b)
     sums = F.linear(x.double().abs(), held.masked.double().abs(), None if b is None else b.abs())
-    assert_rounded(out, exact, sums, cols * held.pattern.n // held.pattern.m, act)
+    assert_rounded(out, exact, sums, int(cols * held.pattern.density), act)
 
 
 @fuzz
@@ -162,13 +162,14 @@ def check_conv(
     exact = F.conv2d(x.double(), held.masked.double(), b, stride, padding, dilation)
     size = None if b is None else b.abs()
     sums = F.conv2d(x.double().abs(), held.masked.double().abs(), size, stride, padding, dilation)
-    kept = channels * kernel[0] * kernel[1] * held.pattern.n // held.pattern.m
+    kept = int(channels * kernel[0] * kernel[1] * held.pattern.density)
     assert_rounded(out, exact, sums, kept, act)
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-shared_widely = st.sampled_from(("2:4x16", "1:4x32", "1:8x64", "3:8x48", "31:32x16"))
+WIDE_BLOCKS = ("1:2@16x8", "1:4@64x16", "2:3@32x24")
+shared_widely = st.sampled_from(("2:4x16", "1:4x32", "1:8x64", "3:8x48", "31:32x16", *WIDE_BLOCKS))
 
 
 @fuzz
@@ -203,6 +204,15 @@ def test_nm_conv2d_wide_matches_float64() -> None:
     for form in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 16, 9, 16).bfloat16().to(memory_format=form)
         check_conv(held, x, torch.randn(64), ((1, 2), (1, 1), (1, 1)), "silu", 3)
+
+
+@pytest.mark.parametrize(("text", "wide"), [("1:2@4x150", False), ("1:3@16x128", True)])
+def test_nm_linear_of_blocks_wider_than_256_columns_matches_float64(text: str, wide: bool) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if wide else torch.float32
+    for width in (None, 512):
+        held = case(text, 5, 32, dtype, width=width, wide=wide)
+        check_linear(held, torch.randn(9, held.masked.shape[1]).to(dtype), None, "none", 3)
 
 
 def test_nm_linear_wide_with_float32_activations_raises() -> None:

@@ -30,6 +30,7 @@ _DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MASKS = (
     *("2:4", "1:8", "3:4", "16:32", "1:32", "32:64", "7:13", "2048:16384"),
     *("1:8x16", "4:32x128", "3:5x48", "1:128x128", "64:2:8", "64:3:8", "128:2:64"),
+    *("1:2@64x16", "1:4@128x16", "1:4@128x32", "3:5@48x6", "1:2@64x32+2:4", "1:3@16x24+1:8"),
 )
 TYPES = (torch.bfloat16, torch.float32)  # float16's code is bfloat16's
 GATHERS = ("1:8x16", "2:4x48", "1:4x128")
@@ -82,13 +83,13 @@ def check_masks(compiled: list[Any]) -> None:
     for text in MASKS:
         pattern = Pattern.parse(text)
         for dtype in TYPES:
-            weight = torch.empty(4 * pattern.height, 16 * pattern.m, 3, 3, dtype=dtype)
+            weight = torch.empty(4 * pattern.height, 16 * pattern.width, 3, 3, dtype=dtype)
             for view in (weight[..., 0, 0].contiguous(), weight):
                 mask_by_triton(view, pattern)
                 check(compiled[-1], (text, dtype))
             mask_by_triton(weight.to(memory_format=torch.channels_last), pattern)
             check(compiled[-1], (text, dtype))
-            if pattern.m in (4, 8, 16, 32, 64):  # a group is 8 bytes or more, side by side
+            if pattern.width in (4, 8, 16, 32, 64):  # a group is 8 bytes or more, side by side
                 code = compiled[-1].asm["ptx"]
                 assert "ld.global.v" in code, (text, dtype)
                 assert "st.global.v" in code, (text, dtype)

@@ -15,7 +15,7 @@ from sparsedm_compiler.backends.registry import list_families
 from sparsedm_compiler.config import list_kernels
 from sparsedm_compiler.patterns import NM
 from tests.backends.cuda.here import ROUNDING, pruned
-from tests.oracle import assert_same
+from tests.oracle import assert_same, brute_mask
 
 FAMILY, KERNEL = CuSparseLtFamily(), KernelConfig("cuda_semi")
 HALVES = (torch.float16, torch.bfloat16)
@@ -37,11 +37,12 @@ def test_list_kernels_names_the_kernels_of_all_families() -> None:
     ("pattern", "most"),
     [
         *(("2:4", 2), ("1:4", 1), ("1:8", 1), ("2:8", 2), ("1:2", 2), ("1:3", 2), ("2:4x16", 2)),
+        *(("1:2@16x2", 2), ("1:2@16x8+2:4", 2), ("1:2@16x8", 4), ("1:2@16x8+3:4", 3)),
         *(("64:2:8", 2), ("3:4", 3), ("2:3", 4), ("2:6", 4), ("4:8", 4), ("31:32", 4), ("3:16", 3)),
     ],
 )
 def test_why_refused_allows_patterns_of_at_most_two_of_four(pattern: str, most: int) -> None:
-    """Refused beyond two, and never exceeded by masks that a brute force makes."""
+    """Refused beyond two, and never exceeded by masks of random weights."""
     parsed = Pattern.parse(pattern)
     assert parsed.most_kept(4) == most
     refusal = FAMILY.why_refused(parsed, 64, 96, torch.bfloat16)
@@ -49,9 +50,7 @@ def test_why_refused_allows_patterns_of_at_most_two_of_four(pattern: str, most: 
     if refusal is not None:
         assert refusal.startswith(f"{pattern} keeps up to {most} of 4 columns, which sparse")
     torch.manual_seed(0)
-    scores = torch.rand(4000, 48 // parsed.m or 1, parsed.m)
-    best = scores.topk(min(parsed.n, parsed.m), dim=2).indices
-    mask = torch.zeros_like(scores).scatter_(2, best, 1).flatten(1)
+    mask = brute_mask(torch.randn(640, max(1, 48 // parsed.width) * parsed.width), parsed)
     mask = mask[:, : mask.shape[1] // 4 * 4]
     assert mask.unflatten(1, (-1, 4)).sum(2).max() <= most
 
@@ -72,7 +71,7 @@ def test_why_refused_and_pack_name_the_reason(
         FAMILY.pack(*pruned((rows, cols), "2:4", dtype), NM(2, 4), KERNEL)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:8", "2:8", "1:2", "2:4x4", "16:2:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:8", "2:8", "1:2", "2:4x4", "16:2:8", "1:2@16x8+2:4"])
 @pytest.mark.parametrize("shape", [(32, 64), (16, 16, 3, 3)])
 def test_unpack_returns_weights_to_the_bit(pattern: str, shape: tuple[int, ...]) -> None:
     weight, mask = pruned(shape, pattern, torch.float16)
