@@ -12,7 +12,7 @@ import torch._inductor.compile_fx
 import torch.distributed.fsdp
 import torch.distributed.tensor.experimental
 import torch.export._trace
-import torch.utils.tensorboard
+import torch.utils.tensorboard  # noqa: F401
 from diffusers import DDPMScheduler  # noqa: F401
 
 import sparsedm_compiler.cli
