@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
+
+from tests.forked import ForkServer
+
+RunCore = Callable[[str], list[str]]
 
 CORE = r'''
 import sys
@@ -39,14 +44,20 @@ student(data)
 '''
 
 
-def run_core(code: str) -> list[str]:
+@pytest.fixture(scope="module")
+def run_core() -> Iterator[RunCore]:
     """Runs code after CORE in a process of its own; returns the lines it prints."""
-    done = subprocess.run([sys.executable, "-c", CORE + code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    with ForkServer(CORE) as server:
+
+        def run(code: str) -> list[str]:
+            done = server.run(code)
+            assert done.returncode == 0, done.stderr
+            return done.stdout.splitlines()
+
+        yield run
 
 
-def test_public_names_with_core_packages_alone_are_listed_and_resolve() -> None:
+def test_public_names_with_core_packages_alone_are_listed_and_resolve(run_core: RunCore) -> None:
     code = """
 print(sorted({*sdm.__all__} ^ {*dir(sdm)}))
 print(sorted(name for name in sdm.__all__ if not callable(getattr(sdm, name))))
@@ -57,7 +68,7 @@ print(sorted({*sdm.__all__} - {*namespace}))
     assert run_core(code) == ["['__version__']", "[]", "[]"]
 
 
-def test_sr_ste_with_core_packages_alone_trains() -> None:
+def test_sr_ste_with_core_packages_alone_trains(run_core: RunCore) -> None:
     code = """
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
 handle = sdm.sr_ste(optimizer, student, lam=10.0)
@@ -77,7 +88,7 @@ print(int((student[1].weight == 0).sum()))
     assert run_core(code) == ["True", "32"]
 
 
-def test_finetune_and_held_out_loss_without_the_extra_name_it() -> None:
+def test_finetune_and_held_out_loss_without_the_extra_name_it(run_core: RunCore) -> None:
     code = """
 config = sdm.FinetuneConfig.create("ste", images=8)
 for call in (
@@ -102,7 +113,7 @@ for call in (
     assert lines[3].startswith("a sample grid needs Pillow")
 
 
-def test_command_line_without_the_extra_prints_one_line_and_returns_2() -> None:
+def test_command_line_without_the_extra_prints_one_line_and_returns_2(run_core: RunCore) -> None:
     code = """
 import contextlib, io
 from sparsedm_compiler.cli import main
@@ -119,7 +130,9 @@ print(lines.getvalue(), end="")
     ]
 
 
-def test_every_package_with_core_packages_alone_imports_or_names_the_extra() -> None:
+def test_every_package_with_core_packages_alone_imports_or_names_the_extra(
+    run_core: RunCore,
+) -> None:
     code = """
 import pkgutil, importlib
 parts = pkgutil.walk_packages(sdm.__path__, "sparsedm_compiler.", onerror=lambda name: None)
@@ -134,7 +147,9 @@ for name in (*packages, "sparsedm_compiler.experiment.run"):
     assert run_core(code) == ["sparsedm_compiler.data", "sparsedm_compiler.experiment.run"]
 
 
-def test_explain_and_report_with_core_packages_alone_read_a_run(tmp_path: Path) -> None:
+def test_explain_and_report_with_core_packages_alone_read_a_run(
+    run_core: RunCore, tmp_path: Path
+) -> None:
     code = f"""
 import json, os, sys
 from sparsedm_compiler.cli import main

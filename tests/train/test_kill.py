@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsedm_compiler.train.checkpoint import list_checkpoints
 from tests.train.cases import log_of, short
@@ -34,9 +35,9 @@ def run(folder: Path) -> None:
 def serve() -> None:
     """A line of stdin is seconds and a folder: a forked child trains in it, until it is killed.
 
-    Forked, so that torch is imported once. Answers with exit code and seconds.
+    Forked, so that all is imported once. Answers with exit code and seconds.
     """
-    import torch.utils.tensorboard
+    import tests.preload  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:
