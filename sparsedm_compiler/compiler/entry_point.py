@@ -10,12 +10,7 @@ from torch import fx
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from ..errors import DenseRunError
-from ..graph.capture import (
-    GRAPH_BREAK_ERRORS,
-    apply_dynamo_settings,
-    copy_method,
-    unwrap_errors,
-)
+from ..graph.capture import GRAPH_BREAK_ERRORS, compile_method, copy_method, raise_own_error
 from ..graph.diagnostics import describe_graph_break
 from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
 from ..meta_models import require_values
@@ -47,24 +42,24 @@ class EntryPoint:
         """Calls the method. Raises DenseRunError where it would run without its masks."""
         forward = self._forward
         before = forward.runs
-        with apply_dynamo_settings(), unwrap_errors():
-            try:
-                out = self._call(*args, **kwargs)
-            except FailOnRecompileLimitHit as limit:
-                raise DenseRunError(
-                    f"{self} has been compiled for more shapes and settings than it may: "
-                    f"pad its inputs to fewer shapes ({limit})"
-                ) from limit
-            except RuntimeError as error:
-                if _NO_FRAMES not in str(error):
-                    require_values(forward.module, "this call")
-                    raise
-            if forward.runs == before:
-                raise DenseRunError(
-                    f"{self} ran without its masks, so its output was dropped: TorchDynamo did "
-                    "not compile the call. Unset TORCHDYNAMO_DISABLE, leave the force_eager "
-                    "stance, and call it outside of dispatch modes such as FlopCounterMode"
-                )
+        try:
+            out = self._call(*args, **kwargs)
+        except FailOnRecompileLimitHit as limit:
+            raise DenseRunError(
+                f"{self} has been compiled for more shapes and settings than it may: "
+                f"pad its inputs to fewer shapes ({limit})"
+            ) from limit
+        except RuntimeError as error:
+            if _NO_FRAMES not in str(error):
+                require_values(forward.module, "this call")
+                raise_own_error(error)
+                raise
+        if forward.runs == before:
+            raise DenseRunError(
+                f"{self} ran without its masks, so its output was dropped: TorchDynamo did "
+                "not compile the call. Unset TORCHDYNAMO_DISABLE, leave the force_eager "
+                "stance, and call it outside of dispatch modes such as FlopCounterMode"
+            )
         return out
 
     def run_eagerly(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,10 +105,7 @@ class EntryPoint:
             return self._compiled(module, *args, **kwargs)
 
     def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
-        run: Callable[..., Any] = torch.compile(
-            self.copy(), backend=self._lower, fullgraph=fullgraph
-        )
-        return run
+        return compile_method(self.copy(), self._lower, fullgraph=fullgraph)
 
     def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
         """Runs as several graphs from now on, decided by an eager run, since none holds it all."""

@@ -1,13 +1,14 @@
 """The guard against reads of pruned weights outside of the calls that mask them.
 
-Every module that holds a pruned weight has a forward pre-hook that raises. The compiled model
-takes the hooks out while it runs, so that TorchDynamo sees none. So a layer that runs in any other
-way (a forward or method that was replaced, a block called by itself, a backward that runs a block
-again, a tracer's copy of the forward) raises instead of running dense.
+Every module that holds a pruned weight shows a forward pre-hook that raises, but while the compiled
+model runs, so that TorchDynamo sees none. So a layer that runs in any other way (a forward or
+method that was replaced, a block called by itself, a backward that runs a block again, a tracer's
+copy of the forward) raises instead of running dense.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 import types
 import weakref
@@ -17,8 +18,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch._dynamo.exc import Unsupported
+from torch._guards import TracingContext
 
 from ..graph.capture import KEY, Names, map_parameter_names
 
@@ -50,15 +53,23 @@ def allow_dense() -> Iterator[None]:
         _dense_allowed.reset(token)
 
 
+HOOK_ID = -1
+"""The key of the guard's hook among the forward pre-hooks of a module: torch gives no such one."""
+
+_REASON = "a layer of a sparsedm model was called outside of its calls, where it would run dense"
+
+
 class Guarded(Protocol):
     """What the guard needs of a compiled model's forward."""
+
+    guard: ReadGuard
 
     def refuse_outside_call(self, owner: nn.Module) -> None:
         """Raises DenseRunError for a pruned weight of ``owner``."""
 
 
 class OutsideCallHook:
-    """A forward pre-hook of a module that holds a pruned weight of the compiled model ``root``.
+    """A forward pre-hook of the modules that hold pruned weights of the compiled model ``root``.
 
     A copy of the whole model guards itself. A copy of a part of it is an ordinary module.
     """
@@ -71,9 +82,15 @@ class OutsideCallHook:
         """The compiled model; None for a hook of a copied or unpickled part."""
         return None if self._root is None else self._root()
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    @property
+    def forward(self) -> Guarded | None:
+        """The guarded forward of the compiled model."""
         root = self.root
-        forward: Guarded | None = None if root is None else root.__dict__.get(KEY)
+        return None if root is None else root.__dict__.get(KEY)
+
+    @torch.compiler.disable(reason=_REASON)  # type: ignore[no-untyped-call, untyped-decorator]
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        forward = self.forward
         if forward is not None and not _dense_allowed.get():
             forward.refuse_outside_call(module)
 
@@ -85,23 +102,74 @@ class OutsideCallHook:
         return OutsideCallHook, (None,)
 
 
+class GuardedHooks(OrderedDict[int, Any]):
+    """The forward pre-hooks of a module that holds a pruned weight.
+
+    It holds the hooks that others register. Outside of the calls of the compiled model it tells of
+    one more, by its truth, length, items and values, which are what a call of a module reads. So no
+    call has to put hooks in and out, of which TorchDynamo would check each.
+    """
+
+    def __init__(self, hook: OutsideCallHook | None = None) -> None:
+        super().__init__()
+        self.hook = hook or OutsideCallHook(None)
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether the compiled model does not run."""
+        forward = self.hook.forward
+        return forward is not None and not forward.guard.active
+
+    def __bool__(self) -> bool:
+        return self.is_armed or super().__len__() > 0
+
+    def __len__(self) -> int:
+        if not self.is_armed:
+            return super().__len__()
+        if TracingContext.try_get() is not None:  # a graph break: the layer is called in Python
+            raise Unsupported(_REASON)
+        return super().__len__() + 1
+
+    def items(self) -> Any:
+        """Returns the items, with the guard's hook before all others."""
+        return self._list_all().items()
+
+    def values(self) -> Any:
+        """Returns the hooks, with the guard's before all others."""
+        return self._list_all().values()
+
+    def _list_all(self) -> OrderedDict[int, Any]:
+        hooks = OrderedDict[int, Any]({HOOK_ID: self.hook} if self.is_armed else {})
+        hooks.update(super().items())
+        return hooks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuardedHooks:
+        memo[id(self)] = hooks = GuardedHooks(copy.deepcopy(self.hook, memo))
+        hooks.update({key: copy.deepcopy(hook, memo) for key, hook in super().items()})
+        return hooks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(super().items())
+
+
 class ReadGuard:
-    """Puts the hooks of one compiled model in, and takes them out while it runs."""
+    """The state that the hooks of one compiled model share: whether it runs."""
 
     def __init__(self) -> None:
         self.active = False  # whether the model runs, in any thread
         self._depth = 0
         self._lock = threading.Lock()
-        self._key = RemovableHandle(OrderedDict()).id  # of our hook among the hooks of every module
         self._hook = OutsideCallHook(None)
-        self._watched: list[dict[int, Any]] = []  # their forward pre-hooks
+        self._shared: list[dict[int, Any]] = []
+        """Forward pre-hooks of modules that had some before: their handles know that very dict."""
         self.hollow: list[tuple[Tensor, type[nn.Parameter]]] = []
         """Finalized weights with the classes that they have between calls."""
         self._thread = threading.local()
 
     def watch(self, root: nn.Module, is_pruned: Callable[[Names, tuple[int, ...]], bool]) -> None:
         """Chooses the modules to watch: those that hold a parameter for which ``is_pruned``."""
-        names, watched = map_parameter_names(root), []
+        names, hook = map_parameter_names(root), OutsideCallHook(root)
+        shared: list[dict[int, Any]] = []
         for module in root.modules():
             remove_hooks(module, root)
             if module is root or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -109,10 +177,10 @@ class ReadGuard:
             for parameter in module._parameters.values():
                 if parameter is None or not is_pruned(names[id(parameter)], tuple(parameter.shape)):
                     continue
-                watched.append(module._forward_pre_hooks)
+                _install(hook, module, shared)
                 break
         with self._lock:
-            self._hook, self._watched = OutsideCallHook(root), watched
+            self._hook, self._shared = hook, shared
             if not self._depth:
                 self._arm()
 
@@ -129,9 +197,8 @@ class ReadGuard:
             self._depth += 1
             if self._depth == 1:
                 self.active = True
-                key = self._key
-                for hooks in self._watched:
-                    hooks.pop(key, None)
+                for hooks in self._shared:
+                    hooks.pop(HOOK_ID, None)
                 for weight, _ in self.hollow:
                     weight.__class__ = nn.Parameter
 
@@ -144,17 +211,30 @@ class ReadGuard:
                 self._arm()
 
     def _arm(self) -> None:
-        key, hook = self._key, self._hook
-        for hooks in self._watched:
-            hooks[key] = hook
+        hook = self._hook
+        for hooks in self._shared:
+            hooks[HOOK_ID] = hook
         for weight, hollow_class in self.hollow:
             weight.__class__ = hollow_class
+
+
+def _install(hook: OutsideCallHook, module: nn.Module, shared: list[dict[int, Any]]) -> None:
+    """Lets a module show a hook; appends its hooks to ``shared`` if it has had any before."""
+    hooks = module._forward_pre_hooks
+    if isinstance(hooks, GuardedHooks):
+        hooks.hook = hook
+    elif hooks:
+        shared.append(hooks)
+    else:
+        module._forward_pre_hooks = GuardedHooks(hook)
 
 
 def remove_hooks(module: nn.Module, root: nn.Module) -> None:
     """Removes the hooks of a compiled model from a module, and those of copies and files."""
     hooks = module._forward_pre_hooks
-    for key, hook in list(hooks.items()):
+    if isinstance(hooks, GuardedHooks) and hooks.hook.root in (None, root):
+        hooks.hook = OutsideCallHook(None)
+    for key, hook in list(hooks.items()):  # under any key, where a library has copied hooks
         if isinstance(hook, OutsideCallHook) and hook.root in (None, root):
             del hooks[key]
 

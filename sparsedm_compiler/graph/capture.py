@@ -7,16 +7,17 @@ a private copy of the code object under settings that raise instead.
 
 from __future__ import annotations
 
+import functools
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 import torch._dynamo
 from torch import fx, nn
+from torch._dynamo.eval_frame import OptimizeContext
 from torch._dynamo.exc import (
     BackendCompilerFailed,
     UncapturedHigherOrderOpError,
@@ -47,25 +48,30 @@ _SETTINGS = {
 }
 
 
-def apply_dynamo_settings() -> AbstractContextManager[None]:
-    """Gives Dynamo a private recompile limit that raises, and guards on hooks, for a while."""
-    return _DynamoSettings()
+def compile_method(
+    method: Callable[..., Any], backend: Callable[..., Any], *, fullgraph: bool
+) -> Callable[..., Any]:
+    """Returns a function compiled by TorchDynamo: ``torch.compile`` under our settings.
+
+    Dynamo reads them while it makes a graph. To set them around every call would cost more than
+    the call of a small model.
+    """
+    context: Any = torch._dynamo.optimize(backend, nopython=fullgraph)
+    if isinstance(context, OptimizeContext):  # else Dynamo is switched off
+        context.callback = _apply_settings(context.callback)
+    compiled: Callable[..., Any] = context(method)
+    return compiled
 
 
-class _DynamoSettings(AbstractContextManager[None]):
-    """``torch._dynamo.config.patch`` of the settings, without a new class for every call."""
+def _apply_settings(convert_frame: Any) -> Callable[..., Any]:
+    """Returns Dynamo's callback for a frame that no graph fits yet, run under our settings."""
 
-    __slots__ = ("_before",)
+    @functools.wraps(convert_frame)  # its attributes, too, by which Dynamo finds the backend
+    def convert(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(_SETTINGS):
+            return convert_frame(*args, **kwargs)
 
-    def __enter__(self) -> None:
-        config = torch._dynamo.config
-        self._before = {name: getattr(config, name) for name in _SETTINGS}
-        for name, value in _SETTINGS.items():
-            setattr(config, name, value)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self._before.items():
-            setattr(torch._dynamo.config, name, value)
+    return convert
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,15 +236,11 @@ def bind_parameters_by_source(gm: fx.GraphModule) -> CapturedGraph:
     return CapturedGraph(gm, names, frozenset(buffers))
 
 
-@contextmanager
-def unwrap_errors() -> Iterator[None]:
-    """Raises a SparseDMError of a backend as itself, without Dynamo's wrapper."""
-    try:
-        yield
-    except BackendCompilerFailed as failed:
-        if isinstance(failed.inner_exception, SparseDMError):
-            raise failed.inner_exception from None
-        raise
+def raise_own_error(error: RuntimeError) -> None:
+    """Raises the SparseDMError of a backend, if ``error`` is Dynamo's wrapper around one."""
+    inner = error.inner_exception if isinstance(error, BackendCompilerFailed) else None
+    if isinstance(inner, SparseDMError):
+        raise inner from None
 
 
 class _Stop(Exception):  # noqa: N818
@@ -274,12 +276,15 @@ def capture(module: nn.Module, *args: Any, **kwargs: Any) -> CapturedGraph | Non
 
     run = torch.compile(copy_forward(module), backend=backend, fullgraph=True, dynamic=False)
     try:
-        with apply_dynamo_settings(), unwrap_errors():
+        with torch._dynamo.config.patch(_SETTINGS):
             run(module, *args, **kwargs)
     except _Stop:
         return graphs[0]
     except GRAPH_BREAK_ERRORS:
         return None
+    except BackendCompilerFailed as failed:
+        raise_own_error(failed)
+        raise
     raise CaptureError(
         f"{type(module).__name__}'s forward ran without being captured: TorchDynamo is switched "
         "off (TORCHDYNAMO_DISABLE or a force_eager stance), or the forward does no tensor work"

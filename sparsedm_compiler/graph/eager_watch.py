@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -104,9 +104,16 @@ class _EagerMode(TorchFunctionMode):
         return values, {k: names for k, names in named.items() if names}
 
 
-@contextmanager
-def leave_eager_modes() -> Iterator[None]:
+def leave_eager_modes() -> AbstractContextManager[None]:
     """Takes the modes of this module off the top of torch's stack while the block runs."""
+    return _leave_modes() if torch._C._len_torch_function_stack() else _NO_MODES
+
+
+_NO_MODES = nullcontext()
+
+
+@contextmanager
+def _leave_modes() -> Iterator[None]:
     modes: list[_EagerMode] = []
     while depth := torch._C._len_torch_function_stack():
         if not isinstance(torch._C._get_function_stack_at(depth - 1), _EagerMode):
