@@ -25,8 +25,7 @@ from .ops import DEFAULT, CuSparseLtSetting, multiply
 _MOST = 64
 _LAST = 8
 """Algorithms refused one after the other, behind which there are no more."""
-_SECONDS = 120
-_DEATHS = 8
+_SECONDS = 60
 _SHAPES = ((136, 256, 512), (1024, 512, 256))
 """(tokens, rows, columns) that each is tried on."""
 
@@ -50,22 +49,33 @@ def find_algorithms(dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def _try_in_processes(name: str) -> tuple[int, ...]:
-    """Runs ``main`` until it came to its end, each time behind the algorithm that it died of."""
+    """Runs ``main`` until it came to its end, each time behind the algorithm that it died of.
+
+    One that dies at once, behind another that died, has come to where there are no more.
+    """
     sound, start = {DEFAULT.algorithm}, 0
-    for _ in range(_DEATHS):
-        command = [sys.executable, "-m", __name__, name, str(start)]
-        try:
-            process = subprocess.run(
-                command, capture_output=True, text=True, timeout=_SECONDS, env=_make_environment()
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            break
-        begun = [int(line.split()[1]) for line in process.stdout.splitlines() if "begin" in line]
-        sound |= {int(line.split()[1]) for line in process.stdout.splitlines() if "sound" in line}
-        if "end" in process.stdout or not begun:
+    while start < _MOST:
+        said = _run_main(name, start)
+        begun = [int(number) for word, number in said if word == "begin"]
+        sound |= {int(number) for word, number in said if word == "sound"}
+        if not begun or said[-1][0] == "end" or begun[-1] == start > 0:
             break
         start = begun[-1] + 1
     return tuple(sorted(sound))
+
+
+def _run_main(name: str, start: int) -> list[tuple[str, str]]:
+    """Returns what ``main`` printed in a new process, as (word, number)."""
+    command = [sys.executable, "-m", __name__, name, str(start)]
+    environment = _make_environment()
+    try:
+        printed = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, timeout=_SECONDS, env=environment
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    words = [line.split() for line in printed.splitlines()]
+    return [(line[0], line[-1]) for line in words if line]
 
 
 def _make_environment() -> dict[str, str]:
@@ -84,7 +94,7 @@ def main(name: str, start: int) -> None:
             right = all(_is_right(algorithm, dtype, *shape) for shape in _SHAPES)
             refused = 0
         except torch.AcceleratorError:
-            raise
+            os._exit(1)  # its destructors would wait for the card
         except RuntimeError:
             right, refused = False, refused + 1
         if right:

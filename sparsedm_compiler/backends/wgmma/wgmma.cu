@@ -55,7 +55,7 @@ struct Place {
 
 // The place of the index-th piece of work: neighbours share W or x, which the L2 cache then holds.
 DEVICE Place place_of(const LaunchArguments& p, int index) {
-  const int tile = index / p.splits, column = p.group * p.token_tiles;
+  const int tile = p.splits == 1 ? index : index / p.splits, column = p.group * p.token_tiles;
   const int group = tile / column, within = tile - group * column;
   const int width = smaller(p.group, p.row_tiles - group * p.group);
   Place place;
@@ -66,7 +66,7 @@ DEVICE Place place_of(const LaunchArguments& p, int index) {
 }
 
 DEVICE int first_stage(const LaunchArguments& p, int split) {
-  return (int)((long long)p.stages * split / p.splits);
+  return p.splits == 1 ? split * p.stages : p.stages * split / p.splits;
 }
 
 DEVICE float bias_of(const LaunchArguments& p, int row) {
@@ -221,14 +221,10 @@ DEVICE void send_out(const LaunchArguments& p, Sums& sums, u32 own, int first_ro
 // sets of registers take turns, and each has this use after the wait for its products. No metadata
 // is all ones, so it is always true.
 DEVICE bool is_used(const u32 (&meta)[WORDS][2]) {
-#if SPARSE
   u32 all = meta[0][0];
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) all &= meta[i][0] & meta[i][1];
   return all != 0xffffffffu;
-#else
-  return true;
-#endif
 }
 
 // The products of one stage, issued.
@@ -240,8 +236,10 @@ DEVICE void multiply(Sums& sums, u32 (&meta)[WORDS][2], u32 unit, u64 values, u6
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       const u32 at = unit + VALUE_BYTES + META_BYTES + 8 * s + 4 * block;
-      const u32 byte = __shfl_sync(0xffffffffu, load_word(at), 0) * CHUNK_BYTES;
-      offset[s][block] = ((byte >> 7) * (TOKENS * 128) + (byte & 127)) >> 4;
+      const u32 chunk = __shfl_sync(0xffffffffu, load_word(at), 0);
+      const u32 box = STAGE_COLS == 64 ? 0 : chunk / (128 / CHUNK_BYTES);
+      const u32 within = STAGE_COLS == 64 ? chunk : chunk % (128 / CHUNK_BYTES);
+      offset[s][block] = box * (TOKENS * 8) + within * (CHUNK_BYTES / 16);
     }
 #if SPARSE
   const u32 own = KEPT == 1 ? (warp * 16 + (lane >> 2) * 2 + (lane & 1)) * 8 : (warp * 32 + lane) * 8;
@@ -275,7 +273,7 @@ DEVICE void multiply_tiles(const LaunchArguments& p, u32 xs, u32 ws, u32 outs, u
   const u64 x = X_DESCRIPTOR + descriptor_address(xs);
   int slot = 0, before = 0;
   u32 parity = 0;
-  u32 even[WORDS][2], odd[WORDS][2];
+  u32 even[WORDS][2] = {}, odd[WORDS][2] = {};
   Sums sums;
   auto step = [&](u32 (&meta)[WORDS][2], int adds) {
     barrier_wait(barriers + 16 * slot, parity);
@@ -293,6 +291,7 @@ DEVICE void multiply_tiles(const LaunchArguments& p, u32 xs, u32 ws, u32 outs, u
   for (int index = blockIdx.x; index < pieces; index += gridDim.x) {
     const Place place = next;
     const int count = first_stage(p, place.split + 1) - first_stage(p, place.split);
+#if SPARSE
 #pragma unroll 1
     for (int k = 0; k < count; k += 2) {
       step(even, k);
@@ -307,6 +306,16 @@ DEVICE void multiply_tiles(const LaunchArguments& p, u32 xs, u32 ws, u32 outs, u
         advance();
       }
     }
+#else
+#pragma unroll 1
+    for (int k = 0; k < count; ++k) {
+      step(even, k);
+      if (k == 0) next = place_of(p, smaller(index + gridDim.x, pieces - 1));
+      product_wait<1>();
+      if (k) release(before);
+      advance();
+    }
+#endif
     product_wait<0>();
     release(before);
     const int row = (place.row_tile * WARPGROUPS + group) * 128, token = place.token_tile * TOKENS;
