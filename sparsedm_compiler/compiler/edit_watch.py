@@ -5,11 +5,16 @@ On a GPU the check is asynchronous, so that an edit is reported by the next call
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+ASK_SECONDS = 0.02
+"""Seconds between two questions about the same samples."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,9 +48,20 @@ class EditWatcher:
         self._pending: dict[torch.device, _PendingAnswer] = {}
         self._samples: tuple[WeightSample, ...] = ()
         self._before: dict[torch.device, Tensor] = {}
+        self._asked, self._asked_at = -1, 0.0
+
+    def is_due(self, generation: int) -> bool:
+        """Returns whether to ask now: samples of another generation at once, the same later."""
+        now = time.perf_counter()
+        if self._asked == generation and now - self._asked_at < ASK_SECONDS:
+            return False
+        self._asked, self._asked_at = generation, now
+        return True
 
     def take_report(self) -> bool:
         """Returns whether an answer says that a sample has changed; reports each answer once."""
+        if not self._pending:
+            return False
         ready = {device: answer for device, answer in self._pending.items() if answer.is_ready()}
         for device in ready:
             del self._pending[device]

@@ -45,7 +45,8 @@ class FoldedWeights:
 
     A change of a weight is detected by its version counter, its storage, and, for edits through
     ``.data`` that move neither, by 64 of its values spread evenly: before the call on a CPU; on
-    another device by a later call, with a warning, since reading them would wait for the device.
+    another device by a later call, with a warning, since reading them would wait for the device:
+    the next call, or the next after a fiftieth of a second.
 
     ``packed`` holds, by name, the finalized weights. Their parameters are hollow: one NaN seen
     through strides of zero, so that whatever else reads them gives NaN.
@@ -56,7 +57,6 @@ class FoldedWeights:
         self._arrived = set(self.packed)  # from another place, maybe one of other kernels
         self._folded: dict[tuple[int, WeightFormat], _FoldedWeight] = {}
         self.generation = 0  # counts what makes folded forms out of date
-        self._asked, self._samples = 0, list[WeightSample]()
         self._watcher = EditWatcher()
         self._pending: list[tuple[Tensor, str, WeightFormat, KernelConfig | None]] = []
 
@@ -127,13 +127,13 @@ class FoldedWeights:
             )
 
     def ask_devices(self) -> None:
-        """Asks devices other than the CPU whether their weights are still what was folded."""
-        if self._asked != self.generation:
-            held = [held.samples for held in self._folded.values()]
-            self._samples = [sample for sample in held if _is_asynchronous(sample.now)]
-            self._asked = self.generation
-        if self._samples:
-            self._watcher.ask(self._samples)
+        """Asks devices other than the CPU whether their weights are still what was folded.
+
+        It takes a few launches, so a quick model asks once in edit_watch.ASK_SECONDS.
+        """
+        if self._watcher.is_due(self.generation):
+            samples = [held.samples for held in self._folded.values()]
+            self._watcher.ask([sample for sample in samples if _is_asynchronous(sample.now)])
 
     def get(self, weight: Tensor, weight_format: WeightFormat, name: str) -> Tensor:
         """Returns the weight in a form. Raises DenseRunError where it requires a gradient."""

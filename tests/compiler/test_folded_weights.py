@@ -55,6 +55,7 @@ def test_weight_edits_on_an_asynchronous_device_are_noticed_one_call_late(
     monkeypatch.setattr(
         "sparsedm_compiler.compiler.folded_weights._is_asynchronous", lambda weight: True
     )
+    monkeypatch.setattr("sparsedm_compiler.compiler.edit_watch.ASK_SECONDS", 0.0)
     fast = folded(way)
     tolerance = 1e-4 if way == "sparse" else 0.0
     before = fast(X)
@@ -68,6 +69,25 @@ def test_weight_edits_on_an_asynchronous_device_are_noticed_one_call_late(
         with pytest.warns(UserWarning, match=r"edited through \.data"):
             assert_same(fast(X), oracle_of(fast)(X), tolerance=tolerance)
         assert_same(fast(X), oracle_of(fast)(X), tolerance=tolerance)
+
+
+def test_weight_edits_on_an_asynchronous_device_are_asked_for_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = "sparsedm_compiler.compiler"
+    monkeypatch.setattr(f"{path}.folded_weights._is_asynchronous", lambda weight: True)
+    clock = [100.0]
+    monkeypatch.setattr(f"{path}.edit_watch.time.perf_counter", lambda: clock[0])
+    fast = folded("infer")
+    before = fast(X)
+    fast(X)
+    fast.conv.weight.data.add_(0.3)
+    for _ in range(5):  # within 20 milliseconds: nothing is asked
+        assert_same(fast(X), before)
+    clock[0] += 0.021
+    assert_same(fast(X), before)
+    with pytest.warns(UserWarning, match=r"edited through \.data"):
+        assert_same(fast(X), oracle_of(fast)(X))
 
 
 def test_folded_weights_with_gaps_in_memory_when_edited_are_folded_again() -> None:
