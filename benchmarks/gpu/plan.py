@@ -95,9 +95,9 @@ FULL = Plan(
     block=Block(8192, 8, 32, (8, 4, 2, 1), (1, 2, 4), ("bfloat16", "float16"), (1, 8)),
     models=(
         ("uvit-s", 32),
-        ("uvit-s", 1),
         ("dit-quarter", 16),
         ("flux", 1),
+        ("uvit-s", 1),
         ("dit", 16),
         ("uvit-l", 8),
         ("dit", 1),

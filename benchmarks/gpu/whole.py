@@ -21,6 +21,8 @@ from .plan import Plan
 from .pruned import check_student, kernels_of, reasons_of, student_of
 
 DTYPE = torch.bfloat16
+PROFILED = 5
+"""Calls that are profiled."""
 
 
 def cases(plan: Plan, avoid: frozenset[str]) -> Iterator[Case]:
@@ -63,6 +65,7 @@ def compare(
                 calls = {key: bind_call(run, call) for key, run in runs.items()}
                 times = sample_models(calls, plan.seconds)
                 cell |= {"ratio": compute_speedup(times, "sparse"), "ms": compute_medians(times)}
+                cell["device"] = {key: profile_device(once) for key, once in calls.items()}
             row["patterns"][text] = cell
             del student
             print(format_row(row, text), flush=True)
@@ -78,10 +81,30 @@ def time_call(once: Callable[[], object]) -> float:
     return round(time.perf_counter() - start, 2)
 
 
+def profile_device(once: Callable[[], object]) -> dict[str, Any]:
+    """The GPU's own milliseconds of one call, its launches, and its longest kernels."""
+    if not torch.cuda.is_available():
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(PROFILED):
+            once()
+        torch.cuda.synchronize()
+    rows = [
+        (event.key[:60], event.self_device_time_total / 1e3 / PROFILED, event.count / PROFILED)
+        for event in seen.key_averages()
+        if event.device_type is torch.autograd.DeviceType.CUDA
+    ]
+    rows.sort(key=lambda row: -row[1])
+    longest = [(name, round(ms, 4), count) for name, ms, count in rows[:12]]
+    total = round(sum(ms for _, ms, _ in rows), 4)
+    return {"ms": total, "launches": sum(count for *_, count in rows), "longest": longest}
+
+
 def format_row(row: Row, text: str) -> str:
     """One pattern of a row in one line."""
     cell = row["patterns"][text]
     speed = f"{cell['ratio'][1]:.3f} times as fast" if "ratio" in cell else "wrong"
     first = f"first call {cell['first_call_s']} s (dense {row['dense_first_call_s']} s)"
     about = f"models: {row['model']}, batch {row['batch']}, {text}"
-    return f"{about}: {speed}, {first}, {cell['kernels']}"
+    device = {key: seen.get("ms") for key, seen in cell.get("device", {}).items()}
+    return f"{about}: {speed}, {first}, ms {cell.get('ms')}, on the GPU {device}, {cell['kernels']}"

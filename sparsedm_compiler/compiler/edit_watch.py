@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 ASK_SECONDS = 0.02
 """Seconds between two questions about the same samples."""
 
