@@ -88,6 +88,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "experiment/test_resuming.py": ("",),
     "experiment/test_run.py": ("",),
     "models/test_presets.py": (r"published.*\[(?!uvit)", "importing"),
+    "masks/test_block_training.py": (r"finetune.*\[(?!asp)",),
     "masks/test_transposable_training.py": (r"finetune.*\[(?!asp)",),
     "train/test_kill.py": ("",),
     "train/test_methods.py": (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PatternError
-from ..selection.top_n import select_top_n
+from ..selection.top_n import KEYS, select_top_n
 from .pattern import NUMBER, Pattern, explain_patterns, register_pattern
 from .per_row import NM
 from .shared_rows import SharedNM
@@ -96,9 +96,12 @@ class BlockNM(Pattern):
         view_blocks(mask, self.rows, self.columns).copy_(self.select_blocks(weight))
         return mask
 
-    def select_blocks(self, weight: Tensor) -> Tensor:
-        """Returns True for the kept blocks: [out / rows, 1, in / columns, 1, *kernel]."""
-        energy = sum_block_energy(weight, self.rows, self.columns)
+    def select_blocks(self, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns True for the kept blocks: [out / rows, 1, in / columns, 1, *kernel].
+
+        mask: True for the weights whose energy counts; None: all of them.
+        """
+        energy = sum_block_energy(weight, self.rows, self.columns, mask)
         return select_top_n(energy, self.n, self.m).unsqueeze(1).unsqueeze(3)
 
     def __str__(self) -> str:
@@ -222,7 +225,7 @@ class NestedNM(Pattern):
 
     def compute_mask(self, weight: Tensor) -> Tensor:
         mask = self.inner.compute_mask(weight)
-        chosen = self.block.select_blocks(torch.where(mask, weight, 0))
+        chosen = self.block.select_blocks(weight, mask)
         view_blocks(mask, self.rows, self.columns).logical_and_(chosen)
         return mask
 
@@ -242,13 +245,18 @@ def view_blocks(tensor: Tensor, rows: int, columns: int) -> Tensor:
     return torch.unflatten(torch.unflatten(tensor, 1, (-1, columns)), 0, (-1, rows))
 
 
-def sum_block_energy(weight: Tensor, rows: int, columns: int) -> Tensor:
+def sum_block_energy(weight: Tensor, rows: int, columns: int, mask: Tensor | None = None) -> Tensor:
     """Returns sums of squares over blocks: [out / rows, in / columns, *kernel].
 
-    They are float64 for a float64 weight and float32 for any other.
+    They are float64 for a float64 weight and float32 for any other. ``mask``: True for the weights
+    that count; None: all of them.
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return view_blocks(weight.to(wide).square(), rows, columns).sum((1, 3))
+    squares = weight.to(wide).square()
+    if mask is not None:  # by a product of bits, which also makes a NaN zero
+        squares.view(KEYS[wide]).mul_(mask.view(torch.int8))
+    by_column = torch.unflatten(squares, 0, (-1, rows)).sum(1)
+    return torch.unflatten(by_column, 1, (-1, columns)).sum(2)
 
 
 def _make_thin(n: int, m: int, rows: int) -> NM | SharedNM:

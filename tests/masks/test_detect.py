@@ -107,9 +107,9 @@ def test_detect_pattern_of_a_weight_without_pattern_returns_none(weight: torch.T
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(4)])
+    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(5)])
     with torch.no_grad():
-        for layer, text in zip(model, ("2:4", "1:8", "1:4x4"), strict=False):
+        for layer, text in zip(model, ("2:4", "1:8", "1:4x4", "1:4@32x8"), strict=False):
             layer.weight.mul_(nm_mask(layer.weight, Pattern.parse(text)))
     return model
 
@@ -119,8 +119,14 @@ def test_compile_without_a_pattern_runs_every_weight_by_its_own() -> None:
     fast = sdm.compile(model, mode="infer", backend="eager", kernels={"*": "sparse"})
     assert_same(fast(x), model(x).detach(), tolerance=1e-5)
     explanation = sdm.explain(fast)
-    assert [str(row.pattern) for row in explanation.rows] == ["2:4", "1:8", "1:4x4", "None"]
-    assert explanation.rows[3].refusal == "its values satisfy no N:M pattern"
+    assert [str(row.pattern) for row in explanation.rows] == [
+        "2:4",
+        "1:8",
+        "1:4x4",
+        "1:4@32x8",
+        "None",
+    ]
+    assert explanation.rows[4].refusal == "its values satisfy no N:M pattern"
     assert {choice.kernel for choice in explanation.choices} == {"cpu_free", "cpu_shared"}
     options = {"backend": "eager", "kernels": {"*": "sparse"}}
     with torch.no_grad():

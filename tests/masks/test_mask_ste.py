@@ -60,7 +60,7 @@ def test_mask_ste_backward_passes_the_gradient_unchanged(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", weights())
-@pytest.mark.parametrize("pattern", ["2:4", "1:8", "4:4", "1:4x2", "2:2:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:8", "4:4", "1:4x2", "2:2:8", "1:2@2x4+2:4"])
 def test_mask_ste_passes_opcheck(name: str, pattern: str) -> None:
     torch.library.opcheck(mask_ste_op, (weights()[name], pattern))
 

@@ -13,16 +13,10 @@ from torch import Tensor
 
 from sparsedm_compiler.errors import PatternError
 from sparsedm_compiler.patterns import NM, BlockNM, NestedNM, Pattern, SharedNM
-from tests.masks.mask_cases import block_cases, block_patterns
+from tests.masks.mask_cases import block_cases
 from tests.oracle import brute_mask
 
 properties = settings(deadline=None, max_examples=80)
-
-
-@properties
-@given(block_patterns())
-def test_parse_of_the_text_of_a_block_pattern_returns_it(pattern: Pattern) -> None:
-    assert Pattern.parse(str(pattern)) == pattern
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 
 from sparsedm_compiler.errors import PatternError, SparseDMError
 from sparsedm_compiler.patterns import NM, VNM, Pattern, SharedNM, TransposableNM
+from tests.masks.mask_cases import block_patterns
 
 
 @st.composite
 def patterns(draw: st.DrawFn) -> Pattern:
     """Any legal pattern."""
     m = draw(st.integers(1, 64))
+    if draw(st.integers(0, 3)) == 0:
+        return draw(block_patterns())
     if draw(st.integers(0, 9)) == 0:
         return TransposableNM(draw(st.integers(1, 3)), 4)
     if draw(st.booleans()) and m >= 4:
