@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from sparsedm_compiler.optional_deps import mend_torchvision
-from tests.tiers import TESTS, UNMATCHED, is_slow, unmatched
+from tests.tiers import TESTS, UNMATCHED, is_slow, share_out, unmatched
 
+gc.set_threshold(20_000, 20, 50)  # a capture makes ten thousands of objects, most of which stay
 torch.set_num_threads(1)
 mend_torchvision()  # peft and transformers import it on their own
 
@@ -34,7 +35,7 @@ def pytest_runtest_teardown() -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the slow tests; keeps the entries of SLOW that fit no test of the whole suite."""
+    """Marks the slow tests, and orders all; keeps the entries of SLOW that fit no test at all."""
     tests = [
         (item, item.path.relative_to(TESTS).as_posix())
         for item in items
@@ -45,3 +46,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
     if config.args == config.getini("testpaths"):
         config.stash[UNMATCHED] = unmatched((file, item.name) for item, file in tests)
+    items[:] = share_out(items)

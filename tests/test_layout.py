@@ -8,13 +8,15 @@ import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import sparsedm_compiler
 from tests.import_graph import Import, module_of, read_imports
 from tests.public_names import undocumented
-from tests.tiers import UNMATCHED
+from tests.tiers import LONGEST, SLOW, TESTS, UNMATCHED, share_out
 
 PACKAGE = Path(sparsedm_compiler.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
@@ -260,6 +262,23 @@ def test_every_entry_of_the_slow_list_fits_a_test(pytestconfig: pytest.Config) -
     """Of the whole suite, that is: what is checked here is known where all of it was collected."""
     stale = pytestconfig.stash.get(UNMATCHED, [])
     assert not stale, listed(stale)
+
+
+def test_files_that_run_first_are_files_with_slow_tests() -> None:
+    assert [file for file in LONGEST if not (TESTS / file).is_file() or file not in SLOW] == []
+
+
+def test_tests_are_shared_out_by_file_with_the_slow_ones_first() -> None:
+    def item(file: str, name: str, *, slow: bool = False) -> Any:
+        keywords = {name, "slow"} if slow else {name}
+        return SimpleNamespace(path=TESTS / file, keywords=keywords, name=name)
+
+    quick = [item("a.py", f"a{i}") for i in range(4)]
+    mixed = [item("z.py", "z0"), item("z.py", "z1", slow=True)]
+    long = [item(file, file, slow=True) for file in LONGEST[1::-1]]
+    names = [test.name for test in share_out([*quick, *long, *mixed])]
+    first, second = LONGEST[:2]
+    assert names == [second, "a0", "a1", "a2", "a3", first, "z0", "z1"]
 
 
 def test_errors_files_and_options_need_no_torch() -> None:

@@ -6,7 +6,7 @@ Of every big matrix the quick tier keeps a row.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -107,6 +107,30 @@ SLOW: Mapping[str, tuple[str, ...]] = {
 The name of a test is followed by its parameters in brackets.
 """
 
+LONGEST = (
+    "train/test_distributed.py",
+    "masks/test_triton_mask.py",
+    "train/test_kill.py",
+    "test_gpu_benchmark.py",
+    "experiment/test_run.py",
+    "backends/cuda/test_compiling.py",
+    "examples/test_demo.py",
+    "evaluate/test_inception.py",
+    "backends/cpu/test_build.py",
+    "backends/gather/test_ops.py",
+    "train/test_resume.py",
+    "compiler/test_battery.py",
+    "compiler/test_diffusers_lines.py",
+    "backends/cuda/test_situations.py",
+    "train/test_methods.py",
+    "examples/test_count_macs.py",
+    "cli/test_sample.py",
+    "compiler/test_sparse_method.py",
+    "compiler/test_pipelines.py",
+    "evaluate/test_frechet.py",
+)
+"""Files that have a test of ten seconds or more: they run first, so that no worker is idle last."""
+
 UNMATCHED = pytest.StashKey[list[str]]()
 """Entries of SLOW that fit no test, where the whole suite was collected."""
 
@@ -125,3 +149,26 @@ def unmatched(tests: Iterable[tuple[str, str]]) -> list[str]:
         for pattern in patterns
         if not any(file == slow and re.search(pattern, name) for file, name in known)
     ]
+
+
+def share_out(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Orders tests for two workers, of which each starts with half of the list.
+
+    A worker without work takes tests from the end of the other's. So each half begins with files
+    that have slow tests, the longest of LONGEST first: the last minute is for tests of no length.
+    The tests of a file stay together, as they share fixtures.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    slow = {path for path, tests in files.items() if any("slow" in test.keywords for test in tests)}
+    rank = {TESTS / file: i for i, file in enumerate(LONGEST)}
+    ordered = sorted(files, key=lambda path: (rank.get(path, len(rank)), path not in slow))
+    halves: list[list[pytest.Item]] = [[], []]
+    for number, path in enumerate(path for path in ordered if path in slow):
+        halves[number % 2] += files[path]
+    for path in ordered:
+        if path not in slow:
+            min(halves, key=len).extend(files[path])
+    first, second = sorted(halves, key=len, reverse=True)  # its end may begin the other's half
+    return first + second

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.models.presets import from_diffusers
 from tests.oracle import OPTIONS, assert_same, hand_masked, oracle_of
-from tests.zoo import FAMILIES, Call, Family, sample_of
+from tests.zoo import Call, Family, sample_of
 
-UNET: Family = next(family for family in FAMILIES if family.name == "unet_condition")
+UNET = Family(
+    "unet",
+    partial(
+        from_diffusers,
+        "UNet2DConditionModel",
+        {
+            "sample_size": 8,
+            "block_out_channels": (16,),
+            "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D",),
+            "up_block_types": ("UpBlock2D",),
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            "norm_num_groups": 8,
+        },
+    ),
+    timestep=1,
+)
+"""Of one level: a guard is no matter of the architecture, and every capture takes a second."""
+
 X = torch.linspace(-1, 1, 32).reshape(2, 16)
 
 

@@ -123,7 +123,7 @@ def test_calls_with_other_shapes_timesteps_and_flags_match_oracle(
         check(student, family.inputs(student, 2, size=family.second_size), mode=mode)
     check(student, family.at(call, torch.tensor([7], dtype=torch.long)), mode=mode)
     if family.int_timestep:
-        for timestep in (3, 5):
+        for timestep in (3, 5) if family.name == IN_FULL else (3,):
             check(student, family.at(call, timestep), mode=mode)
     if family.return_dict:
         check(student, (call[0], {**call[1], "return_dict": False}), mode=mode)
@@ -270,6 +270,8 @@ def test_gradients_under_gradient_checkpointing_match_oracle(family: Family) -> 
     student.train()
     oracle = oracle_of(student)
     assert_gradients(student, oracle, call, family.unread)
+    if family.name != IN_FULL:  # gradients without it are those of another test
+        return
     student.disable_gradient_checkpointing()
     plain, again = gradients(student, call), gradients(oracle, call)
     for name, gradient in plain.items():

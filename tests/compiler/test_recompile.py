@@ -19,14 +19,35 @@ INFER: dict[str, Any] = {"backend": "eager", **OPTIONS["infer"]}
 @pytest.mark.parametrize(
     "options",
     [
-        {"keep_dense": ["mid_block"]},
-        {"overrides": {"mid_block": "1:4"}},
+        {"keep_dense": ["b"]},
+        {"overrides": {"b": "1:4"}},
         {"policy": "all"},
-        {"keep_dense": lambda name: "mid_block" in name},
+        {"keep_dense": lambda name: "b" in name},
     ],
 )
 @pytest.mark.parametrize("pattern", ["2:4", None])
 def test_student_when_compiled_for_inference_keeps_its_decisions(
+    options: dict[str, Any], pattern: str | None
+) -> None:
+    student = compiled_chain(**options)
+    out = student(X)
+    fast = sdm.compile(student, pattern, **INFER)
+    assert_same(fast(X), out)
+    assert masked_patterns(fast) == masked_patterns(student) != masked_patterns(default())
+
+
+def default() -> nn.Module:
+    """Returns a Chain compiled without options, and called."""
+    student = compiled_chain()
+    student(X)
+    return student
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [({"keep_dense": ["mid_block"]}, None), ({"overrides": {"mid_block": "1:4"}}, "2:4")],
+)
+def test_unet_when_compiled_for_inference_keeps_its_decisions(
     options: dict[str, Any], pattern: str | None
 ) -> None:
     student = compiled_unet(**options)

@@ -12,7 +12,7 @@ from sparsedm_compiler.experiment.yaml_values import merge
 from sparsedm_compiler.models import open_model
 
 JUDGE = "def pixels():\n    return lambda images: images.flatten(1)\n"
-NET = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+NET = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 0, "num_heads": 2}
 VALUES: dict[str, Any] = {
     "model": {
         "name": "UViT",

@@ -104,7 +104,7 @@ OPTIONS: Mapping[str, tuple[Any, str]] = {
     "data.labels": (False, r"data\.labels True, not False"),
     "data.size": (4, r"data\.size None, not 4"),
     "data.held_out_limit": (8, r"data\.held_out_limit 16, not 8"),
-    "model.options": ({"depth": 3}, r"model\.options .*'depth': 2.*, not .*'depth': 3"),
+    "model.options": ({"depth": 3}, r"model\.options .*'depth': 0.*, not .*'depth': 3"),
 }
 """A value of every kind of option that decides what is computed, and the refusal."""
 

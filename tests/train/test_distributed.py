@@ -38,10 +38,14 @@ CASES: tuple[Case, ...] = (
 )
 
 
+IMAGES = 48
+"""Six steps: the second stage of a staged method begins at the fourth."""
+
+
 def train(rank: int, folder: Path) -> None:
     """Every case in a folder of its own; the main process keeps its losses."""
     for number, (method, options) in enumerate(CASES):
-        result, _ = short(method, folder / str(number), **options)
+        result, _ = short(method, folder / str(number), images=IMAGES, **options)
         if rank == 0:
             torch.save((result.losses, result.held_out), folder / f"{number}.pt")
 
@@ -66,7 +70,7 @@ def test_finetune_by_two_processes_equals_one_process(tmp_path: Path) -> None:
         key = (method, *plain.items())
         if key not in alone:
             folder = tmp_path / f"alone{number}"
-            alone[key] = short(method, folder, **plain)[0], final(folder, method)
+            alone[key] = short(method, folder, images=IMAGES, **plain)[0], final(folder, method)
         result, ours = alone[key]
         losses, held_out = torch.load(tmp_path / f"{number}.pt", weights_only=False)
         assert losses == pytest.approx(result.losses, rel=1e-5), (method, options)
