@@ -1,10 +1,13 @@
 """Detects in-place edits that bypass the version counter (writes through ``.data``).
 
-On a GPU the check is asynchronous, so that an edit is reported by the next call.
+On a GPU the check is asynchronous, so that an edit is reported by the next call. On a CPU it is one
+gather over the addresses of all samples: what a call costs is the number of objects and cache lines
+that it touches.
 """
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +30,53 @@ class WeightSample:
 
     now: Tensor
     before: Tensor
+
+
+_TURNS = 16
+"""Each of the host's samples is compared in parts, one at every call."""
+
+_WORD = 8
+"""Bytes of a word, the unit that the host's samples are read in."""
+
+
+class HostSamples:
+    """Samples in the memory of the host, compared in one go.
+
+    Every call looks at a sixteenth of the values of every weight, the next one at others: an edit
+    of whole weights is seen by the next call, one of single values some calls later.
+    """
+
+    def __init__(self, samples: Sequence[WeightSample]) -> None:
+        self._kept = [sample.now for sample in samples]  # whose memory must not be freed
+        parts = [_list_words(now) for now in self._kept]
+        self._turns: list[tuple[Tensor, Tensor]] = []
+        self._turn = 0
+        if not parts:
+            return
+        words = torch.cat(parts)
+        first, last = int(words.min()), int(words.max())
+        span = (ctypes.c_char * ((last - first + 1) * _WORD)).from_address(first * _WORD)
+        self._memory = torch.frombuffer(span, dtype=torch.int64)
+        for turn in range(_TURNS):
+            index = torch.cat([w[turn::_TURNS] if len(w) >= _TURNS else w for w in parts]) - first
+            self._turns.append((index, self._memory.index_select(0, index)))
+
+    def hold(self) -> bool:
+        """Returns whether the samples that are looked at now are what they were."""
+        if not self._turns:
+            return True
+        index, before = self._turns[self._turn]
+        self._turn = (self._turn + 1) % _TURNS
+        return torch.equal(self._memory.index_select(0, index), before)
+
+
+def _list_words(tensor: Tensor) -> Tensor:
+    """Returns the addresses of the words that hold the elements of a tensor, in words."""
+    offsets = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        steps = torch.arange(size, dtype=torch.int64, device="cpu") * stride
+        offsets = (offsets[:, None] + steps).flatten()
+    return (offsets * tensor.element_size() + tensor.data_ptr()) // _WORD
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.kernel_family import WeightFormat
-from .edit_watch import WeightSample
+from .edit_watch import HostSamples, WeightSample
 from .folded_weights import FoldedWeights
 
 Row = tuple[int, weakref.ref[Tensor], int, int]
@@ -35,13 +35,7 @@ class FoldCheck:
         self.generation = generation
         self._rows = rows
         self._forms = forms
-        flat = [sample for sample in samples if sample.now.dim() == 1]
-        self._others = [sample for sample in samples if sample.now.dim() != 1]
-        self._groups = []
-        for dtype in {sample.now.dtype for sample in flat}:
-            group = [sample for sample in flat if sample.now.dtype == dtype]
-            before = torch.cat([sample.before for sample in group])
-            self._groups.append(([sample.now for sample in group], before))
+        self._samples = HostSamples(samples)
 
     def holds(self, inputs: Sequence[Any]) -> bool:
         """Returns whether the weights among the inputs are as folded, and need no gradient."""
@@ -52,10 +46,7 @@ class FoldCheck:
                 return False
             if weight.data_ptr() != pointer or (trained and weight.requires_grad):
                 return False
-        for parts, before in self._groups:
-            if not torch.equal(torch.cat(parts), before):
-                return False
-        return all(torch.equal(sample.now, sample.before) for sample in self._others)
+        return self._samples.hold()
 
     def replace(self, arguments: list[Any]) -> None:
         """Puts the folded forms in the place of the weights."""
