@@ -26,7 +26,7 @@ from .clock import Clock
 from .packages import losses, refusal
 from .processes import wait_or_stop
 
-SHARES = {"tests": 90, "models": 150, "ops": 115, "training": 45, "table": 40, "memory": 10}
+SHARES = {"tests": 100, "models": 160, "ops": 110, "training": 45, "table": 30, "memory": 10}
 """Seconds of the time that there is by default."""
 _RESTARTS = 6
 _LAST_ROW = 20
