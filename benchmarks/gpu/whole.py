@@ -85,14 +85,15 @@ def profile_device(once: Callable[[], object]) -> dict[str, Any]:
     """The GPU's own milliseconds of one call, its launches, and its longest kernels."""
     if not torch.cuda.is_available():
         return {}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as seen:
         for _ in range(PROFILED):
             once()
         torch.cuda.synchronize()
     rows = [
         (event.key[:60], event.self_device_time_total / 1e3 / PROFILED, event.count / PROFILED)
         for event in seen.key_averages()
-        if event.device_type is torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA
     ]
     rows.sort(key=lambda row: -row[1])
     longest = [(name, round(ms, 4), count) for name, ms, count in rows[:12]]

@@ -189,16 +189,16 @@ def _launch(
     """Fills the output, the last of ``tensors``, in the order of the kernel's arguments."""
     from .triton_kernels import gather_kernel
 
-    x, values, columns, _, out = tensors
-    (tokens, rows), share = out.shape, values.shape[2]
+    x, values, _, _, out = tensors
+    (tokens, rows), (_, kept, share) = out.shape, values.shape
     block_tokens, block_rows, block_k, num_warps, num_stages = tile
     programs = ceil(tokens / block_tokens) * len(values) * ceil(share / block_rows)
     reach = block_tokens * x.stride(0) + x.shape[1] * x.stride(1)
     with on_device_of(x):
         gather_kernel[(programs,)](
             *tensors,
-            *(tokens, rows, *x.stride()),
-            KEPT=columns.shape[1],
+            *(tokens, rows, kept, *x.stride()),
+            EVEN=kept % block_k == 0,
             S=share,
             ACT=act,
             BLOCK_TOKENS=block_tokens,

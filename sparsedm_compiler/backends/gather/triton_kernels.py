@@ -15,9 +15,10 @@ def gather_kernel(
     out,
     tokens,
     rows,
+    kept,
     x_token,
     x_feature,
-    KEPT: tl.constexpr,
+    EVEN: tl.constexpr,
     S: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -32,7 +33,7 @@ def gather_kernel(
     out[t, r] = ACT(sum over k of x[t, columns[r / S, k]] * values[r / S, k, r % S] + bias[r]).
 
     A program computes BLOCK_TOKENS tokens of BLOCK_ROWS rows that share their columns; ``bias`` is
-    None or a pointer. Sums, bias and activation are in float32, rounded once.
+    None or a pointer. EVEN: ``kept`` is a multiple of BLOCK_K. Sums, bias and activation are in float32, rounded once.
     """
     token_block, row_block = _assign_block(tokens, rows, S, BLOCK_TOKENS, BLOCK_ROWS, GROUP)
     parts: tl.constexpr = (S + BLOCK_ROWS - 1) // BLOCK_ROWS
@@ -41,15 +42,15 @@ def gather_kernel(
     first = token_block.to(tl.int64) * BLOCK_TOKENS
     token = tl.arange(0, BLOCK_TOKENS)
     k = tl.arange(0, BLOCK_K)
-    columns += share * KEPT + k
-    values += share * KEPT * S + k[:, None] * S + within[None, :]
+    columns += share * kept + k
+    values += share * kept * S + k[:, None] * S + within[None, :]
     x += first * x_token
     at = (token.to(tl.int64 if WIDE else tl.int32) * x_token)[None, :]
     has_token, has_row = token < tokens - first, (within < S)[None, :]
     sums = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), dtype=tl.float32)
-    for start in range(0, KEPT, BLOCK_K):
-        has_k = k < KEPT - start
-        if KEPT % BLOCK_K == 0:
+    for start in range(0, kept, BLOCK_K):
+        has_k = k < kept - start
+        if EVEN:
             has_k = k < BLOCK_K
         column = tl.load(columns, mask=has_k, other=0)[:, None].to(at.dtype)
         # [k, tokens]: with nothing else to go by, Triton runs threads along the first dimension,
