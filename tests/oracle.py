@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from itertools import combinations, product
@@ -31,13 +32,26 @@ Tile = tuple[tuple[int, ...], ...]
 """The columns that each of the 4 rows of a tile keeps."""
 
 
+_MASKS: dict[tuple[object, ...], Tensor] = {}
+"""Masks by pattern and bits of the weight: a battery needs most of them many times."""
+
+
 def brute_mask(weight: Tensor, pattern: str | Pattern) -> Tensor:
     """Returns the mask of a weight, one group after the other, in plain Python.
 
     It shares no code with the package, which it takes nothing but the parsed pattern from. Sums of
-    squares are in double precision.
+    squares are in double precision. A mask of equal bytes is computed once.
     """
     parsed = Pattern.parse(pattern)
+    content = weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    key = (parsed, weight.dtype, tuple(weight.shape), hashlib.sha256(content).digest())
+    if key not in _MASKS:
+        _MASKS[key] = compute_brute_mask(weight, parsed).cpu()
+    return _MASKS[key].to(weight.device, copy=True)
+
+
+def compute_brute_mask(weight: Tensor, parsed: Pattern) -> Tensor:
+    """Returns the mask of ``brute_mask``, computed anew."""
     if isinstance(parsed, TransposableNM):
         return brute_tiles(weight, parsed.n)
     if isinstance(parsed, (BlockNM, NestedNM)):
