@@ -13,6 +13,7 @@ from ..errors import DenseRunError
 from ..graph.capture import GRAPH_BREAK_ERRORS, compile_method, copy_method, raise_own_error
 from ..graph.diagnostics import describe_graph_break
 from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
+from ..graph.module_guards import HookWatch, pin_modules_without_hooks
 from ..meta_models import require_values
 from ..passes import Site, find_eager_sites
 from ..progress import COMPILING, announce
@@ -37,6 +38,8 @@ class EntryPoint:
         self._override = override
         self._own: Callable[..., Any] | None = None
         self._compiled: Callable[..., Any] | None = None
+        self._hooks = HookWatch(forward.module)
+        self._guards_hooks = forward.config.mode == "train"  # of which one comparison is no part
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the method. Raises DenseRunError where it would run without its masks."""
@@ -91,8 +94,10 @@ class EntryPoint:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         own = getattr(type(self._forward.module), self._name)
-        if self._compiled is None or own is not self._own:  # captured anew where it was patched
-            self._own, self.broken = own, None
+        hooked = not self._guards_hooks and self._hooks.sees_hooks()
+        if self._compiled is None or own is not self._own or hooked:
+            self._own, self.broken = own, None  # captured anew where it was patched
+            self._guards_hooks |= hooked
             self._compiled = self._compile(fullgraph=True)
         module, reason = self._forward.module, self.broken
         if reason is None:
@@ -105,18 +110,22 @@ class EntryPoint:
             return self._compiled(module, *args, **kwargs)
 
     def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
-        return compile_method(self.copy(), self._lower, fullgraph=fullgraph)
+        return compile_method(
+            self.copy(), self._lower, fullgraph=fullgraph, guard_hooks=self._guards_hooks
+        )
 
     def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
         """Runs as several graphs from now on, decided by an eager run, since none holds it all."""
         sites: list[Site] = []
         self.record_sites(sites, args, kwargs)
         self._forward.decide_eagerly(sites)
-        self.broken = reason
+        self.broken, self._guards_hooks = reason, True
         self._compiled = self._compile(fullgraph=False)
 
     @announce("compiling the model", COMPILING)
     def _lower(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        if not self._guards_hooks:
+            pin_modules_without_hooks()
         return self._forward.lower(gm, example_inputs, whole=self.broken is None)
 
     def __str__(self) -> str:

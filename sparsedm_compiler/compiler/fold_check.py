@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,45 +12,54 @@ from ..backends.kernel_family import WeightFormat
 from .edit_watch import HostSamples, WeightSample
 from .folded_weights import FoldedWeights
 
-Row = tuple[int, weakref.ref[Tensor], int, int]
-"""A weight as it was folded: its place among the inputs, itself, version counter and address."""
-
 
 class FoldCheck:
     """Tells whether the weights of a graph are what was folded, in one loop over all of them.
 
-    ``generation``: of the folded weights when this was made. ``forms``: their folded forms by
-    place. ``samples``: values of the weights whose device can be read at once; all are compared
-    in one go.
+    ``generation``: of the folded weights when this was made. ``weights``: by place among the
+    inputs. ``forms``: their folded forms by place. ``samples``: values of the weights whose device
+    can be read at once; all are compared in one go.
+
+    What a call costs is the number of Python objects that it touches, most of them cold.
     """
 
     def __init__(
         self,
         generation: int,
-        rows: Sequence[Row],
+        weights: Mapping[int, Tensor],
         forms: Mapping[int, Tensor],
         samples: Sequence[WeightSample],
     ) -> None:
         self.generation = generation
-        self._rows = rows
+        self._positions = [*weights]
+        self._state = _read_state([*weights.values()])
+        # So that no other weight comes to lie at the address of one of these:
+        self._kept = [weight.detach() for weight in weights.values()]
         self._forms = forms
         self._samples = HostSamples(samples)
 
     def holds(self, inputs: Sequence[Any]) -> bool:
         """Returns whether the weights among the inputs are as folded, and need no gradient."""
-        trained = torch.is_grad_enabled()
-        for position, reference, version, pointer in self._rows:
-            weight: Tensor = inputs[position]
-            if reference() is not weight or weight._version != version:
-                return False
-            if weight.data_ptr() != pointer or (trained and weight.requires_grad):
-                return False
+        weights: list[Tensor] = [inputs[position] for position in self._positions]
+        if _read_state(weights) != self._state:
+            return False
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return False
         return self._samples.hold()
 
     def replace(self, arguments: list[Any]) -> None:
         """Puts the folded forms in the place of the weights."""
         for position, folded in self._forms.items():
             arguments[position] = folded
+
+
+def _read_state(weights: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
+    """Returns the identities, version counters and addresses of weights."""
+    return (
+        [*map(id, weights)],
+        [weight._version for weight in weights],
+        [weight.data_ptr() for weight in weights],
+    )
 
 
 def make_check(
@@ -68,15 +76,14 @@ def make_check(
         inputs: What the graph was called with.
         arguments: The same with the folded forms in the place of the weights.
     """
-    rows: list[Row] = []
     samples = []
     for position, weight_format, _ in folds:
         weight = inputs[position]
         if weight.is_inference():
             return None
-        rows.append((position, weakref.ref(weight), weight._version, weight.data_ptr()))
         sample = weights.find_samples(weight, weight_format)
         if sample is not None:
             samples.append(sample)
+    folded = {position: inputs[position] for position, _, _ in folds}
     forms = {position: arguments[position] for position, _, _ in folds}
-    return FoldCheck(weights.generation, rows, forms, samples)
+    return FoldCheck(weights.generation, folded, forms, samples)

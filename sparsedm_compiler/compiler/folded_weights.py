@@ -20,10 +20,8 @@ from ..backends.registry import find_family
 from ..errors import DenseRunError
 from ..graph.names import strip_adapter_prefix
 from ..passes import PlannedWeight
-from .edit_watch import EditWatcher, WeightSample
+from .edit_watch import EditWatcher, WeightSample, sample_values
 from .hollow_parameter import make_hollow_class
-
-_SAMPLES = 64
 
 
 @dataclass(slots=True)
@@ -152,7 +150,8 @@ class FoldedWeights:
         with torch.no_grad():
             source = weight.detach() if packed is None else packed.unpack()
             folded = fold_weight(source, weight_format, name)
-            now = _sample_values(weight, packed)
+            now = sample_values(weight.detach(), spread=_is_asynchronous(weight))
+            now = now if packed is None else packed.data[:0]
             samples = WeightSample(now, now.clone())
         key = id(weight), weight_format
         gone = weakref.ref(weight, lambda _: self._folded.pop(key, None))
@@ -274,25 +273,6 @@ def _is_hollow(weight: Tensor) -> bool:
     return bool(weight.detach()[(0,) * weight.dim()].isnan())
 
 
-def _sample_values(weight: Tensor, packed: PackedWeight | None) -> Tensor:
-    """Returns a view of about 64 values of a weight."""
-    if packed is not None:
-        return packed.data[:0]
-    weight = weight.detach()
-    # Any order will do, so that channels_last weights need no copy either.
-    if not _is_gapless(weight):
-        steps = (slice(None, None, max(1, size // 8)) for size in weight.shape[:2])
-        return weight[tuple(steps)]
-    flat = weight.as_strided((weight.numel(),), (1,))
-    return flat[:: max(1, flat.numel() // _SAMPLES)]
-
-
 def _is_asynchronous(weight: Tensor) -> bool:
     """Whether reading the weight would force a device synchronization (any device but the CPU)."""
     return weight.device.type != "cpu"
-
-
-def _is_gapless(weight: Tensor) -> bool:
-    return weight.numel() == 1 + sum(
-        (size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True)
-    )

@@ -8,22 +8,54 @@ from typing import Any
 
 from torch import fx
 from torch._dynamo.backends.registry import list_backends, lookup_backend
+from torch._ops import OpOverload, OpOverloadPacket
 
 from ..backends.cpp_compiler import find_compiler
 from ..config import GRAPHS, Backend
 from ..errors import ConfigError
 
+_KNOWN_OPS = ("aten", "prims", "sparsedm")
+"""Namespaces of the ops whose outputs are laid out as their meta functions say."""
+
 
 def compile_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], backend: Backend
+    gm: fx.GraphModule, example_inputs: Sequence[Any], backend: Backend, *, folded: bool = False
 ) -> Callable[..., Any]:
-    """Compiles a graph by a torch.compile backend, named as ``compile`` takes it or callable."""
+    """Compiles a graph by a torch.compile backend, named as ``compile`` takes it or callable.
+
+    ``folded``: whether it is called with folded weights. Inductor's code then does not check the
+    layout of each input again, which TorchDynamo's guards and the fold check have done.
+    """
     compile_fx: Any = backend
     if isinstance(backend, str):
         name = resolve_backend(backend)
-        compile_fx = _graphs_backend() if name == GRAPHS else lookup_backend(name)
+        if name == GRAPHS:
+            compile_fx = _patch_inductor({"triton.cudagraphs": True})
+        elif name == "inductor" and folded and _is_checked(gm):
+            compile_fx = _patch_inductor({"size_asserts": False})
+        else:
+            compile_fx = lookup_backend(name)
     run: Callable[..., Any] = compile_fx(gm, list(example_inputs))
     return run
+
+
+def _is_checked(gm: fx.GraphModule) -> bool:
+    """Returns whether no layout is left to be checked at run time.
+
+    The outputs of custom ops are: a meta function may be wrong. So are the addresses of the inputs
+    of CUDA graphs.
+    """
+    from torch._inductor import config
+
+    targets = [
+        node.target
+        for module in gm.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+    ]
+    ops = [target for target in targets if isinstance(target, (OpOverload, OpOverloadPacket))]
+    names = {str(op).partition(".")[0] for op in ops}
+    return names.issubset(_KNOWN_OPS) and not config.triton.cudagraphs
 
 
 def resolve_backend(backend: str) -> str:
@@ -44,8 +76,8 @@ def resolve_backend(backend: str) -> str:
     return backend
 
 
-def _graphs_backend() -> Callable[..., Any]:
-    """Returns Inductor with CUDA graphs."""
+def _patch_inductor(settings: dict[str, Any]) -> Callable[..., Any]:
+    """Returns Inductor under some of its settings."""
     from torch._inductor.compile_fx import compile_fx
 
-    return partial(compile_fx, config_patches={"triton.cudagraphs": True})
+    return partial(compile_fx, config_patches=settings)

@@ -57,7 +57,7 @@ def lower(
         if row.kernel is not None:
             arguments[row.position] = form
             _set_example_value(row.placeholder, form)
-    run = compile_graph(graph.gm, arguments, config.backend)
+    run = compile_graph(graph.gm, arguments, config.backend, folded=True)
     return FoldedGraph(run, plan, weights), plan
 
 

@@ -49,26 +49,37 @@ _SETTINGS = {
 
 
 def compile_method(
-    method: Callable[..., Any], backend: Callable[..., Any], *, fullgraph: bool
+    method: Callable[..., Any],
+    backend: Callable[..., Any],
+    *,
+    fullgraph: bool,
+    guard_hooks: bool = True,
 ) -> Callable[..., Any]:
     """Returns a function compiled by TorchDynamo: ``torch.compile`` under our settings.
 
     Dynamo reads them while it makes a graph. To set them around every call would cost more than
     the call of a small model.
+
+    Args:
+        method: The function.
+        backend: What compiles its graphs.
+        fullgraph: Whether a second graph is an error.
+        guard_hooks: Whether graphs hold only while modules without hooks get none.
     """
     context: Any = torch._dynamo.optimize(backend, nopython=fullgraph)
     if isinstance(context, OptimizeContext):  # else Dynamo is switched off
-        context.callback = _apply_settings(context.callback)
+        settings = {**_SETTINGS, "skip_nnmodule_hook_guards": not guard_hooks}
+        context.callback = _apply_settings(settings, context.callback)
     compiled: Callable[..., Any] = context(method)
     return compiled
 
 
-def _apply_settings(convert_frame: Any) -> Callable[..., Any]:
-    """Returns Dynamo's callback for a frame that no graph fits yet, run under our settings."""
+def _apply_settings(settings: dict[str, Any], convert_frame: Any) -> Callable[..., Any]:
+    """Returns Dynamo's callback for a frame that no graph fits yet, run under some settings."""
 
     @functools.wraps(convert_frame)  # its attributes, too, by which Dynamo finds the backend
     def convert(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(_SETTINGS):
+        with torch._dynamo.config.patch(settings):
             return convert_frame(*args, **kwargs)
 
     return convert

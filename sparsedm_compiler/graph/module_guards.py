@@ -1,11 +1,12 @@
-"""Guards that tie a graph to the modules whose parameters it was captured with."""
+"""Guards that tie a graph to the modules that it was captured with, and a watch over hooks."""
 
 from __future__ import annotations
 
 from torch import fx, nn
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
-from torch._guards import ChainedSource, Source
+from torch._guards import ChainedSource, Source, TracingContext
+from torch.utils.hooks import RemovableHandle
 
 
 def pin_modules(gm: fx.GraphModule) -> None:
@@ -20,6 +21,49 @@ def pin_modules(gm: fx.GraphModule) -> None:
         if argument is not None and isinstance(argument.example, nn.Parameter):
             source = _find_owner(argument.source)
             install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def pin_modules_without_hooks() -> None:
+    """Makes TorchDynamo run a graph for no other modules than those it has met without hooks.
+
+    A backend calls it where graphs do not guard the hooks of each module (``HookWatch`` does).
+    """
+    guards = TracingContext.get().guards_context.dynamo_guards
+    hooks = {g.originating_source for g in guards if g.create_fn_name() == _NO_HOOKS}
+    for module in {source.base for source in hooks if isinstance(source, ChainedSource)}:
+        install_guard(module.make_guard(GuardBuilder.ID_MATCH))
+
+
+_NO_HOOKS = GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT.__name__
+
+
+class HookWatch:
+    """Tells whether modules of a model have hooks, at the cost of one comparison per call.
+
+    Graphs that guard the hooks of every module read some hundred dicts at every call, which for a
+    small model takes longer than a layer. But torch counts all hooks that it registers.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._count = -1
+        self._hooked = False
+
+    def sees_hooks(self) -> bool:
+        """Returns whether a module has, or has had, a hook that a graph must run."""
+        if RemovableHandle.next_id != self._count and not self._hooked:
+            self._count = RemovableHandle.next_id
+            self._hooked = any(map(_has_hooks, self._module.modules()))
+        return self._hooked
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _find_owner(parameter: Source) -> Source:

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.compiler.edit_watch import HostSamples, WeightSample, sample_values
 from tests.autotune.test_select_kernel import Net, X
+from tests.compiler.nets import Chain
+from tests.compiler.nets import X as CHAIN_X
 from tests.oracle import OPTIONS, assert_same, oracle_of
 
 both = pytest.mark.parametrize("way", ["infer", "sparse"])
@@ -46,6 +49,38 @@ def test_folded_weights_after_every_kind_of_update_are_folded_again(way: str) ->
     check()
     fast.conv.to(memory_format=torch.channels_last)
     check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("view", [False, True])
+def test_samples_when_edited_past_the_version_counter_differ(
+    dtype: torch.dtype, view: bool
+) -> None:
+    whole = torch.randn(3, 64, 48).to(dtype)
+    weights = [w.t() if view else w for w in whole]
+    samples = [WeightSample(now, now.clone()) for w in weights for now in [_sample(w)]]
+    host = HostSamples(samples)
+    assert all(host.hold() for _ in range(40))
+    weights[1].data.mul_(2)
+    assert not host.hold()
+    weights[1].data.mul_(0.5)
+    assert all(host.hold() for _ in range(40))
+    _sample(weights[2])[5, 1] = 9  # a single value is seen when its turn comes
+    assert [host.hold() for _ in range(16)].count(False) == 1
+    assert HostSamples([]).hold()
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    return sample_values(weight, spread=False)
+
+
+def test_edit_of_one_weight_when_made_through_data_is_seen_by_the_next_call() -> None:
+    fast = sdm.compile(Chain(), "2:4", backend="eager", **OPTIONS["infer"])
+    with torch.no_grad():
+        for _ in range(20):
+            fast(CHAIN_X)
+            fast.c.weight.data.mul_(1.5)
+            assert_same(fast(CHAIN_X), oracle_of(fast)(CHAIN_X))
 
 
 @both

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
+from tests.compiler.nets import Chain, X
 from tests.oracle import OPTIONS, assert_same, hand_masked, oracle_of
 
 
@@ -280,3 +281,47 @@ def test_student_with_inductor_agrees_with_the_oracle(mode: str) -> None:
         ):
             assert ours.grad is not None, name
             assert_same(ours.grad, theirs.grad, tolerance=1e-5)
+
+
+class Normed(Chain):
+    """A Chain with a layer that holds no pruned weight, and one without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(16), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(self.act(self.norm(self.b(self.a(x))))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["b", "norm", "act"])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_hook_when_it_comes_or_goes_between_calls_is_run_or_not(mode: str, name: str) -> None:
+    student = sdm.compile(Normed(), "2:4", backend="eager", **OPTIONS[mode])
+    layer = student.get_submodule(name)
+    runs: list[str] = []
+
+    def count(kind: str, into: int = 1) -> None:
+        runs.clear()
+        with torch.no_grad():
+            student(X)
+        assert runs == [kind] * into
+
+    count("none", 0)
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        for _ in range(2):
+            handle = register(lambda *_: runs.append("hook"))
+            count("hook")
+            handle.remove()
+            count("none", 0)
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_layer_when_replaced_by_one_that_has_a_hook_runs_the_hook(mode: str) -> None:
+    other = nn.LayerNorm(16)
+    other.register_forward_hook(lambda module, args, out: out * 2)
+    student = sdm.compile(Normed(), "2:4", backend="eager", **OPTIONS[mode])
+    with torch.no_grad():
+        student(X)
+        student.norm = other
+        assert_same(student(X), oracle_of(student)(X))
