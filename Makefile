@@ -62,7 +62,7 @@ bench: env ## all benchmarks, about 45 minutes; writes out/bench
 GPU_PYTHON ?= python3
 GPU ?=
 
-gpu: ## the tests and benchmarks that need a CUDA GPU, under 10 minutes; writes out/gpu
+gpu: ## the tests and benchmarks that need a CUDA GPU, under 8 minutes; writes out/gpu
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu $(GPU)
 
 study: env ## compare the methods in minutes, on digits; docs/results/methods.md has the real one

@@ -33,7 +33,8 @@ def gather_kernel(
     out[t, r] = ACT(sum over k of x[t, columns[r / S, k]] * values[r / S, k, r % S] + bias[r]).
 
     A program computes BLOCK_TOKENS tokens of BLOCK_ROWS rows that share their columns; ``bias`` is
-    None or a pointer. EVEN: ``kept`` is a multiple of BLOCK_K. Sums, bias and activation are in float32, rounded once.
+    None or a pointer; EVEN says that ``kept`` is a multiple of BLOCK_K. Sums, bias and activation
+    are in float32, rounded once.
     """
     token_block, row_block = _assign_block(tokens, rows, S, BLOCK_TOKENS, BLOCK_ROWS, GROUP)
     parts: tl.constexpr = (S + BLOCK_ROWS - 1) // BLOCK_ROWS
