@@ -192,6 +192,10 @@ class Topology:
     macs: Mapping[str, int] = field(repr=False)
 
 
+SLOW = 5.0
+"""Seconds from which a table tells what they were spent on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """What became of every weight of a compiled model; ``str()`` is a table.
@@ -205,6 +209,8 @@ class Explanation:
         broken: The graph break for which the model runs as several graphs; None for one graph.
         eager: Names of masked weights that Python multiplies which no graph holds: masked anew
             in every use, and without a kernel.
+        timings: Seconds that the calls so far spent on measuring kernels ("search"), folding
+            weights ("pack") and in the inner compiler ("compile").
     """
 
     rows: tuple[Decision, ...]
@@ -214,6 +220,7 @@ class Explanation:
     choices: tuple[Choice, ...] = ()
     broken: str | None = field(default=None, repr=False)
     eager: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         if not self.rows:
@@ -234,6 +241,9 @@ class Explanation:
                 f"{len(self.eager)} of the weights run masked in Python that cannot be captured, "
                 f"without a kernel: {', '.join(self.eager)}"
             )
+        if sum(self.timings.values()) >= SLOW:
+            spent = ", ".join(f"{phase} {spent:.1f} s" for phase, spent in self.timings.items())
+            parts.append(f"first calls spent: {spent}")
         return "\n".join(parts)
 
 

@@ -40,6 +40,7 @@ from ..reports import Decision, Explanation
 from .guarded_forward import SparseForward
 from .inner_backend import resolve_backend
 from .lookup import masked_parameters, require_compiled
+from .phase_clock import PHASES
 from .recompile import copy_model, find_compiled, inherit_choice, warn_of_changes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -265,4 +266,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         backend=resolve_backend(backend) if isinstance(backend, str) else backend.__name__,
         broken=next((forward.broken for _, forward in forwards if forward.broken), None),
         eager=tuple(prefix + name for prefix, forward in forwards for name in forward.eager),
+        timings={
+            phase: sum(forward.clock.seconds[phase] for _, forward in forwards) for phase in PHASES
+        },
     )

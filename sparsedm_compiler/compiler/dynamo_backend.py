@@ -20,6 +20,7 @@ from ..passes import find_sites, mark_prunable
 from ..reports import Decision
 from .folded_weights import FoldedWeights, explain_folded_gradient
 from .lower import lower, plan_weights
+from .phase_clock import PhaseClock
 
 
 def sparsedm(
@@ -74,7 +75,7 @@ def sparsedm(
     weights, budget = FoldedWeights(), AutotuneBudget(config.autotune_seconds)
     plan = plan_weights(graph, example_inputs, decisions, config, weights, budget)
     _warn_of_dense_runs(gm, decisions, config, pruned=len(plan))
-    run, _ = lower(graph, example_inputs, plan, config, weights)
+    run, _ = lower(graph, example_inputs, plan, config, weights, PhaseClock())
     return run
 
 

@@ -25,12 +25,7 @@ from ..backends.kernel_family import WeightFormat
 from ..backends.packing import PackedWeight
 from ..config import CompileConfig
 from ..errors import CaptureError, ConfigError
-from ..graph.capture import (
-    KEY,
-    Names,
-    OwnForward,
-    bind_parameters,
-)
+from ..graph.capture import KEY, Names, OwnForward, bind_parameters
 from ..graph.eager_watch import EagerProduct, leave_eager_modes
 from ..graph.module_guards import pin_modules
 from ..graph.names import strip_adapter_prefix
@@ -58,6 +53,7 @@ from .explanations import (
 )
 from .folded_weights import FoldedWeights
 from .lower import lower, plan_weights
+from .phase_clock import PhaseClock
 from .read_guard import ReadGuard
 from .replaced_weights import require_present_weights, require_read_weights
 from .sparse_method import install_methods, list_methods
@@ -70,7 +66,8 @@ class SparseForward(OwnForward):
     ``decisions``: by weight name, fixed by the first capture that meets the weight, so that train
     and eval, every resolution, a copy and a reloaded file all prune the same weights.
     ``choices``: what runs every pruned weight, by its name and the shapes it multiplies.
-    ``weights``: the folded weights. ``budget``: the seconds left to measure kernels.
+    ``weights``: the folded weights. ``budget``: the seconds left to measure kernels. ``clock``: the
+    seconds spent.
     ``known``: the parameters the module had when it was compiled. ``eager``: weights that were
     masked in Python that no graph holds. ``guard``: raises for layers called in any other way.
     """
@@ -78,7 +75,7 @@ class SparseForward(OwnForward):
     # Not a __dict__: functools.wraps would copy it into every wrapper, and copies of those fail.
     __slots__ = (
         "__signature__", "__weakref__", "_thread", "_watched", "applied", "budget", "choices",
-        "config", "decisions", "eager", "entry", "exportable", "guard", "known", "module",
+        "clock", "config", "decisions", "eager", "entry", "exportable", "guard", "known", "module",
         "override", "weights",
     )  # fmt: skip
 
@@ -102,6 +99,7 @@ class SparseForward(OwnForward):
         self.applied = AppliedMasks()
         self.exportable = False
         self.budget = AutotuneBudget(config.autotune_seconds)
+        self.clock = PhaseClock()
         self.entry = EntryPoint(self, "forward", override)
         self.guard = ReadGuard()
         self.__signature__ = inspect.signature(
@@ -259,11 +257,12 @@ class SparseForward(OwnForward):
             pin_modules(gm)
         self._adopt(mark_prunable(find_sites(graph), self.config, self.known, whole=whole))
         config, weights = self.config, self.weights
-        plan = plan_weights(graph, example_inputs, self.decisions, config, weights, self.budget)
+        with self.clock.measure("search"):
+            plan = plan_weights(graph, example_inputs, self.decisions, config, weights, self.budget)
         if whole and not plan:
             name = type(self.module).__name__
             raise ConfigError(explain_nothing_pruned(name, config, self.decisions))
-        run, rows = lower(graph, example_inputs, plan, config, weights)
+        run, rows = lower(graph, example_inputs, plan, config, weights, self.clock)
         self._remember(rows)
 
         def counted(*inputs: Any) -> Any:

@@ -23,6 +23,7 @@ from ..reports import Decision
 from .folded_graph import FoldedGraph
 from .folded_weights import FoldedWeights
 from .inner_backend import compile_graph
+from .phase_clock import PhaseClock
 
 
 def lower(
@@ -31,6 +32,7 @@ def lower(
     plan: Plan,
     config: CompileConfig,
     weights: FoldedWeights,
+    clock: PhaseClock,
 ) -> tuple[Callable[..., Any], Plan]:
     """Rewrites a captured graph as planned and compiles it.
 
@@ -40,6 +42,7 @@ def lower(
         plan: One row for every pruned weight, from ``plan_weights``.
         config: The user's options.
         weights: The model's folded weights; not touched in mode "train".
+        clock: Told how long folding and compiling took.
 
     Returns:
         (a callable that takes the inputs of the graph, the plan with the sizes of folded weights).
@@ -49,15 +52,20 @@ def lower(
     """
     run_passes(graph.gm, plan, config.mode)
     if config.mode == "train":
-        return compile_graph(graph.gm, inputs, config.backend), plan
-    with torch.no_grad():  # whether a gradient is required is for the call to see
+        with clock.measure("compile"):
+            return compile_graph(graph.gm, inputs, config.backend), plan
+    with (
+        torch.no_grad(),
+        clock.measure("pack"),
+    ):  # whether a gradient is required is for the call to see
         plan, forms = weights.fold(plan, inputs, finalize=config.finalize)
     arguments = list(inputs)
     for row, form in zip(plan, forms, strict=True):
         if row.kernel is not None:
             arguments[row.position] = form
             _set_example_value(row.placeholder, form)
-    run = compile_graph(graph.gm, arguments, config.backend, folded=True)
+    with clock.measure("compile"):
+        run = compile_graph(graph.gm, arguments, config.backend, folded=True)
     return FoldedGraph(run, plan, weights), plan
 
 
