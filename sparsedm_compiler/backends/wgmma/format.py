@@ -1,4 +1,4 @@
-"""The packed weight of wgmma.cu: chunks of columns that 64 or 128 rows keep, 2:4 within or dense.
+"""The packed weight of wgmma.cu: chunks of columns that 64 rows or 128 keep, 2:4 within or dense.
 
 One unit of bytes for 128 rows (padded with zeros) and a stage of columns:
 
@@ -44,7 +44,7 @@ class Layout:
         stage_cols: Columns of a stage.
         kept: Chunks that a stage keeps.
         sparse: Whether a chunk is 32 columns with 2:4 within; else 16, dense.
-        mixed: Whether all 128 rows of a unit keep the same chunks; else each 64 of them.
+        mixed: Whether the rows of both instructions of a unit take turns; else each has 64 of them.
     """
 
     rows: int
@@ -221,8 +221,6 @@ def _join(split: Tensor, layout: Layout) -> Tensor:
 
 def _select_chunks(marks: Tensor, layout: Layout, pattern: Pattern) -> Tensor:
     """Returns the numbers of the marked chunks, ascending, ``kept`` of them; others fill up."""
-    if layout.mixed:
-        marks = marks.any(2, keepdim=True).expand_as(marks)
     if bool((marks.sum(-1) > layout.kept).any()):
         raise PackError(f"the mask is not one of {pattern}: too many chunks of columns are kept")
     order = marks.logical_not().byte().sort(dim=-1, stable=True).indices

@@ -123,7 +123,7 @@ def test_pack_of_a_mask_of_another_pattern_raises() -> None:
         pack(weight, full, Pattern.parse("2:4"))
 
 
-@pytest.mark.parametrize("text", ["1:4@64x16", "1:2@64x32+2:4"])
+@pytest.mark.parametrize("text", ["1:4@64x16", "1:2@64x32+2:4", "1:2@64x16", "2:4"])
 def test_check_of_changed_bytes_raises(text: str) -> None:
     pattern, (rows, cols) = Pattern.parse(text), size_of(text)
     packed = pack(*pruned(text, rows, cols, torch.bfloat16), pattern)
@@ -133,6 +133,12 @@ def test_check_of_changed_bytes_raises(text: str) -> None:
             continue
         broken = packed.clone()
         broken[at] = value
+        with pytest.raises(PackError, match="points outside"):
+            check(broken, rows, cols, pattern, torch.bfloat16)
+    if layout.kept > 1:  # the same chunk twice
+        broken = packed.clone()
+        head = layout.value_bytes + layout.meta_bytes
+        broken[head + 8 : head + 12] = broken[head : head + 4]
         with pytest.raises(PackError, match="points outside"):
             check(broken, rows, cols, pattern, torch.bfloat16)
     with pytest.raises(PackError, match="takes"):

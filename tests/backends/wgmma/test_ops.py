@@ -103,7 +103,13 @@ def test_list_candidates_fit_into_shared_memory() -> None:
         for kernel in kernels:
             tile = Tile(*kernel.tile)
             stages = tile.count_stages(layout, 227 * 1024)
+            assert stages >= 3
             assert tile.count_shared_bytes(layout, stages) <= 227 * 1024
+
+
+def test_list_candidates_leaves_out_tiles_that_do_not_fit() -> None:
+    few = FAMILY.list_candidates(Pattern.parse("1:2@128x64"), torch.bfloat16)
+    assert 0 < len(few) < len(TILES)
 
 
 class Net(nn.Module):
