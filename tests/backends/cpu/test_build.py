@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,33 @@ import torch
 
 from sparsedm_compiler.fileio import cache_folder
 from tests.backends.cpu.cases import case
+from tests.forked import ForkServer
 
+IMPORTS = """
+import hypothesis, pytest, torch
+import torch._inductor.compile_fx
+import sparsedm_compiler.backends.cpu.ops
+import tests.backends.cpu.cases
+"""
 CHECK = """
 import torch, torch.nn.functional as F
 from sparsedm_compiler.backends.cpu import build, ops
 from tests.backends.cpu.cases import case
 from tests.backends.cpu.test_kernels import check_linear, check_conv
 """
+MANY = (
+    CHECK
+    + """
+children = []
+for _ in range(4):
+    child = os.fork()
+    if child == 0:
+        build.load_library().sdm_isa()
+        os._exit(0)
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+)
 PARITY = (
     CHECK
     + """
@@ -51,38 +72,49 @@ print(sdm.explain(fast))
 """
 
 
-def run(code: str, cache: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    full = {**os.environ, "SPARSEDM_CACHE": str(cache), **env}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=full)
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def test_load_library_in_many_processes_builds_one_library(tmp_path: Path) -> None:
-    code = CHECK + "print(build.load_library().sdm_isa())"
-    env = {**os.environ, "SPARSEDM_CACHE": str(tmp_path), "SPARSEDM_CXXFLAGS": "-O0"}
-    runs = [
-        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL)
-        for _ in range(4)
-    ]
-    assert [process.wait() for process in runs] == [0] * 4
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs code in a process of its own that has built and loaded nothing yet."""
+    with ForkServer(IMPORTS) as server:
+
+        def run_with(code: str, cache: Path, **env: str) -> subprocess.CompletedProcess[str]:
+            env = {"SPARSEDM_CACHE": str(cache), **env}
+            return server.run(f"import os\nos.environ.update({env!r})\n{code}")
+
+        yield run_with
+
+
+def test_load_library_in_many_processes_builds_one_library(run: Run, tmp_path: Path) -> None:
+    done = run(MANY, tmp_path, SPARSEDM_CXXFLAGS="-O0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0, 0]"
     assert len(list((tmp_path / "kernels").iterdir())) == 1
 
 
 @pytest.mark.parametrize(("capability", "isa"), [("avx2", "avx2"), ("default", "portable")])
-def test_kernels_of_other_instruction_sets_give_the_same(
-    capability: str, isa: str, tmp_path: Path
-) -> None:
-    done = run(PARITY, tmp_path, ATEN_CPU_CAPABILITY=capability)
+def test_kernels_of_other_instruction_sets_give_the_same(capability: str, isa: str) -> None:
+    done = subprocess.run(  # torch reads the variable when it is imported
+        [sys.executable, "-c", PARITY],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == isa
 
 
-def test_compile_without_a_compiler_runs_dense_and_shows_the_reason(tmp_path: Path) -> None:
+def test_compile_without_a_compiler_runs_dense_and_shows_the_reason(
+    run: Run, tmp_path: Path
+) -> None:
     done = run(WITHOUT.format(cxx="no-such-compiler"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("no C++ compiler here to build CPU kernels with") == 2
 
 
-def test_why_unavailable_with_a_failing_compiler_quotes_it(tmp_path: Path) -> None:
+def test_why_unavailable_with_a_failing_compiler_quotes_it(run: Run, tmp_path: Path) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'out of cheese' >&2\nexit 1\n")
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
@@ -91,14 +123,17 @@ def test_why_unavailable_with_a_failing_compiler_quotes_it(tmp_path: Path) -> No
     assert done.stdout.count("cannot build the CPU kernels: out of cheese") == 2
 
 
-def test_load_library_without_a_writable_cache_still_builds(tmp_path: Path) -> None:
-    taken = tmp_path / "file"
+def test_load_library_without_a_writable_cache_still_builds(run: Run, tmp_path: Path) -> None:
+    taken, temporary = tmp_path / "file", tmp_path / "temporary"
     taken.write_text("")
-    done = run(CHECK + "print(build.load_library().sdm_isa())", taken / "below")
+    temporary.mkdir()
+    code = f"import tempfile\ntempfile.tempdir = {str(temporary)!r}\n{CHECK}build.load_library()"
+    done = run(code, taken / "below", SPARSEDM_CXXFLAGS="-O0")
     assert done.returncode == 0, done.stderr
+    assert len(list(temporary.glob("sparsedm_compiler-*/kernels/*.so"))) == 1
 
 
-def test_ops_without_a_compiler_run_the_reference(tmp_path: Path) -> None:
+def test_ops_without_a_compiler_run_the_reference(run: Run, tmp_path: Path) -> None:
     """Bytes packed elsewhere still run: through the reference."""
     held, path = case("2:4", 8, 20, torch.float32), str(tmp_path / "held.pt")
     torch.save((held.packed, held.masked), path)
@@ -150,7 +185,7 @@ for _ in range(3):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
-def test_nm_linear_out_of_memory_raises_and_runs_again() -> None:
+def test_nm_linear_out_of_memory_raises_and_runs_again(run: Run) -> None:
     done = run(OUT_OF_MEMORY, cache_folder(""))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["a CPU kernel ran out of memory"] * 3
