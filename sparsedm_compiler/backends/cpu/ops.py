@@ -6,7 +6,9 @@ Each has a kernel, a reference that needs none (unpack, then dense), a fake and 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,8 @@ from .build import load_library, why_unavailable
 from .format import HEADER_BYTES, TYPES, unpack
 from .isa import ISAS, select_isa
 
+_TYPE_CODES = {dtype: code for code, dtype in enumerate(TYPES)}
+
 
 def run_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, act: str, tile: int
@@ -36,17 +40,20 @@ def run_linear(
     """Returns act(W x + b) by the kernel: x [..., cols] of the packed dtype -> [..., rows]."""
     if why_unavailable() is not None:
         return reference_linear(x, packed, bias, rows, act, tile)
-    cols = x.shape[-1]
-    flat = x.reshape(-1, cols)
-    if flat.stride(-1) != 1 or flat.stride(0) < cols:
-        flat = flat.contiguous()
-    out = x.new_empty(flat.shape[0], rows)
+    *sizes, cols = x.shape
+    flat, stride = x, cols
+    if not x.is_contiguous():
+        flat = x.reshape(-1, cols)
+        if flat.stride(-1) != 1 or flat.stride(0) < cols:
+            flat = flat.contiguous()
+        stride = flat.stride(0)
+    out = x.new_empty((*sizes, rows))
     _check(packed, rows, cols)
     bias = _lay_out_bias(bias, rows)
     call = _describe_call(flat, packed, bias, out, act, tile)
-    call.tokens, call.x_stride, call.out_stride = flat.shape[0], flat.stride(0), rows
+    call.tokens, call.x_stride, call.out_stride = math.prod(sizes), stride, rows
     _run(call)
-    return out.view(*x.shape[:-1], rows)
+    return out
 
 
 def run_conv2d(
@@ -121,41 +128,60 @@ def unpack_weight(packed: Tensor, kernel: Sequence[int]) -> Tensor:
 
 def _lay_out_bias(bias: Tensor | None, rows: int) -> Tensor | None:
     """Returns the bias as a kernel reads it: one value per row, side by side."""
-    if bias is not None and bias.shape != (rows,):
+    if bias is None:
+        return None
+    if bias.shape != (rows,):
         raise KernelError(f"a bias of {list(bias.shape)} is not one value for each of {rows} rows")
-    return None if bias is None else bias.contiguous()
+    return bias.contiguous()
 
 
 def _describe_call(
     x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor, act: str, tile: int
 ) -> KernelArguments:
-    if x.dtype not in TYPES or (bias is not None and bias.dtype not in TYPES):
+    x_type = _TYPE_CODES.get(x.dtype)
+    bias_type = 0 if bias is None else _TYPE_CODES.get(bias.dtype)
+    if x_type is None or bias_type is None:
         dtypes = x.dtype if bias is None else f"{x.dtype} with a bias of {bias.dtype}"
         raise KernelError(f"the CPU kernels take float32 and bfloat16, not {dtypes}")
-    return KernelArguments(
-        weight=packed.data_ptr(),
-        x=x.data_ptr(),
-        out=out.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        x_type=TYPES.index(x.dtype),
-        bias_type=0 if bias is None else TYPES.index(bias.dtype),
-        act=ACTS.index(act),
-        tile=tile,
-        threads=torch.get_num_threads(),
-        isa=ISAS.index(select_isa()),
+    call = KernelArguments(  # by position, as by name takes twice as long
+        packed.data_ptr(),
+        x.data_ptr(),
+        out.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        x_type,
+        bias_type,
+        ACTS.index(act),
     )
+    call.tile, call.threads, call.isa = tile, torch.get_num_threads(), _find_isa_code()
+    return call
+
+
+@cache
+def _find_isa_code() -> int:
+    return ISAS.index(select_isa())
 
 
 def _check(packed: Tensor, rows: int, cols: int) -> None:
     """Raises PackError unless the header, which the kernel trusts, is of a weight of this size."""
-    stated = ctypes.cast(packed.data_ptr(), ctypes.POINTER(ctypes.c_int32))
-    plain = packed.dtype is torch.uint8 and packed.is_contiguous() and packed.data_ptr() % 8 == 0
+    address = packed.data_ptr()
+    plain = packed.dtype is torch.uint8 and packed.is_contiguous() and address % 8 == 0
     small = not plain or packed.numel() < HEADER_BYTES
-    if small or (stated[3], stated[4]) != (rows, cols):
+    stated = None if small else _Sizes.from_address(address)
+    if stated is None or stated.rows != rows or stated.cols != cols:
         raise PackError(
             f"the packed weight is not one of {rows} x {cols}, its bytes side by side from a "
             "multiple of 8"
         )
+
+
+class _Sizes(ctypes.Structure):
+    """The part of a packed weight's header that tells its size."""
+
+    _fields_ = (
+        ("before", ctypes.c_int32 * 3),
+        ("rows", ctypes.c_int32),
+        ("cols", ctypes.c_int32),
+    )
 
 
 def _run(call: KernelArguments) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
 from tests.backends.cpu.cases import case
@@ -72,3 +75,40 @@ def test_ops_under_a_compiler_give_the_same(backend: str) -> None:
         for tokens in (16,):
             x = torch.randn(2, 32, tokens)
             assert_same(compiled(x), run(x), tolerance=1e-6)
+
+
+def test_op_when_a_mode_or_a_transform_waits_goes_through_the_dispatcher() -> None:
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    x, *rest = linear_arguments()
+    with torch.no_grad():
+        plain = nm_linear_op(x, *rest)
+        with Recorder():
+            recorded = nm_linear_op(x, *rest)
+        assert seen == [nm_linear_op]
+        assert_same(recorded, plain)
+        assert_same(torch.vmap(lambda row: nm_linear_op(row, *rest))(x), plain)
+    x.requires_grad_(False)
+    assert_same(nm_linear_op(x, *rest), plain)
+
+
+def test_linear_when_x_is_no_solid_block_is_that_of_its_copy() -> None:
+    _, *rest = linear_arguments()
+    wide = torch.randn(5, 3, 40)
+    with torch.no_grad():
+        for x in (
+            wide[..., :32],
+            wide.transpose(0, 1)[..., :32],
+            wide[::2, :, 4:36],
+            wide[:0, :, :32],
+        ):
+            assert_same(nm_linear_op(x, *rest), nm_linear_op(x.contiguous(), *rest))
+        turned = torch.randn(32, 6).t()
+        assert_same(nm_linear_op(turned, *rest), nm_linear_op(turned.contiguous(), *rest))
+        assert nm_linear_op(torch.randn(32), *rest).shape == (20,)
