@@ -93,17 +93,6 @@ def make_sample_grids(config: RunConfig, inputs: OpenedInputs) -> SampleGrids:
     )
 
 
-def take_real_images(inputs: OpenedInputs, count: int) -> Tensor:
-    """Returns ``count`` images [count, C, H, W], fewer of smaller data, from all over the data.
-
-    They are held-out images where there are any, and decoded where the data are latents.
-    """
-    data = inputs.data if inputs.held_out is None else inputs.held_out
-    count = min(count, len(data))
-    images = data.fetch([k * len(data) // count for k in range(count)])[0]
-    return images if inputs.decode is None else inputs.decode(images)
-
-
 def make_training_scheduler(config: RunConfig) -> NoiseScheduler | None:
     """Returns the scheduler whose noise levels the model was trained with; None is the default.
 

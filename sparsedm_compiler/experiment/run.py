@@ -29,6 +29,7 @@ from ..train.finetuning import train_run
 from ..train.folder_lock import lock_folder
 from ..train.run_folder import WHOLE
 from ..train.run_inputs import RunInputs
+from ..train.sample_grids import save_real_images
 from .describe_run import format_description
 from .inputs import (
     OpenedInputs,
@@ -36,7 +37,6 @@ from .inputs import (
     make_sample_grids,
     make_sample_plan,
     make_training_scheduler,
-    take_real_images,
 )
 from .opened_run import OpenedRun, get_compile_options, open_run, open_scorer
 from .resuming import is_scored_alike
@@ -129,7 +129,8 @@ def write_results(
     values["complete"] = True
     if main:
         grids.save(folder / values["samples"], images)
-        grids.save(folder / REAL_IMAGES, take_real_images(inputs, grids.count))
+        data = inputs.data if inputs.held_out is None else inputs.held_out
+        save_real_images(grids, folder / REAL_IMAGES, data)
         replace_text(folder / "results.json", json.dumps(values, indent=1) + "\n")
     join_process_group().wait_for_everyone()
     return values

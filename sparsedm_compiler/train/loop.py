@@ -18,6 +18,7 @@ from ..diffusion.condition import take_rows
 from ..diffusion.schedulers import get_betas
 from ..evaluate.process_group import raising_together
 from ..progress import announce, watch_compilation
+from ..reporting.run_record import REAL_IMAGES
 from .batches import MicroBatch, Stream, check_batch, index_data
 from .check_call import check_call, check_values
 from .checkpoint import replace_text
@@ -33,6 +34,7 @@ from .resume import (
 )
 from .run_folder import hold_folder, write_settings
 from .run_log import RunLog
+from .sample_grids import save_real_images
 from .session import capture_student, session
 from .signals import StopRequest
 from .stage_switch import begin_stage, set_up_stage
@@ -221,6 +223,9 @@ def save_sample_grid(run: Run) -> None:
         images = grids.draw(run.student, run.config.objective, betas=betas)
     if run.process.is_main:
         grids.save(folder / "samples" / f"{run.progress.seen:012d}.png", images)
+        if not (folder / REAL_IMAGES).exists():
+            data = run.inputs.data if run.inputs.held_out is None else run.inputs.held_out
+            save_real_images(grids, folder / REAL_IMAGES, data)
 
 
 def finish(run: Run) -> FinetuneResult:

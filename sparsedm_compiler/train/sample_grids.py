@@ -15,6 +15,7 @@ from ..optional_deps import require_extra
 if TYPE_CHECKING:
     from ..diffusion.condition import Condition
     from ..diffusion.guidance import Guidance
+    from .batches import Data
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +96,24 @@ class SampleGrids:
         )
         scale = max(1, 64 // images.shape[-1])
         save_grid(path, {str(k * self.columns): row for k, row in enumerate(rows)}, scale=scale)
+
+
+def save_real_images(grids: SampleGrids, path: Path, data: Data) -> None:
+    """Writes as many images of the data as a grid of samples has, from all over the data.
+
+    Latents are decoded. Of data that can only be iterated nothing is written.
+
+    Args:
+        grids: The grids that they are compared with.
+        path: The file to write, a PNG.
+        data: The data, as ``finetune`` takes them.
+    """
+    from .batches import check_batch, index_data
+
+    indexed = index_data(data)
+    if indexed is None:
+        return
+    size, fetch = indexed
+    count = min(grids.count, size)
+    images, _ = check_batch(fetch([k * size // count for k in range(count)]))
+    grids.save(path, images if grids.decode is None else grids.decode(images))

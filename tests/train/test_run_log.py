@@ -16,7 +16,7 @@ from sparsedm_compiler.diffusion import make_scheduler, sample
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.train import SampleGrids
 from sparsedm_compiler.train.run_log import MaskWatch, RunLog
-from tests.train.cases import CLASSES, log_of, short, student_of, teacher
+from tests.train.cases import CLASSES, data, log_of, short, student_of, teacher
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -105,6 +105,9 @@ def test_sample_grids_of_a_run_show_the_ema_at_fixed_seeds(tmp_path: Path) -> No
         (1, 4, 4), count=12, sampler="ddim", steps=2, condition=torch.arange(12) % CLASSES
     )
     result, student = short("ste", tmp_path, sample_grids=grids, sample_every=48)
+    held_out = data()[0][:8]  # all of them, fewer than a grid has
+    grids.save(tmp_path / "again.png", held_out)
+    assert (tmp_path / "real.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         "000000000048.png",
         "000000000096.png",
