@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -241,6 +242,19 @@ def test_cycles_and_families_are_read_in_every_spelling() -> None:
 def test_modules_stay_below_300_lines() -> None:
     lengths = {path: len(text.splitlines()) for path, text in SOURCES.items()}
     assert not {path: length for path, length in lengths.items() if length >= 300}
+
+
+def test_every_file_that_is_no_module_is_in_the_wheel() -> None:
+    listed_in = re.search(
+        r"\nsparsedm_compiler = (\[.*\])\n", (ROOT / "pyproject.toml").read_text()
+    )
+    assert listed_in is not None
+    package = ROOT / "sparsedm_compiler"
+    packed = {path for pattern in ast.literal_eval(listed_in[1]) for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*") if path.is_file()}
+    compiled = {path for path in files if "__pycache__" in path.parts}
+    modules = {path for path in files if path.suffix == ".py"}
+    assert not files - compiled - modules - packed
 
 
 def test_vague_words_name_nothing() -> None:

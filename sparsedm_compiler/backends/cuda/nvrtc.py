@@ -54,6 +54,13 @@ def _find_libraries(pattern: str) -> list[str]:
 
 
 @cache
+def read_shared_source() -> str:
+    """Returns what the kernels of all families share, as CUDA C++ that names no header."""
+    folder = Path(__file__).parent
+    return "".join((folder / name).read_text() for name in ("rounding.cuh", "activated.cuh"))
+
+
+@cache
 def read_nvrtc_version() -> int:
     """Returns CUDA_VERSION_NUMBER of the kernels: 13000 is 13.0."""
     major, minor = ctypes.c_int(), ctypes.c_int()

@@ -64,24 +64,3 @@ DEVICE void multiply_sparse(float (&sum)[4], const u32 (&a)[4], const u32 (&b)[4
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),
                  "r"(b[3]), "r"(meta));
 }
-
-// Two floats rounded to 16 bits, the first in the lower half.
-DEVICE u32 rounded(float low, float high) {
-  u32 out;
-#if BFLOAT16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
-#endif
-  return out;
-}
-
-DEVICE float widened(u16 value) {
-  float out;
-#if BFLOAT16
-  out = __uint_as_float((u32)value << 16);
-#else
-  asm("cvt.f32.f16 %0, %1;\n" : "=f"(out) : "h"(value));
-#endif
-  return out;
-}

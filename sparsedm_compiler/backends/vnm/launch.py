@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..cuda.nvrtc import Launcher, compile_kernel
+from ..cuda.nvrtc import Launcher, compile_kernel, read_shared_source
 from ..custom_op import ACTS
 
 HERE = Path(__file__).parent
@@ -131,7 +131,8 @@ def specify_transpose(dtype: torch.dtype) -> KernelBuild:
 @cache
 def read_sources() -> str:
     """Returns the source that is compiled for a GPU."""
-    return (HERE / "device.cuh").read_text() + (HERE / "vnm.cu").read_text()
+    device, kernels = ((HERE / name).read_text() for name in ("device.cuh", "vnm.cu"))
+    return device + read_shared_source() + kernels
 
 
 @cache

@@ -144,18 +144,6 @@ DEVICE float bias_of(const void* bias, int row) {
 #endif
 }
 
-DEVICE float activated(float x) {
-#if ACT == 1
-  return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-#elif ACT == 2
-  return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-#elif ACT == 3
-  return x / (1.0f + expf(-x));
-#else
-  return x;
-#endif
-}
-
 // Where a piece of a line is in the warp's own part of shared memory.
 DEVICE int line_at(int line, int piece) {
   return (line * LINE_PIECES + (piece ^ (line % smaller(8, LINE_PIECES)))) * 16;

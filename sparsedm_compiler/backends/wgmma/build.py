@@ -16,7 +16,7 @@ import torch
 
 from ...errors import KernelError
 from ..cuda.device import CudaDevice
-from ..cuda.nvrtc import compile_kernel
+from ..cuda.nvrtc import compile_kernel, read_shared_source
 from ..custom_op import ACTS
 from .format import ROWS, Layout
 
@@ -138,8 +138,9 @@ struct Product<{tokens}> {{
 @cache
 def read_sources(tokens: int, sparse: bool, dtype: torch.dtype) -> str:
     """Returns the source that is compiled for one shape of the instruction."""
-    product = write_product(tokens, sparse=sparse, dtype=dtype)
-    return (HERE / "device.cuh").read_text() + product + (HERE / "wgmma.cu").read_text()
+    instruction = write_product(tokens, sparse=sparse, dtype=dtype)
+    device, kernels = ((HERE / name).read_text() for name in ("device.cuh", "wgmma.cu"))
+    return device + read_shared_source() + instruction + kernels
 
 
 @cache

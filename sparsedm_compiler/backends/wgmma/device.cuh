@@ -110,36 +110,3 @@ DEVICE void store_word(u32 to, u32 value) {
 DEVICE void store_pair(u32 to, u32 low, u32 high) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(low), "r"(high) : "memory");
 }
-
-// Two floats rounded to 16 bits, the first in the lower half.
-DEVICE u32 rounded(float low, float high) {
-  u32 out;
-#if BFLOAT16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
-#endif
-  return out;
-}
-
-DEVICE float widened(u16 value) {
-  float out;
-#if BFLOAT16
-  out = __uint_as_float((u32)value << 16);
-#else
-  asm("cvt.f32.f16 %0, %1;\n" : "=f"(out) : "h"(value));
-#endif
-  return out;
-}
-
-DEVICE float activated(float x) {
-#if ACT == 1
-  return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-#elif ACT == 2
-  return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-#elif ACT == 3
-  return x / (1.0f + expf(-x));
-#else
-  return x;
-#endif
-}

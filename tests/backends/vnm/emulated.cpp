@@ -1,5 +1,7 @@
-// vnm.cu for a CPU: emulator.h, the kernels, and the loop over blocks and threads.
+// vnm.cu for a CPU: emulator.h, the activation, the kernels, and the loop over blocks and threads.
 #include "emulator.h"
+
+#include "activated.cuh"
 #include "vnm.cu"
 
 namespace emulator {

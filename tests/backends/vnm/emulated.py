@@ -33,6 +33,7 @@ def library(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
         *_FLAGS,
         *defined,
         f"-I{HERE}",
+        f"-I{HERE.parent / 'cuda'}",
         f"-I{_TESTS}",
         str(_TESTS / "emulated.cpp"),
     ]
