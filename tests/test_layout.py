@@ -245,11 +245,10 @@ def test_modules_stay_below_300_lines() -> None:
 
 
 def test_every_file_that_is_no_module_is_in_the_wheel() -> None:
-    listed_in = re.search(
-        r"\nsparsedm_compiler = (\[.*\])\n", (ROOT / "pyproject.toml").read_text()
-    )
+    package = Path(sparsedm_compiler.__file__).parent
+    options = (package.parent / "pyproject.toml").read_text()
+    listed_in = re.search(r"\nsparsedm_compiler = (\[.*\])\n", options)
     assert listed_in is not None
-    package = ROOT / "sparsedm_compiler"
     packed = {path for pattern in ast.literal_eval(listed_in[1]) for path in package.glob(pattern)}
     files = {path for path in package.rglob("*") if path.is_file()}
     compiled = {path for path in files if "__pycache__" in path.parts}
