@@ -28,7 +28,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "compiler/test_pipelines.py": ("",),
     "compiler/test_other_libraries.py": ("",),
     "compiler/test_read_guard.py": ("fused", "quantization", "failed_is_as_it_was", "block"),
-    "compiler/test_recompile.py": ("keeps_its_decisions", "adapter"),
+    "compiler/test_recompile.py": ("unet", "adapter"),
     "compiler/test_saved_weights.py": ("pretrained",),
     "compiler/test_sparse_method.py": ("autoencoder", "compiled_by_the_user"),
     "diffusion/test_predict.py": (DIFFUSERS, "import"),
