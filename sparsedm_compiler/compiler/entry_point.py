@@ -10,8 +10,9 @@ from torch import fx
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from ..errors import DenseRunError
-from ..graph.capture import GRAPH_BREAK_ERRORS, compile_method, copy_method, raise_own_error
+from ..graph.capture import GRAPH_BREAK_ERRORS, copy_method, raise_own_error
 from ..graph.diagnostics import describe_graph_break
+from ..graph.dynamo_settings import compile_method
 from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
 from ..graph.module_guards import HookWatch, pin_modules_without_hooks
 from ..meta_models import require_values

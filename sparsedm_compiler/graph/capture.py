@@ -7,7 +7,6 @@ a private copy of the code object under settings that raise instead.
 
 from __future__ import annotations
 
-import functools
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any, NoReturn
 import torch
 import torch._dynamo
 from torch import fx, nn
-from torch._dynamo.eval_frame import OptimizeContext
 from torch._dynamo.exc import (
     BackendCompilerFailed,
     UncapturedHigherOrderOpError,
@@ -27,62 +25,14 @@ from torch._dynamo.exc import (
 
 from ..errors import CaptureError, SparseDMError
 from .closures import list_wrapped
+from .dynamo_settings import SETTINGS
 from .flat_graph import Op
-
-RECOMPILE_LIMIT = 4096
-"""Graphs one model may have: shapes, dtypes, train/eval, autocast. Beyond it a call raises."""
 
 GRAPH_BREAK_ERRORS = (Unsupported, UncapturedHigherOrderOpError, UserError)
 """Errors that Dynamo raises for a forward that does not fit one graph."""
 
 Names = tuple[str, ...]
 """All names of one parameter in its model; more than one where weights are tied."""
-
-_SETTINGS = {
-    "recompile_limit": RECOMPILE_LIMIT,
-    "accumulated_recompile_limit": RECOMPILE_LIMIT,
-    "fail_on_recompile_limit_hit": True,
-    "suppress_errors": False,
-    "optimize_ddp": False,  # its splits hide the parameters behind FakeTensors
-    "skip_nnmodule_hook_guards": False,  # hooks added after the first call must be seen
-}
-
-
-def compile_method(
-    method: Callable[..., Any],
-    backend: Callable[..., Any],
-    *,
-    fullgraph: bool,
-    guard_hooks: bool = True,
-) -> Callable[..., Any]:
-    """Returns a function compiled by TorchDynamo: ``torch.compile`` under our settings.
-
-    Dynamo reads them while it makes a graph. To set them around every call would cost more than
-    the call of a small model.
-
-    Args:
-        method: The function.
-        backend: What compiles its graphs.
-        fullgraph: Whether a second graph is an error.
-        guard_hooks: Whether graphs hold only while modules without hooks get none.
-    """
-    context: Any = torch._dynamo.optimize(backend, nopython=fullgraph)
-    if isinstance(context, OptimizeContext):  # else Dynamo is switched off
-        settings = {**_SETTINGS, "skip_nnmodule_hook_guards": not guard_hooks}
-        context.callback = _apply_settings(settings, context.callback)
-    compiled: Callable[..., Any] = context(method)
-    return compiled
-
-
-def _apply_settings(settings: dict[str, Any], convert_frame: Any) -> Callable[..., Any]:
-    """Returns Dynamo's callback for a frame that no graph fits yet, run under some settings."""
-
-    @functools.wraps(convert_frame)  # its attributes, too, by which Dynamo finds the backend
-    def convert(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(settings):
-            return convert_frame(*args, **kwargs)
-
-    return convert
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +237,7 @@ def capture(module: nn.Module, *args: Any, **kwargs: Any) -> CapturedGraph | Non
 
     run = torch.compile(copy_forward(module), backend=backend, fullgraph=True, dynamic=False)
     try:
-        with torch._dynamo.config.patch(_SETTINGS):
+        with torch._dynamo.config.patch(SETTINGS):
             run(module, *args, **kwargs)
     except _Stop:
         return graphs[0]

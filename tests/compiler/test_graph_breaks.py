@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.graph import capture
+from sparsedm_compiler.graph import dynamo_settings
 from tests.oracle import OPTIONS, assert_gradients, assert_same, hand_masked, oracle_of
 
 LENGTHS = torch.tensor([1, 2, 3])
@@ -75,7 +75,7 @@ def test_partial_graphs_when_all_weights_are_covered_run_masked(mode: str, backe
 
 def test_partial_graphs_at_the_recompile_limit_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setitem(capture._SETTINGS, key, 2)
+        monkeypatch.setitem(dynamo_settings.SETTINGS, key, 2)
     student = sdm.compile(Ragged(), "2:4", backend="eager")
     for rank in (1, 2):
         student(torch.randn(*[1] * rank, 16), LENGTHS)

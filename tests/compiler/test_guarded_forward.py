@@ -70,10 +70,10 @@ def hand_masked_out(student: nn.Module, x: Tensor, scale: float) -> Tensor:
 
 
 def test_calls_at_the_recompile_limit_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsedm_compiler.graph import capture
+    from sparsedm_compiler.graph import dynamo_settings
 
     for key in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setitem(capture._SETTINGS, key, 2)
+        monkeypatch.setitem(dynamo_settings.SETTINGS, key, 2)
     student = student_of()
     for dims in (1, 2):
         student(torch.randn(*[1] * dims, 8))
@@ -84,10 +84,10 @@ def test_calls_at_the_recompile_limit_raise(monkeypatch: pytest.MonkeyPatch) -> 
 def test_recompile_limit_of_one_instance_when_reached_leaves_others_running(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from sparsedm_compiler.graph import capture
+    from sparsedm_compiler.graph import dynamo_settings
 
     for key in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setitem(capture._SETTINGS, key, 2)
+        monkeypatch.setitem(dynamo_settings.SETTINGS, key, 2)
     for _ in range(5):
         student, x = student_of(), torch.randn(1, 8)
         assert_same(student(x), oracle_of(student)(x))
