@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -29,14 +28,6 @@ def why_unavailable() -> str | None:
         driver.active.get_current_target()
     except Exception as error:  # of any kind: drivers raise their own
         return f"Triton does not run on this machine: {error}"
-    return None
-
-
-def read_version() -> str | None:
-    """Returns the version of Triton; None where it is not installed. Imports nothing."""
-    for name in ("triton", "pytorch-triton", "triton-windows"):
-        with suppress(PackageNotFoundError):
-            return version(name)
     return None
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ...optional_deps import read_version
 from ...patterns import Pattern, SharedNM
-from ...triton_support import read_version, why_unavailable
+from ...triton_support import why_unavailable
 from ..cuda.device import find_device, why_no_tensor_cores
 from ..cuda.im2col import register_conv
 from ..cuda.raw_format import RawFormatFamily
@@ -30,7 +31,8 @@ class GatherFamily(RawFormatFamily):
         return why_no_tensor_cores(find_device()) or why_unavailable()
 
     def list_libraries(self) -> dict[str, str | None]:
-        return {"Triton": read_version()}
+        names = ("triton", "pytorch-triton", "triton-windows")
+        return {"Triton": next(filter(None, map(read_version, names)), None)}
 
     def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         layout = (ops.TYPES.index(dtype),)
