@@ -92,12 +92,15 @@ class LayerTimes:
 def list_kernels(
     pattern: Pattern, rows: int, cols: int, setting: LayerSetting
 ) -> tuple[KernelConfig, ...] | Refusal:
-    """Returns the kernels that ``compile`` would measure for a weight, or why there are none."""
+    """Returns the kernels that ``compile`` would measure for a weight, or why there are none.
+
+    The reasons are of the families that take such a pattern, where there are any.
+    """
+    families = [family for family in find_families(setting.device.type) if not family.inexact]
+    able = [family for family in families if family.find_accepted(pattern) is not None]
     kernels: list[KernelConfig] = []
     reasons: dict[str, None] = {}
-    for family in find_families(setting.device.type):
-        if family.inexact:
-            continue
+    for family in able or families:
         reason = family.why_unavailable() or family.why_refused(pattern, rows, cols, setting.dtype)
         if reason is None:
             kernels += family.list_candidates(pattern, setting.dtype)
