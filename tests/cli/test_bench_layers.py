@@ -143,6 +143,7 @@ def test_layers_are_timed_by_the_kernels_of_the_device(
 
 
 def test_layers_without_time_are_named(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "time_layer", lambda *_: pytest.fail("it began a row"))
     argv = ("--pattern", "2:4", "--tokens", "5", "9", "--json", "t.json")
     result = shell(*TABLE, *argv, "--seconds", "1e-6")
     assert len(rows_of(result.out)) == 1
@@ -164,6 +165,9 @@ def test_a_row_begins_no_pattern_that_would_take_too_long(
     monkeypatch.setattr(timing, "read_measured", read)
     setting = LayerSetting(torch.device("cpu"), torch.float32, (Pattern.parse("1:16"),), 2)
     assert time_layer(TOYS[0], 5, setting, time.perf_counter() + 60) is None
+    known = LayerSetting(torch.device("cpu"), torch.float32, (Pattern.parse("2:4"),), 2)
+    assert time_layer(TOYS[0], 5, known, time.perf_counter() + 60) is not None
+    assert time_layer(TOYS[0], 5, known, time.perf_counter() - 1) is None
     result = shell(*TABLE, "--pattern", "2:4", "1:16", "--tokens", "5")
     _, first, _ = rows_of(result.out)
     assert first[5] == "left out"

@@ -150,6 +150,7 @@ def test_doctor_on_a_hopper_card_runs_all_cuda_kernels(
     for family in list_families():
         if family.device == "cuda":
             assert f"  yes {', '.join(family.names)} (cuda)\n" in out
+    assert out.count("\n      cuSPARSELt 0.8.0 is slower on some cards than 0.8.1") == 3
     assert re.search(r"card 0 +Made-up, compute capability 9.0, 3 GiB, 7 multiprocessors", out)
 
 
