@@ -99,8 +99,8 @@ def make_table(options: argparse.Namespace) -> Table:
     if min(tokens) < 1:
         raise ConfigError(f"--tokens {min(tokens)} is not >= 1")
     rows = [(layer, count) for count in dict.fromkeys(tokens) for layer in linear_layers.LAYERS]
-    if device.type == "cpu":  # small ones first: the large may take longer than there is time
-        rows.sort(key=lambda row: row[0].rows * row[0].cols * row[1])
+    if device.type == "cpu":  # small layers first: the large may take longer than there is time
+        rows.sort(key=lambda row: (row[1], row[0].rows * row[0].cols))
     wanted = [*dict.fromkeys(map(Pattern.parse, options.pattern or PATTERNS))]
     setting = LayerSetting(device, dtype, tuple(wanted), options.rounds)
     setting = keep_patterns(setting, rows, explicit=options.pattern is not None)

@@ -57,7 +57,7 @@ def test_layers_are_printed_in_markdown_and_written_as_json(shell: Shell) -> Non
     result = shell(*TABLE, *argv)
     heads, *rows = rows_of(result.out)
     assert heads == ["layer", "in x out", "tokens", "dense ms", "2:4", "1:8x64"]
-    assert [row[:3] for row in rows] == [  # from the fewest MACs on
+    assert [row[:3] for row in rows] == [  # few tokens first, then small layers
         ["toy proj", "128 x 128", "5"],
         ["toy fc1", "128 x 256", "5"],
         ["toy proj", "128 x 128", "17"],
