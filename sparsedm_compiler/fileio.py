@@ -58,13 +58,7 @@ def cache_folder(name: str) -> Path:
     It lies under $SPARSEDM_CACHE, else $XDG_CACHE_HOME/sparsedm_compiler, else
     ~/.cache/sparsedm_compiler; where none of them can be written, in the temporary directory.
     """
-    preferred = os.environ.get("SPARSEDM_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    user = os.environ.get("USER") if sys.platform == "win32" else os.getuid()
-    for base in (
-        preferred or Path(home, "sparsedm_compiler"),
-        Path(tempfile.gettempdir(), f"sparsedm_compiler-{user}"),
-    ):
+    for base in list_cache_bases():
         path = Path(base, name)
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -73,3 +67,17 @@ def cache_folder(name: str) -> Path:
         if os.access(path, os.W_OK):
             return path
     return Path(tempfile.mkdtemp(prefix="sparsedm_compiler-"))
+
+
+def list_cache_bases() -> tuple[Path, Path]:
+    """Returns the folder that ``cache_folder`` tries first, and the one in the temporary directory.
+
+    Neither is made.
+    """
+    preferred = os.environ.get("SPARSEDM_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    user = os.environ.get("USER") if sys.platform == "win32" else os.getuid()
+    return (
+        Path(preferred or Path(home, "sparsedm_compiler")),
+        Path(tempfile.gettempdir(), f"sparsedm_compiler-{user}"),
+    )

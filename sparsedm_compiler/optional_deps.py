@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -18,6 +19,26 @@ MISSING_OPS = {
 
 DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML", "sklearn": "scikit-learn"}
 """What pip calls a package that is imported under another name."""
+
+
+EXTRAS = {
+    "diffusers": ("diffusers",),
+    "train": (
+        *("accelerate", "diffusers", "matplotlib", "pillow", "pytorch-fid", "pyyaml", "scipy"),
+        *("tensorboard", "tqdm"),
+    ),
+    "datasets": ("datasets",),
+    "demo": ("scikit-learn",),
+}
+"""What pip installs for the extras of this package, but for other extras; as in pyproject.toml."""
+
+
+def read_version(distribution: str) -> str | None:
+    """Returns the version of what pip calls ``distribution``, None where it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def is_installed(package: str) -> bool:

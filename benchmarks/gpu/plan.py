@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+
+from sparsedm_compiler.autotune.linear_layers import LAYERS, Layer, list_block_layers
 
 PAPER = {
     1: {1: 1.02, 2: 1.01, 4: 1.01},
@@ -12,17 +13,6 @@ PAPER = {
     8: {1: 1.22, 2: 1.17, 4: 1.08},
 }
 """The paper's speed-ups: mlp_ratio -> patch size -> 2:4 over eager dense."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One linear layer of a model, [rows, cols], with what comes behind it."""
-
-    model: str
-    name: str
-    cols: int
-    rows: int
-    act: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +54,6 @@ class Plan:
     seconds: float
 
 
-def layers_of(model: str, width: int, act: str = "gelu") -> Iterator[Layer]:
-    """The linear layers of a transformer block with one qkv."""
-    yield Layer(model, "fc1", width, 4 * width, act)
-    yield Layer(model, "fc2", 4 * width, width)
-    yield Layer(model, "qkv", width, 3 * width)
-    yield Layer(model, "proj", width, width)
-
-
-LAYERS = (
-    *layers_of("DiT-XL/2", 1152, "gelu_tanh"),
-    Layer("FLUX", "fc1", 3072, 12288, "gelu_tanh"),
-    Layer("FLUX", "fc2", 12288, 3072),
-    Layer("FLUX", "out", 15360, 3072),
-    Layer("FLUX", "proj", 3072, 3072),
-    *layers_of("U-ViT-L", 1024),
-    Layer("SD3", "fc1", 1536, 6144, "gelu_tanh"),
-    Layer("SD3", "fc2", 6144, 1536),
-    Layer("SD3", "proj", 1536, 1536),
-    *layers_of("U-ViT-S", 512),
-)
-
 FULL = Plan(
     device="cuda",
     compiled=True,
@@ -117,7 +86,7 @@ TINY = Plan(
     compiled=False,
     kernels="sparse",
     tokens=(16, 40),
-    layers=(*layers_of("toy", 128),),
+    layers=(*list_block_layers("toy", 128),),
     op_patterns=("2:4", "1:2@64x16", "1:2@64x32+2:4", "64:2:8", "1:8x64"),
     block=Block(64, 2, 8, (2, 1), (2, 4), ("bfloat16",), (1,)),
     models=(("dit-toy", 2), ("uvit-toy", 1), ("flux-toy", 1)),

@@ -61,9 +61,8 @@ def measure_kernels(
     None where ``budget`` has no time left; infinite for a kernel that refuses the size or gives
     other numbers than dense.
     """
-    path = cache_folder("choices") / f"{_digest(trial)}.json"
-    cached = _read_times(path)
-    if cached is not None and all(str(kernel) in cached for kernel in kernels):
+    path, cached = _find_times(trial), read_measured(trial, kernels)
+    if cached is not None:
         return cached
     if budget.seconds <= 0:
         return None
@@ -75,20 +74,30 @@ def measure_kernels(
     return measured
 
 
+def read_measured(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, float] | None:
+    """Returns the times that ``measure_kernels`` would read from disk; None where it would measure.
+
+    Measures nothing.
+    """
+    cached = _read_times(_find_times(trial))
+    complete = cached is not None and all(str(kernel) in cached for kernel in kernels)
+    return cached if complete else None
+
+
 def reproduces_dense(trial: KernelTrial, kernel: KernelConfig) -> bool:
     """Returns whether a kernel runs the trial and gives dense's numbers, but for rounding."""
     with torch.no_grad():
-        return str(kernel) in _calls(trial, [kernel])
+        return str(kernel) in bind_calls(trial, [kernel])
 
 
 def _measure(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, float]:
-    calls, device = _calls(trial, kernels), trial.weight.device
+    calls, device = bind_calls(trial, kernels), trial.weight.device
     family = find_family(kernels[0].name)
     times = family.time_calls(calls, device, graphs=trial.graphs)
     return {**{str(kernel): math.inf for kernel in kernels}, **times}
 
 
-def _calls(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, Callable[[], Any]]:
+def bind_calls(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, Callable[[], Any]]:
     """Returns the call of "dense", and of every kernel that reproduces it but for rounding.
 
     Not every kernel takes every size, which only running it tells, and none is believed before it
@@ -158,6 +167,10 @@ def make_input(problem: MatmulProblem, device: torch.device) -> Tensor:
     """Returns a random input for the problem."""
     x = torch.randn(problem.inputs, dtype=torch.float32, device=device).to(problem.dtype)
     return x.contiguous(memory_format=torch.channels_last) if problem.channels_last else x
+
+
+def _find_times(trial: KernelTrial) -> Path:
+    return cache_folder("choices") / f"{_digest(trial)}.json"
 
 
 def _digest(trial: KernelTrial) -> str:

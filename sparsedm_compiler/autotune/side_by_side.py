@@ -85,3 +85,12 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load": list(os.getloadavg()),
     }
+
+
+def format_machine(facts: Mapping[str, Any]) -> str:
+    """Returns processor, threads, torch version and load as text."""
+    processor = facts["gpu"] or f"{facts['processor']}, {facts['cpu']}"
+    return (
+        f"{processor}, {facts['threads']} of {facts['cores']} threads, torch {facts['torch']}, "
+        f"load {facts['load'][0]:.1f}"
+    )

@@ -49,10 +49,16 @@ def count_rounds() -> Iterator[int]:
 
 def time_on_host(calls: Calls) -> dict[str, float]:
     """Returns the median milliseconds of each call by the clock on the wall, after one warm-up."""
+    samples = sample_on_host(calls, count_rounds())
+    return {name: median(milliseconds) for name, milliseconds in samples.items()}
+
+
+def sample_on_host(calls: Calls, rounds: Iterable[int]) -> dict[str, list[float]]:
+    """Returns the milliseconds of each call by round, by the clock on the wall, warmed up once."""
     for call in calls.values():
         call()
-    samples = interleave(calls, _measure_seconds, count_rounds())
-    return {name: 1e3 * median(seconds) for name, seconds in samples.items()}
+    samples = interleave(calls, _measure_seconds, rounds)
+    return {name: [1e3 * second for second in seconds] for name, seconds in samples.items()}
 
 
 def _measure_seconds(call: Callable[[], Any]) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import PackError
 from ..patterns import Pattern
-from .interleaved_timer import time_on_host
+from .interleaved_timer import sample_on_host, time_on_host
 
 Op = Callable[..., Tensor]
 """An op in the form that an FX graph calls: a custom op's overload, or a plain function."""
@@ -184,6 +184,13 @@ class KernelFamily(ABC):
         """
         return None
 
+    def list_libraries(self) -> dict[str, str | None]:
+        """Returns the libraries and tools of its kernels, name -> version here, None without it.
+
+        ``sparsedm doctor`` shows them, so that it never asks a device itself.
+        """
+        return {}
+
     @abstractmethod
     def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         """Returns what ``why_refused`` does, for a pattern that is accepted."""
@@ -252,3 +259,9 @@ class KernelFamily(ABC):
             graphs: Whether the model will run under CUDA graphs, which hide the cost of launches.
         """
         return time_on_host(calls)
+
+    def sample_calls(
+        self, calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int
+    ) -> dict[str, list[float]]:
+        """Returns the milliseconds of calls on its device by round, taken in turns."""
+        return sample_on_host(calls, range(rounds))

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..progress import announce, watch_compilation
-from .job import Job
+from . import bench_layers
+from .bench_layers import add_layer_options, check_unused
+from .job import STDOUT, Job
 from .options import (
     add_backend,
     add_device,
@@ -31,11 +33,17 @@ The dense model and every pattern are timed in turns in one process under the sa
 different order each round; a result is the median of the rounds' ratios, with its quartiles. The
 weights are random: the time of a kernel does not depend on their values. Absolute times are not
 printed, as they mean little on a shared machine. The folder of a training run stands for its model,
-pruned as in that run; the ratio is then stored in its results.json, for sparsedm report."""
+pruned as in that run; the ratio is then stored in its results.json, for sparsedm report.
+
+With --layers in the place of MODEL, linear layers of well-known models are timed instead, in less
+than two minutes: a table in Markdown to share, and as JSON to FILE with --json FILE. There the
+times of dense are shown, and the rows are printed as they come."""
 EXAMPLE = """\
   sparsedm bench uvit-cifar10-small --pattern 2:4 1:8 --batch 8
   sparsedm bench runs/first --threads 1
-  sparsedm bench path/to/unet --pattern 2:4 --backend eager --json"""
+  sparsedm bench path/to/unet --pattern 2:4 --backend eager --json
+  sparsedm bench --layers --json layers.json
+  sparsedm bench --layers --pattern 2:4 --pattern 1:8x64 --dtype bf16 --tokens 257"""
 ROUNDS = 11
 ALL_DENSE = "every layer of the pruned model runs dense"
 Quartiles = tuple[float, float, float]
@@ -44,14 +52,18 @@ Quartiles = tuple[float, float, float]
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="as in sparsedm macs, or the folder of a training run")
-    add("--pattern", nargs="+", help="patterns to compare (default: 2:4, or that of the run)")
+    model = "as in sparsedm macs, or the folder of a training run"
+    add("model", metavar="MODEL", nargs="?", help=model)
+    patterns = "patterns to compare; may be repeated (default: 2:4, or that of the run)"
+    add("--pattern", nargs="+", action="extend", help=patterns)
     add("--policy", help="which layers stay dense: structural, uvit or all (structural)")
     add("--batch", type=int, help="samples in the batch (1)")
     add("--inputs", help="shapes of the inputs of one call, for a model class that is not known")
     add("--rounds", type=int, default=ROUNDS, help=f"rounds to measure ({ROUNDS})")
     add("--threads", type=int, help="threads of torch (default: torch decides)")
-    add("--json", action="store_true", help="print JSON only")
+    json_help = "print JSON only; with --layers and FILE, write JSON to it beside the table"
+    add("--json", nargs="?", const=STDOUT, metavar="FILE", help=json_help)
+    add_layer_options(parser)
     add_backend(parser)
     add_device(parser)
     add_model_options(parser)
@@ -101,10 +113,24 @@ def make_case(options: argparse.Namespace) -> BenchmarkCase:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Checks the request; with --dry-run makes the model too. Raises SparseDMError."""
+    if options.model is None and options.json not in (None, STDOUT) and not options.layers:
+        options.model, options.json = options.json, STDOUT  # "--json MODEL": there FILE is MODEL
+    check_unused(options)
+    if options.layers:
+        return bench_layers.prepare(options)
+    return prepare_model(options)
+
+
+def prepare_model(options: argparse.Namespace) -> Job:
+    """Checks a request for a model. Raises SparseDMError."""
     from ..compiler.inner_backend import resolve_backend
     from ..errors import ConfigError
     from ..models.loading import open_with_inputs
 
+    if options.model is None:
+        raise ConfigError("name a MODEL, or --layers for a table of well-known linear layers")
+    if options.json not in (None, STDOUT):
+        raise ConfigError(f"--json {options.json}: only --layers writes JSON to a file")
     case = make_case(options)
     for name, value in (("rounds", options.rounds), ("threads", options.threads)):
         if value is not None and value < 1:
@@ -218,7 +244,7 @@ def store_speedup(
     results: Path, ratios: Mapping[str, Mapping[str, Quartiles]], batch: int, note: str = ""
 ) -> None:
     """Stores the speed-up of a run over the fastest dense model in its results.json, and a note."""
-    from ..autotune.side_by_side import describe_machine
+    from ..autotune.side_by_side import describe_machine, format_machine
     from ..backends.processor import read_cpu_name
     from ..train.checkpoint import replace_text
 
@@ -238,7 +264,7 @@ def print_ratios(
     """Prints the ratios as a table, or as JSON."""
     from tabulate import tabulate
 
-    from ..autotune.side_by_side import describe_machine, format_ratio
+    from ..autotune.side_by_side import describe_machine, format_machine, format_ratio
     from ..backends.processor import read_cpu_name
 
     ratios = compute_ratios(times, case.patterns)
@@ -253,12 +279,3 @@ def print_ratios(
     print(f"{options.model}, batch {options.batch or 1}: times faster than")
     print(tabulate(body, ["pattern", *dense], disable_numparse=True))
     print(f"medians of {options.rounds} rounds [quartiles]; {format_machine(facts)}")
-
-
-def format_machine(facts: Mapping[str, Any]) -> str:
-    """Returns processor, threads, torch version and load as text."""
-    processor = facts["gpu"] or f"{facts['processor']}, {facts['cpu']}"
-    return (
-        f"{processor}, {facts['threads']} of {facts['cores']} threads, torch {facts['torch']}, "
-        f"load {facts['load'][0]:.1f}"
-    )

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from .. import __version__
-from . import bench, explain, fid, finetune, macs, report, sample
+from . import bench, doctor, explain, fid, finetune, macs, report, sample
 from .job import DONE, Command, execute
 
 COMMANDS: Mapping[str, Command] = {
@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, Command] = {
     "bench": bench,
     "report": report,
     "explain": explain,
+    "doctor": doctor,
 }
 ABOUT = """\
 Prune diffusion models to N:M sparsity, fine-tune them, sample, score and compare them.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import (
     ConfigError,
@@ -30,16 +31,21 @@ DONE, FAILED, REFUSED = 0, 1, 2
 """Exit statuses: success; failure while running; a request that cannot be carried out."""
 SIGNALLED = 128
 """The exit status of a command ended by a signal, less the signal's number."""
+STDOUT = "-"
+"""The name of a file that means standard output."""
 RUN_ERRORS = (DenseRunError, GraphError, KernelError)
 """Errors that no check of the request could have detected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked request: ``lines`` describe it for --dry-run, ``run`` carries it out."""
+    """A checked request: ``lines`` describe it for --dry-run, ``run`` carries it out.
+
+    ``run`` may return an exit status; None is success.
+    """
 
     lines: tuple[str, ...]
-    run: Callable[[], None]
+    run: Callable[[], int | None]
 
 
 class Command(Protocol):
@@ -64,6 +70,7 @@ def execute(name: str, command: Command, options: argparse.Namespace) -> int:
 
     An error is printed as one line on stderr that starts with ``name``.
     """
+    status: int | None = DONE
     with handle_signals() as last_signal, show_announcements(True):
         try:
             with require_extra("this command", "train"):
@@ -72,7 +79,7 @@ def execute(name: str, command: Command, options: argparse.Namespace) -> int:
                 if options.dry_run:
                     print("\n".join([*job.lines, "dry run: nothing was computed or written"]))
                 else:
-                    job.run()
+                    status = job.run()
             sys.stdout.flush()
         except StoppedError as error:
             return print_failure(name, str(error), SIGNALLED + (last_signal() or signal.SIGTERM))
@@ -88,7 +95,7 @@ def execute(name: str, command: Command, options: argparse.Namespace) -> int:
             return FAILED
         except OSError as error:
             return print_failure(name, str(error), FAILED)
-    return DONE
+    return status or DONE
 
 
 def print_failure(name: str, text: str, status: int) -> int:
@@ -150,3 +157,14 @@ def check_writable(path: str | Path, *, folder: bool = False) -> Path:
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"cannot write {target}: no permission in {existing}")
     return target
+
+
+def write_json(file: str, values: Mapping[str, Any]) -> None:
+    """Writes values as JSON to a file, whole or not at all, or to standard output (STDOUT)."""
+    from ..fileio import write_atomically
+
+    text = json.dumps(values, indent=1) + "\n"
+    if file == STDOUT:
+        sys.stdout.write(text)
+    else:
+        write_atomically(Path(file), text.encode())

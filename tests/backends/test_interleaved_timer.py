@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sparsedm_compiler.backends import interleaved_timer
-from sparsedm_compiler.backends.interleaved_timer import count_rounds, interleave, time_on_host
+from sparsedm_compiler.backends.interleaved_timer import (
+    count_rounds,
+    interleave,
+    sample_on_host,
+    time_on_host,
+)
+from sparsedm_compiler.backends.registry import find_family
 
 
 def test_interleave_turns_the_order_by_one_per_round() -> None:
@@ -42,3 +49,33 @@ def test_time_on_host_runs_every_call_once_more_to_warm_up() -> None:
     assert set(times) == {"dense", "sparse"}
     assert all(0 <= milliseconds < 1000 for milliseconds in times.values())
     assert counts["dense"] == counts["sparse"] >= 2
+
+
+def test_sample_on_host_gives_milliseconds_of_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, []
+
+    def call() -> None:
+        nonlocal now
+        calls.append(now)
+        now += 0.25
+
+    monkeypatch.setattr(interleaved_timer.time, "perf_counter", lambda: now)
+    assert sample_on_host({"dense": call}, range(3)) == {"dense": [250.0] * 3}
+    assert len(calls) == 4  # one to warm up
+
+
+@pytest.mark.parametrize(("device", "timed"), [("cuda", "on the card"), ("cpu", "on the host")])
+def test_sample_calls_of_a_cuda_family_is_timed_where_it_runs(
+    device: str, timed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample_on_card(calls: object, device: torch.device, rounds: int) -> object:
+        return "on the card", device, rounds
+
+    def sample_on_cpu(calls: object, rounds: range) -> object:
+        return "on the host", torch.device("cpu"), len(rounds)
+
+    monkeypatch.setattr("sparsedm_compiler.backends.cuda.family.sample_calls", sample_on_card)
+    monkeypatch.setattr("sparsedm_compiler.backends.kernel_family.sample_on_host", sample_on_cpu)
+    where = torch.device(device)
+    assert find_family("cuda_vnm").sample_calls({}, where, 7) == (timed, where, 7)
+    assert find_family("cpu_free").sample_calls({}, torch.device("cpu"), 7)[0] == "on the host"

@@ -11,11 +11,15 @@ import pytest
 import torch
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.autotune.side_by_side import Samples, compute_ratio, sample_in_turns
+from sparsedm_compiler.autotune.side_by_side import (
+    Samples,
+    compute_ratio,
+    format_machine,
+    sample_in_turns,
+)
 from sparsedm_compiler.cli.bench import (
     ALL_DENSE,
     BenchmarkCase,
-    format_machine,
     make_candidates,
     print_dense,
     runs_all_dense,

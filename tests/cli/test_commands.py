@@ -38,7 +38,16 @@ def test_python_m_prints_the_help() -> None:
 
 
 def test_commands_are_complete() -> None:
-    assert [*COMMANDS] == ["macs", "finetune", "sample", "fid", "bench", "report", "explain"]
+    assert [*COMMANDS] == [
+        "macs",
+        "finetune",
+        "sample",
+        "fid",
+        "bench",
+        "report",
+        "explain",
+        "doctor",
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import PackError
 from ...patterns import NM, Pattern, SharedNM
+from ..cpp_compiler import describe_compiler
 from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, WeightFormat
 from ..processor import read_cpu_name
 from .build import hash_sources, why_unavailable
@@ -32,6 +33,14 @@ class CpuFamily(KernelFamily):
 
     def why_unavailable(self) -> str | None:
         return why_unavailable()
+
+    def list_libraries(self) -> dict[str, str | None]:
+        """Returns the compiler, and the ISA of all kernels and of those in bfloat16."""
+        return {
+            "C++ compiler": describe_compiler(),
+            "CPU ISA": torch.backends.cpu.get_cpu_capability(),
+            "CPU bfloat16 ISA": select_isa(),
+        }
 
     def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         return why_refused(self.require_accepted(pattern), rows, cols, dtype)

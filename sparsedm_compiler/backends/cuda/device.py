@@ -93,6 +93,12 @@ def note_cusparselt(device: CudaDevice | None) -> str | None:
     return f"cuSPARSELt {version} is slower on some cards than {better}"
 
 
+def list_cusparselt() -> dict[str, str | None]:
+    """Returns the version of cuSPARSELt by its name; None without the library."""
+    version = _read_cusparselt_version()
+    return {"cuSPARSELt": None if version is None else _format_version(version)}
+
+
 def why_no_nvrtc(device: CudaDevice | None) -> str | None:
     """Returns why kernels cannot be compiled by NVRTC, as a sentence; None if they can.
 

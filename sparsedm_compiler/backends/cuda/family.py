@@ -9,7 +9,7 @@ import torch
 
 from ..kernel_family import KernelFamily
 from .device import describe_machine
-from .timer import time_calls
+from .timer import sample_calls, time_calls
 
 
 class CudaFamily(KernelFamily):
@@ -26,3 +26,10 @@ class CudaFamily(KernelFamily):
         if device.type != "cuda":  # tests run the references of the ops on a CPU
             return KernelFamily.time_calls(self, calls, device, graphs=graphs)
         return time_calls(calls, device, graphs=graphs)
+
+    def sample_calls(
+        self, calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int
+    ) -> dict[str, list[float]]:
+        if device.type != "cuda":
+            return KernelFamily.sample_calls(self, calls, device, rounds)
+        return sample_calls(calls, device, rounds)

@@ -78,6 +78,14 @@ def why_unavailable() -> str | None:
     return None
 
 
+def list_nvrtc() -> dict[str, str | None]:
+    """Returns the version of NVRTC by its name; None without the library."""
+    if why_unavailable() is not None:
+        return {"NVRTC": None}
+    version = read_nvrtc_version()
+    return {"NVRTC": f"{version // 1000}.{version % 1000 // 10}"}
+
+
 def compile_kernel(
     source: str,
     capability: tuple[int, int],

@@ -11,6 +11,7 @@ from ...errors import PackError
 from ...patterns import NM, VNM, BlockNM, NestedNM, Pattern, SharedNM, TransposableNM
 from ..cuda.device import (
     find_device,
+    list_cusparselt,
     note_cusparselt,
     why_no_cusparselt,
     why_no_tensor_cores,
@@ -52,6 +53,9 @@ class CuSparseLtFamily(CudaFamily):
 
     def describe_doubts(self) -> str | None:
         return note_cusparselt(find_device())
+
+    def list_libraries(self) -> dict[str, str | None]:
+        return list_cusparselt()
 
     def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         if dtype not in TYPES:

@@ -17,6 +17,7 @@ from ...errors import PackError
 from ...patterns import Pattern
 from ..cuda.device import (
     find_device,
+    list_cusparselt,
     note_cusparselt,
     why_no_cusparselt,
     why_no_fp8_cores,
@@ -67,6 +68,9 @@ class QuantizedFamily(CudaFamily):
 
     def describe_doubts(self) -> str | None:
         return note_cusparselt(find_device())
+
+    def list_libraries(self) -> dict[str, str | None]:
+        return list_cusparselt()
 
     def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         if dtype not in TYPES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...optional_deps import read_version
 from ...patterns import Pattern, SharedNM
 from ...triton_support import why_unavailable
 from ..cuda.device import find_device, why_no_tensor_cores
@@ -28,6 +29,10 @@ class GatherFamily(RawFormatFamily):
 
     def why_unavailable(self) -> str | None:
         return why_no_tensor_cores(find_device()) or why_unavailable()
+
+    def list_libraries(self) -> dict[str, str | None]:
+        names = ("triton", "pytorch-triton", "triton-windows")
+        return {"Triton": next(filter(None, map(read_version, names)), None)}
 
     def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         layout = (ops.TYPES.index(dtype),)

@@ -9,7 +9,7 @@ import torch
 from ...patterns import VNM, Pattern
 from ..cuda.device import find_device, why_no_nvrtc, why_no_tensor_cores
 from ..cuda.im2col import register_conv
-from ..cuda.nvrtc import why_unavailable
+from ..cuda.nvrtc import list_nvrtc, why_unavailable
 from ..cuda.raw_format import RawFormatFamily
 from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
 from . import format as vnm_format
@@ -46,6 +46,9 @@ class VnmFamily(RawFormatFamily):
     def why_unavailable(self) -> str | None:
         device = find_device()
         return why_no_tensor_cores(device) or why_no_nvrtc(device) or why_unavailable()
+
+    def list_libraries(self) -> dict[str, str | None]:
+        return list_nvrtc()
 
     def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         device, layout = find_device(), (vnm_format.TYPES.index(dtype),)

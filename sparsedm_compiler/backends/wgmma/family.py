@@ -9,7 +9,7 @@ import torch
 
 from ...patterns import NM, VNM, BlockNM, NestedNM, Pattern, SharedNM, TransposableNM
 from ..cuda.device import CudaDevice, find_device, why_no_nvrtc
-from ..cuda.nvrtc import why_unavailable
+from ..cuda.nvrtc import list_nvrtc, why_unavailable
 from ..cuda.raw_format import RawFormatFamily
 from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
 from . import format as wgmma_format
@@ -46,6 +46,9 @@ class WgmmaFamily(RawFormatFamily):
     def why_unavailable(self) -> str | None:
         device = find_device()
         return why_no_nvrtc(device) or _why_other(device) or why_unavailable()
+
+    def list_libraries(self) -> dict[str, str | None]:
+        return list_nvrtc()
 
     def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:
         device, accepted = find_device(), self.require_accepted(pattern)
