@@ -254,6 +254,7 @@ def test_every_file_that_is_no_module_is_in_the_wheel() -> None:
     compiled = {path for path in files if "__pycache__" in path.parts}
     modules = {path for path in files if path.suffix == ".py"}
     assert not files - compiled - modules - packed
+    assert all((path.parent / "__init__.py").exists() for path in modules - compiled)
 
 
 def test_vague_words_name_nothing() -> None:
