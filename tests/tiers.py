@@ -78,6 +78,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "train/test_distributed.py": ("",),
     "train/test_folder_lock.py": ("held_by_a_process",),
     "train/test_sr_ste.py": ("two_processes",),
+    "train/test_step_clock.py": ("leaves_compiling",),
     # Whole runs and whole models.
     "cli/test_bench.py": ("ratios", "speedup"),
     "cli/test_finetune.py": ("trains_scores",),

@@ -40,7 +40,8 @@ def select_kernel(
     candidates = _list_candidates(row, weight, config, wanted)
     if isinstance(candidates, Refusal):
         return row.run_dense(candidates.sentence)
-    trial = KernelTrial(weight, row.name, row.pattern, row.problems, config.backend == GRAPHS)
+    graphs, fused = config.backend == GRAPHS, not weight.is_cuda and config.backend != "eager"
+    trial = KernelTrial(weight, row.name, row.pattern, row.problems, graphs, fused)
     if wanted != "auto":
         kernel = candidates[0]
         doubtful = weight.is_cuda and not find_family(kernel.name).inexact
@@ -67,10 +68,15 @@ def _select_fastest(
     if best_ms == math.inf:
         return row.run_dense(_distrust(candidates))
     times = KernelTimes(dense_ms, best_ms)
-    if best_ms >= MARGIN * dense_ms:
+    if not is_worth(best, best_ms, dense_ms):
         reason = _add_doubts(f"{best.name} was not faster", best)
         return row.run_dense(reason, status=Status.MEASURED, times=times)
     return _run_sparse(row, trial.weight, best, Status.MEASURED, "fastest measured", times)
+
+
+def is_worth(kernel: KernelConfig, sparse_ms: float, dense_ms: float) -> bool:
+    """Returns whether a measured kernel is fast enough to take dense's place in a model."""
+    return sparse_ms + find_family(kernel.name).call_ms < MARGIN * dense_ms
 
 
 def _distrust(kernels: tuple[KernelConfig, ...]) -> str:

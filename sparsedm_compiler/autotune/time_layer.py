@@ -27,7 +27,7 @@ from .measure import (
     read_measured,
     run_dense,
 )
-from .select_kernel import MARGIN
+from .select_kernel import is_worth
 from .side_by_side import compute_ratio
 
 COST = 25
@@ -182,8 +182,8 @@ def _bind_fastest(
         names = " and ".join(dict.fromkeys(kernel.name for kernel in kernels))
         reason = f"{names} refused its size, or gave other numbers than dense"
         return PatternTimes(refusal=reason), None
-    gated = times[str(best)] >= MARGIN * times["dense"]
-    return PatternTimes(kernel=str(best), dense=gated), call
+    worth = is_worth(best, times[str(best)], times["dense"])
+    return PatternTimes(kernel=str(best), dense=not worth), call
 
 
 def _summarize(

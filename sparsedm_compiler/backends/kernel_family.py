@@ -123,6 +123,8 @@ class KernelFamily(ABC):
             x alone.
         feature_major_op: The op that reads and writes activations with the tokens side by side in
             memory, the latter by its keyword argument ``feature_major``; None without one.
+        call_ms: Milliseconds that a call costs more in a model than timed alone, where its Python
+            and its objects stay in the cache.
         training_op: The op of sparse products in training, called as
             ``op(x, masked_weight, bias, transposable)``; None without one.
     """
@@ -135,6 +137,7 @@ class KernelFamily(ABC):
     token_multiple: int = 1
     token_ops: tuple[Op, ...] = ()
     feature_major_op: Op | None = None
+    call_ms: float = 0.0
     training_op: Op | None = None
 
     @final

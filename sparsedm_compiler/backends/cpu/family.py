@@ -30,6 +30,7 @@ class CpuFamily(KernelFamily):
     device = "cpu"
     names = ("cpu_free", "cpu_shared", "cpu_wide")
     accepts = (NM, SharedNM)
+    call_ms = 0.015  # its Python, cold: benchmarks/call_cost.py
 
     def why_unavailable(self) -> str | None:
         return why_unavailable()
