@@ -65,7 +65,8 @@ def measure_kernels(
     None where ``budget`` has no time left; infinite for a kernel that refuses the size or gives
     other numbers than dense.
     """
-    path, cached = _find_times(trial), read_measured(trial, kernels)
+    path = _find_times(trial)
+    cached = _read_complete(path, kernels)
     if cached is not None:
         return cached
     if budget.seconds <= 0:
@@ -83,9 +84,7 @@ def read_measured(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[s
 
     Measures nothing.
     """
-    cached = _read_times(_find_times(trial))
-    complete = cached is not None and all(str(kernel) in cached for kernel in kernels)
-    return cached if complete else None
+    return _read_complete(_find_times(trial), kernels)
 
 
 def reproduces_dense(trial: KernelTrial, kernel: KernelConfig) -> bool:
@@ -188,6 +187,13 @@ def _digest(trial: KernelTrial) -> str:
     shape = tuple(weight.shape)
     about = (machine, shape, str(trial.pattern), trial.problems, trial.graphs, trial.fused)
     return hashlib.sha256(repr(about).encode()).hexdigest()[:24]
+
+
+def _read_complete(path: Path, kernels: Sequence[KernelConfig]) -> dict[str, float] | None:
+    """Returns the times in a file; None unless every kernel is among them."""
+    times = _read_times(path)
+    complete = times is not None and all(str(kernel) in times for kernel in kernels)
+    return times if complete else None
 
 
 def _read_times(path: Path) -> dict[str, float] | None:

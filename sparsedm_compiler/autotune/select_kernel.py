@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -46,7 +47,7 @@ def select_kernel(
         kernel = candidates[0]
         doubtful = weight.is_cuda and not find_family(kernel.name).inexact
         if doubtful and not reproduces_dense(trial, kernel):
-            return row.run_dense(_distrust(candidates[:1]))
+            return row.run_dense(explain_distrust(candidates[:1]))
         return _run_sparse(row, weight, kernel, Status.PINNED, "pinned by kernels=")
     return _select_fastest(row, candidates, trial, config, budget)
 
@@ -66,7 +67,7 @@ def _select_fastest(
     best = min(candidates, key=lambda kernel: milliseconds[str(kernel)])
     best_ms = milliseconds[str(best)]
     if best_ms == math.inf:
-        return row.run_dense(_distrust(candidates))
+        return row.run_dense(explain_distrust(candidates))
     times = KernelTimes(dense_ms, best_ms)
     if not is_worth(best, best_ms, dense_ms):
         reason = _add_doubts(f"{best.name} was not faster", best)
@@ -79,7 +80,8 @@ def is_worth(kernel: KernelConfig, sparse_ms: float, dense_ms: float) -> bool:
     return sparse_ms + find_family(kernel.name).call_ms < MARGIN * dense_ms
 
 
-def _distrust(kernels: tuple[KernelConfig, ...]) -> str:
+def explain_distrust(kernels: Sequence[KernelConfig]) -> str:
+    """Returns why none of some kernels was believed, as a sentence."""
     names = " and ".join(dict.fromkeys(kernel.name for kernel in kernels))
     return f"{names} refused its size, or gave other numbers than dense"
 

@@ -27,7 +27,7 @@ from .measure import (
     read_measured,
     run_dense,
 )
-from .select_kernel import is_worth
+from .select_kernel import explain_distrust, is_worth
 from .side_by_side import compute_ratio
 
 COST = 25
@@ -179,9 +179,7 @@ def _bind_fastest(
     best = min(kernels, key=lambda kernel: times[str(kernel)])
     call = None if times[str(best)] == math.inf else bind_calls(trial, [best]).get(str(best))
     if call is None:
-        names = " and ".join(dict.fromkeys(kernel.name for kernel in kernels))
-        reason = f"{names} refused its size, or gave other numbers than dense"
-        return PatternTimes(refusal=reason), None
+        return PatternTimes(refusal=explain_distrust(kernels)), None
     worth = is_worth(best, times[str(best)], times["dense"])
     return PatternTimes(kernel=str(best), dense=not worth), call
 

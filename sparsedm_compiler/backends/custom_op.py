@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 
+from ..errors import KernelError
+
 ACTS = ("none", "gelu", "gelu_tanh", "silu")
 """Activations a kernel can end with; their index is their code in act.h and vnm.cu."""
 
@@ -126,6 +128,15 @@ def apply_activation(x: Tensor, act: str) -> Tensor:
 def is_channels_last(x: Tensor) -> bool:
     """Returns whether x lies channels_last in memory, and not also row-major."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def check_bias(bias: Tensor | None, rows: int, dtype: torch.dtype) -> None:
+    """Raises KernelError unless a bias is one value for each row, in that dtype or float32."""
+    if bias is not None and (bias.shape != (rows,) or bias.dtype not in (dtype, torch.float32)):
+        raise KernelError(
+            f"a bias of {list(bias.shape)} in {bias.dtype} is not one value for each of "
+            f"{rows} rows in {dtype} or float32"
+        )
 
 
 def cast_bias(x: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -129,8 +129,7 @@ def write_results(
     values["complete"] = True
     if main:
         grids.save(folder / values["samples"], images)
-        data = inputs.data if inputs.held_out is None else inputs.held_out
-        save_real_images(grids, folder / REAL_IMAGES, data)
+        save_real_images(grids, folder / REAL_IMAGES, inputs.data, inputs.held_out)
         replace_text(folder / "results.json", json.dumps(values, indent=1) + "\n")
     join_process_group().wait_for_everyone()
     return values

@@ -224,8 +224,7 @@ def save_sample_grid(run: Run) -> None:
     if run.process.is_main:
         grids.save(folder / "samples" / f"{run.progress.seen:012d}.png", images)
         if not (folder / REAL_IMAGES).exists():
-            data = run.inputs.data if run.inputs.held_out is None else run.inputs.held_out
-            save_real_images(grids, folder / REAL_IMAGES, data)
+            save_real_images(grids, folder / REAL_IMAGES, run.inputs.data, run.inputs.held_out)
 
 
 def finish(run: Run) -> FinetuneResult:

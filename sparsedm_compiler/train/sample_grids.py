@@ -98,19 +98,21 @@ class SampleGrids:
         save_grid(path, {str(k * self.columns): row for k, row in enumerate(rows)}, scale=scale)
 
 
-def save_real_images(grids: SampleGrids, path: Path, data: Data) -> None:
+def save_real_images(grids: SampleGrids, path: Path, data: Data, held_out: Data | None) -> None:
     """Writes as many images of the data as a grid of samples has, from all over the data.
 
-    Latents are decoded. Of data that can only be iterated nothing is written.
+    They are held-out images where there are any. Latents are decoded. Of data that can only be
+    iterated nothing is written.
 
     Args:
         grids: The grids that they are compared with.
         path: The file to write, a PNG.
         data: The data, as ``finetune`` takes them.
+        held_out: The held-out data, likewise; None for none.
     """
     from .batches import check_batch, index_data
 
-    indexed = index_data(data)
+    indexed = index_data(data if held_out is None else held_out)
     if indexed is None:
         return
     size, fetch = indexed

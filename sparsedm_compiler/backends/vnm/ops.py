@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ...patterns import VNM
-from ..custom_op import apply_activation, register
+from ..custom_op import apply_activation, check_bias, register
 from .format import Layout, unpack
 from .launch import (
     Launch,
@@ -108,14 +108,7 @@ def _check(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout) -> No
         raise KernelError(
             f"the packed weight is not one of {layout.rows} x {layout.cols} to {layout.pattern}"
         )
-    if bias is not None and (bias.shape != (layout.rows,) or bias.dtype not in (x.dtype, _WIDE)):
-        raise KernelError(
-            f"a bias of {list(bias.shape)} in {bias.dtype} is not one value for each of "
-            f"{layout.rows} rows in {x.dtype} or float32"
-        )
-
-
-_WIDE = torch.float32
+    check_bias(bias, layout.rows, x.dtype)
 
 
 def _make_feature_major(flat: Tensor, launch: Launch) -> Tensor:

@@ -159,13 +159,16 @@ def build_ahead(
 
     A failure is left to the call, which tells it.
     """
-
-    def build(job: tuple[Tile, tuple[torch.dtype, str]]) -> None:
-        tile, (dtype, act) = job
+    jobs = set()  # tiles that differ in their raster alone are one
+    for tile, (dtype, act) in product(tiles, uses):
         with suppress(KernelError):
             wanted = specify_linear(layout, tile, dtype=dtype, act=act, room=device.shared_bytes)
-            source = read_sources(tile.tokens, layout.sparse, dtype)
-            compile_kernel(source, device.capability, wanted.macros, feature="a")
+            jobs.add((read_sources(tile.tokens, layout.sparse, dtype), wanted.macros))
+
+    def build(job: tuple[str, tuple[tuple[str, int], ...]]) -> None:
+        source, macros = job
+        with suppress(KernelError):
+            compile_kernel(source, device.capability, macros, feature="a")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(build, product(tiles, uses)))
+        list(pool.map(build, jobs))

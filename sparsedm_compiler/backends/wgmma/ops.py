@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import KernelError
 from ...patterns import Pattern
 from ..cuda.im2col import register_conv
-from ..custom_op import apply_activation, fake_linear, register
+from ..cuda.token_padding import ALIGN, align
+from ..custom_op import apply_activation, check_bias, fake_linear, register
 from .build import Tile
 from .format import choose_layout, unpack
 from .launch import launch_linear
@@ -21,8 +21,6 @@ SCHEMA = "str act, str pattern, int[] tile"
 
 ``tile`` is (tokens, warpgroups, slices, raster), as ``build.Tile``.
 """
-
-_ALIGN = 16
 
 
 def reference_linear(
@@ -54,11 +52,7 @@ def run_linear(
     layout = choose_layout(Pattern.parse(pattern), rows, cols)
     if packed.shape != (layout.units * layout.stages * layout.unit_bytes,):
         raise KernelError(f"the packed weight is not one of {rows} x {cols} to {pattern}")
-    if bias is not None and (bias.shape != (rows,) or bias.dtype not in (x.dtype, torch.float32)):
-        raise KernelError(
-            f"a bias of {list(bias.shape)} in {bias.dtype} is not one value for each of "
-            f"{rows} rows in {x.dtype} or float32"
-        )
+    check_bias(bias, rows, x.dtype)
     out = x.new_empty(*x.shape[:-1], rows)
     if out.numel():
         flat = _align(x.reshape(-1, cols))
@@ -69,9 +63,9 @@ def run_linear(
 
 def _align(flat: Tensor) -> Tensor:
     """Returns a matrix whose rows begin where the tensor copy engine reads: a copy if need be."""
-    step = _ALIGN // flat.element_size()
+    step = ALIGN // flat.element_size()
     strides = flat.stride(1) == 1 and flat.stride(0) % step == 0 and flat.stride(0) >= flat.shape[1]
-    return flat if strides and flat.data_ptr() % _ALIGN == 0 else flat.contiguous().clone()
+    return flat if strides and flat.data_ptr() % ALIGN == 0 else align(flat)
 
 
 wgmma_linear_op = register(

@@ -12,8 +12,10 @@ from torch.library import opcheck
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import KernelError, Pattern
+from sparsedm_compiler.backends.cuda.device import CudaDevice
 from sparsedm_compiler.backends.custom_op import ACTS, apply_activation
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
+from sparsedm_compiler.backends.wgmma import build
 from sparsedm_compiler.backends.wgmma.build import Tile, write_product
 from sparsedm_compiler.backends.wgmma.family import BLOCKS, SEMI, TILES, BlockFamily, SemiFamily
 from sparsedm_compiler.backends.wgmma.format import ROWS, TYPES, choose_layout, pack
@@ -90,6 +92,16 @@ def test_write_product_names_the_instruction() -> None:
     sparse = write_product(64, sparse=True, dtype=torch.float16)
     assert "wgmma.mma_async.sp.sync.aligned.m64n64k32.f32.f16.f16" in sparse
     assert "%31}, %32, %33, %34, %36, p, 1, 1, 0, 0;" in sparse
+
+
+def test_build_ahead_compiles_tiles_of_another_raster_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr(build, "compile_kernel", lambda *job, feature: compiled.append(job))
+    card = CudaDevice("H100", (9, 0), shared_bytes=227 * 1024)
+    layout = choose_layout(Pattern.parse("1:2@64x16"), ROWS, ROWS)
+    tiles = Tile(64, 2), Tile(64, 2, raster=8), Tile(128, 2)
+    build.build_ahead(layout, tiles, [(torch.bfloat16, "none"), (torch.bfloat16, "gelu")], card)
+    assert len(compiled) == 4
 
 
 def test_list_candidates_fit_into_shared_memory() -> None:
