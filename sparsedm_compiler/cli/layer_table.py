@@ -172,7 +172,8 @@ def format_foot(
     legend = (
         f"Times faster than dense (torch's linear in {dtype}, no bias or activation): median "
         f"[quartiles] of {table.setting.rounds} rounds, taken in turns. dense: no kernel took less "
-        f"than {MARGIN:g} of dense's time, so that compile runs the layer dense."
+        f"than {MARGIN:g} of dense's time, its call in a model included, so that compile runs the "
+        "layer dense."
     )
     machine = f"{facts['date']}, sparsedm_compiler {facts['sparsedm_compiler']}"
     lines = ["", *refusals, legend, f"{machine}, {format_machine(facts)}", ", ".join(versions)]
