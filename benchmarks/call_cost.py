@@ -1,6 +1,7 @@
 """The cost per call of a compiled model beyond what its graph computes.
 
     python benchmarks/call_cost.py --out call_cost.json
+    python benchmarks/call_cost.py --device cuda     # replayed as CUDA graphs
 
 A model of 61 linear layers, 59 of them pruned, folded for inference with every kernel pinned dense,
 beside the same model under torch.compile alone: whole calls in turns, and the pieces of a call. And
@@ -32,6 +33,7 @@ from sparsedm_compiler.backends.cpu.family import CpuFamily
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from sparsedm_compiler.backends.packing import fold_weight
 from sparsedm_compiler.compiler.folded_graph import FoldedGraph
+from sparsedm_compiler.config import GRAPHS
 from sparsedm_compiler.patterns import Pattern
 
 LAYERS = 61
@@ -50,16 +52,23 @@ class Deep(nn.Module):
         return x
 
 
-def prepare(width: int, tokens: int) -> dict[str, Callable[[], object]]:
-    """Returns the calls to compare: of the dense model, of the pruned one, and parts of both."""
+def prepare(width: int, tokens: int, device: str) -> dict[str, Callable[[], object]]:
+    """Returns the calls to compare: of the dense model, of the pruned one, and parts of both.
+
+    On a GPU the graphs are replayed as CUDA graphs.
+    """
     torch.manual_seed(0)
-    model, x = Deep(width).eval(), torch.randn(tokens, width)
+    graphed = device == "cuda"
+    dtype = torch.bfloat16 if graphed else torch.float32
+    model = Deep(width).to(device, dtype).eval()
+    x = torch.randn(tokens, width, device=device, dtype=dtype)
+    patches = {"triton.cudagraphs": True} if graphed else {}
     graphs: list[Any] = []
 
     def keep_graph(gm: Any, inputs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
-        run = compile_fx(gm, inputs)
+        run = compile_fx(gm, inputs, config_patches=patches)
 
         def note(*arguments: Any) -> Any:
             graphs[:] = run, arguments
@@ -67,16 +76,18 @@ def prepare(width: int, tokens: int) -> dict[str, Callable[[], object]]:
 
         return note
 
-    dense = torch.compile(model)
+    dense = torch.compile(model, mode="reduce-overhead" if graphed else None)
     torch.compile(model, backend=keep_graph)(x)
     run_dense, dense_arguments = graphs
-    student = sdm.compile(model, "2:4", mode="infer", backend="inductor", kernels={"*": "dense"})
+    backend = GRAPHS if graphed else "inductor"
+    student = sdm.compile(model, "2:4", mode="infer", backend=backend, kernels={"*": "dense"})
     folded, inputs = find_folded_graph(lambda: student(x))
     assert len(sdm.explain(student).masked) == LAYERS - 2
     arguments = list(inputs)
     check = folded._check
     assert check is not None
     check.replace(arguments)
+    fresh = list(inputs)
     forward = student._sparsedm
     compiled = forward.entry._compiled
 
@@ -84,14 +95,19 @@ def prepare(width: int, tokens: int) -> dict[str, Callable[[], object]]:
         with forward.guard:
             pass
 
+    def replay(graph: Any, values: Any) -> Any:
+        if graphed:  # or the second call would be recorded as one behind the first
+            torch.compiler.cudagraph_mark_step_begin()
+        return graph(*values)
+
     return {
         "dense": lambda: dense(x),
         "pruned, all dense": lambda: student(x),
         "  without the guarded forward": lambda: compiled(student, x),
-        "  without TorchDynamo": lambda: folded(*inputs),
-        "  its graph alone": lambda: folded.run(*arguments),
-        "  dense: its graph alone": lambda: run_dense(*dense_arguments),
-        "  check of the folded weights": lambda: check.holds(inputs),
+        "  without TorchDynamo": lambda: replay(folded, inputs),
+        "  its graph alone": lambda: replay(folded.run, arguments),
+        "  dense: its graph alone": lambda: replay(run_dense, dense_arguments),
+        "  check of the folded weights": lambda: check.holds(fresh),
         "  read guard": enter,
     }
 
@@ -138,7 +154,7 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, An
 def compare(calls: dict[str, Callable[[], object]], rounds: int) -> tuple[float, float, float]:
     """Returns the quartiles of the time of the pruned model over the dense one, in turns."""
     whole = {name: calls[name] for name in ("dense", "pruned, all dense")}
-    samples = sample_in_turns(whole, rounds=rounds)
+    samples = sample_in_turns(whole, rounds=rounds, warmup=4)  # graphs are recorded in the second
     return compute_ratio(samples["pruned, all dense"].of("wall"), samples["dense"].of("wall"))
 
 
@@ -149,12 +165,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    calls = prepare(options.width, options.tokens)
+    on_cpu = options.device == "cpu"
+    calls = prepare(options.width, options.tokens, options.device)
     ratio = compare(calls, options.rounds)
-    row = measure(calls, options.rounds) | measure(prepare_packed(), 5 * options.rounds)
+    row = measure(calls, options.rounds)
+    if on_cpu:
+        row |= measure(prepare_packed(), 5 * options.rounds)
     title = f"{LAYERS} linear layers, {options.width} wide, {options.tokens} tokens"
     print(tabulate(row.items(), (title, "us (median)"), floatfmt=".1f"))
     print(f"59 weights pinned dense over compiled dense: {format_ratio(ratio)}")
@@ -164,6 +184,7 @@ def main() -> None:
             "rounds": options.rounds,
             "width": options.width,
             "tokens": options.tokens,
+            "device": options.device,
             "ratio": ratio,
             "microseconds": row,
         }

@@ -19,7 +19,7 @@ from .recorder import LOG
 
 MARK = re.compile(r"\bmark\.gpu\b")
 _MISSING = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
-_TOGETHER = 8
+_TOGETHER = 12
 _EACH = 120
 
 
@@ -42,7 +42,7 @@ def command(files: list[str]) -> list[str]:
     missing = find_absent(("xdist", "pytest_timeout"))
     options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "default"]
     options += ["-p", "benchmarks.gpu.recorder", "--continue-on-collection-errors", "--tb=short"]
-    together = min(_TOGETHER, (os.cpu_count() or 1) // 2)
+    together = min(_TOGETHER, 3 * (os.cpu_count() or 1) // 4)
     if "xdist" not in missing and together > 1:
         options += ["-n", str(together), "--dist", "worksteal"]
     if "pytest_timeout" not in missing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,24 +111,46 @@ def _is_gapless(weight: Tensor) -> bool:
     )
 
 
-@dataclass(slots=True)
-class _PendingAnswer:
-    """A device's answer to the question whether samples differ.
+class _DeviceSamples:
+    """Samples on one device, compared there; the answer is read once it has come.
 
-    ``is_ready`` tells whether ``changed`` can be read without waiting for the device.
+    Everything that a question needs is made once: pinned memory and events are slow to make.
     """
 
-    changed: Tensor
-    is_ready: Callable[[], bool]
+    def __init__(self, samples: Sequence[WeightSample]) -> None:
+        self._now = [sample.now.reshape(-1) for sample in samples]
+        self._before = torch.cat([sample.before.reshape(-1) for sample in samples])
+        self._is_cuda = self._before.is_cuda
+        self._answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=self._is_cuda)
+        self._event = torch.cuda.Event() if self._is_cuda else None  # type: ignore[no-untyped-call]
+        self._owed = False
+
+    def ask(self) -> None:
+        """Asks whether the samples are what they were, unless an answer is still owed."""
+        if self._owed or (self._is_cuda and torch.cuda.is_current_stream_capturing()):
+            return  # launches would become part of a CUDA graph, in which no answer can be read
+        changed = torch.cat(self._now).ne(self._before).any()
+        self._answer.copy_(changed, non_blocking=self._is_cuda)
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(self._before.device))
+        self._owed = True
+
+    def take_report(self) -> bool:
+        """Returns whether an answer has come that says that a sample has changed."""
+        if not self._owed:
+            return False
+        if self._event is not None and not self._event.query():  # type: ignore[no-untyped-call]
+            return False
+        self._owed = False
+        return bool(self._answer)
 
 
 class EditWatcher:
     """Compares samples on their devices and reads the answers once they are there."""
 
     def __init__(self) -> None:
-        self._pending: dict[torch.device, _PendingAnswer] = {}
+        self._devices: list[_DeviceSamples] = []
         self._samples: tuple[WeightSample, ...] = ()
-        self._before: dict[torch.device, Tensor] = {}
         self._asked, self._asked_at = -1, 0.0
 
     def is_due(self, generation: int) -> bool:
@@ -141,50 +163,21 @@ class EditWatcher:
 
     def take_report(self) -> bool:
         """Returns whether an answer says that a sample has changed; reports each answer once."""
-        if not self._pending:
-            return False
-        ready = {device: answer for device, answer in self._pending.items() if answer.is_ready()}
-        for device in ready:
-            del self._pending[device]
-        return any(bool(answer.changed) for answer in ready.values())
+        reports = [device.take_report() for device in self._devices]
+        return any(reports)
 
     def ask(self, samples: Sequence[WeightSample]) -> None:
         """Asks every device that owes no answer whether its samples are what they were."""
-        grouped = _group_by_device(samples)
         if self._samples != tuple(samples):
-            self._samples, self._pending = tuple(samples), {}
-            self._before = {
-                device: _join(sample.before for sample in held) for device, held in grouped.items()
-            }
-        for device, held in grouped.items():
-            if device not in self._pending and not _is_capturing(device):
-                changed = _join(sample.now for sample in held).ne(self._before[device]).any()
-                self._pending[device] = _fetch_answer(changed)
+            self._samples = tuple(samples)
+            with torch.inference_mode(False):  # answers are written in later calls
+                self._devices = [*map(_DeviceSamples, _group_by_device(samples))]
+        for device in self._devices:
+            device.ask()
 
 
-def _group_by_device(
-    samples: Sequence[WeightSample],
-) -> dict[torch.device, list[WeightSample]]:
+def _group_by_device(samples: Sequence[WeightSample]) -> list[list[WeightSample]]:
     groups: dict[torch.device, list[WeightSample]] = {}
     for sample in samples:
         groups.setdefault(sample.now.device, []).append(sample)
-    return groups
-
-
-def _join(parts: Iterable[Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _fetch_answer(changed: Tensor) -> _PendingAnswer:
-    if changed.device.type != "cuda":
-        return _PendingAnswer(changed, lambda: True)
-    answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-    answer.copy_(changed, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(changed.device))
-    return _PendingAnswer(answer, event.query)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    """Whether launches become part of a CUDA graph now, in which no answer can be read."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return [*groups.values()]

@@ -22,6 +22,29 @@ from ...fileio import cache_folder, write_atomically
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PLAIN_SHARED = 48 * 1024
+_MAY_OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h: a number, and a union of 64 bytes that holds an int here."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_OVERLAP = _LaunchAttribute(_MAY_OVERLAP, 0, (1,))
 
 
 @cache
@@ -175,9 +198,22 @@ def _check(code: int) -> None:
 class Launcher:
     """A kernel on one device, launched on torch's current stream (a CUDA graph's too)."""
 
-    def __init__(self, code: bytes, name: str, shared: int, device: int) -> None:
-        """Loads a cubin on a device; ``shared``: bytes of dynamic shared memory."""
+    def __init__(
+        self, code: bytes, name: str, shared: int, device: int, *, overlaps: bool = False
+    ) -> None:
+        """Loads a cubin on a device.
+
+        Args:
+            code: The cubin.
+            name: The kernel's name in it.
+            shared: Bytes of dynamic shared memory.
+            device: The number of the device.
+            overlaps: Whether the kernel may begin while the one before it still runs. It must then
+                wait for that one (``griddepcontrol.wait``, from compute capability 9.0 on).
+        """
         self.shared = shared
+        self._overlaps = overlaps
+        self._attributes = (_LaunchAttribute * 1)(_OVERLAP)
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             call_driver("cuModuleLoadData", ctypes.byref(self._module), code)
@@ -191,8 +227,10 @@ class Launcher:
         """Launches with one structure as the only argument."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        sizes = (*grid, 1, threads, 1, 1)
-        call_driver("cuLaunchKernel", self._function, *sizes, self.shared, stream, pointers, None)
+        config = _LaunchConfig(
+            (*grid, 1), (threads, 1, 1), self.shared, stream, self._attributes, int(self._overlaps)
+        )
+        call_driver("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
 
 
 @cache

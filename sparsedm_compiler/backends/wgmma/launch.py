@@ -107,8 +107,8 @@ def _load(
 ) -> tuple[Launcher, Launcher]:
     code = compile_kernel(source, capability, build.macros, feature="a")
     return (
-        Launcher(code, "wgmma_linear", build.shared, device),
-        Launcher(code, "reduce_parts", 0, device),
+        Launcher(code, "wgmma_linear", build.shared, device, overlaps=True),
+        Launcher(code, "reduce_parts", 0, device, overlaps=True),
     )
 
 

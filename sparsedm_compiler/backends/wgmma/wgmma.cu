@@ -77,6 +77,7 @@ DEVICE float bias_of(const LaunchArguments& p, int row) {
 DEVICE void copy_in(const LaunchArguments& p, u32 xs, u32 ws, u32 barriers, int pieces) {
   int slot = 0;
   u32 parity = 1;
+  wait_for_previous();  // others read or write only after products of what is copied from here on
   for (int index = blockIdx.x; index < pieces; index += gridDim.x) {
     const Place place = place_of(p, index);
     const int begin = first_stage(p, place.split), end = first_stage(p, place.split + 1);
@@ -345,6 +346,7 @@ extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
     fence_for_copies();
   }
   __syncthreads();
+  let_next_begin();
   const int pieces = p.row_tiles * p.token_tiles * p.splits;
   if (group == 0) {
     if (WARPGROUPS > 1) fewer_registers<WARPGROUPS == 3 ? 32 : 24>();
@@ -359,6 +361,8 @@ extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 extern "C" __global__ void __launch_bounds__(256) reduce_parts(const __grid_constant__ LaunchArguments p) {
   const long long all = (long long)p.tokens * p.rows;
   const long long at = ((long long)blockIdx.x * 256 + threadIdx.x) * 4;
+  let_next_begin();
+  wait_for_previous();
   if (at >= all) return;
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   for (int split = 0; split < p.splits; ++split) {

@@ -95,3 +95,10 @@ def test_load_nvrtc_without_the_library_raises_with_the_package(
     monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(KernelError, match="pip install nvidia-cuda-nvrtc"):
         nvrtc.load_nvrtc.__wrapped__()
+
+
+def test_launch_structures_when_compared_with_those_of_cuda_h_lie_alike() -> None:
+    config, attribute = nvrtc._LaunchConfig, nvrtc._LaunchAttribute
+    assert (ctypes.sizeof(config), ctypes.sizeof(attribute)) == (56, 72)
+    assert (config.stream.offset, config.attributes.offset, config.count.offset) == (32, 40, 48)
+    assert (attribute.value.offset, nvrtc._OVERLAP.value[0]) == (8, 1)
