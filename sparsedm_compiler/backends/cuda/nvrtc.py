@@ -227,8 +227,19 @@ class Launcher:
         """Launches with one structure as the only argument."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        if not self._overlaps:
+            sizes = (*grid, 1, threads, 1, 1)
+            call_driver(
+                "cuLaunchKernel", self._function, *sizes, self.shared, stream, pointers, None
+            )
+            return
         config = _LaunchConfig(
-            (*grid, 1), (threads, 1, 1), self.shared, stream, self._attributes, int(self._overlaps)
+            (*grid, 1),
+            (threads, 1, 1),
+            self.shared,
+            stream,
+            self._attributes,
+            len(self._attributes),
         )
         call_driver("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
 

@@ -85,8 +85,8 @@ DEVICE void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 }
 
-// Until the kernel before this one has ended and what it wrote can be read. The kernels here are
-// launched so that they may begin while that one still runs.
+// Until the kernel before this one has ended and what it wrote can be read; at once where this one
+// was not launched so that it may begin while that one still runs.
 DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

@@ -15,7 +15,7 @@ from sparsedm_compiler import KernelError, Pattern
 from sparsedm_compiler.backends.cuda.device import CudaDevice
 from sparsedm_compiler.backends.custom_op import ACTS, apply_activation
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
-from sparsedm_compiler.backends.wgmma import build
+from sparsedm_compiler.backends.wgmma import build, launch
 from sparsedm_compiler.backends.wgmma.build import Tile, write_product
 from sparsedm_compiler.backends.wgmma.family import BLOCKS, SEMI, TILES, BlockFamily, SemiFamily
 from sparsedm_compiler.backends.wgmma.format import ROWS, TYPES, choose_layout, pack
@@ -195,6 +195,36 @@ class TestOnHopper:
                 out = run_linear(x, packed, b, 256, act, text, [128, 2, slices, 0])
                 exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
                 assert_near(out, apply_activation(exact, act))
+
+    @pytest.mark.parametrize("text", ["1:4@64x16", "2:4"])
+    def test_chain_of_kernels_when_each_begins_before_the_last_ends_matches_float64(
+        self, text: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(launch, "OVERLAPS", True)
+        for prepared in (launch._prepare, launch._load):
+            prepared.cache_clear()
+        for tokens in (40, 4096):  # few: columns are split, and a second kernel adds the parts
+            x, weight, packed, _ = operands(text, tokens, 512, 512, torch.bfloat16, "cuda")
+            chain = [x.clone()]
+
+            def run(chain: list[Tensor] = chain, packed: Tensor = packed) -> None:
+                del chain[1:]
+                for _ in range(5):
+                    chain.append(
+                        run_linear(chain[-1], packed, None, 512, "none", text, [128, 2, 0, 0])
+                    )
+
+            run()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            for _ in range(20):
+                chain[0].copy_(torch.randn_like(x))
+                graph.replay()
+                for before, after in itertools.pairwise(chain):
+                    assert_near(after, F.linear(before.double(), weight.double()))
+        for prepared in (launch._prepare, launch._load):
+            prepared.cache_clear()
 
     def test_inputs_of_any_strides_and_shapes(self) -> None:
         text = "1:2@64x16"
