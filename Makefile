@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick core kills sanitize lint types check bench gpu study clean
+.PHONY: help env demo test test-quick core kills sanitize fuzz lint types check bench gpu study clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -41,6 +41,13 @@ sanitize: env ## the kernel tests under AddressSanitizer and UBSan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 SPARSEDM_CXXFLAGS="$(SANITIZE)" \
 	$(BIN)/python -m pytest -n0 tests/backends/cpu/test_kernels.py tests/backends/cpu/test_format.py
+
+FUZZ ?= 100000
+
+fuzz: env ## 100,000 random products under AddressSanitizer and UBSan, about half an hour
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 SPARSEDM_CXXFLAGS="$(SANITIZE)" SPARSEDM_FUZZ=$(FUZZ) \
+	$(BIN)/python -m pytest -n2 --timeout 0 tests/backends/cpu/test_fuzz.py
 
 lint: env ## ruff
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsedm_compiler import Pattern
 from sparsedm_compiler.backends.cpu.family import CpuFamily
+from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
 from sparsedm_compiler.backends.cpu.pack import pack
 from sparsedm_compiler.masks.nm_mask import nm_mask
 
@@ -79,6 +80,42 @@ def assert_rounded(
     assert out.shape == exact.shape
     excess = (out.double() - value).abs() - bound
     assert not excess.numel() or bool((excess <= 0).all()), float(excess.max())
+
+
+def bias_of(rows: int, dtype: torch.dtype | None) -> Tensor | None:
+    return None if dtype is None else torch.randn(rows).to(dtype)
+
+
+def check_linear(held: Case, x: Tensor, bias: Tensor | None, act: str, tile: int) -> None:
+    rows, cols = held.masked.shape
+    out = nm_linear_op(x, held.packed, bias, rows, act, tile)
+    assert out.dtype == x.dtype
+    b = None if bias is None else bias.double()
+    exact = F.linear(x.double(), held.masked.double(), b)
+    sums = F.linear(x.double().abs(), held.masked.double().abs(), None if b is None else b.abs())
+    assert_rounded(out, exact, sums, int(cols * held.pattern.density), act)
+
+
+def check_conv(
+    held: Case,
+    x: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[tuple[int, int], ...],
+    act: str,
+    tile: int,
+) -> None:
+    rows, channels, *kernel = held.masked.shape
+    stride, padding, dilation = map(list, geometry)
+    arguments = (rows, kernel, stride, padding, dilation, act, tile)
+    out = nm_conv2d_op(x, held.packed, bias, *arguments)
+    b = None if bias is None else bias.double()
+    exact = F.conv2d(x.double(), held.masked.double(), b, stride, padding, dilation)
+    size = None if b is None else b.abs()
+    sums = F.conv2d(x.double().abs(), held.masked.double().abs(), size, stride, padding, dilation)
+    kept = int(channels * kernel[0] * kernel[1] * held.pattern.density)
+    assert_rounded(out, exact, sums, kept, act)
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 patterns = st.sampled_from(PATTERNS)

@@ -6,21 +6,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sparsedm_compiler import KernelError, PackError
 from sparsedm_compiler.backends.cpu import ops
 from sparsedm_compiler.backends.cpu.build import why_unavailable
-from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
+from sparsedm_compiler.backends.cpu.ops import nm_linear_op
 from tests.backends.cpu.cases import (
-    Case,
     acts,
-    assert_rounded,
+    bias_of,
     biases,
     case,
+    check_conv,
+    check_linear,
     dtypes,
     patterns,
     seeds,
@@ -39,20 +38,6 @@ def _threads() -> Iterator[None]:
 def test_cpu_kernels_are_available_here() -> None:
     """Else every test of this file would compare dense with dense."""
     assert why_unavailable() is None
-
-
-def bias_of(rows: int, dtype: torch.dtype | None) -> Tensor | None:
-    return None if dtype is None else torch.randn(rows).to(dtype)
-
-
-def check_linear(held: Case, x: Tensor, bias: Tensor | None, act: str, tile: int) -> None:
-    rows, cols = held.masked.shape
-    out = nm_linear_op(x, held.packed, bias, rows, act, tile)
-    assert out.dtype == x.dtype
-    b = None if bias is None else bias.double()
-    exact = F.linear(x.double(), held.masked.double(), b)
-    sums = F.linear(x.double().abs(), held.masked.double().abs(), None if b is None else b.abs())
-    assert_rounded(out, exact, sums, int(cols * held.pattern.density), act)
 
 
 @fuzz
@@ -144,28 +129,6 @@ def test_nm_linear_takes_a_view_as_bias_and_refuses_other_sizes() -> None:
             nm_linear_op(x, held.packed, bias, 20, "none", 4)
         with pytest.raises(KernelError, match="not one value for each of 20 rows"):
             check_conv(kernel, image, bias, geometry, "none", 4)
-
-
-def check_conv(
-    held: Case,
-    x: Tensor,
-    bias: Tensor | None,
-    geometry: tuple[tuple[int, int], ...],
-    act: str,
-    tile: int,
-) -> None:
-    rows, channels, *kernel = held.masked.shape
-    stride, padding, dilation = map(list, geometry)
-    arguments = (rows, kernel, stride, padding, dilation, act, tile)
-    out = nm_conv2d_op(x, held.packed, bias, *arguments)
-    b = None if bias is None else bias.double()
-    exact = F.conv2d(x.double(), held.masked.double(), b, stride, padding, dilation)
-    size = None if b is None else b.abs()
-    sums = F.conv2d(x.double().abs(), held.masked.double().abs(), size, stride, padding, dilation)
-    kept = int(channels * kernel[0] * kernel[1] * held.pattern.density)
-    assert_rounded(out, exact, sums, kept, act)
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 WIDE_BLOCKS = ("1:2@16x8", "1:4@64x16", "2:3@32x24")
