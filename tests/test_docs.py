@@ -66,6 +66,18 @@ def test_command_of_a_page_parses(page: str, line: str) -> None:
     parser.parse_args(arguments)
 
 
+def test_messages_of_the_page_on_troubleshooting_are_those_of_the_package() -> None:
+    package = "".join(path.read_text() for path in (ROOT / "sparsedm_compiler").rglob("*.py"))
+    source = re.sub(r"\"\s*\n\s*f?r?\"", "", package)  # a message may be several strings
+    rows = re.findall(
+        r"^\| (.*?) \|", (DOCS / "guides/troubleshooting.md").read_text(), re.MULTILINE
+    )
+    quoted = [text for row in rows for text in re.findall(r"\"(.*?)\"", row)]
+    parts = [part.strip() for text in quoted for part in text.split("…") if part.strip()]
+    assert len(parts) > 30
+    assert not [part for part in parts if part not in source]
+
+
 def test_links_of_the_readme_lead_to_files() -> None:
     targets = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (ROOT / "README.md").read_text())
     assert len(targets) > 10

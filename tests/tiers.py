@@ -32,6 +32,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "compiler/test_saved_weights.py": ("pretrained",),
     "compiler/test_sparse_method.py": ("autoencoder", "compiled_by_the_user"),
     "diffusion/test_predict.py": (DIFFUSERS, "import"),
+    "test_docs.py": ("site",),
     "test_zoo.py": (r"\[(?!uvit\]|unet_condition\])",),
     # Inductor: a C++ compiler for every graph. One row stays, in test_guarded_forward.py.
     "autotune/test_select_kernel.py": INDUCTOR,
