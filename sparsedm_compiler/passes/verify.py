@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..backends.registry import find_family
 from ..errors import GraphError
+from ..graph.added_inputs import is_added
 from ..masks.mask_ste import mask_ste_op
-from .planned_weight import Plan
+from .planned_weight import Plan, PlannedWeight
 
 
 def verify_masked(plan: Plan) -> None:
     """Raises GraphError unless every planned weight is read only through its mask."""
     for row in plan:
         weight, pattern = row.placeholder, row.pattern
+        if row.frozen is not None:
+            _verify_frozen(row)
+            continue
         unmasked = [user for user in weight.users if user.target is not mask_ste_op]
         if unmasked:
             raise GraphError(
@@ -20,6 +26,18 @@ def verify_masked(plan: Plan) -> None:
         for mask in weight.users:
             if mask.args != (weight, str(pattern)) or not mask.users:
                 raise GraphError(f"{mask.format_node()} does not mask {weight.name} to {pattern}")
+
+
+def _verify_frozen(row: PlannedWeight) -> None:
+    """Raises GraphError unless only a product with its frozen mask reads a weight."""
+    weight = row.placeholder
+    for reader in weight.users:
+        mask = reader.args[0] if reader.target is torch.where else None
+        if not is_added(mask) or reader.args[1:] != (weight, 0.0):
+            raise GraphError(
+                f"{weight.name}, whose mask is frozen, is read unmasked by {reader.name}: "
+                f"{reader.format_node()}"
+            )
 
 
 def verify_folded(plan: Plan) -> None:
