@@ -95,8 +95,8 @@ def compile(
             "inductor-graphs" (Inductor with CUDA graphs), or "auto": Inductor where there is a
             C++ compiler, else "eager".
         kernels: {glob: "dense", "sparse" or a kernel's name} pins kernels instead of measuring. In
-            mode "train" only "cuda_semi" (2:4 products on a GPU's sparse tensor cores) can be
-            pinned.
+            mode "train" only "cuda_semi" (2:4 products on a GPU's sparse tensor cores) and
+            "cuda_block" (block patterns on Hopper; see ``freeze_masks``) can be pinned.
         exclude_kernels: Names of kernels that are not to be used.
         autotune_seconds: The most seconds that measuring kernels may take, for the whole model;
             a weight that was not measured stays dense. Results are kept on disk.

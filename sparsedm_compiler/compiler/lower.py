@@ -77,8 +77,9 @@ def _compile_masked(
     config: CompileConfig,
     clock: PhaseClock,
 ) -> Callable[..., Any]:
-    """Compiles a graph of mode "train"; frozen masks are its last inputs."""
+    """Compiles a graph of mode "train"; frozen masks, then layouts, are its last inputs."""
     masks = [row.frozen for row in plan if row.frozen is not None]
+    masks += [row.layout for row in plan if row.layout is not None]
     with clock.measure("compile"):
         run = compile_graph(gm, [*inputs, *masks], config.backend)
     return (lambda *arguments: run(*arguments, *masks)) if masks else run

@@ -6,6 +6,8 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .flat_graph import get_example_value
+
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """Returns a copy of a graph of Dynamo's, which goes on reading its own after it was compiled.
@@ -24,22 +26,23 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def add_input(graph: fx.Graph, name: str, value: Tensor, like: object) -> fx.Node:
+def add_input(graph: fx.Graph, kind: str, of: fx.Node, value: Tensor) -> fx.Node:
     """Returns a new last placeholder, for a tensor that lies at one address in all calls.
 
     Args:
         graph: A graph of ``copy_graph``.
-        name: The placeholder's name, made unique.
+        kind: What it is of another input, one word.
+        of: That other input.
         value: The tensor that will be passed.
-        like: The example value of another input, whose fake mode the new one's example gets.
     """
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
-        node = graph.placeholder(name)
+        node = graph.placeholder(f"{of.name}_{kind}")
     # Dynamo's own metadata: where an input comes from, and that CUDA graphs need not copy it.
     node._dynamo_source = ConstantSource(f"sparsedm_{node.name}")
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    node.meta["sparsedm_added"] = True
+    node.meta["sparsedm_added"] = kind
+    like = get_example_value(of)
     if isinstance(like, FakeTensor):
         node.meta["example_value"] = like.fake_mode.from_tensor(value, static_shapes=True)
     elif isinstance(like, Tensor):
@@ -47,6 +50,6 @@ def add_input(graph: fx.Graph, name: str, value: Tensor, like: object) -> fx.Nod
     return node
 
 
-def is_added(node: object) -> bool:
-    """Returns whether a node is an input of ``add_input``."""
-    return isinstance(node, fx.Node) and bool(node.meta.get("sparsedm_added", False))
+def is_added(node: object, kind: str) -> bool:
+    """Returns whether a node is an input of ``add_input``, of that kind."""
+    return isinstance(node, fx.Node) and node.meta.get("sparsedm_added") == kind

@@ -82,6 +82,7 @@ class PlannedWeight:
         dense_bytes: Size of the weight.
         run_bytes: Size of what is read in its place; 0 in mode "train".
         frozen: Its mask, where that is not computed anew; in mode "train" alone.
+        layout: What its kernel gets in the place of such a mask, from the family's ``layout_op``.
     """
 
     placeholder: fx.Node
@@ -98,6 +99,12 @@ class PlannedWeight:
     dense_bytes: int = 0
     run_bytes: int = 0
     frozen: Tensor | None = None
+    layout: Tensor | None = None
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether its mask is not computed anew."""
+        return self.frozen is not None or self.layout is not None
 
     @property
     def kernel_uses(self) -> tuple[WeightUse, ...]:

@@ -63,7 +63,7 @@ def train_to_end(run: Run, progress: bool) -> FinetuneResult:
         if checkpoint is not None:
             restore_tensors(run, checkpoint)
         if run.config.static_mask:
-            freeze_masks(run.student, optimizer=run.process.optimizer.optimizer)
+            freeze_student(run)
         if folder is not None and run.process.is_main:
             write_settings(folder, run.config, run.inputs)
             run.log = RunLog(folder, run.progress.seen)
@@ -73,6 +73,14 @@ def train_to_end(run: Run, progress: bool) -> FinetuneResult:
             if run.log is not None:
                 run.log.close()
         return finish(run)
+
+
+def freeze_student(run: Run) -> None:
+    """Keeps the student's masks as they are, in its optimizer and its EMA, too."""
+    freeze_masks(run.student, optimizer=run.process.optimizer.optimizer)
+    if run.ema is not None:
+        with run.ema.edited():
+            freeze_masks(run.student)
 
 
 def open_batches(run: Run) -> Iterator[list[MicroBatch]]:

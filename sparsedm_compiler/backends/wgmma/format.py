@@ -45,6 +45,7 @@ class Layout:
         kept: Chunks that a stage keeps.
         sparse: Whether a chunk is 32 columns with 2:4 within; else 16, dense.
         mixed: Whether the rows of both instructions of a unit take turns; else each has 64 of them.
+        picked: Whether a stage of a unit holds one block of 64 rows, whole, or none.
     """
 
     rows: int
@@ -53,6 +54,7 @@ class Layout:
     kept: int
     sparse: bool
     mixed: bool
+    picked: bool = False
 
     @property
     def chunk(self) -> int:
@@ -72,7 +74,7 @@ class Layout:
     @property
     def value_bytes(self) -> int:
         """The bytes of a unit's values."""
-        return 2 * self.kept * HALF * CHUNK * 2
+        return (1 if self.picked else 2) * self.kept * HALF * CHUNK * 2
 
     @property
     def meta_bytes(self) -> int:

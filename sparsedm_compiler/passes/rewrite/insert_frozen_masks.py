@@ -9,6 +9,9 @@ from ...graph.added_inputs import add_input, is_added
 from ...graph.flat_graph import get_example_value
 from ..planned_weight import Plan, PlannedWeight
 
+MASK = "mask"
+"""The kind of an added input that is a frozen mask."""
+
 
 def insert_frozen_masks(gm: fx.GraphModule, plan: Plan) -> int:
     """Masks every weight whose mask is frozen; returns how many were masked.
@@ -24,13 +27,13 @@ def insert_frozen_masks(gm: fx.GraphModule, plan: Plan) -> int:
 
 def list_mask_inputs(graph: fx.Graph) -> list[fx.Node]:
     """Returns the placeholders of frozen masks, in order."""
-    return [node for node in graph.find_nodes(op="placeholder") if is_added(node)]
+    return [node for node in graph.find_nodes(op="placeholder") if is_added(node, MASK)]
 
 
 def _mask(graph: fx.Graph, row: PlannedWeight) -> int:
     assert row.frozen is not None
     weight, readers = row.placeholder, list(row.placeholder.users)
-    mask = add_input(graph, f"{weight.name}_mask", row.frozen, get_example_value(weight))
+    mask = add_input(graph, MASK, weight, row.frozen)
     if not readers:
         return 1
     with graph.inserting_before(min(readers)):
