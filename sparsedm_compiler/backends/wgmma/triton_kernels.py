@@ -39,7 +39,7 @@ def pack_kernel(
     line = tl.arange(0, 64)
     pair, quad = 16 * (line // 16), line % 8
     q = tl.arange(0, KEPT_COLS)
-    chunk = tl.arange(0, 4)
+    eight, chunk = tl.arange(0, KEPT_COLS // 8), tl.arange(0, 4)
     for block in tl.static_range(2):
         if MIXED:
             row, share = 2 * pair + 4 * quad + 2 * block, unit * 128 // R
@@ -48,36 +48,26 @@ def pack_kernel(
         row += unit * 128 + line % 16 // 8
         chosen = blocks + share * groups * N
         has_rows = share * R < rows
-        inside = (q < KEPT * 16) & has_rows
-        column = _find_column(chosen, q, inside, stage, groups, C, M, N, STAGE_COLS)
-        inside = inside & (column < groups * M * C)
+        group = stage * (STAGE_COLS // (M * C)) + q // (N * C)
+        inside = (q < KEPT * 16) & (group < groups) & has_rows
+        column = _find_column(chosen, q, inside, group, C, M, N)
+        column = tl.max_contiguous(tl.multiple_of(column, 16), 16)  # whole runs of C
         at = row[:, None] * stride + column[None, :]
         tile = tl.load(weight + at, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-        where = (block * KEPT + q // 16) * 1024 + q % 16 // 8 * 512 + q % 8
-        tile = tile.to(values.dtype.element_ty)
-        tl.store(values + where[None, :] + line[:, None] * 8, tile, mask=(q < KEPT * 16)[None, :])
-        begin = _find_column(
-            chosen, chunk * 16, (chunk < KEPT) & has_rows, stage, groups, C, M, N, STAGE_COLS
-        )
+        tile = tl.reshape(tile.to(values.dtype.element_ty), (64, KEPT_COLS // 8, 8))
+        where = block * (KEPT * 1024) + eight[None, :, None] * 512 + line[:, None, None] * 8
+        where += tl.arange(0, 8)[None, None, :]
+        tl.store(values + where, tile, mask=(eight < KEPT * 2)[None, :, None])
+        group = stage * (STAGE_COLS // (M * C)) + chunk * 16 // (N * C)
+        inside = (chunk < KEPT) & (group < groups) & has_rows
+        begin = _find_column(chosen, chunk * 16, inside, group, C, M, N)
         number = (begin - stage * STAGE_COLS) // 16
         tl.store(words + chunk * 2 + block, number, mask=chunk < KEPT)
 
 
 @triton.jit
-def _find_column(
-    chosen,
-    q,
-    inside,
-    stage,
-    groups,
-    C: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    STAGE_COLS: tl.constexpr,
-):
-    """Returns the columns of the weight that are the q-th that a stage keeps."""
-    group = stage * (STAGE_COLS // (M * C)) + q // (N * C)
-    inside = inside & (group < groups)
+def _find_column(chosen, q, inside, group, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Returns the columns of the weight that are the q-th that a stage keeps, by their group."""
     number = tl.load(chosen + group * N + q % (N * C) // C, mask=inside, other=0)
     return group * (M * C) + number * C + q % C
 
