@@ -13,6 +13,7 @@ A chunk is 16 columns, or 32 with 2:4 within, of which 16 are kept. Rows of a un
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 import torch
@@ -117,6 +118,7 @@ def why_misfit(pattern: Pattern) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def choose_layout(pattern: Pattern, rows: int, cols: int) -> Layout:
     """Returns the layout of a weight that is not refused."""
     if not isinstance(pattern, (BlockNM, NestedNM)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from math import ceil
 
 import torch
@@ -88,6 +88,8 @@ def compute_weight_gradient(
     kept = blocks.shape[1] * pattern.n * pattern.columns
     cut = cut or choose_cut(tokens, rows, kept, pattern.rows, _count_multiprocessors())
     block_rows, block_cols, block_tokens, num_warps, num_stages, shares = cut
+    if torch.are_deterministic_algorithms_enabled():
+        shares = 1
     share_tokens = ceil(ceil(tokens / shares) / block_tokens) * block_tokens
     out = torch.zeros(rows, cols, dtype=torch.float32, device=grad.device)
     if not tokens:
@@ -114,6 +116,7 @@ def compute_weight_gradient(
     return out
 
 
+@lru_cache(maxsize=1024)
 def choose_cut(tokens: int, rows: int, kept: int, height: int, multiprocessors: int) -> Cut:
     """Returns the usual cut of a gradient: large tiles, and shares that fill a device twice.
 
@@ -129,8 +132,6 @@ def choose_cut(tokens: int, rows: int, kept: int, height: int, multiprocessors: 
     block_tokens = 64 if tokens >= 64 else 16
     tiles = rows // block_rows * ceil(kept / block_cols)
     shares = max(1, min(_MOST_SHARES, 2 * multiprocessors // tiles, tokens // _LEAST_TOKENS))
-    if torch.are_deterministic_algorithms_enabled():
-        shares = 1
     num_warps = 8 if block_rows * block_cols >= 128 * 128 else 4
     return block_rows, block_cols, block_tokens, num_warps, 3, shares
 

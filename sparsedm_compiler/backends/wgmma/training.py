@@ -9,6 +9,7 @@ dense.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil
 from typing import Any
 
@@ -195,6 +196,7 @@ def parse_blocks(text: str) -> BlockNM:
     return pattern
 
 
+@lru_cache(maxsize=1024)
 def choose_tile(tokens: int, rows: int) -> Tile:
     """Returns the tile that leaves a device's multiprocessors idle least, the largest first."""
     device = find_device()

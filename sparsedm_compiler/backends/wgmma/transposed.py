@@ -11,6 +11,8 @@ packed transpose holds for a stage (PICKED in wgmma.cu):
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +50,7 @@ def expand_blocks(blocks: Tensor, pattern: BlockNM) -> Tensor:
     return marks.repeat_interleave(pattern.rows, 0).repeat_interleave(pattern.columns, 1)
 
 
+@lru_cache(maxsize=1024)
 def why_dense_gradient(pattern: BlockNM) -> str | None:
     """Returns why the gradient of x is a dense product, as a phrase; None where blocks are skipped.
 
@@ -60,6 +63,7 @@ def why_dense_gradient(pattern: BlockNM) -> str | None:
     return f"64 columns of '{pattern}' together keep most of the rows"
 
 
+@lru_cache(maxsize=1024)
 def choose_transposed_layout(rows: int, cols: int) -> Layout:
     """Returns the layout of the packed transpose of a weight [rows, cols]."""
     kept = HALF // CHUNK

@@ -103,8 +103,10 @@ def test_packed_transpose_is_unpacked_to_the_bit_and_multiplies_as_the_kernel_re
 
 
 @on_device
-@every_text
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [*((text, torch.float32) for text in (*SKIPPING, *DENSE)), (SKIPPING[0], torch.float16)],
+)
 def test_packing_kernels_write_what_the_references_do(text: str, dtype: torch.dtype) -> None:
     weight, mask, blocks = make(text, dtype)
     pattern = parse_blocks(text)
@@ -126,8 +128,7 @@ def test_packing_kernel_fills_half_a_stage_and_half_a_unit_with_zeros() -> None:
 
 @on_device
 @pytest.mark.parametrize("text", ["1:4@128x32", "1:2@64x16", "3:4@64x16"])
-@pytest.mark.parametrize("tokens", [1, 16, 37, 128])
-@pytest.mark.parametrize("cut", [None, (64, 64, 16, 4, 2, 3), (64, 32, 32, 4, 1, 1)])
+@pytest.mark.parametrize(("tokens", "cut"), [(128, None), (37, None), (37, (64, 64, 16, 4, 2, 3))])
 def test_weight_gradient_kernel_matches_float64(text: str, tokens: int, cut: Any) -> None:
     _, mask, blocks = make(text)
     rows, cols = mask.shape
@@ -148,20 +149,39 @@ def test_weight_gradient_kernel_of_no_tokens_is_zero() -> None:
     assert (tuple(ours.shape), bool(ours.any())) == (tuple(mask.shape), False)
 
 
+@on_device
+def test_weight_gradient_kernel_takes_one_share_where_algorithms_are_deterministic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    triton_kernels = pytest.importorskip("sparsedm_compiler.backends.wgmma.triton_kernels")
+    _, _, blocks = make("1:2@64x16")
+    grad, x = (moved(torch.ones(64, size).half()) for size in (256, 256))
+    grids: list[Any] = []
+    real = triton_kernels.weight_gradient_kernel
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            grids.append(grid)
+            return real[grid]
+
+    monkeypatch.setattr(triton_kernels, "weight_gradient_kernel", Kernel())
+    pattern, cut = parse_blocks("1:2@64x16"), (64, 64, 16, 4, 1, 2)
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        compute_weight_gradient(grad, x, moved(blocks), pattern, cut)
+    torch.use_deterministic_algorithms(False)
+    assert grids == [(8, 2), (8, 1)]
+
+
 def test_training_kernels_in_the_interpreter() -> None:
-    assert run_interpreted(__file__) == 58
+    assert run_interpreted(__file__) == 23
 
 
-def test_choose_cut_fills_a_device_twice_and_is_one_share_where_order_matters() -> None:
+def test_choose_cut_fills_a_device_twice() -> None:
     assert choose_cut(4096, 4608, 288, 128, 132) == (128, 128, 64, 8, 3, 2)
     assert choose_cut(4096, 1152, 288, 128, 132) == (128, 128, 64, 8, 3, 8)
     assert choose_cut(16, 6912, 288, 128, 132) == (128, 128, 16, 8, 3, 1)
     assert choose_cut(600, 192, 32, 64, 132) == (64, 32, 64, 4, 3, 2)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert choose_cut(4096, 1152, 288, 128, 132)[-1] == 1
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_choose_tile_leaves_few_multiprocessors_idle() -> None:
