@@ -48,6 +48,8 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "backends/cusparselt/test_quantized.py": INDUCTOR,
     "backends/cusparselt/test_training.py": INDUCTOR,
     "backends/vnm/test_ops.py": INDUCTOR,
+    "backends/wgmma/test_training.py": (*INDUCTOR, "interpret"),
+    "compiler/test_freeze_masks.py": (*INDUCTOR, "ddp"),
     "compiler/test_graph_breaks.py": INDUCTOR,
     "compiler/test_guarded_forward.py": (
         r"inductor.*\[train\]",

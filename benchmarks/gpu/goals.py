@@ -143,12 +143,23 @@ def step(results: Results) -> Verdict:
     for row in results["training"]:
         for text, cell in row["patterns"].items():
             for kind, quartiles in cell.get("step", {}).items():
-                if kind != "sparse":  # which must be asked for
+                if kind not in ("sparse", "frozen"):  # which must be asked for
                     points.append((quartiles[1], f"{row['key']} at {text}, {kind}"))
     if not points:
         return Verdict(goal, OPEN, "")
     value, name = max(points)
     return Verdict(goal, MET if value <= 1.05 else MISSED, f"highest {value:.3f} ({name})")
+
+
+def frozen_step(results: Results) -> Verdict:
+    goal = "a training step with frozen 1:4 blocks >= 1.2 over dense, DiT-XL/2's width"
+    points = [
+        (1 / cell["step"]["frozen"][1], f"{row['key']} at {text}")
+        for row in results["training"]
+        for text, cell in row["patterns"].items()
+        if "DiT-XL" in row["model"] and text.startswith("1:4@") and "frozen" in cell.get("step", {})
+    ]
+    return at_least(goal, 1.2, points)
 
 
 def tests(results: Results) -> Verdict:
@@ -176,4 +187,5 @@ GOALS: tuple[Callable[[dict[str, Any]], Verdict], ...] = (
     table_over("over_compiled", 1.3),
     first_call,
     step,
+    frozen_step,
 )

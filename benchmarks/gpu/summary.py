@@ -163,12 +163,13 @@ def model_cell(results: Results, row: dict[str, Any], text: str) -> str:
 
 def training(results: Results, known: Quality) -> str:
     """A line per model and pattern."""
+    kinds = ("mask", "sr-ste", "sparse", "frozen")
     body = [
         (
             row["model"],
             row["batch"],
             text,
-            *(step_cell(results, cell["step"], kind) for kind in ("mask", "sr-ste", "sparse")),
+            *(step_cell(results, cell["step"], kind) for kind in kinds),
             known.of(text),
         )
         for row in results["training"]
@@ -178,7 +179,8 @@ def training(results: Results, known: Quality) -> str:
     note = (
         "Forward, backward and AdamW; bf16 autocast, Inductor. Times the dense step: < 1 is faster."
     )
-    names = ("model", "batch", "pattern", "mask", "sr-ste", "sparse products", "quality")
+    ways = ("mask", "sr-ste", "sparse products", "frozen masks")
+    names = ("model", "batch", "pattern", *ways, "quality")
     return f"{note}\n\n{markdown(names, body)}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,7 +13,6 @@ from ..backends.kernel_family import KernelConfig, KernelFamily, WeightFormat
 from ..backends.registry import find_families, find_family, find_training_families
 from ..config import GRAPHS, CompileConfig
 from ..passes import KernelTimes, PlannedWeight, Refusal, Status
-from ..patterns import TransposableNM
 from .measure import AutotuneBudget, KernelTrial, measure_kernels, reproduces_dense
 
 MARGIN = 0.96
@@ -170,13 +170,16 @@ def select_training_kernel(
     family = _find_training_family(row, weight, wanted)
     if isinstance(family, Refusal):
         return row.run_dense(family.sentence)
-    backward = "; the gradient of x is dense, '2:4t' makes it sparse"
-    if isinstance(row.pattern, TransposableNM):
-        backward = ""
-    reason = f"pinned by kernels={backward}"
-    return row.run_sparse(
-        KernelConfig(family.names[0]), row.weight_format, status=Status.PINNED, reason=reason
+    dense = family.describe_backward(row.pattern, frozen=row.is_frozen)
+    row = row.run_sparse(
+        KernelConfig(family.names[0]),
+        row.weight_format,
+        status=Status.PINNED,
+        reason="; ".join(filter(None, ("pinned by kernels=", dense))),
     )
+    if row.frozen is None or family.layout_op is None:
+        return row
+    return replace(row, frozen=None, layout=family.layout_op(row.frozen, str(row.pattern)))
 
 
 def _find_training_family(
@@ -185,8 +188,9 @@ def _find_training_family(
     """Returns the family whose training op multiplies by the weight, or why none can."""
     kernels = [family.names[0] for family in find_training_families()]
     if wanted != "sparse" and wanted not in kernels:
-        able = " and ".join(map(repr, kernels))
-        return Refusal(f"{wanted!r} does not run in training, {able} does")
+        others = " and ".join(map(repr, kernels))
+        verb = "does" if len(kernels) == 1 else "do"
+        return Refusal(f"{wanted!r} does not run in training, {others} {verb}")
     if isinstance(row.uses, Refusal):
         return row.uses
     families = [
@@ -198,8 +202,18 @@ def _find_training_family(
         return Refusal(f"no sparse product for training on {weight.device.type} tensors")
     if any(problem.kernel for problem in row.problems):
         return Refusal("no sparse convolution for training")
-    family, size = families[0], (weight.shape[0], weight[0].numel())
-    reason = family.why_unavailable()
+    reasons = {family: _why_not_in_training(family, row, weight) for family in families}
+    able = [family for family, reason in reasons.items() if reason is None]
+    if able:
+        return able[0]
+    fitting = [family for family in families if family.find_accepted(row.pattern) is not None]
+    told = [reasons[family] for family in fitting or families]
+    return Refusal("; ".join(dict.fromkeys(filter(None, told))))
+
+
+def _why_not_in_training(family: KernelFamily, row: PlannedWeight, weight: Tensor) -> str | None:
+    """Returns why a family's training op cannot multiply by a weight; None if it can."""
+    reason, size = family.why_unavailable(), (weight.shape[0], weight[0].numel())
     for problem in row.problems:
-        reason = reason or family.why_refused(row.pattern, *size, problem.dtype)
-    return family if reason is None else Refusal(reason)
+        reason = reason or family.why_refused_in_training(row.pattern, *size, problem.dtype)
+    return reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..passes import Plan, PlannedWeight, Refusal, Status, find_uses, run_passes
 from ..reports import Decision
 from .folded_graph import FoldedGraph
 from .folded_weights import FoldedWeights
+from .frozen_masks import FrozenMasks
 from .inner_backend import compile_graph
 from .phase_clock import PhaseClock
 
@@ -52,8 +54,7 @@ def lower(
     """
     run_passes(graph.gm, plan, config.mode)
     if config.mode == "train":
-        with clock.measure("compile"):
-            return compile_graph(graph.gm, inputs, config.backend), plan
+        return _compile_masked(graph.gm, inputs, plan, config, clock), plan
     with (
         torch.no_grad(),
         clock.measure("pack"),
@@ -69,6 +70,21 @@ def lower(
     return FoldedGraph(run, plan, weights), plan
 
 
+def _compile_masked(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    plan: Plan,
+    config: CompileConfig,
+    clock: PhaseClock,
+) -> Callable[..., Any]:
+    """Compiles a graph of mode "train"; frozen masks, then layouts, are its last inputs."""
+    masks = [row.frozen for row in plan if row.frozen is not None]
+    masks += [row.layout for row in plan if row.layout is not None]
+    with clock.measure("compile"):
+        run = compile_graph(gm, [*inputs, *masks], config.backend)
+    return (lambda *arguments: run(*arguments, *masks)) if masks else run
+
+
 def plan_weights(
     graph: CapturedGraph,
     inputs: Sequence[Any],
@@ -76,6 +92,7 @@ def plan_weights(
     config: CompileConfig,
     weights: FoldedWeights,
     budget: AutotuneBudget,
+    frozen: FrozenMasks | None = None,
 ) -> tuple[PlannedWeight, ...]:
     """Plans what runs every pruned weight of a graph.
 
@@ -86,6 +103,7 @@ def plan_weights(
         config: The user's options.
         weights: The model's folded weights: of a finalized one only its packed form can run.
         budget: The seconds left to measure kernels; used in mode "infer" alone.
+        frozen: Masks that are not computed anew; used in mode "train" alone.
 
     Returns:
         One row for every placeholder that is a pruned weight, in order.
@@ -107,6 +125,8 @@ def plan_weights(
         shape, uses = tuple(weight.shape), find_uses(node)
         row = PlannedWeight(node, position, name, pattern, shape, uses, WeightFormat(pattern))
         if config.mode == "train":
+            if frozen is not None:
+                row = replace(row, frozen=frozen.get(name, weight.device))
             row = select_training_kernel(row, get_example_value(node), config)
         elif packed is not None:
             row = _plan_finalized(row, packed)

@@ -26,6 +26,7 @@ from ..patterns import Pattern
 from ..reports import Decision
 from .api import check_model, install
 from .folded_weights import hollow_out
+from .frozen_masks import mask_frozen, read_frozen, write_frozen
 from .lookup import require_compiled
 from .state_hooks import mask_state_dict
 
@@ -40,7 +41,8 @@ _PACKED = ".sparsedm_packed"
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a compiled model's weights and decisions to a file.
 
-    The weights are latent (dense) ones in mode "train", and masked ones in mode "infer".
+    The weights are latent (dense) ones in mode "train", unless their masks are frozen, and masked
+    ones in mode "infer".
 
     The file is plain safetensors, readable without this package, but for finalized weights, which
     are written packed. It appears whole or not at all.
@@ -64,7 +66,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state = forward.weights.state_dict_without_finalized(forward.module)
     if forward.config.mode == "infer":
         mask_state_dict(forward.module, forward.decisions, state)
+    mask_frozen(forward.module, forward.frozen, state)
     tensors, aliases = _without_aliases(state)
+    tensors.update(write_frozen(forward.frozen, forward.decisions, tensors))
     packed = forward.weights.packed
     tensors.update({name + _PACKED: weight.to_portable().data for name, weight in packed.items()})
     meta = {
@@ -73,6 +77,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "options": forward.config.to_dict(),
         "packed": {name: _describe_packed(weight) for name, weight in packed.items()},
         "known": sorted(forward.known),
+        "frozen": [*forward.frozen],
         "decisions": [_describe_decision(decision) for decision in forward.decisions.values()],
         "aliases": aliases,
     }
@@ -111,6 +116,7 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
         for name in [name for name, weight in packed.items() if weight.family.opaque]:
             tensors[name] = packed.pop(name).unpack()  # packed anew at the first call
         decisions = {plain["weight"]: _read_decision(plain) for plain in meta["decisions"]}
+        frozen = read_frozen(meta.get("frozen", ()), decisions, tensors)
         tensors.update({alias: tensors[name] for alias, name in meta["aliases"].items()})
     except (KeyError, TypeError, ConfigError, PatternError, PackError, KernelError) as error:
         raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error!r}") from error
@@ -125,7 +131,8 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
         raise CheckpointError(
             f"{path} holds a {meta['class']} and does not fit this {type(model).__name__}: {error}"
         ) from error
-    return install(student, config, decisions, frozenset(meta["known"]), packed)
+    known = frozenset(meta["known"])
+    return install(student, config, decisions, known, packed, frozen)
 
 
 def _hollow_out(student: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
