@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,7 +20,9 @@ from .guarded_forward import SparseForward
 from .lookup import require_compiled
 
 
-def freeze_masks(model: nn.Module, *, optimizer: Optimizer | None = None) -> tuple[str, ...]:
+def freeze_masks(
+    model: nn.Module, *, optimizer: Optimizer | None = None, like: nn.Module | None = None
+) -> tuple[str, ...]:
     """Keeps the masks of a student as they are now, for the rest of its training.
 
     Pruned weights become exactly zero, and so do their gradients in every backward from now on:
@@ -36,12 +40,15 @@ def freeze_masks(model: nn.Module, *, optimizer: Optimizer | None = None) -> tup
         optimizer: The optimizer that steps the parameters: what it remembers of pruned weights
             (momentum) is set to zero, so that it does not move them. None for an optimizer that
             has not stepped yet; any other would move pruned weights, which no call reads.
+        like: A model with frozen masks, of the same class, to take them from: the student, for an
+            EMA that was copied from it before. None for the masks of ``model`` itself.
 
     Returns:
         The names of the weights whose masks are frozen.
 
     Raises:
-        ConfigError: If ``model`` was not compiled in mode "train", or has not been called yet.
+        ConfigError: If ``model`` was not compiled in mode "train", or has not been called yet, or
+            ``like`` is no model of its sort with frozen masks.
         MaskError: If a weight holds NaN or Inf.
 
     Example:
@@ -55,6 +62,8 @@ def freeze_masks(model: nn.Module, *, optimizer: Optimizer | None = None) -> tup
         >>> int((student[1].weight == 0).sum()), int((student[1].weight.grad == 0).sum())
         (32, 32)
     """
+    if like is not None:
+        _take_masks(model, like)
     frozen = []
     for prefix, forward in require_compiled(model):
         _require_trained(forward)
@@ -96,6 +105,22 @@ def unfreeze_masks(model: nn.Module) -> None:
     for _, forward in require_compiled(model):
         if forward.frozen:
             _install(forward, FrozenMasks())
+
+
+def _take_masks(model: nn.Module, like: nn.Module) -> None:
+    """Gives the compiled modules of a model the decisions and frozen masks of those of another."""
+    ours = [forward for _, forward in require_compiled(model)]
+    theirs = [forward for _, forward in require_compiled(like)]
+    kinds = [[type(forward.module) for forward in forwards] for forwards in (ours, theirs)]
+    if kinds[0] != kinds[1] or not all(forward.frozen for forward in theirs):
+        raise ConfigError(
+            f"like= is a {type(like).__name__}, not a copy of this {type(model).__name__} whose "
+            "masks are frozen: freeze those first"
+        )
+    for forward, source in zip(ours, theirs, strict=True):
+        if not forward.frozen.equals(source.frozen):
+            forward.decisions.update(source.decisions)
+            _install(forward, copy.deepcopy(source.frozen))
 
 
 def _install(forward: SparseForward, frozen: FrozenMasks) -> None:

@@ -45,6 +45,13 @@ class FrozenMasks:
             mask = self._masks[name] = mask.to(device)
         return mask
 
+    def equals(self, other: FrozenMasks) -> bool:
+        """Returns whether both hold the same masks of the same weights."""
+        if self._masks.keys() != other._masks.keys():
+            return False
+        pairs = ((mask, other.get(name, mask.device)) for name, mask in self._masks.items())
+        return all(theirs is not None and torch.equal(ours, theirs) for ours, theirs in pairs)
+
     def mask_weight(self, weight: Tensor, name: str, pattern: Pattern) -> Tensor:
         """Returns a weight as training reads it: masked, by its frozen mask or anew."""
         mask = self.get(name, weight.device)

@@ -40,6 +40,7 @@ from sparsedm_compiler.backends.wgmma.transposed import (
     unpack_transposed,
     why_dense_gradient,
 )
+from sparsedm_compiler.masks.mask_ste import mask_ste_op
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from tests.backends.cuda.devices import device as device
 from tests.backends.cuda.running import DEVICE, moved, on_device, run_interpreted
@@ -336,6 +337,25 @@ def test_frozen_block_student_gets_gradients_in_kept_blocks_alone(
     assert choices["up.weight"].kernel == "cuda_block"
     assert choices["up.weight"].reason == "pinned by kernels="
     assert choices["down.weight"].kernel == ("dense" if checkpointed else "cuda_block")
+
+
+def test_frozen_block_student_computes_no_mask_and_finds_no_blocks(device: str) -> None:
+    seen: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.extend(node.target for node in gm.graph.nodes)
+        return gm.forward
+
+    student = sdm.compile(Net().to(device), "1:4@128x32", backend=backend, kernels={"*": "sparse"})
+    counts = []
+    for _ in range(2):
+        seen.clear()
+        with torch.autocast(device, BF16):
+            student(X.to(device))
+        sdm.freeze_masks(student)
+        ops = (multiply_blocks, mask_ste_op, find_blocks_op, torch.where)
+        counts.append([seen.count(op) for op in ops])
+    assert counts == [[4, 2, 2, 0], [4, 0, 0, 0]]
 
 
 def test_frozen_block_student_with_dynamic_batches(device: str) -> None:
