@@ -68,6 +68,7 @@ class CompileConfig:
         exclude_kernels: Kernels that are not to be used; for mode "infer".
         autotune_seconds: The most seconds to spend on measuring kernels; for mode "infer".
         finalize: Whether only packed weights are kept; for mode "infer".
+        regional: Whether Inductor compiles blocks that are repeated once for all of them.
     """
 
     pattern: Pattern | None
@@ -80,6 +81,7 @@ class CompileConfig:
     exclude_kernels: tuple[str, ...] = ()
     autotune_seconds: float = 60.0
     finalize: bool = False
+    regional: bool = False
 
     @staticmethod
     def create(pattern: str | Pattern | None, **options: Any) -> CompileConfig:

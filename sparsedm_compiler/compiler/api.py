@@ -61,6 +61,7 @@ def compile(
     exclude_kernels: str | Iterable[str] = (),
     autotune_seconds: float = 60.0,
     finalize: bool = False,
+    regional: bool = False,
 ) -> Model:
     """Returns a copy of a model that runs its Conv and Linear weights masked to an N:M pattern.
 
@@ -102,6 +103,8 @@ def compile(
             a weight that was not measured stays dense. Results are kept on disk.
         finalize: Whether to free the dense weights that a sparse kernel runs, after the first
             call; ``state_dict()`` then gives the masked dense values. Mode "infer" only.
+        regional: Whether Inductor compiles modules that are repeated (the blocks of a transformer)
+            once for all of them: the first call is faster, and nothing is fused across blocks.
 
     Returns:
         The sparse model, of the class of ``model``.
@@ -132,6 +135,7 @@ def compile(
         exclude_kernels=exclude_kernels,
         autotune_seconds=autotune_seconds,
         finalize=finalize,
+        regional=regional,
     )
     if isinstance(backend, str):
         resolve_backend(backend)
@@ -273,6 +277,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         broken=next((forward.broken for _, forward in forwards if forward.broken), None),
         eager=tuple(prefix + name for prefix, forward in forwards for name in forward.eager),
         frozen=tuple(prefix + name for prefix, forward in forwards for name in forward.frozen),
+        regions=tuple(dict.fromkeys(text for _, own in forwards for text in own.clock.regions)),
         timings={
             phase: sum(forward.clock.seconds[phase] for _, forward in forwards) for phase in PHASES
         },
