@@ -59,6 +59,7 @@ def compile(
     backend: Backend = "auto",
     kernels: Mapping[str, str] | None = None,
     exclude_kernels: str | Iterable[str] = (),
+    autotune: str = "measure",
     autotune_seconds: float = 60.0,
     finalize: bool = False,
     regional: bool = False,
@@ -99,6 +100,9 @@ def compile(
             mode "train" only "cuda_semi" (2:4 products on a GPU's sparse tensor cores) and
             "cuda_block" (block patterns on Hopper; see ``freeze_masks``) can be pinned.
         exclude_kernels: Names of kernels that are not to be used.
+        autotune: "measure" times dense and every kernel at the first call; "table" takes what the
+            table shipped for this card names, once it has given dense's numbers, and measures where
+            that has no such layer. For mode "infer".
         autotune_seconds: The most seconds that measuring kernels may take, for the whole model;
             a weight that was not measured stays dense. Results are kept on disk.
         finalize: Whether to free the dense weights that a sparse kernel runs, after the first
@@ -133,6 +137,7 @@ def compile(
         backend=backend,
         kernels=kernels,
         exclude_kernels=exclude_kernels,
+        autotune=autotune,
         autotune_seconds=autotune_seconds,
         finalize=finalize,
         regional=regional,

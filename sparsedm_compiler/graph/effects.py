@@ -35,7 +35,7 @@ def may_draw(node: fx.Node) -> bool:
         arguments = _bind(node)
         return bool(arguments.get("training", True)) and arguments.get("p", 1.0) != 0
     if name == "scaled_dot_product_attention":  # (query, key, value, attn_mask, dropout_p, ...)
-        return (*node.args[4:5], node.kwargs.get("dropout_p", 0.0))[0] != 0
+        return bool((*node.args[4:5], node.kwargs.get("dropout_p", 0.0))[0])
     return name.startswith(("rand", *_DRAWS))
 
 

@@ -7,7 +7,7 @@ transformer, whose weights differ.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,18 +166,21 @@ def _describe_signature(block: Block) -> Hashable:
     places |= {node: ("node", number) for number, node in enumerate(block.nodes)}
     rows = []
     for node in block.nodes:
-        arguments = fx.map_arg((node.args, node.kwargs), lambda x: _Place(*places[x]))
+        arguments = _replace_nodes((node.args, node.kwargs), places)
         rows.append((node.op, node.target, repr(arguments), _describe_value(node)))
     inputs = tuple(map(_describe_value, block.inputs))
     return block.module, tuple(rows), inputs, tuple(places[node] for node in block.outputs)
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Stands for a node among the arguments of another."""
-
-    kind: str
-    number: int
+def _replace_nodes(tree: Any, places: Mapping[fx.Node, tuple[str, int]]) -> Any:
+    """Returns nested arguments with the place of each node instead of the node."""
+    if isinstance(tree, (tuple, list)):
+        return tuple(_replace_nodes(part, places) for part in tree)
+    if isinstance(tree, Mapping):
+        return {key: _replace_nodes(part, places) for key, part in tree.items()}
+    if isinstance(tree, slice):
+        return "slice", _replace_nodes((tree.start, tree.stop, tree.step), places)
+    return places[tree] if isinstance(tree, fx.Node) else tree
 
 
 def _describe_value(node: fx.Node) -> Hashable:
