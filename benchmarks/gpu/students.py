@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.data import ImageData, open_data
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.models import UViT
 
@@ -86,24 +86,28 @@ def compare(plan: Plan, avoid: frozenset[str], tell: Tell) -> Iterator[Row]:
 def open_images(plan: Plan) -> Images:
     """The images that the environment names, else scikit-learn's digits. Raises SparseDMError."""
     spec = os.environ.get(DATA) or "digits"
-    other = os.environ.get(HELD_OUT) or find_held_out(spec)
-    train, held_out = open_data(spec, labels=False), open_data(other, labels=False)
-    most = plan.students.held_out
-    return Images(
-        fetch(train, len(train)).to(plan.device),
-        fetch(held_out, min(most, len(held_out))).to(plan.device),
-        f"{os.path.basename(spec)}, {len(train)} images",
-    )
+    other = os.environ.get(HELD_OUT) or f"{spec.removesuffix(':train')}:test"
+    train, held_out = read_images(spec), read_images(other)[: plan.students.held_out]
+    about = f"{os.path.basename(spec)}, {len(train)} images"
+    return Images(train.to(plan.device), held_out.to(plan.device), about)
 
 
-def find_held_out(spec: str) -> str:
-    """The split beside the training images: "test" of an archive with splits, or of the digits."""
-    return f"{spec.removesuffix(':train')}:test"
+def read_images(spec: str) -> Tensor:
+    """The images of a source as one tensor [n, C, H, W] in [-1, 1].
 
+    An archive of arrays, "train_images" [n, H, W, C] of bytes or "test_images", is read without the
+    packages that other sources need. Raises SparseDMError.
+    """
+    path, _, split = spec.partition(".npz")
+    name = f"{split.removeprefix(':') or 'train'}_images"
+    if spec.endswith((".npz", ".npz:train", ".npz:test")) and os.path.exists(f"{path}.npz"):
+        with np.load(f"{path}.npz", allow_pickle=False) as arrays:
+            if name in arrays.files:
+                return torch.from_numpy(arrays[name]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    from sparsedm_compiler.data import open_data
 
-def fetch(data: ImageData, count: int) -> Tensor:
-    """The first images of a source as one tensor [n, C, H, W] in [-1, 1]."""
-    return data.fetch(range(count))[0].float()
+    data = open_data(spec, labels=False)
+    return data.fetch(range(len(data)))[0].float()
 
 
 def find_masks(model: UViT, pattern: str, example: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -147,10 +151,11 @@ class Trainer:
         begin = self._now()
         self.train(_PROBED * self.about.batch, seed=0)
         step = (self._now() - begin) / _PROBED
+        copies, before = 1 + len(self.about.patterns), self._now()
         self.measure_loss()
-        left = _SAFETY * max(0.0, self.plan.until - time.time())
+        scoring = (copies + 1) * (self._now() - before)
+        left = _SAFETY * max(0.0, self.plan.until - time.time() - scoring)
         steps = min(left / step, self.about.most_images / self.about.batch)
-        copies = 1 + len(self.about.patterns)
         teacher = max(1, int(self.about.teacher_share * steps))
         each = max(1, int((1 - self.about.teacher_share) * steps / copies))
         print(f"quality: {1e3 * step:.1f} ms a step, ready in {begin - start:.0f} s", flush=True)
