@@ -24,12 +24,18 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("dit-28", "uvit-s")
+SMALL = "dit-28"
+"""A DiT of 28 blocks of width 128; the other names are those of benchmarks/gpu/models.py."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
     "2:4": {"pattern": "2:4"},
+    "2:4, no kernels": {"pattern": "2:4", "kernels": {"*": "dense"}},
     "2:4, regional": {"pattern": "2:4", "regional": True},
+    "2:4, regional, table": {"pattern": "2:4", "regional": True, "autotune": "table"},
 }
 """What is compiled: options of ``sparsedm_compiler.compile``, none for ``torch.compile`` alone."""
+DEFAULT = ("dense", "2:4", "2:4, regional")
+GRAPHS = "inductor-graphs"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,8 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--models", nargs="+", default=MODELS, choices=MODELS)
-    add("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    add("--models", nargs="+", default=MODELS)
+    add("--batch", type=int, default=1)
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--variants", nargs="+", default=DEFAULT, choices=list(VARIANTS))
     add("--modes", nargs="+", default=["infer"], choices=("infer", "train"))
     add("--backend", default="inductor")
     add("--device", default="cpu")
@@ -50,12 +58,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.child:
         print(json.dumps(measure(json.loads(options.child))))
         return
-    rows = [
-        run_child({"model": model, "variant": variant, "mode": mode, **shared(options)})
-        for model in options.models
-        for mode in options.modes
-        for variant in options.variants
-    ]
+    rows = []
+    for model in options.models:
+        for mode in options.modes:
+            for variant in options.variants:
+                case = {"model": model, "variant": variant, "mode": mode, **shared(options)}
+                rows.append(run_child(case))
+                print(rows[-1], flush=True)
     show(rows)
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -63,27 +72,39 @@ def main(arguments: list[str] | None = None) -> None:
 
 def shared(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the options that all processes share."""
-    return {name: vars(options)[name] for name in ("backend", "device", "later")}
+    names = ("backend", "device", "later", "batch", "dtype")
+    return {name: vars(options)[name] for name in names}
 
 
-def run_child(case: dict[str, Any]) -> dict[str, Any]:
-    """Returns the row of one case, measured by a fresh process with empty caches."""
+def run_child(case: dict[str, Any], *, seconds: float | None = None) -> dict[str, Any]:
+    """Returns the row of one case, measured by a fresh process with empty caches.
+
+    Raises RuntimeError where that fails, or takes longer than so many seconds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         caches = {
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
             "TRITON_CACHE_DIR": f"{folder}/triton",
             "SPARSEDM_CACHE": f"{folder}/sparsedm",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in this process, so that its time is seen
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
+        if case["device"] == "cpu":  # compile in the process itself, so that its time is seen
+            caches["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         command = [sys.executable, __file__, "--child", json.dumps(case)]
-        run = subprocess.run(
-            command, env={**os.environ, **caches}, capture_output=True, text=True, check=False
-        )
+        try:
+            run = subprocess.run(
+                command,
+                env={**os.environ, **caches},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired as late:
+            raise RuntimeError(f"it took more than {seconds:.0f} s") from late
     if run.returncode:
-        raise RuntimeError(f"{case} failed:\n{run.stderr[-3000:]}")
+        raise RuntimeError(f"{case} failed: {run.stderr[-2000:]}")
     row: dict[str, Any] = {**case, **json.loads(run.stdout.splitlines()[-1])}
-    print(row, flush=True)
     return row
 
 
@@ -91,24 +112,29 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Returns what one process measures."""
     import torch
 
-    torch.set_num_threads(1)
+    if case["device"] == "cpu":
+        torch.set_num_threads(1)
     call, model = prepare(case)
-    warm_up(torch, case["device"])
+    warm_up(torch, case)
     wall, cpu = time_once(call)
     later = [time_once(call) for _ in range(case["later"])]
     row: dict[str, Any] = {"wall_s": wall, "cpu_s": cpu}
-    row |= {"later_ms": 1e3 * median([pair[1] for pair in later[3:]]), "timings": {}}
+    clock = 1 if case["device"] == "cpu" else 0  # of the CPU alone, where others share it
+    row |= {"later_ms": 1e3 * median([pair[clock] for pair in later[3:]]), "timings": {}}
     if case["variant"] != "dense":
         import sparsedm_compiler as sdm
 
         explanation = sdm.explain(model)
         row |= {"timings": explanation.timings, "pruned": len(explanation.masked)}
+        row |= {"regions": explanation.regions}
     return row
 
 
-def warm_up(torch: Any, device: str) -> None:
+def warm_up(torch: Any, case: dict[str, Any]) -> None:
     """Compiles a trifle, so that imports and what Inductor builds once per machine are left out."""
-    torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
+    backend = "inductor" if case["backend"] == GRAPHS else case["backend"]
+    trifle = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    trifle(torch.ones(64, device=case["device"]))
     torch.compiler.reset()
 
 
@@ -119,17 +145,21 @@ def prepare(case: dict[str, Any]) -> tuple[Callable[[], object], Any]:
     import sparsedm_compiler as sdm
 
     torch.manual_seed(0)
-    model, args = build(case["model"], case["device"])
-    train = case["mode"] == "train"
+    model, args, kwargs = build(case)
+    train, backend = case["mode"] == "train", case["backend"]
     options = VARIANTS[case["variant"]]
     model.train(train)
-    run = torch.compile(model, backend=case["backend"])
     if options:
-        run = sdm.compile(model, mode=case["mode"], backend=case["backend"], **options)
+        run = sdm.compile(model, mode=case["mode"], backend=backend, **options)
+    elif backend == GRAPHS:
+        run = torch.compile(model, mode="reduce-overhead")
+    else:
+        run = torch.compile(model, backend=backend)
 
     def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.set_grad_enabled(train):
-            out = run(*args)
+            out = run(*args, **kwargs)
             if train:
                 out.sum().backward()
         if case["device"] == "cuda":
@@ -138,21 +168,21 @@ def prepare(case: dict[str, Any]) -> tuple[Callable[[], object], Any]:
     return step, run
 
 
-def build(name: str, device: str) -> tuple[Any, tuple[Any, ...]]:
-    """Returns a model with random weights and its arguments."""
+def build(case: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Returns a model with random weights, and the arguments of a call."""
     import torch
 
-    from benchmarks.gpu.models import DiT
-    from sparsedm_compiler.models import example_inputs
-    from sparsedm_compiler.models.presets import find_preset
+    from benchmarks.gpu.models import DiT, cast, open_model
 
-    with torch.device(device):
-        if name == "dit-28":
-            model = DiT(128, 28, 4, side=16)
-            return model, (torch.randn(1, 4, 16, 16), torch.ones(1), torch.zeros(1).long())
-        model = find_preset("uvit-cifar10-small").build()
-        args, kwargs = example_inputs(model, batch=1)
-        return model, (*args, *kwargs.values())
+    name, batch, dtype = case["model"], case["batch"], getattr(torch, case["dtype"])
+    if name != SMALL:
+        model, (args, kwargs) = open_model(name, batch, case["device"], dtype)
+        return model, args, kwargs
+    with torch.device(case["device"]):
+        small = DiT(128, 28, 4, side=16).to(dtype)
+        inputs = torch.randn(batch, 4, 16, 16), torch.ones(batch), torch.zeros(batch).long()
+    args, kwargs = cast((inputs, {}), dtype)
+    return small, args, kwargs
 
 
 def time_once(call: Callable[[], object]) -> tuple[float, float]:

@@ -28,9 +28,10 @@ from .processes import wait_or_stop
 
 SHARES = {
     "tests": 100,
-    "models": 150,
-    "ops": 95,
+    "models": 130,
+    "ops": 80,
     "quality": 50,
+    "first_call": 45,
     "training": 35,
     "table": 20,
     "memory": 6,

@@ -51,10 +51,10 @@ class Students:
 class Plan:
     """Everything that is measured.
 
-    ``models``, ``training``, ``memory``: (name in models.py, batch). ``compiled``: Inductor with
-    CUDA graphs; else eager, in a rehearsal. ``kernels``: of the models, as of ``compile``; gated,
-    but in a rehearsal, where dense would always win. ``seconds``: of one comparison of models.
-    ``until``: the end of the section's time, in seconds since 1970.
+    ``models``, ``training``, ``memory``, ``first_calls``: (name in models.py, batch).
+    ``compiled``: Inductor with CUDA graphs; else eager, in a rehearsal. ``kernels``: of the models,
+    as of ``compile``; gated, but in a rehearsal, where dense would always win. ``seconds``: of one
+    comparison of models. ``until``: the end of the section's time, in seconds since 1970.
     """
 
     device: str
@@ -73,6 +73,8 @@ class Plan:
     rounds: int
     seconds: float
     students: Students
+    first_calls: tuple[tuple[str, int], ...]
+    first_variants: tuple[str, ...]
     until: float = 0.0
 
 
@@ -112,6 +114,8 @@ FULL = Plan(
         teacher_share=0.4,
         most_images=4e6,
     ),
+    first_calls=(("dit-quarter", 16), ("uvit-s", 32)),
+    first_variants=("dense", "2:4, regional, table", "2:4, regional", "2:4"),
 )
 
 TINY = Plan(
@@ -141,4 +145,6 @@ TINY = Plan(
         teacher_share=0.4,
         most_images=96,
     ),
+    first_calls=(("dit-toy", 2),),
+    first_variants=("dense", "2:4, no kernels"),
 )

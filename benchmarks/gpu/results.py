@@ -11,7 +11,7 @@ from sparsedm_compiler.fileio import replace_atomically
 
 from .case import Read
 
-SECTIONS = ("ops", "models", "table", "training", "memory", "quality")
+SECTIONS = ("ops", "models", "table", "training", "memory", "quality", "first_call")
 """Those with rows, as they are shown."""
 
 Results = dict[str, Any]

@@ -7,6 +7,7 @@ from typing import Any
 
 from .beside import beside
 from .cells import GONE, REHEARSAL, Cells, counts, markdown, megabytes, speed
+from .first_rows import first_calls
 from .goals import judge_goals, models
 from .quality import Quality, read_quality
 from .results import Results, list_failures
@@ -214,6 +215,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Results, Quality], str]], ...] = (
     ("Whole models", "models", whole),
     ("Training steps", "training", training),
     ("Memory", "memory", memory),
+    ("First calls", "first_call", first_calls),
     ("Speed and quality", "quality", beside),
 )
 
