@@ -212,6 +212,7 @@ class Explanation:
         timings: Seconds that the calls so far spent on measuring kernels ("search"), folding
             weights ("pack") and in the inner compiler ("compile").
         frozen: Names of the weights whose masks ``freeze_masks`` has frozen.
+        regions: The repeated modules that were compiled once (``regional=True``), as sentences.
     """
 
     rows: tuple[Decision, ...]
@@ -223,6 +224,7 @@ class Explanation:
     eager: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict, repr=False)
     frozen: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.rows:
@@ -245,6 +247,7 @@ class Explanation:
                 f"{len(self.eager)} of the weights run masked in Python that cannot be captured, "
                 f"without a kernel: {', '.join(self.eager)}"
             )
+        parts += self.regions
         if sum(self.timings.values()) >= SLOW:
             spent = ", ".join(f"{phase} {spent:.1f} s" for phase, spent in self.timings.items())
             parts.append(f"first calls spent: {spent}")

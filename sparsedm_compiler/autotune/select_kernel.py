@@ -14,6 +14,7 @@ from ..backends.registry import find_families, find_family, find_training_famili
 from ..config import GRAPHS, CompileConfig
 from ..passes import KernelTimes, PlannedWeight, Refusal, Status
 from .measure import AutotuneBudget, KernelTrial, measure_kernels, reproduces_dense
+from .select_from_table import describe_source, find_card_table, find_table_row, make_kernel
 
 MARGIN = 0.96
 """A sparse kernel must take less than this part of dense's time: a tie goes to dense."""
@@ -38,11 +39,21 @@ def select_kernel(
         return row.run_dense(row.uses.sentence)
     if wanted == "dense":
         return row.run_dense("pinned by kernels=", status=Status.PINNED)
+    graphs, fused = config.backend == GRAPHS, not weight.is_cuda and config.backend != "eager"
+    trial = KernelTrial(weight, row.name, row.pattern, row.problems, graphs, fused)
+    if wanted == "auto" and config.autotune == "table":
+        return _select_from_table(row, trial, config, budget)
+    return _select_candidate(row, trial, config, budget)
+
+
+def _select_candidate(
+    row: PlannedWeight, trial: KernelTrial, config: CompileConfig, budget: AutotuneBudget
+) -> PlannedWeight:
+    """Plans what runs a weight: the kernel that is pinned, or the fastest measured."""
+    weight, wanted = trial.weight, config.find_kernel(row.name)
     candidates = _list_candidates(row, weight, config, wanted)
     if isinstance(candidates, Refusal):
         return row.run_dense(candidates.sentence)
-    graphs, fused = config.backend == GRAPHS, not weight.is_cuda and config.backend != "eager"
-    trial = KernelTrial(weight, row.name, row.pattern, row.problems, graphs, fused)
     if wanted != "auto":
         kernel = candidates[0]
         doubtful = weight.is_cuda and not find_family(kernel.name).inexact
@@ -50,6 +61,40 @@ def select_kernel(
             return row.run_dense(explain_distrust(candidates[:1]))
         return _run_sparse(row, weight, kernel, Status.PINNED, "pinned by kernels=")
     return _select_fastest(row, candidates, trial, config, budget)
+
+
+def _select_from_table(
+    row: PlannedWeight, trial: KernelTrial, config: CompileConfig, budget: AutotuneBudget
+) -> PlannedWeight:
+    """Plans what runs a weight by the table for its device; measures where that says nothing."""
+    table = find_card_table(trial.weight)
+    if isinstance(table, Refusal):
+        return _measure_instead(row, trial, config, budget, table.sentence)
+    line = find_table_row(row, table)
+    if isinstance(line, Refusal):
+        return _measure_instead(row, trial, config, budget, line.sentence)
+    kernel, source = make_kernel(row, line), describe_source(table, line)
+    if isinstance(kernel, Refusal):
+        return _measure_instead(row, trial, config, budget, kernel.sentence)
+    if kernel.name in config.exclude_kernels:
+        return _measure_instead(row, trial, config, budget, f"{kernel.name} is excluded")
+    if not is_worth(kernel, line.dense_ms / line.ratio, line.dense_ms):
+        return row.run_dense(source, status=Status.TABLE)
+    if not reproduces_dense(trial, kernel):
+        return _measure_instead(row, trial, config, budget, explain_distrust([kernel]))
+    return _run_sparse(row, trial.weight, kernel, Status.TABLE, source)
+
+
+def _measure_instead(
+    row: PlannedWeight,
+    trial: KernelTrial,
+    config: CompileConfig,
+    budget: AutotuneBudget,
+    why: str,
+) -> PlannedWeight:
+    """Plans what runs a weight that the table says nothing of, and says so in the reason."""
+    measured_row = _select_candidate(row, trial, config, budget)
+    return replace(measured_row, reason=f"{measured_row.reason} ({why})")
 
 
 def _select_fastest(

@@ -192,6 +192,13 @@ class KernelFamily(ABC):
         """
         return None
 
+    def identify_card(self) -> tuple[str, str] | None:
+        """Returns (name, compute capability) of the card that its kernels run on; None for a CPU.
+
+        Tables of measured kernels are kept by it.
+        """
+        return None
+
     def list_libraries(self) -> dict[str, str | None]:
         """Returns the libraries and tools of its kernels, name -> version here, None without it.
 

@@ -59,8 +59,10 @@ def compile(
     backend: Backend = "auto",
     kernels: Mapping[str, str] | None = None,
     exclude_kernels: str | Iterable[str] = (),
+    autotune: str = "measure",
     autotune_seconds: float = 60.0,
     finalize: bool = False,
+    regional: bool = False,
 ) -> Model:
     """Returns a copy of a model that runs its Conv and Linear weights masked to an N:M pattern.
 
@@ -98,10 +100,15 @@ def compile(
             mode "train" only "cuda_semi" (2:4 products on a GPU's sparse tensor cores) and
             "cuda_block" (block patterns on Hopper; see ``freeze_masks``) can be pinned.
         exclude_kernels: Names of kernels that are not to be used.
+        autotune: "measure" times dense and every kernel at the first call; "table" takes what the
+            table shipped for this card names, once it has given dense's numbers, and measures where
+            that has no such layer. For mode "infer".
         autotune_seconds: The most seconds that measuring kernels may take, for the whole model;
             a weight that was not measured stays dense. Results are kept on disk.
         finalize: Whether to free the dense weights that a sparse kernel runs, after the first
             call; ``state_dict()`` then gives the masked dense values. Mode "infer" only.
+        regional: Whether Inductor compiles modules that are repeated (the blocks of a transformer)
+            once for all of them: the first call is faster, and nothing is fused across blocks.
 
     Returns:
         The sparse model, of the class of ``model``.
@@ -130,8 +137,10 @@ def compile(
         backend=backend,
         kernels=kernels,
         exclude_kernels=exclude_kernels,
+        autotune=autotune,
         autotune_seconds=autotune_seconds,
         finalize=finalize,
+        regional=regional,
     )
     if isinstance(backend, str):
         resolve_backend(backend)
@@ -273,6 +282,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         broken=next((forward.broken for _, forward in forwards if forward.broken), None),
         eager=tuple(prefix + name for prefix, forward in forwards for name in forward.eager),
         frozen=tuple(prefix + name for prefix, forward in forwards for name in forward.frozen),
+        regions=tuple(dict.fromkeys(text for _, own in forwards for text in own.clock.regions)),
         timings={
             phase: sum(forward.clock.seconds[phase] for _, forward in forwards) for phase in PHASES
         },

@@ -21,10 +21,10 @@ from ..graph.flat_graph import get_example_value
 from ..graph.names import strip_adapter_prefix
 from ..passes import Plan, PlannedWeight, Refusal, Status, find_uses, run_passes
 from ..reports import Decision
+from .compile_blocks import compile_blocks
 from .folded_graph import FoldedGraph
 from .folded_weights import FoldedWeights
 from .frozen_masks import FrozenMasks
-from .inner_backend import compile_graph
 from .phase_clock import PhaseClock
 
 
@@ -65,8 +65,7 @@ def lower(
         if row.kernel is not None:
             arguments[row.position] = form
             _set_example_value(row.placeholder, form)
-    with clock.measure("compile"):
-        run = compile_graph(graph.gm, arguments, config.backend, folded=True)
+    run = compile_blocks(graph.gm, arguments, config, clock)
     return FoldedGraph(run, plan, weights), plan
 
 
@@ -80,8 +79,7 @@ def _compile_masked(
     """Compiles a graph of mode "train"; frozen masks, then layouts, are its last inputs."""
     masks = [row.frozen for row in plan if row.frozen is not None]
     masks += [row.layout for row in plan if row.layout is not None]
-    with clock.measure("compile"):
-        run = compile_graph(gm, [*inputs, *masks], config.backend)
+    run = compile_blocks(gm, [*inputs, *masks], config, clock)
     return (lambda *arguments: run(*arguments, *masks)) if masks else run
 
 

@@ -29,6 +29,7 @@ class Status(Enum):
 
     MASKED = "masked in every forward; no kernel was asked for"
     MEASURED = "the fastest of dense and the kernels that were timed"
+    TABLE = "as the table for its card says"
     PINNED = "pinned by the user"
     FINALIZED = "only its packed form is left, from an earlier graph"
     REFUSED = "dense, since no kernel can run it or none was measured"
