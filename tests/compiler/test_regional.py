@@ -11,8 +11,7 @@ from torch import Tensor, fx, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.autotune import measure
-from sparsedm_compiler.compiler import lower as lowering
-from sparsedm_compiler.compiler import split_graph
+from sparsedm_compiler.compiler import compile_blocks, split_graph
 from sparsedm_compiler.compiler.inner_backend import compile_graph
 from sparsedm_compiler.compiler.split_graph import compile_split
 from sparsedm_compiler.graph.capture import capture
@@ -32,9 +31,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
         seen.append(gm)
         return compile_graph(gm, *args, **kwargs)
 
-    for module in (lowering, split_graph):
+    for module in (compile_blocks, split_graph):
         monkeypatch.setattr(module, "compile_graph", keep)
-    monkeypatch.setattr(lowering, "is_inductor", lambda backend: True)
+    monkeypatch.setattr(compile_blocks, "is_inductor", lambda backend: True)
     return seen
 
 
