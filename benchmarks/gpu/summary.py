@@ -137,7 +137,7 @@ def fastest_by_name(times: dict[str, float]) -> dict[str, float]:
 def kernel_cell(results: Results, dense_ms: float, ms: float | None) -> str:
     """How many times faster than dense; in a rehearsal, that it ran."""
     if ms is None:
-        return _GONE
+        return GONE
     return "ran" if results["rehearsal"] else f"{dense_ms / ms:.2f}"
 
 
