@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import PackError
 from ..patterns import Pattern
 from .interleaved_timer import sample_on_host, time_on_host
+from .row_rounding import RowRounding
 
 Op = Callable[..., Tensor]
 """An op in the form that an FX graph calls: a custom op's overload, or a plain function."""
@@ -100,22 +101,6 @@ class WeightFormat:
     pattern: Pattern
     dtype: torch.dtype | None = None
     kernel: KernelConfig | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RowRounding:
-    """The two functions that a linear op consists of, where it rounds the rows of x to 8 bits.
-
-    Attributes:
-        round_rows: Called as ``round_rows(x, kind, **prologue)``, with the norm or the activation
-            in front of it as ``prologue``: (numbers, factors).
-        multiply: Called as ``multiply(x, numbers, factors, packed, bias, rows, **arguments)``, with
-            the keyword arguments of the op, "kind" and "act" among them; of x, or of what came
-            before a norm, it uses leading shape and dtype.
-    """
-
-    round_rows: Callable[..., tuple[Tensor, Tensor]]
-    multiply: Op
 
 
 class KernelFamily(ABC):
