@@ -236,6 +236,11 @@ class KernelFamily(ABC):
         """Returns why ``training_op`` cannot multiply by a weight, as ``why_refused`` does."""
         return self.why_refused(pattern, rows, cols, dtype)
 
+    def prepare_training(  # noqa: B027
+        self, uses: Sequence[tuple[Pattern, MatmulProblem, tuple[int, int]]]
+    ) -> None:
+        """Builds what ``training_op`` needs for products by weights (rows, cols), side by side."""
+
     def describe_backward(self, pattern: Pattern, *, frozen: bool) -> str:
         """Returns which products of a backward are dense after all, as a phrase; "" for none."""
         return ""

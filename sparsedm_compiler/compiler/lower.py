@@ -11,7 +11,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..autotune.measure import AutotuneBudget
-from ..autotune.select_kernel import select_kernel, select_training_kernel
+from ..autotune.select_kernel import (
+    prepare_training,
+    select_kernel,
+    select_training_kernel,
+)
 from ..backends.kernel_family import WeightFormat
 from ..backends.packing import PackedWeight
 from ..config import CompileConfig
@@ -131,6 +135,8 @@ def plan_weights(
         else:
             row = select_kernel(row, weight, config, budget)
         rows.append(row)
+    if config.mode == "train":
+        prepare_training(rows)
     return tuple(rows)
 
 

@@ -10,7 +10,7 @@ dense.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ...patterns import BlockNM, Pattern
 from ..cuda.device import find_device
-from .build import Tile
-from .format import pack, unpack
+from ..kernel_family import MatmulProblem
+from .build import Tile, Use
+from .format import choose_layout, pack, unpack
 from .launch import launch_linear
 from .launch_training import compute_weight_gradient, pack_transposed_weight, pack_weight
 from .ops import align_rows, run_linear
@@ -194,6 +195,18 @@ def parse_blocks(text: str) -> BlockNM:
     pattern = Pattern.parse(text)
     assert isinstance(pattern, BlockNM)
     return pattern
+
+
+def list_builds(pattern: Pattern, problem: MatmulProblem, shape: tuple[int, int]) -> list[Use]:
+    """Returns the kernels that a product by a weight [rows, cols] needs, and its gradient of x."""
+    assert isinstance(pattern, BlockNM)
+    (rows, cols), tokens = shape, prod(problem.inputs[:-1])
+    layout, tile = choose_layout(pattern, rows, cols), choose_tile(tokens, rows)
+    builds = [(layout, tile, problem.dtype, "none")]
+    if why_dense_gradient(pattern) is None:
+        layout, tile = choose_transposed_layout(rows, cols), choose_tile(tokens, cols)
+        builds.append((layout, tile, problem.dtype, "none"))
+    return builds
 
 
 @lru_cache(maxsize=1024)

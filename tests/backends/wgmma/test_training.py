@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
+from sparsedm_compiler.backends.cuda.device import CudaDevice
+from sparsedm_compiler.backends.wgmma import family as family_module
 from sparsedm_compiler.backends.wgmma.build import Tile
 from sparsedm_compiler.backends.wgmma.family import BlockFamily
 from sparsedm_compiler.backends.wgmma.format import pack, unpack
@@ -183,6 +185,23 @@ def test_choose_cut_fills_a_device_twice() -> None:
     assert choose_cut(4096, 1152, 288, 128, 132) == (128, 128, 64, 8, 3, 8)
     assert choose_cut(16, 6912, 288, 128, 132) == (128, 128, 16, 8, 3, 1)
     assert choose_cut(600, 192, 32, 64, 132) == (64, 32, 64, 4, 3, 2)
+
+
+def test_kernels_of_training_are_built_once_before_the_first_call(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+    card = CudaDevice("H100", (9, 0), shared_bytes=227 * 1024)
+    monkeypatch.setattr(family_module, "find_device", lambda: card)
+    monkeypatch.setattr(family_module, "build_ahead", lambda uses, device: built.append([*uses]))
+    student = student_of(device, "1:4@128x32")
+    with torch.autocast(device, BF16):
+        student(X.to(device))
+    (uses,) = built
+    assert len(uses) == 8  # two products by each of two weights, forward and backward
+    assert {(layout.picked, tile, dtype) for layout, tile, dtype, _ in uses} == {
+        (picked, Tile(64, 2), BF16) for picked in (False, True)
+    }
 
 
 def test_choose_tile_leaves_few_multiprocessors_idle() -> None:
