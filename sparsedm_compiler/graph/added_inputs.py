@@ -8,6 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .flat_graph import get_example_value
 
+MASK, LAYOUT = "mask", "layout"
+"""The kinds of an added input: a frozen mask, or in what form a kernel gets what one keeps."""
+
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """Returns a copy of a graph of Dynamo's, which goes on reading its own after it was compiled.
@@ -31,7 +34,7 @@ def add_input(graph: fx.Graph, kind: str, of: fx.Node, value: Tensor) -> fx.Node
 
     Args:
         graph: A graph of ``copy_graph``.
-        kind: What it is of another input, one word.
+        kind: What it is of another input: MASK or LAYOUT.
         of: That other input.
         value: The tensor that will be passed.
     """

@@ -8,11 +8,9 @@ import torch
 
 from ..backends.registry import find_family
 from ..errors import GraphError
-from ..graph.added_inputs import is_added
+from ..graph.added_inputs import LAYOUT, MASK, is_added
 from ..masks.mask_ste import mask_ste_op
 from .planned_weight import Plan, PlannedWeight
-from .rewrite.insert_frozen_masks import MASK
-from .rewrite.train_sparse import LAYOUT
 
 
 def verify_masked(plan: Plan) -> None:
