@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
 from sparsedm_compiler.backends.cuda.device import CudaDevice
 from sparsedm_compiler.backends.wgmma import family as family_module
-from sparsedm_compiler.backends.wgmma.build import Tile
+from sparsedm_compiler.backends.wgmma.build import Tile, read_sources, specify_linear
 from sparsedm_compiler.backends.wgmma.family import BlockFamily
 from sparsedm_compiler.backends.wgmma.format import pack, unpack
 from sparsedm_compiler.backends.wgmma.launch_training import (
@@ -51,6 +55,7 @@ from tests.backends.wgmma.test_ops import hopper
 from tests.oracle import assert_gradients, assert_same, gradients, oracle_of
 
 BF16 = torch.bfloat16
+DISASSEMBLER = "backends/nvidia/bin/cuobjdump"
 SKIPPING = ("1:4@128x32", "1:2@128x64", "1:8@128x16", "1:4@64x32", "1:2@192x64")
 DENSE = ("1:2@64x16", "1:4@128x16", "3:4@64x16", "2:4@128x32", "1:2@128x32")
 every_text = pytest.mark.parametrize("text", [*SKIPPING, *DENSE])
@@ -248,6 +253,27 @@ def test_training_ops_pass_opcheck(text: str, frozen: bool, tokens: int) -> None
     plain, grad = weight.detach(), torch.randn_like(out)
     opcheck(block_train_x_grad_op, (grad, plain, blocks, back, text))
     opcheck(block_train_w_grad_op, (grad, x.detach(), plain, blocks, text, frozen))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_kernel_of_the_transpose_commits_each_stage_once(tmp_path: Path) -> None:
+    """Two commits for a stage would make every wait one for the stage that was just begun."""
+    disassembler = Path(pytest.importorskip("triton").__file__).parent / DISASSEMBLER
+    layout = choose_transposed_layout(256, 256)
+    kernel = specify_linear(layout, Tile(128, 3), dtype=BF16, act="none", room=227 * 1024)
+    (tmp_path / "kernel.cu").write_text(read_sources(128, False, BF16))
+    macros = [f"-D{name}={value}" for name, value in kernel.macros]
+    command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas=-v", *macros]
+    run = subprocess.run(
+        [*command, "kernel.cu"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert run.stderr.count("0 bytes spill stores, 0 bytes spill loads") == 2
+    assert "serialized" not in run.stderr
+    listed = [str(disassembler), "-sass", "-fun", "wgmma_linear", "kernel.cubin"]
+    code = subprocess.run(listed, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    products = re.findall(r"HGMMA\.64x128x16\.F32\.BF16[^;]*;", code)
+    commits = re.findall(r"HGMMA[^;]*gsb0", code)
+    assert (len(products), len(commits)) == (8, 3)  # of either block, or of none
 
 
 class Ops(TorchDispatchMode):
