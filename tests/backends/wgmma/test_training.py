@@ -271,9 +271,11 @@ def test_kernel_of_the_transpose_commits_each_stage_once(tmp_path: Path) -> None
     assert "serialized" not in run.stderr
     listed = [str(disassembler), "-sass", "-fun", "wgmma_linear", "kernel.cubin"]
     code = subprocess.run(listed, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    products = re.findall(r"HGMMA\.64x128x16\.F32\.BF16[^;]*;", code)
-    commits = re.findall(r"HGMMA[^;]*gsb0", code)
-    assert (len(products), len(commits)) == (8, 3)  # of either block, or of none
+    lines = re.findall(r"/\*[0-9a-f]{4}\*/\s+([^;]+);", code)
+    products = [i for i, line in enumerate(lines) if "HGMMA.64x128x16.F32.BF16" in line]
+    commits = [i for i in products if "gsb0" in lines[i]]
+    assert (len(products), len(commits)) == (8, 2)
+    assert all(lines[i + 1].startswith("BRA") for i in commits)  # past the commit of no products
 
 
 class Ops(TorchDispatchMode):
