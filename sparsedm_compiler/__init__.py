@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .compiler.lookup import masked_parameters
     from .compiler.read_guard import allow_dense
     from .compiler.serialization import load, save
+    from .diffusers import SparseConfig
     from .masks.mask_ste import zero_kept
     from .patterns import Pattern
     from .reports import Choice, Decision, Explanation, MacRow, MacsReport, Topology
@@ -59,6 +60,7 @@ __all__ = [
     "PackError",
     "Pattern",
     "PatternError",
+    "SparseConfig",
     "SparseDMError",
     "StoppedError",
     "Topology",
@@ -87,6 +89,7 @@ MODULES = {
     ".compiler.lookup": ("masked_parameters",),
     ".compiler.read_guard": ("allow_dense",),
     ".compiler.serialization": ("load", "save"),
+    ".diffusers": ("SparseConfig",),
     ".masks.mask_ste": ("zero_kept",),
     ".patterns": ("Pattern",),
     ".reports": ("Choice", "Decision", "Explanation", "MacRow", "MacsReport", "Topology"),

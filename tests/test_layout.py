@@ -47,7 +47,8 @@ MAY_IMPORT = {
     "data": f"{BASE} diffusion models",
     "evaluate": f"{BASE} diffusion models data",
     "reporting": f"{BASE} diffusion models data evaluate patterns reports",
-    "": "errors patterns reports masks compiler",
+    "diffusers": f"{BASE} patterns graph config reports compiler",
+    "": "errors patterns reports masks compiler diffusers",
     "train": f"{BASE} diffusion models data evaluate reporting",
     "experiment": f"{BASE} config diffusion models data evaluate reporting train",
     "cli": f"{BASE} patterns config reports backends autotune compiler diffusion models data"
@@ -63,7 +64,7 @@ LAZY = {("", "train")}
 
 # These import what a user names, a package of an extra, or (the root) a public name at its first
 # use, which the law then reads in its imports for type checkers.
-BY_NAME = {"", "optional_deps", "models.factories"}
+BY_NAME = {"", "optional_deps", "models.factories", "diffusers.registration"}
 
 # The folders of kernel families; one of them is what the NVIDIA families share.
 SHARED = "backends.cuda"

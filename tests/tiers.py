@@ -31,6 +31,10 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "compiler/test_recompile.py": ("unet", "adapter"),
     "compiler/test_saved_weights.py": ("pretrained",),
     "compiler/test_sparse_method.py": ("autoencoder", "compiled_by_the_user"),
+    "diffusers/test_plugin.py": (
+        *("reloaded", "policy", "first_call", "folded", "zeros", "mapping", "two_models", "disk"),
+        *("sharded", "casts", "training", "attached"),
+    ),
     "diffusion/test_predict.py": (DIFFUSERS, "import"),
     "test_zoo.py": (r"\[(?!uvit\]|unet_condition\])",),
     # Inductor: a C++ compiler for every graph. One row stays, in test_guarded_forward.py.

@@ -18,22 +18,20 @@ from ..backends.kernel_family import KernelConfig, WeightFormat
 from ..backends.packing import PackedWeight
 from ..backends.registry import find_family
 from ..config import Backend, CompileConfig
-from ..errors import CheckpointError, ConfigError, KernelError, PackError, PatternError
+from ..errors import CheckpointError, ConfigError, KernelError
 from ..fileio import replace_atomically
 from ..graph.names import strip_adapter_prefix
 from ..meta_models import require_values
 from ..patterns import Pattern
-from ..reports import Decision
 from .api import check_model, install
 from .folded_weights import hollow_out
 from .lookup import require_compiled
+from .model_record import KEY, VERSION, describe_model, read_decisions
 from .state_hooks import mask_state_dict
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_KEY = "sparsedm"
-_VERSION = 4
-_READS = (4,)
+_READS = (VERSION,)
 _PACKED = ".sparsedm_packed"
 
 
@@ -68,12 +66,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     packed = forward.weights.packed
     tensors.update({name + _PACKED: weight.to_portable().data for name, weight in packed.items()})
     meta = {
-        "version": _VERSION,
-        "class": type(forward.module).__name__,
-        "options": forward.config.to_dict(),
+        **describe_model(forward),
         "packed": {name: _describe_packed(weight) for name, weight in packed.items()},
-        "known": sorted(forward.known),
-        "decisions": [_describe_decision(decision) for decision in forward.decisions.values()],
         "aliases": aliases,
     }
     target = Path(path)
@@ -81,7 +75,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"cannot write {target}: there is no folder {target.parent}")
     try:
         with replace_atomically(target) as part:
-            save_file(tensors, part, {"format": "pt", _KEY: json.dumps(meta)})
+            save_file(tensors, part, {"format": "pt", KEY: json.dumps(meta)})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
 
@@ -110,9 +104,11 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
         packed = {name: _read_packed(name, p, tensors) for name, p in meta["packed"].items()}
         for name in [name for name, weight in packed.items() if weight.family.opaque]:
             tensors[name] = packed.pop(name).unpack()  # packed anew at the first call
-        decisions = {plain["weight"]: _read_decision(plain) for plain in meta["decisions"]}
+        decisions = read_decisions(meta["decisions"], model)
         tensors.update({alias: tensors[name] for alias, name in meta["aliases"].items()})
-    except (KeyError, TypeError, ConfigError, PatternError, PackError, KernelError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} holds a {meta.get('class')}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, KernelError) as error:
         raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error!r}") from error
     student = copy.deepcopy(model)
     try:
@@ -155,7 +151,7 @@ def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            meta = (file.metadata() or {}).get(_KEY)
+            meta = (file.metadata() or {}).get(KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path} as safetensors: {error}") from error
@@ -193,19 +189,3 @@ def _read_packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -
     weight_format = WeightFormat(Pattern.parse(plain["pattern"]), None, kernel.untiled)
     dtype = find_family(kernel.name).check(data, shape, weight_format)
     return PackedWeight(weight_format, kernel, shape, dtype, data)
-
-
-def _describe_decision(decision: Decision) -> dict[str, Any]:
-    return {
-        "weight": decision.weight,
-        "op": decision.op,
-        "shape": list(decision.shape),
-        "pattern": None if decision.pattern is None else str(decision.pattern),
-        "refusal": decision.refusal,
-    }
-
-
-def _read_decision(plain: dict[str, Any]) -> Decision:
-    pattern = None if plain["pattern"] is None else Pattern.parse(plain["pattern"])
-    shape = tuple(plain["shape"])
-    return Decision(plain["weight"], plain["op"], shape, pattern, plain["refusal"])
