@@ -8,16 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError
+from ..files.container import VERSION
 from ..graph.names import strip_adapter_prefix
 from ..patterns import Pattern
 from ..reports import Decision
 from .guarded_forward import SparseForward
-
-KEY = "sparsedm"
-"""The key of the record in the metadata of a safetensors file."""
-
-VERSION = 5
-"""The version of what the files hold; ``docs/reference/format.md`` describes it."""
 
 _DENSE = "dense: "
 

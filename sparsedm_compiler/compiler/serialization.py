@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..backends.kernel_family import KernelConfig, WeightFormat
@@ -19,37 +15,57 @@ from ..backends.packing import PackedWeight
 from ..backends.registry import find_family
 from ..config import Backend, CompileConfig
 from ..errors import CheckpointError, ConfigError, KernelError
-from ..fileio import replace_atomically
+from ..files.container import (
+    DENSE,
+    FORMS,
+    STATE,
+    StoredFile,
+    check_provenance,
+    read_file,
+    split_compact,
+    write_file,
+)
 from ..graph.names import strip_adapter_prefix
 from ..meta_models import require_values
 from ..patterns import Pattern
 from .api import check_model, install
 from .folded_weights import hollow_out
+from .guarded_forward import SparseForward
 from .lookup import require_compiled
-from .model_record import KEY, VERSION, describe_model, read_decisions
-from .state_hooks import mask_state_dict
+from .model_record import describe_model, read_decisions
+from .state_hooks import map_patterns, mask_state_dict
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_READS = (VERSION,)
 _PACKED = ".sparsedm_packed"
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    form: str = STATE,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a compiled model's weights and decisions to a file.
 
-    The weights are latent (dense) ones in mode "train", and masked ones in mode "infer".
-
-    The file is plain safetensors, readable without this package, but for finalized weights, which
-    are written packed. It appears whole or not at all.
+    The file is safetensors with the pattern of every weight in its header, and appears whole or
+    not at all; ``docs/reference/format.md`` describes it.
 
     Args:
         model: A compiled model.
         path: The file to write; its folder must exist.
+        form: "state" holds the state_dict: latent (dense) weights in mode "train", masked ones in
+            mode "infer", packed ones where they are finalized. "dense" holds masked weights with
+            their zeros, in any mode, which any reader of safetensors loads. "compact" holds the
+            kept values and their places: at 2:4 in bfloat16, 0.542 of the size of dense.
+        provenance: Where the weights are from: any of base_model (str), method (str), images
+            (int), loss (float) and note (str). None: nothing.
 
     Raises:
         ConfigError: If ``model`` was not compiled, is on the meta device, or several compiled
-            models are inside.
+            models are inside; for an unknown form or field of the provenance; and where "dense"
+            or "compact" is wanted of a model that has not been called and so has chosen nothing.
         CheckpointError: If the file cannot be written.
     """
     forwards = require_compiled(model)
@@ -57,27 +73,48 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ConfigError(
             f"{len(forwards)} compiled models are inside; save each: {[*dict(forwards)]}"
         )
+    if form not in FORMS:
+        raise ConfigError(f"form {form!r} is none of {', '.join(FORMS)}")
     forward = forwards[0][1]
     require_values(forward.module, "saving it")
+    if form != STATE and not forward.decisions:
+        raise ConfigError(
+            f"{type(forward.module).__name__} has not been called since compile, so no weight is "
+            f"chosen yet and none could be saved {form}; call it once first"
+        )
+    record = {
+        **describe_model(forward),
+        "form": form,
+        "provenance": check_provenance(provenance or {}),
+    }
+    tensors, parts = _read_state(forward) if form == STATE else _read_masked(forward, form)
+    write_file(path, tensors, {**record, **parts})
+
+
+def _read_state(forward: SparseForward) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors of the form "state", and the record's part about them."""
     state = forward.weights.state_dict_without_finalized(forward.module)
     if forward.config.mode == "infer":
         mask_state_dict(forward.module, forward.decisions, state)
     tensors, aliases = _without_aliases(state)
     packed = forward.weights.packed
     tensors.update({name + _PACKED: weight.to_portable().data for name, weight in packed.items()})
-    meta = {
-        **describe_model(forward),
-        "packed": {name: _describe_packed(weight) for name, weight in packed.items()},
-        "aliases": aliases,
-    }
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise CheckpointError(f"cannot write {target}: there is no folder {target.parent}")
-    try:
-        with replace_atomically(target) as part:
-            save_file(tensors, part, {"format": "pt", KEY: json.dumps(meta)})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {target}: {error}") from error
+    described = {name: _describe_packed(weight) for name, weight in packed.items()}
+    return tensors, {"packed": described, "aliases": aliases}
+
+
+def _read_masked(forward: SparseForward, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors of the form "dense" or "compact", and the record's part about them."""
+    module, weights = forward.module, forward.weights
+    state = weights.state_dict_without_finalized(module)
+    mask_state_dict(module, forward.decisions, state)
+    for name, packed in weights.iterate_finalized(module):
+        state[name] = packed.unpack()
+    tensors, aliases = _without_aliases(state)
+    if form == DENSE:
+        return tensors, {"aliases": aliases}
+    tensors, compact = split_compact(tensors, map_patterns(module, forward.decisions))
+    return tensors, {"compact": compact, "aliases": aliases}
 
 
 def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto") -> Model:
@@ -98,16 +135,24 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
     """
     check_model(model)
     require_values(model, "loading into it")
-    tensors, meta = _read(Path(path))
+    stored = read_file(path)
+    if stored.record is None:
+        raise CheckpointError(
+            f"{path} holds no sparsedm pattern: load it into the model as usual, then "
+            "sparsedm_compiler.compile(model, pattern='2:4')"
+        )
+    meta = stored.record
+    _require_shapes(stored, model)
+    tensors = stored.expand()
     try:
         config = CompileConfig.from_dict(meta["options"], backend=backend)
         packed = {name: _read_packed(name, p, tensors) for name, p in meta["packed"].items()}
         for name in [name for name, weight in packed.items() if weight.family.opaque]:
             tensors[name] = packed.pop(name).unpack()  # packed anew at the first call
         decisions = read_decisions(meta["decisions"], model)
-        tensors.update({alias: tensors[name] for alias, name in meta["aliases"].items()})
+        known, source = frozenset(map(str, meta["known"])), meta["class"]
     except CheckpointError as error:
-        raise CheckpointError(f"{path} holds a {meta.get('class')}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, KernelError) as error:
         raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error!r}") from error
     student = copy.deepcopy(model)
@@ -119,9 +164,9 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
             raise RuntimeError(f"missing {sorted(absent)}, unknown {sorted(unknown)}")
     except (RuntimeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} holds a {meta['class']} and does not fit this {type(model).__name__}: {error}"
+            f"{path} holds a {source} and does not fit this {type(model).__name__}: {error}"
         ) from error
-    return install(student, config, decisions, frozenset(meta["known"]), packed)
+    return install(student, config, decisions, known, packed)
 
 
 def _hollow_out(student: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
@@ -148,27 +193,15 @@ def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     return tensors, aliases
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path} as safetensors: {error}") from error
-    if meta is None:
-        raise CheckpointError(
-            f"{path} holds no sparsedm pattern: load it into the model as usual, then "
-            "sparsedm_compiler.compile(model, pattern='2:4')"
-        )
-    try:
-        plain: dict[str, Any] = json.loads(meta)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error}") from error
-    if plain.get("version") not in _READS:
-        raise CheckpointError(
-            f"{path} has format version {plain.get('version')!r}, this package reads {_READS}"
-        )
-    return tensors, plain
+def _require_shapes(stored: StoredFile, model: nn.Module) -> None:
+    """Raises CheckpointError unless compact weights have the shapes of the model's parameters."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, weight in stored.compact.items():
+        if shapes.get(name) != weight.shape:
+            raise CheckpointError(
+                f"{stored.path} does not fit this {type(model).__name__}: {name!r} is "
+                f"{list(weight.shape)} in the file, {shapes.get(name)} in the model"
+            )
 
 
 def _describe_packed(packed: PackedWeight) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
 
-from ..compiler.model_record import VERSION, check_decisions, describe_decisions
+from ..compiler.model_record import check_decisions, describe_decisions
 from ..config import Backend, CompileConfig
 from ..errors import CheckpointError
+from ..files.container import VERSION
 from ..patterns import Pattern
 from ..reports import Decision
 from .registration import METHOD, import_private

@@ -9,9 +9,10 @@ from torch import nn
 
 from ..compiler.api import compile, install
 from ..compiler.lookup import require_compiled
-from ..compiler.model_record import KEY, describe_model, read_decisions
+from ..compiler.model_record import describe_model, read_decisions
 from ..compiler.recompile import find_compiled
 from ..errors import ConfigError
+from ..files.container import KEY
 from ..graph.capture import map_parameter_names
 from .config import SparseConfig
 from .registration import import_private
