@@ -159,7 +159,7 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
     try:
         _hollow_out(student, packed)
         missing, unknown = student.load_state_dict(tensors, strict=False)
-        absent = {name for name in missing if strip_adapter_prefix(name) not in packed}
+        absent = {*missing} - _list_names(student, packed)
         if absent or unknown:
             raise RuntimeError(f"missing {sorted(absent)}, unknown {sorted(unknown)}")
     except (RuntimeError, AttributeError) as error:
@@ -176,6 +176,13 @@ def _hollow_out(student: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
         if tuple(weight.shape) != form.shape:
             raise RuntimeError(f"{name} is {list(weight.shape)}, packed {list(form.shape)}")
         hollow_out(weight)  # in the model's dtype, which the first call casts the file's to
+
+
+def _list_names(student: nn.Module, packed: Mapping[str, PackedWeight]) -> set[str]:
+    """Returns all names of the parameters that the file holds packed."""
+    names = dict(student.named_parameters(remove_duplicate=False))
+    weights = {id(w) for name, w in names.items() if strip_adapter_prefix(name) in packed}
+    return {name for name, weight in names.items() if id(weight) in weights}
 
 
 def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

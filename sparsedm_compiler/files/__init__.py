@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from .check_file import FileReport, WeightRow, check_file
 from .compact import CompactWeight, count_compact_bytes
+from .convert import convert_file
+from .model_card import make_model_card
 
 __all__ = [
     "CompactWeight",
@@ -11,4 +14,5 @@ __all__ = [
     "check_file",
     "convert_file",
     "count_compact_bytes",
+    "make_model_card",
 ]

@@ -35,11 +35,18 @@ STATE, DENSE, COMPACT = FORMS = ("state", "dense", "compact")
 PROVENANCE = {"base_model": str, "method": str, "images": int, "loss": float, "note": str}
 """The fields of a record that say where the weights are from; all may be left out."""
 
-_OPTIONAL: dict[str, Any] = {
-    **{"form": STATE, "packed": {}, "compact": {}, "aliases": {}, "provenance": {}},
-    **{"class": None, "options": None, "known": [], "decisions": {}},
+_FIELDS: dict[str, tuple[Any, tuple[type, ...]]] = {
+    "class": (None, (str, type(None))),
+    "form": (STATE, (str,)),
+    "options": (None, (dict, type(None))),
+    "known": ([], (list,)),
+    "decisions": ({}, (dict,)),
+    "packed": ({}, (dict,)),
+    "compact": ({}, (dict,)),
+    "aliases": ({}, (dict,)),
+    "provenance": ({}, (dict,)),
 }
-"""The fields of a record that may be left out."""
+"""The fields of a record beside the version: what one that is left out means, and its types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +125,13 @@ def _read_record(text: str) -> dict[str, Any]:
     version = record.get("version")
     if version != VERSION:
         raise CheckpointError(f"it has format version {version!r}, this package reads {VERSION}")
-    record = {**_OPTIONAL, **record}
+    record = {**{name: default for name, (default, _) in _FIELDS.items()}, **record}
+    for name, (_, kinds) in _FIELDS.items():
+        if not isinstance(record[name], kinds):
+            raise ValueError(f"{name} is a {type(record[name]).__name__}")
+    texts = [*record["aliases"].values(), *record["decisions"].values(), *record["known"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a name or a decision is no text")
     if record["form"] not in FORMS:
         raise ValueError(f"form {record['form']!r} is none of {', '.join(FORMS)}")
     check_provenance(record["provenance"])

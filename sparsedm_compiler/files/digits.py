@@ -9,19 +9,19 @@ from torch import Tensor
 
 from ..errors import PackError
 
-MOST = 1 << 63
-"""Words and bases lie below this: they are computed in signed 64 bits."""
+MOST = (1 << 63) - 1
+"""The largest word and the largest base: they are computed in signed 64 bits."""
 
 
 @lru_cache(maxsize=256)
 def choose_word(base: int) -> tuple[int, int]:
     """Returns (digits, bytes) of a word: those, of 1 to 8 bytes, that waste the least.
 
-    Of equally good words the shortest is taken. ``base``: 2 to 2^63.
+    Of equally good words the shortest is taken. ``base``: 2 to ``MOST``.
     """
     words = []
     for size in range(1, 9):
-        limit, digits = min(256**size, MOST), 0
+        limit, digits = min(256**size, MOST + 1), 0
         while base ** (digits + 1) <= limit:
             digits += 1
         if digits:

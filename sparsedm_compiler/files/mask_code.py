@@ -160,7 +160,7 @@ def _complete(kept: Tensor, choices: Choices) -> Tensor:
     """Returns ``kept`` [out, k, in] with the lowest zeros added that make every choice full."""
     blocks = _view_blocks(kept, choices)
     outer = _fill(blocks.any(-1).any(1), choices.outer[0])
-    mask = outer.unsqueeze(1).unsqueeze(-1).expand(blocks.shape).reshape(kept.shape)
+    mask = outer.unsqueeze(1).unsqueeze(-1).expand(blocks.shape).clone().view(kept.shape)
     if choices.inner is not None:
         n, m = choices.inner
         mask[mask.clone()] = _fill(kept[mask].view(-1, m), n).flatten()
