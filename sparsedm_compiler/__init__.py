@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .compiler.apply_masks import apply_masks
     from .compiler.counting import count_macs, topology
     from .compiler.lookup import masked_parameters
+    from .compiler.merge_lora import MergedWeight, MergeReport, merge_lora
     from .compiler.read_guard import allow_dense
     from .compiler.serialization import load, save
     from .diffusers import SparseConfig
@@ -57,6 +58,8 @@ __all__ = [
     "MacRow",
     "MacsReport",
     "MaskError",
+    "MergeReport",
+    "MergedWeight",
     "PackError",
     "Pattern",
     "PatternError",
@@ -73,6 +76,7 @@ __all__ = [
     "held_out_loss",
     "load",
     "masked_parameters",
+    "merge_lora",
     "pattern_of",
     "repattern",
     "save",
@@ -87,6 +91,7 @@ MODULES = {
     ".compiler.apply_masks": ("apply_masks",),
     ".compiler.counting": ("count_macs", "topology"),
     ".compiler.lookup": ("masked_parameters",),
+    ".compiler.merge_lora": ("MergeReport", "MergedWeight", "merge_lora"),
     ".compiler.read_guard": ("allow_dense",),
     ".compiler.serialization": ("load", "save"),
     ".diffusers": ("SparseConfig",),

@@ -25,6 +25,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "pipeline",
         "controlnet",
     ),
+    "compiler/test_merge_lora.py": ("",),
     "compiler/test_pipelines.py": ("",),
     "compiler/test_other_libraries.py": ("",),
     "compiler/test_read_guard.py": ("fused", "quantization", "failed_is_as_it_was", "block"),
