@@ -118,7 +118,7 @@ def check_file(path: str | os.PathLike[str], pattern: str | Pattern | None = Non
         >>> import tempfile, torch
         >>> from safetensors.torch import save_file
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_file({"w": torch.tensor([[0.0, 1, 2, 0]])}, f"{folder}/w.safetensors")
+        ...     save_file({"w": torch.tensor([[0.0, 0, 1, 2]])}, f"{folder}/w.safetensors")
         ...     report = check_file(f"{folder}/w.safetensors")
         >>> str(report.rows[0].satisfied), report.ok
         ('2:4', True)
