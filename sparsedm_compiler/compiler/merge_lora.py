@@ -16,6 +16,7 @@ from ..masks.nm_mask import apply_mask, nm_mask
 from ..optional_deps import is_installed, mend_torchvision
 from ..patterns import Pattern
 from .lookup import masked_parameters, require_compiled
+from .model_record import list_decisions
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,9 @@ def merge_lora(model: nn.Module, *, keep_masks: bool = False) -> MergeReport:
     for name, layer in layers:
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer.get_base_layer())
-    for forward in forwards:  # marks of inject_adapter_in_model, and of diffusers
+    for forward in forwards:
+        forward.decisions = list_decisions(forward)
+        # The marks of inject_adapter_in_model, and of diffusers.
         forward.module.__dict__.pop("peft_config", None)
         if "_hf_peft_config_loaded" in forward.module.__dict__:
             forward.module.__dict__["_hf_peft_config_loaded"] = False

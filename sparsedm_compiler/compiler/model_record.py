@@ -24,8 +24,15 @@ def describe_model(forward: SparseForward) -> dict[str, Any]:
         "class": type(forward.module).__name__,
         "options": forward.config.to_dict(),
         "known": sorted(forward.known),
-        "decisions": describe_decisions(forward.decisions),
+        "decisions": describe_decisions(list_decisions(forward)),
     }
+
+
+def list_decisions(forward: SparseForward) -> dict[str, Decision]:
+    """Returns the decisions on the parameters that a model has: not of adapters that are gone."""
+    names = forward.module.named_parameters(remove_duplicate=False)
+    present = {strip_adapter_prefix(name) for name, _ in names}
+    return {name: row for name, row in forward.decisions.items() if name in present}
 
 
 def describe_decisions(decisions: Mapping[str, Decision]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..compiler.api import compile, install
 from ..compiler.lookup import require_compiled
-from ..compiler.model_record import describe_model, read_decisions
+from ..compiler.model_record import describe_model, list_decisions, read_decisions
 from ..compiler.recompile import find_compiled
 from ..errors import ConfigError
 from ..files.container import KEY
@@ -65,7 +65,7 @@ class SparseQuantizer(_Base):  # type: ignore[misc]
         """Brings the config of the model up to date with what it has decided since."""
         forward = None if self.model is None else find_compiled(self.model)
         if forward is not None:
-            self.quantization_config.record(forward.config, forward.decisions)
+            self.quantization_config.record(forward.config, list_decisions(forward))
 
     @property
     def is_serializable(self) -> bool:
@@ -129,7 +129,7 @@ def attach(model: nn.Module) -> None:
             f"{type(model).__name__} is not a compiled model of diffusers; for others there is "
             "sparsedm_compiler.save"
         )
-    config = SparseConfig.from_compiled(forward.config, forward.decisions)
+    config = SparseConfig.from_compiled(forward.config, list_decisions(forward))
     SparseQuantizer(config, pre_quantized=True).adopt(model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from tests.compiler.nets import X, compiled_chain, compiled_unet, run_unet
+from tests.compiler.nets import Chain, X, compiled_chain, compiled_unet, run_unet
 from tests.diffusers.cases import run, small_unet
 from tests.oracle import OPTIONS, assert_same, brute_mask, masked_patterns, oracle_of
 
@@ -149,6 +150,21 @@ def test_adapter_alone_trains_on_a_frozen_base(mode: str) -> None:
     optimizer.step()
     assert student(X).square().mean() < first
     assert_same(student.b.base_layer.weight.detach(), base)
+
+
+@pytest.mark.parametrize("end", ["unload", "merge"])
+def test_student_whose_adapters_are_gone_is_saved_and_loads(end: str, tmp_path: Path) -> None:
+    student = compiled_chain()
+    wrapper = peft.get_peft_model(student, peft.LoraConfig(**LORA))
+    wrapper(X)
+    if end == "unload":
+        wrapper.unload()
+    else:
+        sdm.merge_lora(student)
+        assert not any("lora" in row.weight for row in sdm.explain(student).rows)
+    sdm.save(student, tmp_path / "s")
+    loaded = sdm.load(tmp_path / "s", Chain(), backend="eager")
+    assert_same(loaded(X), student(X))
 
 
 def test_merge_of_what_cannot_be_merged_is_refused_and_changes_nothing() -> None:

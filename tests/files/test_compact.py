@@ -38,7 +38,7 @@ def test_weight_of_any_dtype_when_packed_keeps_its_bits(dtype: torch.dtype) -> N
 
 
 def test_smallest_doubles_are_not_taken_for_zeros() -> None:
-    weight = torch.tensor([[5e-324, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    weight = torch.tensor([[0.0, 0.0, 5e-324, 1.0]], dtype=torch.float64)
     assert_same(CompactWeight.pack(weight, Pattern.parse("2:4")).unpack(), weight)
 
 
