@@ -114,6 +114,24 @@ def read_file(path: str | os.PathLike[str]) -> StoredFile:
     return StoredFile(path, tensors, record, compact, metadata)
 
 
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Returns the record in the header of a file; None for a file of others. Reads no tensor.
+
+    Raises CheckpointError for a file that is missing, damaged or of another version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read {path} as safetensors: {error}") from error
+    try:
+        return None if text is None else _read_record(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error!r}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def _read_record(text: str) -> dict[str, Any]:
     """Returns the record with every field that files of this version have."""
     try:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import diffusers
 from safetensors.torch import load_file
 
+import sparsedm_compiler as sdm
 from sparsedm_compiler.files import check_file
+from sparsedm_compiler.models import open_model
 from tests.cli.conftest import Shell
+from tests.diffusers.cases import run, saved_unet, small_unet
+from tests.oracle import assert_same
 
 
 def test_convert_and_check_show_what_a_file_holds(shell: Shell, weights: Sequence[str]) -> None:
@@ -38,3 +43,31 @@ def test_check_and_convert_of_no_file_are_refused(shell: Shell, weights: Sequenc
     assert "cannot read nowhere" in shell("check", "nowhere").reason
     assert "cannot read nowhere" in shell("convert", "nowhere", "c").reason
     assert "there is no folder gone" in shell("convert", "student.safetensors", "gone/c").reason
+
+
+def test_compact_weights_open_like_any_others(shell: Shell, weights: Sequence[str]) -> None:
+    shell("convert", "student.safetensors", "c.safetensors")
+    argv = ("--model", "own:net", "--backend", "eager", "--mode", "train")
+    result = shell("explain", "c.safetensors", *argv)
+    assert result.out == shell("explain", "student.safetensors", *argv).out
+
+
+def test_folder_of_a_pruned_diffusers_model_opens_pruned(shell: Shell) -> None:
+    config = sdm.SparseConfig("2:4", backend="eager")
+    dense = saved_unet(shell.folder / "dense")
+    student = diffusers.UNet2DModel.from_pretrained(dense, quantization_config=config)
+    run(student)
+    student.save_pretrained("sparse")
+    argv = ("--weights", "nowhere", "--count", "1", "--out", "images")
+    assert "nowhere" in shell("sample", "--model", "sparse", *argv).reason
+    result = shell.dry("sample", "--model", "sparse", "--count", "1", "--out", "images")
+    assert "sparse with weights sparse/diffusion_pytorch_model.safetensors, masked to 2:4" in (
+        result.out
+    )
+    assert_same(open_model("sparse").conv_in.weight, small_unet().conv_in.weight)
+    student.save_pretrained("shards", max_shard_size="20KB")
+    (shell.folder / "sparse/diffusion_pytorch_model.safetensors").unlink()
+    assert (
+        "quantized by sparsedm or lie in shards"
+        in shell("sample", "--model", "shards", "--count", "1", "--out", "images").reason
+    )
