@@ -98,7 +98,7 @@ def read_file(path: str | os.PathLike[str]) -> StoredFile:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"cannot read {path} as safetensors: {error}") from error
+        raise CheckpointError(f"cannot read weights from {path}: {error}") from error
     text = metadata.pop(KEY, None)
     try:
         record = None if text is None else _read_record(text)
@@ -123,7 +123,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"cannot read {path} as safetensors: {error}") from error
+        raise CheckpointError(f"cannot read weights from {path}: {error}") from error
     try:
         return None if text is None else _read_record(text)
     except ValueError as error:

@@ -40,8 +40,8 @@ def test_check_and_convert_dry_runs_write_nothing(shell: Shell, weights: Sequenc
 
 
 def test_check_and_convert_of_no_file_are_refused(shell: Shell, weights: Sequence[str]) -> None:
-    assert "cannot read nowhere" in shell("check", "nowhere").reason
-    assert "cannot read nowhere" in shell("convert", "nowhere", "c").reason
+    assert "cannot read weights from nowhere" in shell("check", "nowhere").reason
+    assert "cannot read weights from nowhere" in shell("convert", "nowhere", "c").reason
     assert "there is no folder gone" in shell("convert", "student.safetensors", "gone/c").reason
 
 
