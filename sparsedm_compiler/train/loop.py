@@ -29,6 +29,7 @@ from .randomness import drop_conditions
 from .result import FinetuneResult, HeldOutLoss
 from .resume import (
     choose_save_interval,
+    describe_origin,
     prepare_student_writer,
     read_last_checkpoint,
     restore_tensors,
@@ -251,7 +252,8 @@ def finish(run: Run) -> FinetuneResult:
     if folder is not None:
         save_student = prepare_student_writer(run, ema=True)
         if run.config.only == "lora":  # whose EMA knows the weights of before they were merged
-            save_student = partial(save_model, result.ema or run.student)
+            merged, origin = result.ema or run.student, describe_origin(run)
+            save_student = partial(save_model, merged, origin=origin)
         if run.process.is_main:
             save_student(folder / "student.safetensors")
             text = json.dumps(result.as_dict(folder.name), indent=1)

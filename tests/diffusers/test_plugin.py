@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from pathlib import Path
@@ -327,3 +328,16 @@ def test_private_api_of_the_installed_diffusers_is_the_one_the_plugin_overrides(
     asked, written = source.index(".is_serializable"), source.index(".save_config(")
     assert asked < written < source.index(".get_state_dict_and_metadata(")
     assert [table[METHOD] for table in list_tables()] == [SparseQuantizer, sdm.SparseConfig]
+
+
+def test_copy_of_a_loaded_student_is_saved_as_itself(student: Any, tmp_path: Path) -> None:
+    other = copy.deepcopy(student)
+    assert other.hf_quantizer.model is other
+    sdm.repattern(other, "1:2")
+    other.save_pretrained(tmp_path / "other")
+    student.save_pretrained(tmp_path / "own")
+    patterns = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["pattern"]
+        for name in ("other", "own")
+    ]
+    assert patterns == ["1:2", "2:4"]
