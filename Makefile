@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick core kills sanitize fuzz lint types check bench gpu study clean
+.PHONY: help env demo test test-quick core kills sanitize fuzz lint types check bench gpu study docs clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -74,6 +74,9 @@ gpu: ## the tests and benchmarks that need a CUDA GPU, under 8 minutes; writes o
 
 study: env ## compare the methods in minutes, on digits; docs/results/methods.md has the real one
 	$(BIN)/python benchmarks/methods.py --quick --jobs 2 --out out/study
+
+docs: env ## build the documentation into out/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean: ## remove the environment and everything generated
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

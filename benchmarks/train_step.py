@@ -38,8 +38,13 @@ MODELS = ("uvit-cifar10-small", "ddpm-cifar10")
 PATTERNS = ("2:4", "1:4", "1:8", "2:4x4")
 
 
-def build_step(student: nn.Module, calls: Any, *, sr_ste: bool) -> Callable[[], None]:
-    """Returns a training step of ``student`` on one batch."""
+def build_step(
+    student: nn.Module, calls: Any, *, sr_ste: bool, autocast: bool | None = None
+) -> Callable[[], None]:
+    """Returns a training step of ``student`` on one batch.
+
+    ``autocast``: whether to bfloat16; None for on a GPU alone.
+    """
     args, kwargs = calls
     target = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(0))
     target = target.to(args[0].device)
@@ -48,7 +53,9 @@ def build_step(student: nn.Module, calls: Any, *, sr_ste: bool) -> Callable[[], 
         sdm.sr_ste(optimizer, student, lam=2e-4)
 
     def step() -> None:
-        with torch.autocast(target.device.type, torch.bfloat16, enabled=target.is_cuda):
+        torch.compiler.cudagraph_mark_step_begin()
+        half = target.is_cuda if autocast is None else autocast
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=half):
             guess = student(*args, **kwargs)
         guess = guess if isinstance(guess, torch.Tensor) else guess.sample
         F.mse_loss(guess.float(), target).backward()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .compiler.api import compile, explain, pattern_of, repattern
     from .compiler.apply_masks import apply_masks
     from .compiler.counting import count_macs, topology
+    from .compiler.freeze_masks import freeze_masks, unfreeze_masks
     from .compiler.lookup import masked_parameters
     from .compiler.merge_lora import MergedWeight, MergeReport, merge_lora
     from .compiler.read_guard import allow_dense
@@ -73,6 +74,7 @@ __all__ = [
     "count_macs",
     "explain",
     "finetune",
+    "freeze_masks",
     "held_out_loss",
     "load",
     "masked_parameters",
@@ -82,6 +84,7 @@ __all__ = [
     "save",
     "sr_ste",
     "topology",
+    "unfreeze_masks",
     "zero_kept",
 ]
 
@@ -90,6 +93,7 @@ MODULES = {
     ".compiler.api": ("compile", "explain", "pattern_of", "repattern"),
     ".compiler.apply_masks": ("apply_masks",),
     ".compiler.counting": ("count_macs", "topology"),
+    ".compiler.freeze_masks": ("freeze_masks", "unfreeze_masks"),
     ".compiler.lookup": ("masked_parameters",),
     ".compiler.merge_lora": ("MergeReport", "MergedWeight", "merge_lora"),
     ".compiler.read_guard": ("allow_dense",),

@@ -13,6 +13,7 @@ from .patterns import Pattern
 
 MODES = ("train", "infer")
 POLICIES = ("structural", "uvit", "all")
+AUTOTUNE = ("measure", "table")
 GRAPHS = "inductor-graphs"
 """The inner compiler that is Inductor with CUDA graphs, torch.compile's mode "reduce-overhead"."""
 
@@ -66,8 +67,10 @@ class CompileConfig:
         backend: What compiles the rewritten graph.
         kernels: (glob, one of ``list_kernels()``) pairs; the first match wins.
         exclude_kernels: Kernels that are not to be used; for mode "infer".
+        autotune: One of ``AUTOTUNE``; for mode "infer".
         autotune_seconds: The most seconds to spend on measuring kernels; for mode "infer".
         finalize: Whether only packed weights are kept; for mode "infer".
+        regional: Whether Inductor compiles blocks that are repeated once for all of them.
     """
 
     pattern: Pattern | None
@@ -78,8 +81,10 @@ class CompileConfig:
     backend: Backend = "auto"
     kernels: tuple[tuple[str, str], ...] = ()
     exclude_kernels: tuple[str, ...] = ()
+    autotune: str = "measure"
     autotune_seconds: float = 60.0
     finalize: bool = False
+    regional: bool = False
 
     @staticmethod
     def create(pattern: str | Pattern | None, **options: Any) -> CompileConfig:
@@ -107,7 +112,12 @@ class CompileConfig:
 
     def check(self) -> None:
         """Raises ConfigError for values that fit nothing, or not each other."""
-        for value, name, allowed in ((self.mode, "mode", MODES), (self.policy, "policy", POLICIES)):
+        choices = (
+            (self.mode, "mode", MODES),
+            (self.policy, "policy", POLICIES),
+            (self.autotune, "autotune", AUTOTUNE),
+        )
+        for value, name, allowed in choices:
             if value not in allowed:
                 raise ConfigError(f"{name} {value!r} is neither {' nor '.join(map(repr, allowed))}")
         for kernel in (*(kernel for _, kernel in self.kernels), *self.exclude_kernels):

@@ -211,6 +211,8 @@ class Explanation:
             in every use, and without a kernel.
         timings: Seconds that the calls so far spent on measuring kernels ("search"), folding
             weights ("pack") and in the inner compiler ("compile").
+        frozen: Names of the weights whose masks ``freeze_masks`` has frozen.
+        regions: The repeated modules that were compiled once (``regional=True``), as sentences.
     """
 
     rows: tuple[Decision, ...]
@@ -221,6 +223,8 @@ class Explanation:
     broken: str | None = field(default=None, repr=False)
     eager: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict, repr=False)
+    frozen: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.rows:
@@ -231,6 +235,8 @@ class Explanation:
         ]
         table = tabulate(body, ("weight", "op", "shape", "pattern"), disable_numparse=True)
         summary = f"{len(self.masked)} of {len(self.rows)} weights masked, mode {self.mode!r}"
+        if self.frozen:
+            summary += f", {len(self.frozen)} of the masks frozen"
         parts = [table, f"{summary}, compiled by {self.backend!r}"]
         if self.choices:
             parts += ["", _kernels(self.choices)]
@@ -241,6 +247,7 @@ class Explanation:
                 f"{len(self.eager)} of the weights run masked in Python that cannot be captured, "
                 f"without a kernel: {', '.join(self.eager)}"
             )
+        parts += self.regions
         if sum(self.timings.values()) >= SLOW:
             spent = ", ".join(f"{phase} {spent:.1f} s" for phase, spent in self.timings.items())
             parts.append(f"first calls spent: {spent}")

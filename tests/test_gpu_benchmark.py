@@ -80,6 +80,10 @@ def test_every_section_is_rehearsed(rehearsed: Path) -> None:
     for row in found["models"]:
         for each in row["patterns"].values():
             assert each["error"] < 0.05
+    (students,) = found["quality"]
+    assert all("loss" in cell for cell in students["patterns"].values())
+    (first,) = found["first_call"]
+    assert all(cell["wall_s"] > 0 for cell in first["variants"].values())
 
 
 def test_no_number_of_a_rehearsal_is_shown_as_a_speed(rehearsed: Path) -> None:
@@ -197,6 +201,19 @@ def test_goals_are_judged() -> None:
     assert statuses(judged)[never] == MET
     assert "Lowest of all models: 1.000 (m at 1:8)." in summary(judged)
     assert set(statuses({**judged, "rehearsal": True}).values()) == {OPEN}
+
+
+def test_first_calls_are_judged_by_the_best_of_each_model() -> None:
+    goal = next(goal for goal in statuses(results_of()) if "first call" in goal)
+    seconds = {"dense": 10.0, "2:4": 16.0, "2:4, regional": 12.9}
+    variants = {name: {"wall_s": wall, "timings": {}} for name, wall in seconds.items()}
+    row = {"key": "m", "model": "m", "batch": 1, "variants": variants}
+    assert statuses(results_of(first_call=[row]))[goal] == MET
+    slow = {**variants, "2:4, regional": {"refused": "it took more than 9 s"}}
+    assert statuses(results_of(first_call=[{**row, "variants": slow}]))[goal] == MISSED
+    said = summary(results_of(first_call=[{**row, "variants": slow}]))
+    assert "| m | 1 | 2:4 | 16.0 | 1.60 |" in said
+    assert "it took more than 9 s" in said
 
 
 def test_no_speed_without_its_quality() -> None:

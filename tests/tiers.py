@@ -37,6 +37,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         *("sharded", "casts", "training", "attached"),
     ),
     "diffusion/test_predict.py": (DIFFUSERS, "import"),
+    "test_docs.py": ("site",),
     "test_zoo.py": (r"\[(?!uvit\]|unet_condition\])",),
     # Inductor: a C++ compiler for every graph. One row stays, in test_guarded_forward.py.
     "autotune/test_select_kernel.py": INDUCTOR,
@@ -52,6 +53,8 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "backends/cusparselt/test_quantized.py": INDUCTOR,
     "backends/cusparselt/test_training.py": INDUCTOR,
     "backends/vnm/test_ops.py": INDUCTOR,
+    "backends/wgmma/test_training.py": (*INDUCTOR, "interpret"),
+    "compiler/test_freeze_masks.py": (*INDUCTOR, "ddp"),
     "compiler/test_graph_breaks.py": INDUCTOR,
     "compiler/test_guarded_forward.py": (
         r"inductor.*\[train\]",

@@ -9,7 +9,7 @@ from typing import Any
 from sparsedm_compiler.reporting.charts import LIGHT
 
 from .plan import FULL
-from .quality import Quality, quality
+from .quality import Quality, read_quality
 from .results import Results
 from .summary import REHEARSAL, patterns_of
 
@@ -21,7 +21,7 @@ Points = dict[int, list[float]]
 
 def draw(results: Results, out: Path) -> None:
     """Write ops.png and models.png, of what there is."""
-    known = quality()
+    known = read_quality(results)
     if any(points_of(results, text) for text in patterns_of(results["ops"])):
         save(ops(results, known), out / "ops.png")
     if results["models"] or results["table"]:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def work(options: argparse.Namespace, log: Log, plan: Any) -> int:
 
     longest = 0.0
     done, avoid = frozenset(log.before.done), frozenset(log.before.tried)
-    cases = list(CASES[options.section](plan, avoid))
+    cases = list(CASES[options.section](replace(plan, until=options.until), avoid))
     for case in cases[options.part :: options.parts]:
         if case.key in done:
             continue

@@ -21,12 +21,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .case import ROOT, read, write
+from .case import DATA, HELD_OUT, ROOT, read, write
 from .clock import Clock
 from .packages import losses, refusal
 from .processes import wait_or_stop
 
-SHARES = {"tests": 100, "models": 160, "ops": 110, "training": 45, "table": 30, "memory": 10}
+SHARES = {
+    "tests": 100,
+    "models": 130,
+    "ops": 80,
+    "quality": 50,
+    "first_call": 45,
+    "training": 35,
+    "table": 20,
+    "memory": 6,
+}
 """Seconds of the time that there is by default."""
 _RESTARTS = 6
 _LAST_ROW = 20
@@ -69,6 +78,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", choices=list(SHARES), metavar="SECTION", help=", ".join(SHARES))
     add("--commit", help="what is measured, where this copy is no clone")
     add("--tiny", action="store_true", help="a rehearsal on a CPU, at toy sizes")
+    add("--data", help="images for the section quality: FILE.npz, ... ($SPARSEDM_DATA, or digits)")
+    add("--held-out", help="held-out ones ($SPARSEDM_HELD_OUT, or FILE.npz:test)")
     add("--report", nargs="+", type=Path, metavar="JSON", help="write the report of these, again")
     return parser.parse_args(arguments)
 
@@ -85,6 +96,9 @@ def run(options: argparse.Namespace, out: Path, scratch: Path) -> int:
     arguments = [f"--{key}={value}" for key, value in vars(options).items() if key in _TOLD]
     results = empty(environment(arguments, options.commit), rehearsal=options.tiny)
     runner = Runner(results, out, scratch, options.tiny)
+    for name, value in ((DATA, options.data), (HELD_OUT, options.held_out)):
+        if value is not None:
+            runner.environment[name] = value
     save(results, out / "results.json")
     for name in chosen:
         print(f"== {name}", flush=True)

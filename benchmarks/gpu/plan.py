@@ -29,12 +29,32 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Students:
+    """The students whose losses are compared, each trained on as many images.
+
+    ``held_out``, ``most_images``: the most that are used, of all runs together. ``teacher_share``:
+    of the images, for the dense model that all start from.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    batch: int
+    lr: float
+    patterns: tuple[str, ...]
+    held_out: int
+    teacher_share: float
+    most_images: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that is measured.
 
-    ``models``, ``training``, ``memory``: (name in models.py, batch). ``compiled``: Inductor with
-    CUDA graphs; else eager, in a rehearsal. ``kernels``: of the models, as of ``compile``; gated,
-    but in a rehearsal, where dense would always win. ``seconds``: of one comparison of models.
+    ``models``, ``training``, ``memory``, ``first_calls``: (name in models.py, batch).
+    ``compiled``: Inductor with CUDA graphs; else eager, in a rehearsal. ``kernels``: of the models,
+    as of ``compile``; gated, but in a rehearsal, where dense would always win. ``seconds``: of one
+    comparison of models. ``until``: the end of the section's time, in seconds since 1970.
     """
 
     device: str
@@ -52,6 +72,10 @@ class Plan:
     screening: int
     rounds: int
     seconds: float
+    students: Students
+    first_calls: tuple[tuple[str, int], ...]
+    first_variants: tuple[str, ...]
+    until: float = 0.0
 
 
 FULL = Plan(
@@ -73,12 +97,25 @@ FULL = Plan(
         ("sdxl", 1),
     ),
     model_patterns=("2:4", "1:2@64x16", "1:4@128x16"),
-    training=(("uvit-s", 32), ("dit-quarter", 16)),
-    train_patterns=("2:4", "1:4@128x16", "1:8", "2:4t"),
+    training=(("dit-quarter", 16), ("uvit-s", 32)),
+    train_patterns=("1:4@128x32", "1:2@128x64", "2:4", "1:8", "2:4t"),
     memory=(("dit-quarter", 16),),
     screening=4,
     rounds=21,
     seconds=1.5,
+    students=Students(
+        width=512,
+        depth=4,
+        heads=8,
+        batch=128,
+        lr=5e-4,
+        patterns=("2:4", "1:2@64x16", "1:4", "1:4@128x16", "64:2:8"),
+        held_out=1000,
+        teacher_share=0.4,
+        most_images=4e6,
+    ),
+    first_calls=(("dit-quarter", 16), ("uvit-s", 32)),
+    first_variants=("dense", "2:4, regional, table", "2:4, regional", "2:4"),
 )
 
 TINY = Plan(
@@ -92,9 +129,22 @@ TINY = Plan(
     models=(("dit-toy", 2), ("uvit-toy", 1), ("flux-toy", 1)),
     model_patterns=("1:2@64x16", "2:4"),
     training=(("uvit-toy", 2),),
-    train_patterns=("2:4", "2:4t"),
+    train_patterns=("1:4@128x32", "2:4", "2:4t"),
     memory=(("uvit-toy", 1),),
     screening=3,
     rounds=5,
     seconds=0.05,
+    students=Students(
+        width=128,
+        depth=2,
+        heads=2,
+        batch=8,
+        lr=5e-4,
+        patterns=("2:4", "1:2@64x16"),
+        held_out=16,
+        teacher_share=0.4,
+        most_images=96,
+    ),
+    first_calls=(("dit-toy", 2),),
+    first_variants=("dense", "2:4, no kernels"),
 )

@@ -11,7 +11,7 @@ from sparsedm_compiler.fileio import replace_atomically
 
 from .case import Read
 
-SECTIONS = ("ops", "models", "table", "training", "memory")
+SECTIONS = ("ops", "models", "table", "training", "memory", "quality", "first_call")
 """Those with rows, as they are shown."""
 
 Results = dict[str, Any]
@@ -57,7 +57,7 @@ def load(paths: Sequence[Path]) -> Results:
     whole = runs[0]
     for run in runs[1:]:
         for name in SECTIONS:
-            rows = {row["key"]: row for row in (*whole[name], *run[name])}
+            rows = {row["key"]: row for row in (*whole.get(name, ()), *run.get(name, ()))}
             whole[name] = list(rows.values())
         for name, said in run["sections"].items():
             before = whole["sections"].get(name, {"seconds": 0, "failed": {}})

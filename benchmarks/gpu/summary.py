@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparsedm_compiler.autotune.side_by_side import format_ratio
-
+from .beside import beside
+from .cells import GONE, REHEARSAL, Cells, counts, markdown, megabytes, speed
+from .first_rows import first_calls
 from .goals import judge_goals, models
-from .quality import Quality, quality
+from .quality import Quality, read_quality
 from .results import Results, list_failures
-
-REHEARSAL = "CPU rehearsal, not a measurement"
-_GONE = "–"  # noqa: RUF001
-Cells = Sequence[object]
 
 
 def summary(results: Results) -> str:
     """The whole report. In a rehearsal no number of it stands for a speed: none is shown."""
-    known = quality()
+    known = read_quality(results)
     parts = [*head(results)]
     if results["tests"]:
         parts += ["## Tests", tests(results["tests"])]
@@ -109,7 +106,7 @@ def ops(results: Results, known: Quality) -> str:
 def op_cell(results: Results, cell: dict[str, Any]) -> str:
     """Ratio and kernel, or why there is none."""
     if "ratio" not in cell:
-        return _GONE
+        return GONE
     family = cell["kernel"].partition("/")[0]
     shown = speed(results, cell["ratio"])
     return f"{shown} {family}" + (" (dense)" if cell["gated"] == "dense" else "")
@@ -120,7 +117,7 @@ def table(results: Results, known: Quality) -> str:
     body = [
         (
             *(row[key] for key in ("dtype", "batch", "mlp_ratio", "patch", "tokens")),
-            _GONE if row["paper"] is None else f"{row['paper']:.2f}",
+            GONE if row["paper"] is None else f"{row['paper']:.2f}",
             speed(results, row["over_eager"]),
             speed(results, row["over_compiled"]),
             counts(row["kernels"]),
@@ -157,18 +154,19 @@ def model_cell(results: Results, row: dict[str, Any], text: str) -> str:
     """Ratio and gate decisions."""
     cell = row["patterns"].get(text, {})
     if "ratio" not in cell:
-        return "wrong" if cell.get("wrong") else _GONE
+        return "wrong" if cell.get("wrong") else GONE
     return f"{speed(results, cell['ratio'])} ({counts(cell['kernels'])})"
 
 
 def training(results: Results, known: Quality) -> str:
     """A line per model and pattern."""
+    kinds = ("mask", "sr-ste", "sparse", "frozen")
     body = [
         (
             row["model"],
             row["batch"],
             text,
-            *(step_cell(results, cell["step"], kind) for kind in ("mask", "sr-ste", "sparse")),
+            *(step_cell(results, cell["step"], kind) for kind in kinds),
             known.of(text),
         )
         for row in results["training"]
@@ -178,13 +176,14 @@ def training(results: Results, known: Quality) -> str:
     note = (
         "Forward, backward and AdamW; bf16 autocast, Inductor. Times the dense step: < 1 is faster."
     )
-    names = ("model", "batch", "pattern", "mask", "sr-ste", "sparse products", "quality")
+    ways = ("mask", "sr-ste", "sparse products", "frozen masks")
+    names = ("model", "batch", "pattern", *ways, "quality")
     return f"{note}\n\n{markdown(names, body)}"
 
 
 def step_cell(results: Results, step: dict[str, Any], kind: str) -> str:
     """One way of training."""
-    return speed(results, step[kind]) if kind in step else _GONE
+    return speed(results, step[kind]) if kind in step else GONE
 
 
 def memory(results: Results, known: Quality) -> str:
@@ -216,6 +215,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Results, Quality], str]], ...] = (
     ("Whole models", "models", whole),
     ("Training steps", "training", training),
     ("Memory", "memory", memory),
+    ("First calls", "first_call", first_calls),
+    ("Speed and quality", "quality", beside),
 )
 
 
@@ -227,25 +228,3 @@ def patterns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
 def losses(known: Quality, patterns: Sequence[str], before: int) -> Cells:
     """The last line of a table of speeds."""
     return ("quality", *[""] * (before - 1), *(known.of(text) for text in patterns))
-
-
-def speed(results: Results, quartiles: Sequence[float]) -> str:
-    """A ratio; in a rehearsal, that there is one."""
-    low, middle, high = quartiles
-    return "ran" if results["rehearsal"] else format_ratio((low, middle, high))
-
-
-def counts(kernels: dict[str, int]) -> str:
-    """How many weights each kernel runs."""
-    return ", ".join(f"{count} {name}" for name, count in sorted(kernels.items()))
-
-
-def megabytes(size: int | None) -> str:
-    """Bytes as MiB."""
-    return _GONE if size is None else f"{size / 2**20:.1f}"
-
-
-def markdown(names: Cells, rows: Sequence[Cells]) -> str:
-    """A table."""
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

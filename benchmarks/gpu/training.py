@@ -2,7 +2,9 @@
 
 "mask" is the student alone, "sr-ste" has the decayed pruned weights, too: the same compiled student
 with an optimizer each, as what a step costs does not depend on what the weights are. "sparse" is
-the student whose products are sparse in training, too, where its kernels run the pattern.
+the student whose products are sparse in training, too, where its kernels run the pattern. Of block
+patterns there is "frozen" alone: masks that do not change any more, and kernels that skip pruned
+blocks in all three products of a step.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch import nn
 
 import sparsedm_compiler as sdm
 from benchmarks.train_step import build_step
 
 from .case import Case, Row, Tell
 from .comparing import compute_medians, compute_speedup, sample_models
-from .models import ENTRIES, open_model, per_model
+from .models import ENTRIES, Call, open_model, per_model
 from .plan import Plan
 from .pruned import kernels_of
 
@@ -39,7 +42,8 @@ def compare(
     entry = ENTRIES[name]
     row: Row = {"model": entry.title, "batch": batch, "dtype": "bfloat16 autocast", "patterns": {}}
     model, call = open_model(name, batch, plan.device, torch.float32)
-    dense = build_step(torch.compile(model, backend=backend(plan)), call, sr_ste=False)
+    compiled = torch.compile(model, backend=backend(plan))
+    dense = build_step(compiled, call, sr_ste=False, autocast=True)
     for text in plan.train_patterns:
         crumb = f"{name} batch {batch} at {text}"
         if crumb in avoid or not known(text):
@@ -47,14 +51,7 @@ def compare(
             row["patterns"][text] = {"refused": why}
             continue
         tell(crumb)
-        student = sdm.compile(model, text, backend=backend(plan), policy=entry.policy)
-        kinds = {"mask": False, "sr-ste": True}
-        steps = {kind: build_step(student, call, sr_ste=decay) for kind, decay in kinds.items()}
-        if text in SPARSE:
-            pinned = sdm.compile(
-                model, text, backend=backend(plan), policy=entry.policy, kernels={"*": "sparse"}
-            )
-            steps["sparse"] = build_step(pinned, call, sr_ste=False)
+        steps, student = build_steps(model, call, plan, text, policy=entry.policy)
         times = sample_models({"dense": dense, **steps}, plan.seconds)
         masked = sum(weight.numel() for weight, _ in sdm.masked_parameters(student).values())
         row["patterns"][text] = {
@@ -63,14 +60,44 @@ def compare(
             # the other way round than everywhere else: a step over the dense step
             "step": {kind: compute_speedup(times, "dense", kind) for kind in steps},
         }
-        if text in SPARSE:
-            row["patterns"][text]["sparse_kernels"] = kernels_of(pinned)
+        row["patterns"][text]["sparse_kernels"] = kernels_of(student)
         middle = {
             kind: round(quartiles[1], 3)
             for kind, quartiles in row["patterns"][text]["step"].items()
         }
         print(f"training: {entry.title}, {text}, times the dense step: {middle}", flush=True)
         yield row
+
+
+def build_steps(
+    model: nn.Module, call: Call, plan: Plan, text: str, *, policy: str
+) -> tuple[dict[str, Callable[[], None]], nn.Module]:
+    """The steps of a pattern by kind, and the student whose products are sparse, if any are."""
+    if "@" in text:
+        student = freeze(model, call, plan, text, policy=policy)
+        return {"frozen": build_step(student, call, sr_ste=False, autocast=True)}, student
+    student = sdm.compile(model, text, backend=backend(plan), policy=policy)
+    kinds = {"mask": False, "sr-ste": True}
+    steps = {
+        kind: build_step(student, call, sr_ste=decay, autocast=True)
+        for kind, decay in kinds.items()
+    }
+    if text in SPARSE:
+        student = sdm.compile(
+            model, text, backend=backend(plan), policy=policy, kernels={"*": "sparse"}
+        )
+        steps["sparse"] = build_step(student, call, sr_ste=False, autocast=True)
+    return steps, student
+
+
+def freeze(model: nn.Module, call: Call, plan: Plan, text: str, *, policy: str) -> nn.Module:
+    """A student with frozen masks; what they are is found by an uncompiled call."""
+    args, kwargs = call
+    student = sdm.compile(model, text, backend="eager", policy=policy)
+    with torch.no_grad():
+        student(*args, **kwargs)
+    sdm.freeze_masks(student)
+    return sdm.compile(student, backend=backend(plan), kernels={"*": "sparse"}, inplace=True)
 
 
 def build_step_of(plan: Plan, which: tuple[str, int], text: str | None) -> Callable[[], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,8 +13,8 @@ from ..backends.kernel_family import KernelConfig, KernelFamily, WeightFormat
 from ..backends.registry import find_families, find_family, find_training_families
 from ..config import GRAPHS, CompileConfig
 from ..passes import KernelTimes, PlannedWeight, Refusal, Status
-from ..patterns import TransposableNM
 from .measure import AutotuneBudget, KernelTrial, measure_kernels, reproduces_dense
+from .select_from_table import describe_source, find_card_table, find_table_row, make_kernel
 
 MARGIN = 0.96
 """A sparse kernel must take less than this part of dense's time: a tie goes to dense."""
@@ -38,11 +39,21 @@ def select_kernel(
         return row.run_dense(row.uses.sentence)
     if wanted == "dense":
         return row.run_dense("pinned by kernels=", status=Status.PINNED)
+    graphs, fused = config.backend == GRAPHS, not weight.is_cuda and config.backend != "eager"
+    trial = KernelTrial(weight, row.name, row.pattern, row.problems, graphs, fused)
+    if wanted == "auto" and config.autotune == "table":
+        return _select_from_table(row, trial, config, budget)
+    return _select_candidate(row, trial, config, budget)
+
+
+def _select_candidate(
+    row: PlannedWeight, trial: KernelTrial, config: CompileConfig, budget: AutotuneBudget
+) -> PlannedWeight:
+    """Plans what runs a weight: the kernel that is pinned, or the fastest measured."""
+    weight, wanted = trial.weight, config.find_kernel(row.name)
     candidates = _list_candidates(row, weight, config, wanted)
     if isinstance(candidates, Refusal):
         return row.run_dense(candidates.sentence)
-    graphs, fused = config.backend == GRAPHS, not weight.is_cuda and config.backend != "eager"
-    trial = KernelTrial(weight, row.name, row.pattern, row.problems, graphs, fused)
     if wanted != "auto":
         kernel = candidates[0]
         doubtful = weight.is_cuda and not find_family(kernel.name).inexact
@@ -50,6 +61,40 @@ def select_kernel(
             return row.run_dense(explain_distrust(candidates[:1]))
         return _run_sparse(row, weight, kernel, Status.PINNED, "pinned by kernels=")
     return _select_fastest(row, candidates, trial, config, budget)
+
+
+def _select_from_table(
+    row: PlannedWeight, trial: KernelTrial, config: CompileConfig, budget: AutotuneBudget
+) -> PlannedWeight:
+    """Plans what runs a weight by the table for its device; measures where that says nothing."""
+    table = find_card_table(trial.weight)
+    if isinstance(table, Refusal):
+        return _measure_instead(row, trial, config, budget, table.sentence)
+    line = find_table_row(row, table)
+    if isinstance(line, Refusal):
+        return _measure_instead(row, trial, config, budget, line.sentence)
+    kernel, source = make_kernel(row, line), describe_source(table, line)
+    if isinstance(kernel, Refusal):
+        return _measure_instead(row, trial, config, budget, kernel.sentence)
+    if kernel.name in config.exclude_kernels:
+        return _measure_instead(row, trial, config, budget, f"{kernel.name} is excluded")
+    if not is_worth(kernel, line.dense_ms / line.ratio, line.dense_ms):
+        return row.run_dense(source, status=Status.TABLE)
+    if not reproduces_dense(trial, kernel):
+        return _measure_instead(row, trial, config, budget, explain_distrust([kernel]))
+    return _run_sparse(row, trial.weight, kernel, Status.TABLE, source)
+
+
+def _measure_instead(
+    row: PlannedWeight,
+    trial: KernelTrial,
+    config: CompileConfig,
+    budget: AutotuneBudget,
+    why: str,
+) -> PlannedWeight:
+    """Plans what runs a weight that the table says nothing of, and says so in the reason."""
+    measured_row = _select_candidate(row, trial, config, budget)
+    return replace(measured_row, reason=f"{measured_row.reason} ({why})")
 
 
 def _select_fastest(
@@ -170,13 +215,16 @@ def select_training_kernel(
     family = _find_training_family(row, weight, wanted)
     if isinstance(family, Refusal):
         return row.run_dense(family.sentence)
-    backward = "; the gradient of x is dense, '2:4t' makes it sparse"
-    if isinstance(row.pattern, TransposableNM):
-        backward = ""
-    reason = f"pinned by kernels={backward}"
-    return row.run_sparse(
-        KernelConfig(family.names[0]), row.weight_format, status=Status.PINNED, reason=reason
+    dense = family.describe_backward(row.pattern, frozen=row.is_frozen)
+    row = row.run_sparse(
+        KernelConfig(family.names[0]),
+        row.weight_format,
+        status=Status.PINNED,
+        reason="; ".join(filter(None, ("pinned by kernels=", dense))),
     )
+    if row.frozen is None or family.layout_op is None:
+        return row
+    return replace(row, frozen=None, layout=family.layout_op(row.frozen, str(row.pattern)))
 
 
 def _find_training_family(
@@ -185,8 +233,9 @@ def _find_training_family(
     """Returns the family whose training op multiplies by the weight, or why none can."""
     kernels = [family.names[0] for family in find_training_families()]
     if wanted != "sparse" and wanted not in kernels:
-        able = " and ".join(map(repr, kernels))
-        return Refusal(f"{wanted!r} does not run in training, {able} does")
+        others = " and ".join(map(repr, kernels))
+        verb = "does" if len(kernels) == 1 else "do"
+        return Refusal(f"{wanted!r} does not run in training, {others} {verb}")
     if isinstance(row.uses, Refusal):
         return row.uses
     families = [
@@ -198,8 +247,18 @@ def _find_training_family(
         return Refusal(f"no sparse product for training on {weight.device.type} tensors")
     if any(problem.kernel for problem in row.problems):
         return Refusal("no sparse convolution for training")
-    family, size = families[0], (weight.shape[0], weight[0].numel())
-    reason = family.why_unavailable()
+    reasons = {family: _why_not_in_training(family, row, weight) for family in families}
+    able = [family for family, reason in reasons.items() if reason is None]
+    if able:
+        return able[0]
+    fitting = [family for family in families if family.find_accepted(row.pattern) is not None]
+    told = [reasons[family] for family in fitting or families]
+    return Refusal("; ".join(dict.fromkeys(filter(None, told))))
+
+
+def _why_not_in_training(family: KernelFamily, row: PlannedWeight, weight: Tensor) -> str | None:
+    """Returns why a family's training op cannot multiply by a weight; None if it can."""
+    reason, size = family.why_unavailable(), (weight.shape[0], weight[0].numel())
     for problem in row.problems:
-        reason = reason or family.why_refused(row.pattern, *size, problem.dtype)
-    return family if reason is None else Refusal(reason)
+        reason = reason or family.why_refused_in_training(row.pattern, *size, problem.dtype)
+    return reason

@@ -126,7 +126,11 @@ class KernelFamily(ABC):
         call_ms: Milliseconds that a call costs more in a model than timed alone, where its Python
             and its objects stay in the cache.
         training_op: The op of sparse products in training, called as
-            ``op(x, masked_weight, bias, transposable)``; None without one.
+            ``op(x, masked_weight, bias, transposable)``, or, where there is a ``layout_op``, as
+            ``op(x, weight, bias, layout, pattern as text, whether the mask is frozen)``; None
+            without one.
+        layout_op: The op that finds what a masked weight, or a mask, keeps, in the form that
+            ``training_op`` takes: ``op(masked_weight, pattern as text)``; None without one.
     """
 
     device: str
@@ -139,6 +143,7 @@ class KernelFamily(ABC):
     feature_major_op: Op | None = None
     call_ms: float = 0.0
     training_op: Op | None = None
+    layout_op: Op | None = None
 
     @final
     def find_accepted(self, pattern: Pattern) -> Pattern | None:
@@ -187,6 +192,13 @@ class KernelFamily(ABC):
         """
         return None
 
+    def identify_card(self) -> tuple[str, str] | None:
+        """Returns (name, compute capability) of the card that its kernels run on; None for a CPU.
+
+        Tables of measured kernels are kept by it.
+        """
+        return None
+
     def list_libraries(self) -> dict[str, str | None]:
         """Returns the libraries and tools of its kernels, name -> version here, None without it.
 
@@ -197,6 +209,16 @@ class KernelFamily(ABC):
     @abstractmethod
     def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         """Returns what ``why_refused`` does, for a pattern that is accepted."""
+
+    def why_refused_in_training(
+        self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype
+    ) -> str | None:
+        """Returns why ``training_op`` cannot multiply by a weight, as ``why_refused`` does."""
+        return self.why_refused(pattern, rows, cols, dtype)
+
+    def describe_backward(self, pattern: Pattern, *, frozen: bool) -> str:
+        """Returns which products of a backward are dense after all, as a phrase; "" for none."""
+        return ""
 
     @abstractmethod
     def list_candidates(self, pattern: Pattern, dtype: torch.dtype) -> tuple[KernelConfig, ...]:

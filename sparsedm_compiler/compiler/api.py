@@ -37,6 +37,7 @@ from ..masks.detect import detect_patterns
 from ..meta_models import require_values
 from ..patterns import Pattern
 from ..reports import Decision, Explanation
+from .frozen_masks import FrozenMasks, write_frozen_masks
 from .guarded_forward import SparseForward
 from .inner_backend import resolve_backend
 from .lookup import masked_parameters, require_compiled
@@ -58,8 +59,10 @@ def compile(
     backend: Backend = "auto",
     kernels: Mapping[str, str] | None = None,
     exclude_kernels: str | Iterable[str] = (),
+    autotune: str = "measure",
     autotune_seconds: float = 60.0,
     finalize: bool = False,
+    regional: bool = False,
 ) -> Model:
     """Returns a copy of a model that runs its Conv and Linear weights masked to an N:M pattern.
 
@@ -94,13 +97,18 @@ def compile(
             "inductor-graphs" (Inductor with CUDA graphs), or "auto": Inductor where there is a
             C++ compiler, else "eager".
         kernels: {glob: "dense", "sparse" or a kernel's name} pins kernels instead of measuring. In
-            mode "train" only "cuda_semi" (2:4 products on a GPU's sparse tensor cores) can be
-            pinned.
+            mode "train" only "cuda_semi" (2:4 products on a GPU's sparse tensor cores) and
+            "cuda_block" (block patterns on Hopper; see ``freeze_masks``) can be pinned.
         exclude_kernels: Names of kernels that are not to be used.
+        autotune: "measure" times dense and every kernel at the first call; "table" takes what the
+            table shipped for this card names, once it has given dense's numbers, and measures where
+            that has no such layer. For mode "infer".
         autotune_seconds: The most seconds that measuring kernels may take, for the whole model;
             a weight that was not measured stays dense. Results are kept on disk.
         finalize: Whether to free the dense weights that a sparse kernel runs, after the first
             call; ``state_dict()`` then gives the masked dense values. Mode "infer" only.
+        regional: Whether Inductor compiles modules that are repeated (the blocks of a transformer)
+            once for all of them: the first call is faster, and nothing is fused across blocks.
 
     Returns:
         The sparse model, of the class of ``model``.
@@ -129,8 +137,10 @@ def compile(
         backend=backend,
         kernels=kernels,
         exclude_kernels=exclude_kernels,
+        autotune=autotune,
         autotune_seconds=autotune_seconds,
         finalize=finalize,
+        regional=regional,
     )
     if isinstance(backend, str):
         resolve_backend(backend)
@@ -150,8 +160,12 @@ def compile(
     config = config.bind(list(map_parameter_names(student).values()))
     if before is None:
         return install(student, config)
-    kept = before.decisions if warn_of_changes(before.config, config) else {}
-    return install(student, config, kept, before.known)
+    if not warn_of_changes(before.config, config):
+        return install(student, config, {}, before.known)
+    frozen = before.frozen if mode == "train" else None
+    if before.frozen and mode != "train":
+        write_frozen_masks(student, before.frozen)
+    return install(student, config, before.decisions, before.known, frozen=frozen)
 
 
 def check_model(model: nn.Module) -> None:
@@ -171,6 +185,7 @@ def install(
     decisions: Mapping[str, Decision] | None = None,
     known: frozenset[str] | None = None,
     packed: Mapping[str, PackedWeight] | None = None,
+    frozen: FrozenMasks | None = None,
 ) -> Model:
     """Puts the guarded forward into ``student``; ``known``: the parameters that may be pruned."""
     if config.mode == "infer":
@@ -178,7 +193,7 @@ def install(
     if known is None:
         names = chain.from_iterable(map_parameter_names(student).values())
         known = frozenset(map(strip_adapter_prefix, names))
-    state = (student, config, known, decisions or {}, find_own_forward(student), packed)
+    state = (student, config, known, decisions or {}, find_own_forward(student), packed, frozen)
     before = find_compiled(student)
     if before is not None and wraps_forward(student, before):  # in the place where it is wrapped
         before.__init__(*state)  # type: ignore[misc]
@@ -266,6 +281,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         backend=resolve_backend(backend) if isinstance(backend, str) else backend.__name__,
         broken=next((forward.broken for _, forward in forwards if forward.broken), None),
         eager=tuple(prefix + name for prefix, forward in forwards for name in forward.eager),
+        frozen=tuple(prefix + name for prefix, forward in forwards for name in forward.frozen),
+        regions=tuple(dict.fromkeys(text for _, own in forwards for text in own.clock.regions)),
         timings={
             phase: sum(forward.clock.seconds[phase] for _, forward in forwards) for phase in PHASES
         },

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..masks.nm_mask import apply_mask, nm_mask
+from .frozen_masks import write_frozen_masks
 from .lookup import masked_parameters, require_compiled
 
 
@@ -42,6 +43,8 @@ def apply_masks(model: nn.Module) -> tuple[str, ...]:
         state = "is finalized" if masked else "has chosen no weights yet: call it once first"
         raise ConfigError(f"{type(model).__name__} {state}")
     with torch.no_grad():
+        for forward in forwards:
+            write_frozen_masks(forward.module, forward.frozen)
         for name, (weight, pattern) in masked.items():
             weight.copy_(apply_mask(weight, nm_mask(weight, pattern, name=name)))
             for forward in forwards:

@@ -25,11 +25,11 @@ from ..backends.kernel_family import WeightFormat
 from ..backends.packing import PackedWeight
 from ..config import CompileConfig
 from ..errors import CaptureError, ConfigError
+from ..graph.added_inputs import copy_graph
 from ..graph.capture import KEY, Names, OwnForward, bind_parameters
 from ..graph.eager_watch import EagerProduct, leave_eager_modes
 from ..graph.module_guards import pin_modules
 from ..graph.names import strip_adapter_prefix
-from ..masks.mask_ste import mask_ste
 from ..passes import (
     Plan,
     Site,
@@ -52,6 +52,7 @@ from .explanations import (
     explain_unexported,
 )
 from .folded_weights import FoldedWeights
+from .frozen_masks import FrozenMasks
 from .lower import lower, plan_weights
 from .phase_clock import PhaseClock
 from .read_guard import ReadGuard
@@ -66,8 +67,8 @@ class SparseForward(OwnForward):
     ``decisions``: by weight name, fixed by the first capture that meets the weight, so that train
     and eval, every resolution, a copy and a reloaded file all prune the same weights.
     ``choices``: what runs every pruned weight, by its name and the shapes it multiplies.
-    ``weights``: the folded weights. ``budget``: the seconds left to measure kernels. ``clock``: the
-    seconds spent.
+    ``weights``: the folded weights. ``frozen``: masks that are not computed anew. ``budget``: the
+    seconds left to measure kernels. ``clock``: the seconds spent.
     ``known``: the parameters the module had when it was compiled. ``eager``: weights that were
     masked in Python that no graph holds. ``guard``: raises for layers called in any other way.
     """
@@ -75,8 +76,8 @@ class SparseForward(OwnForward):
     # Not a __dict__: functools.wraps would copy it into every wrapper, and copies of those fail.
     __slots__ = (
         "__signature__", "__weakref__", "_thread", "_watched", "applied", "budget", "choices",
-        "clock", "config", "decisions", "eager", "entry", "exportable", "guard", "known", "module",
-        "override", "weights",
+        "clock", "config", "decisions", "eager", "entry", "exportable", "frozen", "guard", "known",
+        "module", "override", "weights",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +88,7 @@ class SparseForward(OwnForward):
         decisions: Mapping[str, Decision],
         override: Callable[..., Any] | None,
         packed: Mapping[str, PackedWeight] | None = None,
+        frozen: FrozenMasks | None = None,
     ) -> None:
         self.module = module
         self.config = config
@@ -96,6 +98,7 @@ class SparseForward(OwnForward):
         self.choices: dict[tuple[str, tuple[tuple[int, ...], ...]], Choice] = {}
         self.eager: dict[str, None] = {}
         self.weights = FoldedWeights(packed)
+        self.frozen = frozen or FrozenMasks()
         self.applied = AppliedMasks()
         self.exportable = False
         self.budget = AutotuneBudget(config.autotune_seconds)
@@ -222,7 +225,7 @@ class SparseForward(OwnForward):
         self.eager.setdefault(name)
         self._thread.runs = self.runs + 1
         if self.config.mode == "train":
-            return mask_ste(weight, decision.pattern)
+            return self.frozen.mask_weight(weight, name, decision.pattern)
         return self.weights.get(weight, WeightFormat(decision.pattern), name)
 
     def _decide_product(self, product: EagerProduct, names: Names) -> None:
@@ -249,20 +252,20 @@ class SparseForward(OwnForward):
             example_inputs: Its inputs, the weights among them.
             whole: Whether it holds all that the call computes.
         """
-        graph = bind_parameters(gm, example_inputs, self.module)
+        graph = bind_parameters(copy_graph(gm) if self.frozen else gm, example_inputs, self.module)
         require_present_weights(self.module, self.decisions)
         if whole:
             require_read_weights(graph, self.module, self.is_pruned, self.known)
         else:
             pin_modules(gm)
         self._adopt(mark_prunable(find_sites(graph), self.config, self.known, whole=whole))
-        config, weights = self.config, self.weights
+        state = self.decisions, self.config, self.weights, self.budget, self.frozen
         with self.clock.measure("search"):
-            plan = plan_weights(graph, example_inputs, self.decisions, config, weights, self.budget)
+            plan = plan_weights(graph, example_inputs, *state)
         if whole and not plan:
             name = type(self.module).__name__
-            raise ConfigError(explain_nothing_pruned(name, config, self.decisions))
-        run, rows = lower(graph, example_inputs, plan, config, weights, self.clock)
+            raise ConfigError(explain_nothing_pruned(name, self.config, self.decisions))
+        run, rows = lower(graph, example_inputs, plan, self.config, self.weights, self.clock)
         self._remember(rows)
 
         def counted(*inputs: Any) -> Any:
@@ -288,9 +291,8 @@ class SparseForward(OwnForward):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies all but the graphs, which the copy captures anew."""
-        packed = self.weights.packed
-        state = (self.module, self.config, self.known, self.decisions, self.override, packed)
-        return SparseForward, state
+        state = (self.module, self.config, self.known, self.decisions, self.override)
+        return SparseForward, (*state, self.weights.packed, self.frozen)
 
 
 # An outer torch.compile of the module would else compile this frame too, until its limit is hit.

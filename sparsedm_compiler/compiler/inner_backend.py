@@ -58,6 +58,11 @@ def _is_checked(gm: fx.GraphModule) -> bool:
     return names.issubset(_KNOWN_OPS) and not config.triton.cudagraphs
 
 
+def is_inductor(backend: Backend) -> bool:
+    """Returns whether a backend is Inductor, as ``compile`` names it."""
+    return isinstance(backend, str) and resolve_backend(backend) in ("inductor", GRAPHS)
+
+
 def resolve_backend(backend: str) -> str:
     """Returns the torch.compile backend that ``backend`` names, or ``GRAPHS``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from ..graph.flat_graph import get_example_value
 from ..graph.names import strip_adapter_prefix
 from ..passes import Plan, PlannedWeight, Refusal, Status, find_uses, run_passes
 from ..reports import Decision
+from .compile_blocks import compile_blocks
 from .folded_graph import FoldedGraph
 from .folded_weights import FoldedWeights
-from .inner_backend import compile_graph
+from .frozen_masks import FrozenMasks
 from .phase_clock import PhaseClock
 
 
@@ -52,8 +54,7 @@ def lower(
     """
     run_passes(graph.gm, plan, config.mode)
     if config.mode == "train":
-        with clock.measure("compile"):
-            return compile_graph(graph.gm, inputs, config.backend), plan
+        return _compile_masked(graph.gm, inputs, plan, config, clock), plan
     with (
         torch.no_grad(),
         clock.measure("pack"),
@@ -64,9 +65,22 @@ def lower(
         if row.kernel is not None:
             arguments[row.position] = form
             _set_example_value(row.placeholder, form)
-    with clock.measure("compile"):
-        run = compile_graph(graph.gm, arguments, config.backend, folded=True)
+    run = compile_blocks(graph.gm, arguments, config, clock)
     return FoldedGraph(run, plan, weights), plan
+
+
+def _compile_masked(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    plan: Plan,
+    config: CompileConfig,
+    clock: PhaseClock,
+) -> Callable[..., Any]:
+    """Compiles a graph of mode "train"; frozen masks, then layouts, are its last inputs."""
+    masks = [row.frozen for row in plan if row.frozen is not None]
+    masks += [row.layout for row in plan if row.layout is not None]
+    run = compile_blocks(gm, [*inputs, *masks], config, clock)
+    return (lambda *arguments: run(*arguments, *masks)) if masks else run
 
 
 def plan_weights(
@@ -76,6 +90,7 @@ def plan_weights(
     config: CompileConfig,
     weights: FoldedWeights,
     budget: AutotuneBudget,
+    frozen: FrozenMasks | None = None,
 ) -> tuple[PlannedWeight, ...]:
     """Plans what runs every pruned weight of a graph.
 
@@ -86,6 +101,7 @@ def plan_weights(
         config: The user's options.
         weights: The model's folded weights: of a finalized one only its packed form can run.
         budget: The seconds left to measure kernels; used in mode "infer" alone.
+        frozen: Masks that are not computed anew; used in mode "train" alone.
 
     Returns:
         One row for every placeholder that is a pruned weight, in order.
@@ -107,6 +123,8 @@ def plan_weights(
         shape, uses = tuple(weight.shape), find_uses(node)
         row = PlannedWeight(node, position, name, pattern, shape, uses, WeightFormat(pattern))
         if config.mode == "train":
+            if frozen is not None:
+                row = replace(row, frozen=frozen.get(name, weight.device))
             row = select_training_kernel(row, get_example_value(node), config)
         elif packed is not None:
             row = _plan_finalized(row, packed)

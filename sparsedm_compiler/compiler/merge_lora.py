@@ -12,6 +12,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..graph.names import strip_adapter_prefix
 from ..masks.nm_mask import apply_mask, nm_mask
 from ..optional_deps import is_installed, mend_torchvision
 from ..patterns import Pattern
@@ -68,7 +69,7 @@ def merge_lora(model: nn.Module, *, keep_masks: bool = False) -> MergeReport:
         model: A model compiled in any mode, or a wrapper around one (a ``PeftModel``), with
             adapters of PEFT or of a diffusers pipeline. It must have been called once.
         keep_masks: Whether a weight keeps the mask that it has. The default chooses the mask of
-            the sum, which drops the least.
+            the sum, which drops the least. Frozen masks are always kept.
 
     Returns:
         The share of every adapter that its mask has dropped.
@@ -88,10 +89,16 @@ def merge_lora(model: nn.Module, *, keep_masks: bool = False) -> MergeReport:
         raise ConfigError(f"{type(model).__name__} {state}, so there is nothing to merge")
     _check_layers(layers)
     patterns = {id(weight): pattern for weight, pattern in masked.values()}
+    fixed = {
+        id(weight): forward.frozen.get(strip_adapter_prefix(name), weight.device)
+        for forward in forwards
+        for name, weight in forward.module.named_parameters()
+    }
     with torch.no_grad():
         merged = [
-            _merge(name, layer, patterns.get(id(layer.get_base_layer().weight)), keep_masks)
+            _merge(name, layer, patterns.get(id(weight)), fixed.get(id(weight)), keep_masks)
             for name, layer in layers
+            for weight in (layer.get_base_layer().weight,)
         ]
         for (_, layer), (_, values) in zip(layers, merged, strict=True):
             for parameter, value in zip(list_own_parameters(layer), values, strict=True):
@@ -145,12 +152,17 @@ def _check_layers(layers: Sequence[tuple[str, Any]]) -> None:
 
 
 def _merge(
-    name: str, layer: Any, pattern: Pattern | None, keep_masks: bool
+    name: str, layer: Any, pattern: Pattern | None, fixed: Tensor | None, keep_masks: bool
 ) -> tuple[MergedWeight, list[Tensor]]:
-    """Returns the row of a layer, and its merged weight and bias; the layer stays as it is."""
+    """Returns the row of a layer, and its merged weight and bias; the layer stays as it is.
+
+    ``fixed``: the mask of the weight, if that is frozen.
+    """
     parameters = list_own_parameters(layer)
     before = [parameter.data for parameter in parameters]
-    mask = None if pattern is None else nm_mask(before[0], pattern, name=name)
+    mask = fixed
+    if fixed is None and pattern is not None:
+        mask = nm_mask(before[0], pattern, name=name)
     start = before[0] if mask is None else apply_mask(before[0], mask)
     try:
         for parameter in parameters:
@@ -167,7 +179,8 @@ def _merge(
     added = (values[0] - start).double().norm().item()
     dropped = 0.0
     if mask is not None and pattern is not None:
-        mask = mask if keep_masks else nm_mask(values[0], pattern, name=name)
+        if fixed is None and not keep_masks:
+            mask = nm_mask(values[0], pattern, name=name)
         kept = apply_mask(values[0], mask)
         dropped = (values[0] - kept).double().norm().item()
         values[0] = kept

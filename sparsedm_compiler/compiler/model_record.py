@@ -24,6 +24,7 @@ def describe_model(forward: SparseForward) -> dict[str, Any]:
         "class": type(forward.module).__name__,
         "options": forward.config.to_dict(),
         "known": sorted(forward.known),
+        "frozen": [*forward.frozen],
         "decisions": describe_decisions(list_decisions(forward)),
     }
 

@@ -11,10 +11,14 @@ PHASES = ("search", "pack", "compile")
 
 
 class PhaseClock:
-    """Sums of seconds by phase, over all graphs of a model."""
+    """Sums of seconds by phase, over all graphs of a model.
+
+    ``regions``: the repeated blocks that were compiled once, as sentences, or why there are none.
+    """
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.regions: dict[str, None] = {}
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:

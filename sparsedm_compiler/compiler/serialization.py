@@ -30,6 +30,7 @@ from ..meta_models import require_values
 from ..patterns import Pattern
 from .api import check_model, install
 from .folded_weights import hollow_out
+from .frozen_masks import mask_frozen, read_frozen, write_frozen
 from .guarded_forward import SparseForward
 from .lookup import require_compiled
 from .model_record import describe_model, read_decisions
@@ -55,10 +56,11 @@ def save(
     Args:
         model: A compiled model.
         path: The file to write; its folder must exist.
-        form: "state" holds the state_dict: latent (dense) weights in mode "train", masked ones in
-            mode "infer", packed ones where they are finalized. "dense" holds masked weights with
-            their zeros, in any mode, which any reader of safetensors loads. "compact" holds the
-            kept values and their places: at 2:4 in bfloat16, 0.542 of the size of dense.
+        form: "state" holds the state_dict: latent (dense) weights in mode "train" (masked ones
+            where masks are frozen), masked ones in mode "infer", packed ones where they are
+            finalized. "dense" holds masked weights with their zeros, in any mode, which any reader
+            of safetensors loads. "compact" holds the kept values and their places: at 2:4 in
+            bfloat16, 0.542 of the size of dense.
         provenance: Where the weights are from: any of base_model (str), method (str), images
             (int), loss (float) and note (str). None: nothing.
 
@@ -96,7 +98,9 @@ def _read_state(forward: SparseForward) -> tuple[dict[str, Tensor], dict[str, An
     state = forward.weights.state_dict_without_finalized(forward.module)
     if forward.config.mode == "infer":
         mask_state_dict(forward.module, forward.decisions, state)
+    mask_frozen(forward.module, forward.frozen, state)
     tensors, aliases = _without_aliases(state)
+    tensors.update(write_frozen(forward.frozen, forward.decisions, tensors))
     packed = forward.weights.packed
     tensors.update({name + _PACKED: weight.to_portable().data for name, weight in packed.items()})
     described = {name: _describe_packed(weight) for name, weight in packed.items()}
@@ -107,14 +111,16 @@ def _read_masked(forward: SparseForward, form: str) -> tuple[dict[str, Tensor], 
     """Returns the tensors of the form "dense" or "compact", and the record's part about them."""
     module, weights = forward.module, forward.weights
     state = weights.state_dict_without_finalized(module)
+    mask_frozen(module, forward.frozen, state)
     mask_state_dict(module, forward.decisions, state)
     for name, packed in weights.iterate_finalized(module):
         state[name] = packed.unpack()
     tensors, aliases = _without_aliases(state)
+    masks = write_frozen(forward.frozen, forward.decisions, tensors)
     if form == DENSE:
-        return tensors, {"aliases": aliases}
+        return tensors | masks, {"aliases": aliases}
     tensors, compact = split_compact(tensors, map_patterns(module, forward.decisions))
-    return tensors, {"compact": compact, "aliases": aliases}
+    return tensors | masks, {"compact": compact, "aliases": aliases}
 
 
 def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto") -> Model:
@@ -150,6 +156,7 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
         for name in [name for name, weight in packed.items() if weight.family.opaque]:
             tensors[name] = packed.pop(name).unpack()  # packed anew at the first call
         decisions = read_decisions(meta["decisions"], model)
+        frozen = read_frozen(meta["frozen"], decisions, tensors)
         known, source = frozenset(map(str, meta["known"])), meta["class"]
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -166,7 +173,7 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
         raise CheckpointError(
             f"{path} holds a {source} and does not fit this {type(model).__name__}: {error}"
         ) from error
-    return install(student, config, decisions, known, packed)
+    return install(student, config, decisions, known, packed, frozen)
 
 
 def _hollow_out(student: nn.Module, packed: Mapping[str, PackedWeight]) -> None:

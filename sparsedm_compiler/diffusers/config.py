@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
 
-from ..compiler.model_record import check_decisions, describe_decisions
+from ..compiler.guarded_forward import SparseForward
+from ..compiler.model_record import check_decisions, describe_decisions, list_decisions
 from ..config import Backend, CompileConfig
 from ..errors import CheckpointError
 from ..files.container import VERSION
 from ..patterns import Pattern
-from ..reports import Decision
 from .registration import METHOD, import_private
 
 _Base: Any = import_private("diffusers.quantizers.quantization_config", "QuantizationConfigMixin")
@@ -37,6 +37,7 @@ class SparseConfig(_Base):  # type: ignore[misc]
     Attributes:
         config: The options, checked.
         decisions: What a saved model had decided on its weights, {} for one that was not called.
+        frozen: Names of the weights whose masks do not change while it trains on.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class SparseConfig(_Base):  # type: ignore[misc]
         backend: Backend = "auto",
         kernels: Mapping[str, str] | None = None,
         exclude_kernels: str | Iterable[str] = (),
+        autotune: str = "measure",
         autotune_seconds: float = 60.0,
         finalize: bool = False,
+        regional: bool = False,
     ) -> None:
         """Checks the options.
 
@@ -66,8 +69,10 @@ class SparseConfig(_Base):  # type: ignore[misc]
             backend: What compiles the rewritten graph, as in ``compile``; it is not saved.
             kernels: {glob: kernel} pins kernels instead of measuring; None: none.
             exclude_kernels: Names of kernels that are not to be used.
+            autotune: How kernels are chosen, as in ``compile``; not saved.
             autotune_seconds: The most seconds that measuring kernels may take; not saved.
             finalize: Whether to free the dense weights that a sparse kernel runs.
+            regional: Whether repeated blocks are compiled once, as in ``compile``; not saved.
 
         Raises:
             PatternError: If a pattern is misspelled.
@@ -82,23 +87,25 @@ class SparseConfig(_Base):  # type: ignore[misc]
         config = CompileConfig.create(pattern, **options)
         self._set(config, {})
 
-    def _set(self, config: CompileConfig, decisions: Mapping[str, str]) -> None:
+    def _set(
+        self, config: CompileConfig, decisions: Mapping[str, str], frozen: Iterable[str] = ()
+    ) -> None:
         self.quant_method = QuantMethod.SPARSEDM
         self.config = config
         self.decisions = dict(decisions)
+        self.frozen = list(frozen)
 
     @classmethod
-    def from_compiled(
-        cls, config: CompileConfig, decisions: Mapping[str, Decision]
-    ) -> SparseConfig:
-        """Returns the config of a model that was compiled with these options."""
+    def from_compiled(cls, forward: SparseForward) -> SparseConfig:
+        """Returns the config of a compiled model."""
         new = cls.__new__(cls)
-        new.record(config, decisions)
+        new.record(forward)
         return new
 
-    def record(self, config: CompileConfig, decisions: Mapping[str, Decision]) -> None:
+    def record(self, forward: SparseForward) -> None:
         """Takes over the state of a compiled model, to be saved with it."""
-        self._set(config, describe_decisions(decisions))
+        decisions = describe_decisions(list_decisions(forward))
+        self._set(forward.config, decisions, forward.frozen)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for config.json: all that concerns the model, not the machine."""
@@ -106,7 +113,7 @@ class SparseConfig(_Base):  # type: ignore[misc]
         values = {"quant_method": METHOD, "version": VERSION, **bound.to_dict()}
         if callable(self.config.keep_dense):
             values["keep_dense"] = [_PREDICATE]  # which names no layer: it cannot be read back
-        return {**values, "decisions": dict(self.decisions)}
+        return {**values, "decisions": dict(self.decisions), "frozen": [*self.frozen]}
 
     to_diff_dict = to_dict
 
@@ -129,6 +136,7 @@ class SparseConfig(_Base):  # type: ignore[misc]
         """
         values = {**_plain_defaults(), **config_dict}
         version, decisions = values.pop("version"), values.pop("decisions")
+        frozen = values.pop("frozen")
         if version != VERSION or values.pop("quant_method") != METHOD:
             raise CheckpointError(
                 f"the quantization_config of this model has version {version!r} of {METHOD!r}; "
@@ -137,7 +145,9 @@ class SparseConfig(_Base):  # type: ignore[misc]
         try:
             config = cls.__new__(cls)
             check_decisions(decisions)
-            config._set(CompileConfig.from_dict(values), decisions)
+            if not {*frozen} <= {*decisions}:
+                raise ValueError("the mask of a weight is frozen that is not pruned")
+            config._set(CompileConfig.from_dict(values), decisions, frozen)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"the quantization_config of this model is damaged: {error}"

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from ..compiler.api import compile, install
+from ..compiler.frozen_masks import mask_frozen, read_frozen
 from ..compiler.lookup import require_compiled
-from ..compiler.model_record import describe_model, list_decisions, read_decisions
+from ..compiler.model_record import describe_model, read_decisions
 from ..compiler.recompile import find_compiled
 from ..errors import ConfigError
 from ..files.container import KEY
@@ -48,7 +49,10 @@ class SparseQuantizer(_Base):  # type: ignore[misc]
         config = self.quantization_config.config
         if self.pre_quantized and (config.pattern is not None or config.overrides):
             bound = config.bind(list(map_parameter_names(model).values()))
-            install(model, bound, read_decisions(self.quantization_config.decisions, model))
+            decisions = read_decisions(self.quantization_config.decisions, model)
+            held = dict(model.named_parameters(remove_duplicate=False))
+            frozen = read_frozen(self.quantization_config.frozen, decisions, held)
+            install(model, bound, decisions, frozen=frozen)
         else:
             compile_as(model, self.quantization_config)
         self.adopt(model)
@@ -65,7 +69,7 @@ class SparseQuantizer(_Base):  # type: ignore[misc]
         """Brings the config of the model up to date with what it has decided since."""
         forward = None if self.model is None else find_compiled(self.model)
         if forward is not None:
-            self.quantization_config.record(forward.config, list_decisions(forward))
+            self.quantization_config.record(forward)
 
     @property
     def is_serializable(self) -> bool:
@@ -86,10 +90,11 @@ class SparseQuantizer(_Base):  # type: ignore[misc]
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the tensors as they are, and the record for the header of the file."""
+        """Returns the tensors, masked by frozen masks, and the record for the file's header."""
         if self.model is None:
             return state_dict, {}
         forward = require_compiled(self.model)[0][1]
+        mask_frozen(forward.module, forward.frozen, state_dict)
         record = {**describe_model(forward), "packed": {}, "aliases": {}}
         return state_dict, {KEY: json.dumps(record)}
 
@@ -129,7 +134,7 @@ def attach(model: nn.Module) -> None:
             f"{type(model).__name__} is not a compiled model of diffusers; for others there is "
             "sparsedm_compiler.save"
         )
-    config = SparseConfig.from_compiled(forward.config, list_decisions(forward))
+    config = SparseConfig.from_compiled(forward)
     SparseQuantizer(config, pre_quantized=True).adopt(model)
 
 
@@ -147,6 +152,8 @@ def compile_as(model: nn.Module, config: SparseConfig) -> None:
         backend=options.backend,
         kernels=dict(options.kernels),
         exclude_kernels=options.exclude_kernels,
+        autotune=options.autotune,
         autotune_seconds=options.autotune_seconds,
         finalize=options.finalize,
+        regional=options.regional,
     )

@@ -40,6 +40,7 @@ _FIELDS: dict[str, tuple[Any, tuple[type, ...]]] = {
     "form": (STATE, (str,)),
     "options": (None, (dict, type(None))),
     "known": ([], (list,)),
+    "frozen": ([], (list,)),
     "decisions": ({}, (dict,)),
     "packed": ({}, (dict,)),
     "compact": ({}, (dict,)),
@@ -147,7 +148,8 @@ def _read_record(text: str) -> dict[str, Any]:
     for name, (_, kinds) in _FIELDS.items():
         if not isinstance(record[name], kinds):
             raise ValueError(f"{name} is a {type(record[name]).__name__}")
-    texts = [*record["aliases"].values(), *record["decisions"].values(), *record["known"]]
+    texts = [*record["aliases"].values(), *record["decisions"].values()]
+    texts += [*record["known"], *record["frozen"]]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a name or a decision is no text")
     if record["form"] not in FORMS:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from .analysis.count_macs import count_macs
+from .analysis.find_repeated_blocks import (
+    Block,
+    BlockGroup,
+    bound_block,
+    find_repeated_blocks,
+)
 from .analysis.find_sites import COMPUTED, Site, find_eager_sites, find_sites
 from .analysis.find_uses import find_uses
 from .analysis.mark_prunable import decide_weight, mark_eager, mark_prunable, may_be_pruned
 from .analysis.topology import trace_topology
 from .pipeline import INFER, TRAIN, run_passes
 from .planned_weight import KernelTimes, Plan, PlannedWeight, Refusal, Status, WeightUse
+from .rewrite.outline_blocks import extract_graph, outline_blocks
 
 __all__ = [
     "COMPUTED",
     "INFER",
     "TRAIN",
+    "Block",
+    "BlockGroup",
     "KernelTimes",
     "Plan",
     "PlannedWeight",
@@ -21,14 +30,18 @@ __all__ = [
     "Site",
     "Status",
     "WeightUse",
+    "bound_block",
     "count_macs",
     "decide_weight",
+    "extract_graph",
     "find_eager_sites",
+    "find_repeated_blocks",
     "find_sites",
     "find_uses",
     "mark_eager",
     "mark_prunable",
     "may_be_pruned",
+    "outline_blocks",
     "run_passes",
     "trace_topology",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from ..patterns import Pattern
@@ -29,6 +29,7 @@ class Status(Enum):
 
     MASKED = "masked in every forward; no kernel was asked for"
     MEASURED = "the fastest of dense and the kernels that were timed"
+    TABLE = "as the table for its card says"
     PINNED = "pinned by the user"
     FINALIZED = "only its packed form is left, from an earlier graph"
     REFUSED = "dense, since no kernel can run it or none was measured"
@@ -81,6 +82,8 @@ class PlannedWeight:
         times: What was measured; None where nothing was.
         dense_bytes: Size of the weight.
         run_bytes: Size of what is read in its place; 0 in mode "train".
+        frozen: Its mask, where that is not computed anew; in mode "train" alone.
+        layout: What its kernel gets in the place of such a mask, from the family's ``layout_op``.
     """
 
     placeholder: fx.Node
@@ -96,6 +99,13 @@ class PlannedWeight:
     times: KernelTimes | None = None
     dense_bytes: int = 0
     run_bytes: int = 0
+    frozen: Tensor | None = None
+    layout: Tensor | None = None
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether its mask is not computed anew."""
+        return self.frozen is not None or self.layout is not None
 
     @property
     def kernel_uses(self) -> tuple[WeightUse, ...]:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..backends.registry import find_family
 from ..errors import GraphError
+from ..graph.added_inputs import is_added
 from ..masks.mask_ste import mask_ste_op
-from .planned_weight import Plan
+from .planned_weight import Plan, PlannedWeight
+from .rewrite.insert_frozen_masks import MASK
+from .rewrite.train_sparse import LAYOUT
 
 
 def verify_masked(plan: Plan) -> None:
     """Raises GraphError unless every planned weight is read only through its mask."""
     for row in plan:
         weight, pattern = row.placeholder, row.pattern
+        if row.layout is not None:
+            _verify_layout(row)
+            continue
+        if row.frozen is not None:
+            _verify_frozen(row)
+            continue
         unmasked = [user for user in weight.users if user.target is not mask_ste_op]
         if unmasked:
             raise GraphError(
@@ -20,6 +31,32 @@ def verify_masked(plan: Plan) -> None:
         for mask in weight.users:
             if mask.args != (weight, str(pattern)) or not mask.users:
                 raise GraphError(f"{mask.format_node()} does not mask {weight.name} to {pattern}")
+
+
+def _verify_frozen(row: PlannedWeight) -> None:
+    """Raises GraphError unless only a product with its frozen mask reads a weight."""
+    weight = row.placeholder
+    for reader in weight.users:
+        mask = reader.args[0] if reader.target is torch.where else None
+        if not is_added(mask, MASK) or reader.args[1:] != (weight, 0.0):
+            raise GraphError(
+                f"{weight.name}, whose mask is frozen, is read unmasked by {reader.name}: "
+                f"{reader.format_node()}"
+            )
+
+
+def _verify_layout(row: PlannedWeight) -> None:
+    """Raises GraphError unless only its kernel reads a weight, with its frozen layout."""
+    assert row.kernel is not None
+    weight, op = row.placeholder, find_family(row.kernel.name).training_op
+    for reader in weight.users:
+        if reader.target is not op or reader.args[1] is not weight:
+            raise GraphError(
+                f"{weight.name}, whose mask is frozen, is read by {reader.name}, which is no "
+                f"{row.kernel.name}: {reader.format_node()}"
+            )
+        if not is_added(reader.args[3], LAYOUT):
+            raise GraphError(f"{reader.format_node()} does not get what {weight.name} keeps")
 
 
 def verify_folded(plan: Plan) -> None:

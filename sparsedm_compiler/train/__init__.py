@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from .finetune_config import FinetuneConfig
 from .finetuning import finetune
-from .fixed_mask import static_mask
 from .methods import METHODS, Method
 from .result import FinetuneResult, HeldOutLoss
 from .sample_grids import SampleGrids
@@ -25,5 +24,4 @@ __all__ = [
     "finetune",
     "held_out_loss",
     "sr_ste",
-    "static_mask",
 ]

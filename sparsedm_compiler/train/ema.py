@@ -42,6 +42,14 @@ class Ema:
         finally:
             self._copy_to_model(own)
 
+    @contextmanager
+    def edited(self) -> Iterator[None]:
+        """Runs the block with the average in the model, and keeps what the block makes of it."""
+        with self.applied():
+            yield
+            for weight, value in zip(self._weights, self._values, strict=True):
+                value.copy_(weight.detach())
+
     @torch.no_grad()
     def _copy_to_model(self, values: list[Tensor]) -> None:
         for weight, value in zip(self._weights, values, strict=True):

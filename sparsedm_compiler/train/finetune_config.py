@@ -142,10 +142,6 @@ class FinetuneConfig:
             raise ConfigError(f"ema_decay {self.ema_decay} is not in [0, 1); None keeps no average")
         if self.drop_condition > 1:
             raise ConfigError(f"drop_condition {self.drop_condition} is not a share, in [0, 1]")
-        if self.only == "lora" and (self.shard or self.static_mask or not self.sparse):
-            raise ConfigError(
-                "only='lora' is for methods with masks, without static_mask and shard"
-            )
         self._check_pairs()
 
     def _check_pairs(self) -> None:
@@ -156,7 +152,6 @@ class FinetuneConfig:
             raise ConfigError("shard=True goes with neither teacher 'previous' nor fp16; use bf16")
         if self.teacher == "previous" and not self.staged:
             raise ConfigError("teacher 'previous' is the student of the stage before: staged=True")
-
         if self.only == "lora" and (self.shard or self.static_mask or not self.sparse):
             raise ConfigError("only='lora' is for methods with masks, not for static_mask or shard")
 

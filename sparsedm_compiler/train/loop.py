@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import StoppedError
+from .. import StoppedError, freeze_masks
 from ..diffusion.condition import take_rows
 from ..diffusion.schedulers import get_betas
 from ..evaluate.process_group import raising_together
@@ -23,7 +23,6 @@ from ..reporting.run_record import REAL_IMAGES
 from .batches import MicroBatch, Stream, check_batch, index_data
 from .check_call import check_call, check_values
 from .checkpoint import replace_text, save_model
-from .fixed_mask import static_mask
 from .lora import merge_adapters
 from .randomness import drop_conditions
 from .result import FinetuneResult, HeldOutLoss
@@ -67,7 +66,7 @@ def train_to_end(run: Run, progress: bool) -> FinetuneResult:
         if checkpoint is not None:
             restore_tensors(run, checkpoint)
         if run.config.static_mask:
-            stack.callback(static_mask(run.process.optimizer.optimizer, run.student).remove)
+            freeze_student(run)
         if folder is not None and run.process.is_main:
             write_settings(folder, run.config, run.inputs)
             run.log = RunLog(folder, run.progress.seen)
@@ -77,6 +76,14 @@ def train_to_end(run: Run, progress: bool) -> FinetuneResult:
             if run.log is not None:
                 run.log.close()
         return finish(run)
+
+
+def freeze_student(run: Run) -> None:
+    """Keeps the student's masks as they are, in its optimizer and its EMA, too."""
+    freeze_masks(run.student, optimizer=run.process.optimizer.optimizer)
+    if run.ema is not None:
+        with run.ema.edited():
+            freeze_masks(run.student)
 
 
 def open_batches(run: Run) -> Iterator[list[MicroBatch]]:

@@ -71,6 +71,19 @@ def test_adapter_when_merged_into_kept_masks_changes_no_place() -> None:
         )
 
 
+def test_adapter_when_merged_into_frozen_masks_keeps_them() -> None:
+    student = adapted_chain()
+    sdm.freeze_masks(student)
+    parts = sums(student)
+    cpu = torch.device("cpu")
+    frozen = {name: student._sparsedm.frozen.get(name, cpu) for name in ("b.weight", "c.weight")}
+    sdm.merge_lora(student)
+    for name, (weight, delta) in parts.items():
+        merged = student.get_parameter(f"{name}.weight").detach()
+        assert_same(merged, (weight + delta) * frozen[f"{name}.weight"])
+    assert_same(student(X), oracle_of(student)(X))
+
+
 def test_small_adapter_when_merged_runs_as_it_ran_beside_the_weight() -> None:
     """Within the masks of the base, nothing is lost, and the output is the same."""
     student = adapted_chain()

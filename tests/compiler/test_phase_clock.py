@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.compiler import compile_blocks
 from sparsedm_compiler.compiler import lower as lowering
 from sparsedm_compiler.compiler.folded_weights import FoldedWeights
+from sparsedm_compiler.compiler.inner_backend import compile_graph
 from sparsedm_compiler.compiler.phase_clock import PHASES, PhaseClock
 
 
@@ -38,7 +40,7 @@ def test_explain_of_a_called_model_tells_what_each_phase_took(
 ) -> None:
     monkeypatch.setattr(lowering, "select_kernel", slowed(lowering.select_kernel, 0.11))
     monkeypatch.setattr(FoldedWeights, "fold", slowed(FoldedWeights.fold, 0.22))
-    monkeypatch.setattr(lowering, "compile_graph", slowed(lowering.compile_graph, 0.33))
+    monkeypatch.setattr(compile_blocks, "compile_graph", slowed(compile_graph, 0.33))
     student = sdm.compile(Net(), "2:4", mode="infer", backend="eager", kernels={"*": "dense"})
     assert set(sdm.explain(student).timings.values()) == {0.0}
     with torch.no_grad():

@@ -238,6 +238,26 @@ def test_attached_student_is_saved_with_its_decisions(student: Any, tmp_path: Pa
         attach(torch.nn.Linear(4, 4))
 
 
+def test_frozen_masks_are_saved_and_loaded(student: Any, tmp_path: Path) -> None:
+    frozen = copy.deepcopy(student)
+    sdm.freeze_masks(frozen)
+    with torch.no_grad():
+        for name in sdm.masked_parameters(frozen):
+            frozen.get_parameter(name).add_(0.01)  # of which pruned places are no part
+    frozen.save_pretrained(tmp_path)
+    weight = load_file(tmp_path / WEIGHTS)[MID]
+    assert weight.count_nonzero() * 4 == weight.numel()
+    again = UNet2DModel.from_pretrained(tmp_path)
+    assert again._sparsedm.frozen.equals(frozen._sparsedm.frozen)
+    assert {*again._sparsedm.frozen} == {*masked_patterns(student)}
+
+
+def test_config_takes_the_options_of_compile() -> None:
+    taken = [*inspect.signature(sdm.compile).parameters]
+    ours = [*inspect.signature(sdm.SparseConfig).parameters]
+    assert ours == [name for name in taken if name not in ("model", "inplace")]
+
+
 def test_dequantize_is_refused_with_the_way_out(student: Any) -> None:
     with pytest.raises(sdm.ConfigError, match="apply_masks"):
         student.dequantize()

@@ -77,6 +77,19 @@ def test_finalized_student_with_a_tied_weight_when_saved_loads(form: str, tmp_pa
         assert_same(loaded(X), student(X))
 
 
+@pytest.mark.parametrize("form", ["state", "dense", "compact"])
+def test_frozen_masks_are_saved_in_every_form(form: str, tmp_path: Path) -> None:
+    student = compiled()
+    sdm.freeze_masks(student)
+    with torch.no_grad():
+        student.a.weight.zero_()  # whose mask nothing but the file tells
+    sdm.save(student, tmp_path / "s", form=form)
+    loaded = sdm.load(tmp_path / "s", Tied(), backend="eager")
+    ours, theirs = student._sparsedm.frozen, loaded._sparsedm.frozen
+    assert len(ours) == 3
+    assert ours.equals(theirs)
+
+
 def test_save_of_what_is_not_decided_or_of_an_unknown_form_is_refused(tmp_path: Path) -> None:
     fresh = sdm.compile(Tied(), "2:4", backend="eager")
     for form in ("dense", "compact"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,12 @@ def masked_case() -> Case:
     x = torch.randn(2, 8)
     graph = capture_model(Three(), x)
     return Case(graph, plan_masks(graph, "a.weight", "b.weight"), (x,))
+
+
+def frozen_case() -> Case:
+    case = masked_case()
+    mask = torch.arange(64).view(8, 8) % 3 > 0
+    return replace(case, plan=tuple(replace(row, frozen=mask) for row in case.plan))
 
 
 def trained_case() -> Case:
@@ -73,6 +80,7 @@ def semi_case() -> Case:
 
 
 FIRES: dict[str, tuple[str, Callable[[], Case], int]] = {
+    "insert_frozen_masks": ("train", frozen_case, 2),
     "insert_mask_ste": ("train", masked_case, 2),
     "train_sparse": ("train", trained_case, 2),
     "lower_sparse": ("infer", cpu_case, 2),
@@ -173,6 +181,19 @@ def test_verify_masked_refuses_a_bare_weight_and_another_mask() -> None:
     others = plan_masks(case.captured, "a.weight", pattern="1:4")
     with pytest.raises(GraphError, match="does not mask"):
         verify_masked(others)
+
+
+def test_verify_masked_refuses_a_bare_weight_whose_mask_is_frozen() -> None:
+    case = frozen_case()
+    with pytest.raises(GraphError, match="whose mask is frozen, is read unmasked by"):
+        verify_masked(case.plan)
+    run_passes(case.gm, case.plan, "train")
+    verify_masked(case.plan)
+    weight = case.plan[0].placeholder
+    (masked,) = weight.users
+    masked.args = (weight, *masked.args[1:])
+    with pytest.raises(GraphError, match="is read unmasked by"):
+        verify_masked(case.plan)
 
 
 def test_verify_folded_refuses_a_packed_weight_that_another_node_reads() -> None:

@@ -81,8 +81,7 @@ for _ in range(3):
 after = student[1].weight.detach()
 print(bool((after[pruned].abs().sum() < before[pruned].abs().sum())))
 handle.remove()
-from sparsedm_compiler.train import static_mask
-static_mask(optimizer, student)
+sdm.freeze_masks(student, optimizer=optimizer)
 print(int((student[1].weight == 0).sum()))
 """
     assert run_core(code) == ["True", "32"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..kernel_family import KernelFamily
-from .device import describe_machine
+from .device import describe_machine, find_device
 from .timer import sample_calls, time_calls
 
 
@@ -20,6 +20,10 @@ class CudaFamily(KernelFamily):
 
     def describe_machine(self) -> tuple[Any, ...]:
         return describe_machine()
+
+    def identify_card(self) -> tuple[str, str] | None:
+        device = find_device()
+        return None if device is None else (device.name, ".".join(map(str, device.capability)))
 
     def time_calls(
         self, calls: Mapping[str, Callable[[], Any]], device: torch.device, *, graphs: bool

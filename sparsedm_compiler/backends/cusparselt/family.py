@@ -57,6 +57,11 @@ class CuSparseLtFamily(CudaFamily):
     def list_libraries(self) -> dict[str, str | None]:
         return list_cusparselt()
 
+    def describe_backward(self, pattern: Pattern, *, frozen: bool) -> str:
+        if isinstance(pattern, TransposableNM):
+            return ""
+        return "the gradient of x is dense, '2:4t' makes it sparse"
+
     def _refuse(self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
         if dtype not in TYPES:
             plain = str(dtype).removeprefix("torch.")

@@ -104,6 +104,7 @@ def specify_linear(
         "STAGES": stages,
         "SLICES": tile.slices,
         "MIXED": int(layout.mixed),
+        "PICKED": int(layout.picked),
         "ACT": ACTS.index(act),
     }
     shared = tile.count_shared_bytes(layout, stages)

@@ -15,6 +15,8 @@ from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
 from . import format as wgmma_format
 from .build import Tile, build_ahead, hash_sources
 from .ops import wgmma_conv2d_op, wgmma_linear_op
+from .training import find_blocks_op, multiply_blocks
+from .transposed import why_dense_gradient
 
 BLOCKS, SEMI = "cuda_block", "cuda_semi_wgmma"
 TILES = (
@@ -92,6 +94,24 @@ class BlockFamily(WgmmaFamily):
 
     names = (BLOCKS,)
     accepts = (BlockNM, NestedNM)
+    training_op = staticmethod(multiply_blocks)
+    layout_op = find_blocks_op
+
+    def why_refused_in_training(
+        self, pattern: Pattern, rows: int, cols: int, dtype: torch.dtype
+    ) -> str | None:
+        if isinstance(pattern, NestedNM):
+            return f"{BLOCKS} does not run in training with N:M within blocks, as {pattern} has it"
+        return self.why_refused(pattern, rows, cols, dtype)
+
+    def describe_backward(self, pattern: Pattern, *, frozen: bool) -> str:
+        accepted = self.require_accepted(pattern)
+        assert isinstance(accepted, BlockNM)
+        dense = why_dense_gradient(accepted)
+        notes = [] if dense is None else [f"the gradient of x is dense: {dense}"]
+        if not frozen:
+            notes.append("the gradient of the weight is dense until freeze_masks")
+        return "; ".join(notes)
 
 
 class SemiFamily(WgmmaFamily):

@@ -13,6 +13,7 @@ A chunk is 16 columns, or 32 with 2:4 within, of which 16 are kept. Rows of a un
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 import torch
@@ -45,6 +46,7 @@ class Layout:
         kept: Chunks that a stage keeps.
         sparse: Whether a chunk is 32 columns with 2:4 within; else 16, dense.
         mixed: Whether the rows of both instructions of a unit take turns; else each has 64 of them.
+        picked: Whether a stage of a unit holds one block of 64 rows, whole, or none.
     """
 
     rows: int
@@ -53,6 +55,7 @@ class Layout:
     kept: int
     sparse: bool
     mixed: bool
+    picked: bool = False
 
     @property
     def chunk(self) -> int:
@@ -72,7 +75,7 @@ class Layout:
     @property
     def value_bytes(self) -> int:
         """The bytes of a unit's values."""
-        return 2 * self.kept * HALF * CHUNK * 2
+        return (1 if self.picked else 2) * self.kept * HALF * CHUNK * 2
 
     @property
     def meta_bytes(self) -> int:
@@ -115,6 +118,7 @@ def why_misfit(pattern: Pattern) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def choose_layout(pattern: Pattern, rows: int, cols: int) -> Layout:
     """Returns the layout of a weight that is not refused."""
     if not isinstance(pattern, (BlockNM, NestedNM)):

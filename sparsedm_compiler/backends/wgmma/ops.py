@@ -55,13 +55,13 @@ def run_linear(
     check_bias(bias, rows, x.dtype)
     out = x.new_empty(*x.shape[:-1], rows)
     if out.numel():
-        flat = _align(x.reshape(-1, cols))
+        flat = align_rows(x.reshape(-1, cols))
         bias = None if bias is None else bias.contiguous()
         launch_linear(flat, packed, bias, out.view(-1, rows), layout, Tile(*tile), act)
     return out
 
 
-def _align(flat: Tensor) -> Tensor:
+def align_rows(flat: Tensor) -> Tensor:
     """Returns a matrix whose rows begin where the tensor copy engine reads: a copy if need be."""
     step = ALIGN // flat.element_size()
     strides = flat.stride(1) == 1 and flat.stride(0) % step == 0 and flat.stride(0) >= flat.shape[1]

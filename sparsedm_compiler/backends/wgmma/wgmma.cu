@@ -9,6 +9,9 @@
 //   values   [2 blocks of 64 rows][KEPT] x 2048 bytes: [k half][64 rows][16 bytes], unswizzled
 //   meta     SPARSE only, KEPT x 512 bytes: words as quads of threads hold them
 //   chunks   [KEPT][2 blocks] u32: the number of the chunk in the stage; 128 bytes
+// PICKED, for the gradient of x: of a unit's two blocks of 64 rows a stage holds one at most, whole,
+// so that the values are [KEPT] x 2048 bytes, all columns of the stage, and the first word behind them
+// says which block it is; 2 for none.
 // Rows of a unit are permuted, so that a thread's sums are neighbours in the output: 4 of them where
 // both blocks keep the same chunks (MIXED), else 2 and 2.
 //
@@ -18,7 +21,7 @@
 // reduce_parts adds.
 //
 // Set by the compiler's options: BFLOAT16, SPARSE, TOKENS, WARPGROUPS, STAGE_COLS, KEPT, STAGES,
-// SLICES, MIXED, ACT. Product<TOKENS>::run<selector> is written by build.py.
+// SLICES, MIXED, PICKED, ACT. Product<TOKENS>::run<selector> is written by build.py.
 
 struct LaunchArguments {
   TensorMap x, out_map;
@@ -33,13 +36,14 @@ struct LaunchArguments {
 
 constexpr int CHUNK_BYTES = SPARSE ? 64 : 32;  // of one token of x
 constexpr int X_BYTES = TOKENS * STAGE_COLS * 2;
-constexpr int VALUE_BYTES = 2 * KEPT * 2048;
+constexpr int VALUE_BYTES = (PICKED ? 1 : 2) * KEPT * 2048;
 constexpr int META_BYTES = SPARSE ? KEPT * 512 : 0;
 constexpr int UNIT = VALUE_BYTES + META_BYTES + 128;
 constexpr int SLICE_TOKENS = SLICES ? TOKENS / SLICES : 0;
 constexpr int OUT_BYTES = WARPGROUPS * 2 * SLICE_TOKENS * 128;
 constexpr int WORDS = SPARSE ? (KEPT + 1) / 2 : 1;  // of metadata, for each block of 64 rows
 static_assert(KEPT <= 4 && (KEPT == 1 || !SPARSE || KEPT % 2 == 0), "");
+static_assert(!PICKED || (!SPARSE && !MIXED && KEPT == STAGE_COLS / 16), "");
 static_assert(X_BYTES % 1024 == 0 && TOKENS % 32 == 0, "");
 
 // Unswizzled: 128 bytes from 8 rows to the next, 1024 from one half of k to the other.
@@ -228,6 +232,28 @@ DEVICE bool is_used(const u32 (&meta)[WORDS][2]) {
   return all != 0xffffffffu;
 }
 
+#if PICKED
+DEVICE void multiply_whole(float (&sums)[TOKENS / 2], u64 values, u64 x) {
+#pragma unroll
+  for (int s = 0; s < KEPT; ++s) Product<TOKENS>::run<0>(sums, values + s * 128, x + s * 2, 0, 1);
+}
+
+// The products of one stage, issued: of the block that it holds, by all its columns.
+DEVICE void multiply(Sums& sums, u32 (&meta)[WORDS][2], u32 unit, u64 values, u64 x, int adds) {
+  const u32 picked = __shfl_sync(0xffffffffu, load_word(unit + VALUE_BYTES), 0);
+  product_fence();
+  // Committed in each branch: behind them, the compiler would commit twice, and wait for this stage.
+  if (picked == 0) {
+    multiply_whole(sums[0], values, x);
+    product_commit();
+  } else if (picked == 1) {
+    multiply_whole(sums[1], values, x);
+    product_commit();
+  } else {
+    product_commit();
+  }
+}
+#else
 // The products of one stage, issued.
 DEVICE void multiply(Sums& sums, u32 (&meta)[WORDS][2], u32 unit, u64 values, u64 x, int adds) {
   const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
@@ -267,6 +293,7 @@ DEVICE void multiply(Sums& sums, u32 (&meta)[WORDS][2], u32 unit, u64 values, u6
   }
   product_commit();
 }
+#endif
 
 DEVICE void multiply_tiles(const LaunchArguments& p, u32 xs, u32 ws, u32 outs, u32 barriers, int pieces) {
   const int group = (threadIdx.x >> 7) - 1, lane = threadIdx.x & 31;
@@ -292,6 +319,10 @@ DEVICE void multiply_tiles(const LaunchArguments& p, u32 xs, u32 ws, u32 outs, u
   for (int index = blockIdx.x; index < pieces; index += gridDim.x) {
     const Place place = next;
     const int count = first_stage(p, place.split + 1) - first_stage(p, place.split);
+#if PICKED
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; ++i) sums[0][i] = sums[1][i] = 0.0f;
+#endif
 #if SPARSE
 #pragma unroll 1
     for (int k = 0; k < count; k += 2) {

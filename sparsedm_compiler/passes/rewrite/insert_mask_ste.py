@@ -10,12 +10,12 @@ from ..planned_weight import Plan, PlannedWeight
 
 
 def insert_mask_ste(gm: fx.GraphModule, plan: Plan) -> int:
-    """Masks every planned weight before its first reader; returns how many were masked.
+    """Masks every weight whose mask is not frozen before its first reader; returns how many.
 
     A weight is masked everywhere it is read, so one mask per graph serves tied weights and the
     sub-graphs (checkpointed blocks) the weight is passed into.
     """
-    return sum(_mask(gm.graph, row) for row in plan)
+    return sum(_mask(gm.graph, row) for row in plan if not row.is_frozen)
 
 
 def _mask(graph: fx.Graph, row: PlannedWeight) -> int:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ...backends.registry import find_token_multiples
+from ...graph.effects import may_write_in_place
 from ...graph.flat_graph import get_example_value
 from ..planned_weight import Plan
 
@@ -30,7 +31,6 @@ _POINTWISE = {
     *(torch.add, torch.sub, torch.mul, torch.div),
     *("float", "half", "bfloat16", "contiguous", "relu", "tanh", "sigmoid"),
 }
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "setitem"}
 
 
 def pad_tokens(gm: fx.GraphModule, plan: Plan) -> int:
@@ -43,7 +43,7 @@ def pad_tokens(gm: fx.GraphModule, plan: Plan) -> int:
     multiples = find_token_multiples()
     nodes = list(gm.graph.nodes)
     calls = {node for node in nodes if _would_pad(node, multiples)}
-    if not calls or any(map(_is_in_place, nodes)):
+    if not calls or any(map(may_write_in_place, nodes)):
         return 0
     multiple = math.lcm(_LEAST_MULTIPLE, *multiples.values())
     row_wise = _find_row_wise(calls)
@@ -172,17 +172,3 @@ def _count_tokens(node: fx.Node) -> int:
         return 0
     known = all(isinstance(size, int) for size in value.shape)
     return value.numel() // value.shape[-1] if known and value.shape[-1] else 0
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    """Returns whether a node may change what it reads."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    target, flags = node.target, (*node.args[1:], *node.kwargs.values())
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if name.strip("_") in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
-        return True
-    flagged = target in _POINTWISE and any(flag is True for flag in flags)
-    return flagged or bool(node.kwargs.get("inplace")) or "out" in node.kwargs

@@ -20,6 +20,13 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from sparsedm_compiler.backends.gather.ops import list_tiles, pack, run_linear
+from sparsedm_compiler.backends.wgmma.launch_training import (
+    compute_weight_gradient,
+    pack_transposed_weight,
+    pack_weight,
+)
+from sparsedm_compiler.backends.wgmma.training import parse_blocks
+from sparsedm_compiler.backends.wgmma.transposed import find_blocks, why_dense_gradient
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.masks.triton_mask import mask_by_triton
 from sparsedm_compiler.patterns import Pattern
@@ -33,6 +40,7 @@ MASKS = (
     *("1:2@64x16", "1:4@128x16", "1:4@128x32", "3:5@48x6", "1:2@64x32+2:4", "1:3@16x24+1:8"),
 )
 TYPES = (torch.bfloat16, torch.float32)  # float16's code is bfloat16's
+BLOCKS = ("1:4@128x32", "1:2@128x64", "1:8@64x16", "1:2@64x16")
 GATHERS = ("1:8x16", "2:4x48", "1:4x128")
 
 
@@ -110,8 +118,33 @@ def check_gathers(compiled: list[Any]) -> None:
                 assert (core in compiled[-1].asm["ptx"]) == (dtype != torch.float32), (dtype, tile)
 
 
+def check_training(compiled: list[Any]) -> None:
+    for text in BLOCKS:
+        pattern = parse_blocks(text)
+        rows, cols, tokens = 2 * pattern.rows, 512, 4096
+        weight = torch.randn(rows, cols)
+        blocks = find_blocks(nm_mask(weight, pattern), pattern)
+        pack_weight(weight, blocks, pattern, torch.bfloat16)
+        check(compiled[-1], (text, "pack"))
+        assert "st.global.v4" in compiled[-1].asm["ptx"], text
+        if why_dense_gradient(pattern) is None:
+            pack_transposed_weight(weight, blocks, pattern, torch.bfloat16)
+            check(compiled[-1], (text, "pack transposed"))
+            code = compiled[-1].asm["ptx"]
+            assert "ld.global.v4" in code, text
+            assert "st.global.v4" in code, text
+        for tokens in (4096, 16):
+            grad, x = (torch.empty(tokens, size, dtype=torch.bfloat16) for size in (rows, cols))
+            compute_weight_gradient(grad, x, blocks, pattern)
+            check(compiled[-1], (text, tokens))
+            code = compiled[-1].asm["ptx"]
+            assert "wgmma.mma_async" in code, (text, tokens)
+            assert not re.search(r"cp\.async\.ca", code), (text, tokens)  # 16 bytes at once
+
+
 if __name__ == "__main__":
     kernels = compile_only()
     check_masks(kernels)
     check_gathers(kernels)
+    check_training(kernels)
     print(f"{len(kernels)} kernels compiled for compute capability 9.0")

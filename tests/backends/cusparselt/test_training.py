@@ -88,7 +88,11 @@ def test_training_where_no_kernel_fits_shows_the_reason(device: str) -> None:
     for pattern, kernels, said in (
         ("2:4", {}, "no 2:4 kernel for float32"),
         ("3:4", {}, "keeps up to 3 of 4 columns"),
-        ("2:4", {"*": "cuda_vnm"}, "'cuda_vnm' does not run in training, 'cuda_semi' does"),
+        (
+            "2:4",
+            {"*": "cuda_vnm"},
+            "'cuda_vnm' does not run in training, 'cuda_block' and 'cuda_semi' do",
+        ),
     ):
         student = student_of(device, pattern, **kernels)
         with torch.autocast(device, BF16, enabled=pattern != "2:4"):

@@ -22,6 +22,8 @@ def emulate(packed: Tensor, x: Tensor, layout: Layout) -> Tensor:
         for block in range(2):
             sums = torch.zeros(HALF, len(x), dtype=torch.float64)
             for stage in range(layout.stages):
+                if layout.picked and _read_words(units[unit, stage], layout)[0] != block:
+                    continue
                 for s in range(layout.kept):
                     sums += _multiply(units[unit, stage], padded, layout, stage, block, s, x.dtype)
             for line in range(HALF):
@@ -49,19 +51,24 @@ def _multiply(
     dtype: torch.dtype,
 ) -> Tensor:
     """One instruction: [64, tokens]."""
-    start = (block * layout.kept + s) * 2048
+    start = ((0 if layout.picked else block * layout.kept) + s) * 2048
     raw = unit[start : start + 2048].clone().view(dtype).double()
     values = torch.empty(HALF, 16, dtype=torch.float64)
     for half in range(2):  # 8 columns; 128 bytes from 8 rows to the next
         values[:, 8 * half : 8 * half + 8] = raw[512 * half : 512 * half + 512].view(HALF, 8)
-    head = unit[layout.value_bytes + layout.meta_bytes :].clone().view(torch.int32)
-    byte = int(head[2 * s + block]) * layout.chunk * 2
+    chunk = s if layout.picked else int(_read_words(unit, layout)[2 * s + block])
+    byte = chunk * layout.chunk * 2
     offset = byte // 128 * (_TOKENS * 128) + byte % 128  # as the descriptor adds it
     box, within = divmod(offset, _TOKENS * 128)
     first = stage * layout.stage_cols + box * 64 + within // 2
     if not layout.sparse:
         return values @ padded[:, first : first + 16].T
     return _expand(unit, values, layout, block, s) @ padded[:, first : first + 32].T
+
+
+def _read_words(unit: Tensor, layout: Layout) -> Tensor:
+    """The words behind the values: chunks, or which block it is."""
+    return unit[layout.value_bytes + layout.meta_bytes :].clone().view(torch.int32)
 
 
 def _expand(unit: Tensor, values: Tensor, layout: Layout, block: int, s: int) -> Tensor:

@@ -1,0 +1,46 @@
+"""``op(x, w) -> op(x, where(mask, w, 0))``: a mask that is an input, and a masked gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ...graph.added_inputs import add_input, is_added
+from ...graph.flat_graph import get_example_value
+from ..planned_weight import Plan, PlannedWeight
+
+MASK = "mask"
+"""The kind of an added input that is a frozen mask."""
+
+
+def insert_frozen_masks(gm: fx.GraphModule, plan: Plan) -> int:
+    """Masks every weight whose mask is frozen; returns how many were masked.
+
+    The masks become inputs of the graph, behind all others, in the order of the plan. The op is
+    torch's own, so that a compiler fuses it with the cast of the weight and of its gradient.
+    """
+    rows = [row for row in plan if row.frozen is not None]
+    if len(list_mask_inputs(gm.graph)) == len(rows):
+        return 0
+    return sum(_mask(gm.graph, row) for row in rows)
+
+
+def list_mask_inputs(graph: fx.Graph) -> list[fx.Node]:
+    """Returns the placeholders of frozen masks, in order."""
+    return [node for node in graph.find_nodes(op="placeholder") if is_added(node, MASK)]
+
+
+def _mask(graph: fx.Graph, row: PlannedWeight) -> int:
+    assert row.frozen is not None
+    weight, readers = row.placeholder, list(row.placeholder.users)
+    mask = add_input(graph, MASK, weight, row.frozen)
+    if not readers:
+        return 1
+    with graph.inserting_before(min(readers)):
+        masked = graph.call_function(torch.where, (mask, weight, 0.0))
+    masked.meta = {key: weight.meta[key] for key in ("stack_trace",) if key in weight.meta}
+    if "example_value" in mask.meta:
+        masked.meta["example_value"] = torch.empty_like(get_example_value(weight))
+    for reader in readers:
+        reader.replace_input_with(weight, masked)
+    return 1
