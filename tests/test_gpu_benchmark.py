@@ -20,11 +20,14 @@ from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.goals import GOALS, MET, MISSED, OPEN, judge_goals
 from benchmarks.gpu.main import main
 from benchmarks.gpu.models import DiT, Flux
+from benchmarks.gpu.peers import why_no_bsr
+from benchmarks.gpu.plan import TINY
 from benchmarks.gpu.processes import wait_or_stop
 from benchmarks.gpu.quality import NOT_HERE, Quality, quality
 from benchmarks.gpu.results import SECTIONS, empty, list_failures, load
 from benchmarks.gpu.summary import REHEARSAL, summary
 from benchmarks.gpu.testing import find_marked_files, read_outcomes
+from sparsedm_compiler.patterns import BlockNM
 
 ROOT = Path(__file__).parents[1]
 MADE_UP = {"gpu": "made up", "commit": "none", "card": None, "time": "never"}
@@ -44,6 +47,22 @@ def op(ratio: float, **more: Any) -> dict[str, Any]:
 
 def statuses(results: dict[str, Any]) -> dict[str, str]:
     return {each.goal: each.status for each in judge_goals(results)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "tokens", "why"),
+    [
+        (BlockNM(1, 2, 64, 16), 4096, None),
+        (BlockNM(1, 2, 64, 48), 4096, "blocks of 64 x 48 are no powers of two from 16 on"),
+        (BlockNM(1, 2, 64, 8), 4096, "blocks of 64 x 8 are no powers of two from 16 on"),
+        (BlockNM(1, 2, 64, 16), 1000, "1000 tokens are no multiple of 64"),
+    ],
+)
+def test_why_no_bsr_names_blocks_and_tokens_that_torch_refuses(
+    pattern: BlockNM, tokens: int, why: str | None
+) -> None:
+    assert why_no_bsr(pattern, tokens, on_cuda=True) == why
+    assert why_no_bsr(pattern, tokens, on_cuda=False) == (why or "it runs on a GPU alone")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +96,11 @@ def test_every_section_is_rehearsed(rehearsed: Path) -> None:
     for row in found["ops"]:
         for each in row["patterns"].values():
             assert not each.get("wrong")
+        eight = {name.partition("/")[0] for name in row["patterns"]["2:4"]["aside"]}
+        peers = {"compiled_fp8"} if row["tokens"] == TINY.tokens[0] else set()
+        assert eight == {"cuda_fp8", "cuda_semi_fp8", "cuda_semi_int8"} | peers
+        refused = row["patterns"]["1:2@64x16"]["refused"]
+        assert ("bsr_dense_addmm" in refused) == bool(peers)
     for row in found["models"]:
         for each in row["patterns"].values():
             assert each["error"] < 0.05

@@ -71,7 +71,7 @@ BY_NAME = {"", "optional_deps", "models.factories", "diffusers.registration"}
 # The folders of kernel families; one of them is what the NVIDIA families share.
 SHARED = "backends.cuda"
 KERNEL_FAMILIES = tuple(
-    f"backends.{folder}" for folder in ("cpu", "cusparselt", "gather", "vnm", "wgmma")
+    f"backends.{folder}" for folder in ("cpu", "cusparselt", "fp8", "gather", "vnm", "wgmma")
 )
 
 BANNED = {"found", "each", "place", "how", "given", "asked"}

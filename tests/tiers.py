@@ -62,6 +62,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "instances_of_one_class",
     ),
     "masks/test_mask_ste.py": INDUCTOR,
+    "passes/rewrite/test_round_rows.py": INDUCTOR,
     "test_fresh_install.py": ("",),
     "test_readme.py": ("",),
     # Builds of kernels, and code for cards that are not here.
@@ -70,6 +71,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "backends/cuda/test_nvrtc.py": (r"\[",),
     "backends/vnm/test_kernel.py": (r"emulator.*\[(?!128:2:16)", r"activation\[(?!gelu\])"),
     # Another pytest or another Python, several processes, a browser.
+    "backends/cuda/test_quantize.py": ("interpret",),
     "backends/gather/test_ops.py": ("interpret",),
     "cli/test_commands.py": ("python_m", "closed_pipe"),
     "cli/test_sample.py": ("two_processes",),
@@ -127,6 +129,7 @@ LONGEST = (
     "evaluate/test_inception.py",
     "backends/cpu/test_build.py",
     "backends/gather/test_ops.py",
+    "backends/cuda/test_quantize.py",
     "train/test_resume.py",
     "compiler/test_battery.py",
     "compiler/test_diffusers_lines.py",

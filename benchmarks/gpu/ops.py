@@ -4,7 +4,7 @@ One row per shape and number of tokens. All settings are checked against float32
 few rounds; the fastest of each pattern is timed again, beside dense, in rounds of their own: the
 ratios shown are from those, so that the fastest is not fast by having been chosen. Kernels that
 change numbers (8 bits) are screened at 2:4, and never the fastest: only a user who pins them gets
-them.
+them. Nor are peers, which are not ours.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from .comparing import (
     sample_ops,
     sample_sound_ops,
 )
+from .peers import COMPILED_FP8, list_peers
 from .plan import Layer, Plan
 
 DTYPE = torch.bfloat16
@@ -123,7 +124,7 @@ class Trial:
     def __init__(self, operands: Operands, text: str, avoid: frozenset[str], tell: Tell) -> None:
         self.operands, self.text, self.avoid, self.tell = operands, text, avoid, tell
         self.record: dict[str, Any] = {"refused": {}, "wrong": {}, "error": {}, "ms": {}}
-        self.record["inexact"] = []
+        self.record["aside"] = []  # what is timed, and never the fastest
         self.ready: dict[str, Run] = {}
 
     def fastest(self, baseline: Run, plan: Plan) -> Run | None:
@@ -137,6 +138,7 @@ class Trial:
         for family in find_families(self.operands.x.device.type):
             if not family.inexact or self.text == INEXACT_AT:
                 self.try_family(family, pattern, exact)
+        self.try_peers(pattern, exact, plan)
         return self.screen(baseline, plan) if self.ready else None
 
     def try_family(self, family: KernelFamily, pattern: Pattern, exact: Tensor) -> None:
@@ -151,11 +153,25 @@ class Trial:
             for kernel, run in calls(self.operands, pattern, family):
                 if self.fits(str(kernel), run, exact, bound):
                     self.ready[str(kernel)] = run
-                    self.record["inexact"] += [str(kernel)] if family.inexact else []
+                    self.record["aside"] += [str(kernel)] if family.inexact else []
         except Exception as bug:  # of packing
             if is_device_lost():
                 raise
             self.record["wrong"][name] = format_error(bug)
+
+    def try_peers(self, pattern: Pattern, exact: Tensor, plan: Plan) -> None:
+        """What is not ours, if it runs this shape."""
+        it = self.operands
+        try:
+            for name, run in list_peers(it.x, it.weight, it.bias, it.layer.act, pattern, plan):
+                bound = INEXACT if name == COMPILED_FP8 else TOLERANCE
+                if self.fits(name, run, exact, bound):
+                    self.ready[name] = run
+                    self.record["aside"].append(name)
+        except Exception as bug:
+            if is_device_lost():
+                raise
+            self.record["error"]["peers"] = format_error(bug)
 
     def fits(self, kernel: str, run: Run, exact: Tensor, bound: float) -> bool:
         """Whether a kernel runs this shape and is as near to float32 as that."""
@@ -187,7 +203,7 @@ class Trial:
         self.record["wrong"] |= broken
         self.record["screened_dense_ms"] = dense_ms = times.pop("dense")
         self.record["ms"] = times
-        exactly = [name for name in times if name not in self.record["inexact"]]
+        exactly = [name for name in times if name not in self.record["aside"]]
         if not exactly:
             return None
         best = min(exactly, key=times.__getitem__)

@@ -95,12 +95,50 @@ def ops(results: Results, known: Quality) -> str:
     note = (
         "bf16, bias fused, L2 cold, CUDA graphs; over cuBLASLt, with an activation over compiled "
         "dense. In brackets the quartiles; "
-        '"(dense)": the gate keeps that layer dense. Kernels that change numbers (8 bits) are in '
-        "results.json."
+        '"(dense)": the gate keeps that layer dense.'
     )
-    return (
-        f"{note}\n\n{markdown((*names, *patterns), [*body, losses(known, patterns, len(names))])}"
+    table = markdown((*names, *patterns), [*body, losses(known, patterns, len(names))])
+    return f"{note}\n\n{table}\n\n{kernels(results)}"
+
+
+def kernels(results: Results) -> str:
+    """A line per shape and pattern, a column per kernel of ours or of others."""
+    cells = [(row, text, cell) for row in results["ops"] for text, cell in row["patterns"].items()]
+    fastest = [fastest_by_name(cell.get("ms", {})) for *_, cell in cells]
+    names = list(dict.fromkeys(name for times in fastest for name in times))
+    body = [
+        (
+            *(row[key] for key in ("model", "layer", "tokens")),
+            text,
+            *(kernel_cell(results, cell["screened_dense_ms"], times.get(name)) for name in names),
+        )
+        for (row, text, cell), times in zip(cells, fastest, strict=True)
+        if times
+    ]
+    note = (
+        "Every kernel in its fastest setting, by the few rounds of the screening, over dense. "
+        "Those in 8 bits (cuda_fp8, which is dense, cuda_semi_fp8, cuda_semi_int8) run only where "
+        "pinned. "
+        "bsr_dense_addmm (torch's own for blocks) and compiled_fp8 (dense fp8 by Inductor and "
+        "torch._scaled_mm) are not ours."
     )
+    return f"{note}\n\n{markdown(('model', 'layer', 'tokens', 'pattern', *names), body)}"
+
+
+def fastest_by_name(times: dict[str, float]) -> dict[str, float]:
+    """The milliseconds of the fastest setting of every kernel."""
+    fastest: dict[str, float] = {}
+    for setting, ms in times.items():
+        name = setting.partition("/")[0]
+        fastest[name] = min(ms, fastest.get(name, ms))
+    return fastest
+
+
+def kernel_cell(results: Results, dense_ms: float, ms: float | None) -> str:
+    """How many times faster than dense; in a rehearsal, that it ran."""
+    if ms is None:
+        return GONE
+    return "ran" if results["rehearsal"] else f"{dense_ms / ms:.2f}"
 
 
 def op_cell(results: Results, cell: dict[str, Any]) -> str:

@@ -55,7 +55,9 @@ def _select_candidate(
     if isinstance(candidates, Refusal):
         return row.run_dense(candidates.sentence)
     if wanted != "auto":
-        kernel = candidates[0]
+        kernel = _choose_setting(candidates, trial, budget)
+        if kernel is None:
+            return row.run_dense(explain_distrust(candidates))
         doubtful = weight.is_cuda and not find_family(kernel.name).inexact
         if doubtful and not reproduces_dense(trial, kernel):
             return row.run_dense(explain_distrust(candidates[:1]))
@@ -95,6 +97,23 @@ def _measure_instead(
     """Plans what runs a weight that the table says nothing of, and says so in the reason."""
     measured_row = _select_candidate(row, trial, config, budget)
     return replace(measured_row, reason=f"{measured_row.reason} ({why})")
+
+
+def _choose_setting(
+    candidates: tuple[KernelConfig, ...], trial: KernelTrial, budget: AutotuneBudget
+) -> KernelConfig | None:
+    """Returns the setting of a pinned kernel: the first, or the fastest where it changes numbers.
+
+    Those settings are not among the measured ones otherwise. None if all are wrong.
+    """
+    first = candidates[0]
+    if not find_family(first.name).inexact or len(candidates) == 1:
+        return first
+    milliseconds = measure_kernels(trial, candidates, budget)
+    if milliseconds is None:
+        return first
+    best = min(candidates, key=lambda kernel: milliseconds[str(kernel)])
+    return None if milliseconds[str(best)] == math.inf else best
 
 
 def _select_fastest(

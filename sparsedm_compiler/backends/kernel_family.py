@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
@@ -101,6 +102,22 @@ class WeightFormat:
     kernel: KernelConfig | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class RowRounding:
+    """The two functions that a linear op consists of, where it rounds the rows of x to 8 bits.
+
+    Attributes:
+        round_rows: Called as ``round_rows(x, kind, **prologue)``, with the norm or the activation
+            in front of it as ``prologue``: (numbers, factors).
+        multiply: Called as ``multiply(x, numbers, factors, packed, bias, rows, **arguments)``, with
+            the keyword arguments of the op, "kind" and "act" among them; of x, or of what came
+            before a norm, it uses leading shape and dtype.
+    """
+
+    round_rows: Callable[..., tuple[Tensor, Tensor]]
+    multiply: Op
+
+
 class KernelFamily(ABC):
     """The kernels of one device that read one packed format.
 
@@ -123,6 +140,8 @@ class KernelFamily(ABC):
             x alone.
         feature_major_op: The op that reads and writes activations with the tokens side by side in
             memory, the latter by its keyword argument ``feature_major``; None without one.
+        rounding_ops: The linear ops that round the rows of x to 8 bits, so that rows which several
+            of them read can be rounded once, together with what comes before.
         call_ms: Milliseconds that a call costs more in a model than timed alone, where its Python
             and its objects stay in the cache.
         training_op: The op of sparse products in training, called as
@@ -141,6 +160,7 @@ class KernelFamily(ABC):
     token_multiple: int = 1
     token_ops: tuple[Op, ...] = ()
     feature_major_op: Op | None = None
+    rounding_ops: Mapping[Op, RowRounding] = MappingProxyType({})
     call_ms: float = 0.0
     training_op: Op | None = None
     layout_op: Op | None = None

@@ -7,8 +7,9 @@ from ..errors import KernelError
 from .cpu.family import CpuFamily
 from .cusparselt.family import CuSparseLtFamily
 from .cusparselt.quantized import QuantizedFamily
+from .fp8.family import Fp8Family
 from .gather.family import GatherFamily
-from .kernel_family import KernelFamily, Op
+from .kernel_family import KernelFamily, Op, RowRounding
 from .vnm.family import VnmFamily
 from .wgmma.family import BlockFamily, SemiFamily
 
@@ -66,6 +67,11 @@ def find_token_multiples() -> dict[Op, int]:
     return {op: family.token_multiple for family in _families for op in family.token_ops}
 
 
+def find_rounding_ops() -> dict[Op, RowRounding]:
+    """Returns the linear ops that round the rows of x to 8 bits, with what they consist of."""
+    return {op: parts for family in _families for op, parts in family.rounding_ops.items()}
+
+
 def find_feature_major_ops() -> frozenset[Op]:
     """Returns the ops that read and write feature-major activations."""
     ops = (family.feature_major_op for family in _families)
@@ -82,5 +88,6 @@ for _family in (
     SemiFamily(),
     QuantizedFamily("fp8"),
     QuantizedFamily("int8"),
+    Fp8Family(),
 ):
     register_family(_family)

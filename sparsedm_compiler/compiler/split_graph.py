@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ..config import Backend
 from ..graph.flat_graph import get_example_value
-from ..passes import Block, BlockGroup, bound_block, extract_graph
+from ..passes import Block, BlockGroup, extract_graph, make_block
 from .inner_backend import compile_graph
 
 
@@ -89,10 +89,11 @@ def _compile(piece: Block, backend: Backend) -> Callable[..., Any]:
     """Returns what runs a piece, for values that are laid out in rows."""
     graph = extract_graph(piece)
     inputs = []
-    for node, given in zip(piece.inputs, graph.graph.find_nodes(op="placeholder"), strict=True):
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    for node, placeholder in zip(piece.inputs, placeholders, strict=True):
         value = get_example_value(node)
         inputs.append(value if node.op == "placeholder" else lay_out(value))
-        given.meta["example_value"] = inputs[-1]
+        placeholder.meta["example_value"] = inputs[-1]
     return compile_graph(graph, inputs, backend)
 
 
@@ -111,7 +112,7 @@ def _cut(gm: fx.GraphModule, groups: Sequence[BlockGroup]) -> list[Block]:
     between: list[fx.Node] = []
     for node in gm.graph.nodes:
         if (node in blocks or node.op == "output") and between:
-            pieces.append(bound_block(between))
+            pieces.append(make_block(between))
             between = []
         if node in blocks:
             pieces.append(blocks[node])

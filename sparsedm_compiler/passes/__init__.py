@@ -6,8 +6,8 @@ from .analysis.count_macs import count_macs
 from .analysis.find_repeated_blocks import (
     Block,
     BlockGroup,
-    bound_block,
     find_repeated_blocks,
+    make_block,
 )
 from .analysis.find_sites import COMPUTED, Site, find_eager_sites, find_sites
 from .analysis.find_uses import find_uses
@@ -30,7 +30,6 @@ __all__ = [
     "Site",
     "Status",
     "WeightUse",
-    "bound_block",
     "count_macs",
     "decide_weight",
     "extract_graph",
@@ -38,6 +37,7 @@ __all__ = [
     "find_repeated_blocks",
     "find_sites",
     "find_uses",
+    "make_block",
     "mark_eager",
     "mark_prunable",
     "may_be_pruned",

@@ -13,6 +13,7 @@ from .rewrite.insert_frozen_masks import insert_frozen_masks
 from .rewrite.insert_mask_ste import insert_mask_ste
 from .rewrite.lower_sparse import lower_sparse
 from .rewrite.pad_tokens import pad_tokens
+from .rewrite.round_rows import round_rows
 from .rewrite.train_sparse import train_sparse
 from .verify import verify_folded, verify_masked
 
@@ -22,7 +23,7 @@ Rewrite = Callable[[fx.GraphModule, Plan], int]
 TRAIN: tuple[Rewrite, ...] = (insert_frozen_masks, insert_mask_ste, train_sparse)
 """The rewrites of mode "train", in order."""
 
-INFER: tuple[Rewrite, ...] = (lower_sparse, carry_features, pad_tokens)
+INFER: tuple[Rewrite, ...] = (lower_sparse, round_rows, carry_features, pad_tokens)
 """The rewrites of mode "infer", in order."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..backends.registry import find_family
@@ -68,13 +70,17 @@ def verify_folded(plan: Plan) -> None:
         if row.kernel is None:
             continue
         weight, family = row.placeholder, find_family(row.kernel.name)
-        ops = {
-            family.call(problem, row.weight_format, row.kernel.tile)[0] for problem in row.problems
+        ops: dict[Any, int] = {
+            family.call(problem, row.weight_format, row.kernel.tile)[0]: 1
+            for problem in row.problems
         }
+        parts = family.rounding_ops
+        ops |= {parts[op].multiply: 3 for op in [*ops] if op in parts}
         if not weight.users:
             raise GraphError(f"no {row.kernel.name} reads the packed weight {weight.name}")
         for reader in weight.users:
-            if reader.target not in ops or reader.args[1] is not weight:
+            position = ops.get(reader.target)
+            if position is None or reader.args[position] is not weight:
                 raise GraphError(
                     f"the packed weight {weight.name} is read by {reader.name}, which is no "
                     f"{row.kernel.name}: {reader.format_node()}"

@@ -21,7 +21,11 @@ from sparsedm_compiler.cli.inspect_machine import hide_home, inspect_machine
 from sparsedm_compiler.optional_deps import EXTRAS
 from tests.cli.conftest import Shell
 
-FAMILIES = ("cusparselt.family", "cusparselt.quantized", "vnm.family", "gather.family")
+FAMILIES = (
+    *("cusparselt.family", "cusparselt.quantized"),
+    *("fp8.family", "vnm.family", "gather.family"),
+)
+EXACT = {"cuda_vnm", "cuda_gather", "triton_block", "cuda_semi"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,8 +34,14 @@ def set_card(patch: pytest.MonkeyPatch, capability: tuple[int, int], **facts: An
     card = CudaDevice("Made-up", capability, cuda="13.0", cusparselt=(0, 8, 0))
     for module in (*FAMILIES, "wgmma.family"):
         patch.setattr(f"sparsedm_compiler.backends.{module}.find_device", lambda: card)
-    for module in ("vnm", "gather", "wgmma"):
-        name = f"sparsedm_compiler.backends.{module}.family.why_unavailable"
+    for module in (
+        "vnm.family",
+        "fp8.family",
+        "gather.family",
+        "wgmma.family",
+        "cusparselt.quantized",
+    ):
+        name = f"sparsedm_compiler.backends.{module}.why_unavailable"
         patch.setattr(name, lambda: None)
     major, minor = capability
     properties = SimpleNamespace(
@@ -118,8 +128,8 @@ def test_doctor_without_compiler_and_card_says_so_and_exits_with_1(
     ("capability", "running"),
     [
         ((7, 5), set()),
-        ((8, 0), {"cuda_vnm", "cuda_gather", "cuda_semi", "cuda_semi_int8"}),
-        ((8, 9), {"cuda_vnm", "cuda_gather", "cuda_semi", "cuda_semi_fp8", "cuda_semi_int8"}),
+        ((8, 0), EXACT | {"cuda_semi_int8"}),
+        ((8, 9), EXACT | {"cuda_semi_fp8", "cuda_semi_int8", "cuda_fp8"}),
     ],
     ids=["turing", "ampere", "ada"],
 )

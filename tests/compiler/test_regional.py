@@ -142,6 +142,22 @@ def test_regional_training_gives_the_straight_through_gradients_of_a_whole_graph
     assert len(graphs) == 4
 
 
+def test_regional_training_with_frozen_masks_keeps_pruned_gradients_zero(
+    graphs: list[fx.GraphModule],
+) -> None:
+    students = [compile_stack("train", regional=regional) for regional in (True, False)]
+    for student in students:
+        student(*stack_inputs())
+        sdm.freeze_masks(student)
+        student(*stack_inputs()).square().sum().backward()
+    for ours, whole in zip(*(student.parameters() for student in students), strict=True):
+        assert ours.grad is not None
+        assert_same(ours.grad, whole.grad, tolerance=1e-5)
+    frozen = students[0].blocks[2].fc1.weight.grad
+    assert int((frozen == 0).sum()) == frozen.numel() // 2
+    assert ONCE in sdm.explain(students[0]).regions
+
+
 def test_pieces_get_their_values_in_rows(graphs: list[fx.GraphModule]) -> None:
     student = compile_stack("train")
     student(*stack_inputs())

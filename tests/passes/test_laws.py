@@ -79,11 +79,20 @@ def semi_case() -> Case:
     return Case(graph, plan_kernel(plan, kernel), (x,))
 
 
+def fp8_case() -> Case:
+    x = torch.randn(5, 16, dtype=torch.bfloat16)
+    graph = capture_model(Mlp().bfloat16(), x)
+    plan = plan_masks(graph, "fc1.weight", "fc2.weight")
+    kernel = first_kernel("cuda_fp8", "2:4", torch.bfloat16)
+    return Case(graph, plan_kernel(plan, kernel), (x,))
+
+
 FIRES: dict[str, tuple[str, Callable[[], Case], int]] = {
     "insert_frozen_masks": ("train", frozen_case, 2),
     "insert_mask_ste": ("train", masked_case, 2),
     "train_sparse": ("train", trained_case, 2),
     "lower_sparse": ("infer", cpu_case, 2),
+    "round_rows": ("infer", fp8_case, 1),
     "carry_features": ("infer", vnm_case, 1),
     "pad_tokens": ("infer", semi_case, 2),
 }

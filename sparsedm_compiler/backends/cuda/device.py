@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from ...optional_deps import read_version
+
 Version = tuple[int, int, int]
 
 SPARSE_CORES = (8, 0)
@@ -97,6 +99,12 @@ def list_cusparselt() -> dict[str, str | None]:
     """Returns the version of cuSPARSELt by its name; None without the library."""
     version = _read_cusparselt_version()
     return {"cuSPARSELt": None if version is None else _format_version(version)}
+
+
+def list_triton() -> dict[str, str | None]:
+    """Returns the version of Triton by its name; None without it."""
+    names = ("triton", "pytorch-triton", "triton-windows")
+    return {"Triton": next(filter(None, map(read_version, names)), None)}
 
 
 def why_no_nvrtc(device: CudaDevice | None) -> str | None:

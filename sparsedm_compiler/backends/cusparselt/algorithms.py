@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ...fileio import cache_folder, write_atomically
 from ...progress import announce
@@ -26,7 +27,7 @@ _MOST = 64
 _LAST = 8
 """Algorithms refused one after the other, behind which there are no more."""
 _SECONDS = 60
-_SHAPES = ((136, 256, 512), (1024, 512, 256))
+_SHAPES = ((144, 256, 512), (1024, 512, 256))
 """(tokens, rows, columns) that each is tried on."""
 
 
@@ -105,14 +106,20 @@ def main(name: str, start: int) -> None:
 
 
 def _is_right(algorithm: int, dtype: torch.dtype, tokens: int, rows: int, cols: int) -> bool:
-    weight = torch.randn(rows, cols, device="cuda").to(dtype)
+    weight, x = _draw(dtype, rows, cols), _draw(dtype, tokens, cols)
     weight.view(rows, -1, 4)[..., 2:] = 0
-    x = torch.randn(tokens, cols, device="cuda").to(dtype)
-    exact = x.float() @ weight.float().t()
-    setting = CuSparseLtSetting(algorithm)
-    out = multiply(torch._cslt_compress(weight), x, None, setting).float()
+    exact = x @ weight.t()
+    out_dtype = torch.bfloat16 if dtype.itemsize == 1 else None
+    packed = torch._cslt_compress(weight.to(dtype))
+    out = multiply(packed, x.to(dtype), None, CuSparseLtSetting(algorithm), out_dtype).float()
     torch.cuda.synchronize()
     return bool((out - exact).norm() <= 1e-2 * exact.norm())
+
+
+def _draw(dtype: torch.dtype, rows: int, cols: int) -> Tensor:
+    """Returns random numbers of a dtype, as float32."""
+    numbers = torch.randn(rows, cols, device="cuda")
+    return (16 * numbers if dtype is torch.int8 else numbers).to(dtype).float()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..cuda.triton_kernels import apply_activation
+
 
 @triton.jit
 def gather_kernel(
@@ -20,10 +22,13 @@ def gather_kernel(
     x_feature,
     EVEN: tl.constexpr,
     S: tl.constexpr,
+    RUN: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -33,8 +38,9 @@ def gather_kernel(
     out[t, r] = ACT(sum over k of x[t, columns[r / S, k]] * values[r / S, k, r % S] + bias[r]).
 
     A program computes BLOCK_TOKENS tokens of BLOCK_ROWS rows that share their columns; ``bias`` is
-    None or a pointer; EVEN says that ``kept`` is a multiple of BLOCK_K. Sums, bias and activation
-    are in float32, rounded once.
+    None or a pointer; EVEN says that ``kept`` is a multiple of BLOCK_K; columns come in runs of
+    RUN, from a multiple of it. SWAPPED multiplies values by x, so that rows come first. Of SPLITS
+    parts of the sum, out[split, t, r] gets one. Sums, bias and activation are in float32.
     """
     token_block, row_block = _assign_block(tokens, rows, S, BLOCK_TOKENS, BLOCK_ROWS, GROUP)
     parts: tl.constexpr = (S + BLOCK_ROWS - 1) // BLOCK_ROWS
@@ -43,33 +49,66 @@ def gather_kernel(
     first = token_block.to(tl.int64) * BLOCK_TOKENS
     token = tl.arange(0, BLOCK_TOKENS)
     k = tl.arange(0, BLOCK_K)
-    columns += share * kept + k
-    values += share * kept * S + k[:, None] * S + within[None, :]
+    steps = tl.cdiv(tl.cdiv(kept, BLOCK_K), SPLITS) * BLOCK_K
+    begin = tl.program_id(1) * steps
+    end = tl.minimum(begin + steps, kept)
+    columns += share * kept + begin + k
+    values += (share * kept + begin) * S + k[:, None] * S + within[None, :]
     x += first * x_token
-    at = (token.to(tl.int64 if WIDE else tl.int32) * x_token)[None, :]
-    has_token, has_row = token < tokens - first, (within < S)[None, :]
-    sums = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), dtype=tl.float32)
-    for start in range(0, kept, BLOCK_K):
-        has_k = k < kept - start
+    at = token.to(tl.int64 if WIDE else tl.int32) * x_token
+    has_token, has_row = token < tokens - first, within < S
+    if SWAPPED:
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), dtype=tl.float32)
+    else:
+        sums = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), dtype=tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        has_k = k < end - start
         if EVEN:
             has_k = k < BLOCK_K
-        column = tl.load(columns, mask=has_k, other=0)[:, None].to(at.dtype)
-        # [k, tokens]: with nothing else to go by, Triton runs threads along the first dimension,
-        # and there lie the neighbours in memory.
-        inside = has_k[:, None] & has_token[None, :]
-        picked = tl.load(x + (at + column * x_feature), mask=inside, other=0.0)
-        value = tl.load(values, mask=has_k[:, None] & has_row, other=0.0)
+        column = tl.load(columns, mask=has_k, other=0)
+        if RUN > 1:
+            column = tl.max_contiguous(tl.multiple_of(column, RUN), RUN)
+            picked = _load_runs(x, at, column.to(at.dtype) * x_feature, has_token, has_k)
+        else:
+            picked = _load_columns(x, at, column, x_feature, has_token, has_k)
+        value = tl.load(values, mask=has_k[:, None] & has_row[None, :], other=0.0)
         if UPCAST:  # Triton's interpreter would multiply bfloat16 as integers
             picked, value = picked.to(tl.float32), value.to(tl.float32)
-        sums = tl.dot(tl.trans(picked), value, sums, input_precision="ieee")
+        if SWAPPED:
+            sums = tl.dot(tl.trans(value), tl.trans(picked), sums, input_precision="ieee")
+        else:
+            sums = tl.dot(picked, value, sums, input_precision="ieee")
         columns += BLOCK_K
         values += BLOCK_K * S
     row = share * S + within
     if bias is not None:
-        sums += tl.load(bias + row, mask=within < S, other=0.0).to(tl.float32)[None, :]
-    result = _apply_activation(sums, ACT).to(out.dtype.element_ty)
+        added = tl.load(bias + row, mask=has_row, other=0.0).to(tl.float32)
+        sums += added[:, None] if SWAPPED else added[None, :]
+    result = apply_activation(sums, ACT).to(out.dtype.element_ty)
+    if SWAPPED:
+        result = tl.trans(result)
+    out += tl.program_id(1).to(tl.int64) * tokens * rows
     out += (first + token)[:, None] * rows + row[None, :]
-    tl.store(out, result, mask=has_token[:, None] & has_row)
+    tl.store(out, result, mask=has_token[:, None] & has_row[None, :])
+
+
+@triton.jit
+def _load_runs(x, at, column, has_token, has_k):
+    """Returns x [tokens, k] of columns in runs: neighbours in memory are neighbours here."""
+    inside = has_token[:, None] & has_k[None, :]
+    return tl.load(x + (at[:, None] + column[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_columns(x, at, column, x_feature, has_token, has_k):
+    """Returns x [tokens, k] of columns that lie anywhere.
+
+    With nothing else to go by, Triton runs threads along the first dimension; so x is read as
+    [k, tokens], where neighbours in memory lie along the first.
+    """
+    inside = has_k[:, None] & has_token[None, :]
+    offsets = at[None, :] + column[:, None].to(at.dtype) * x_feature
+    return tl.trans(tl.load(x + offsets, mask=inside, other=0.0))
 
 
 @triton.jit
@@ -86,15 +125,3 @@ def _assign_block(tokens, rows, S, BLOCK_TOKENS, BLOCK_ROWS, GROUP):
     size = tl.minimum(token_blocks - first, GROUP)
     position = program % (GROUP * row_blocks)
     return first + position % size, position // size
-
-
-@triton.jit
-def _apply_activation(x, ACT: tl.constexpr):
-    """Returns ACT(x). GELU's tanh form is x times a sigmoid: tanh(y) = 2 sigmoid(2 y) - 1."""
-    if ACT == "gelu":
-        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    elif ACT == "gelu_tanh":
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACT == "silu":
-        x = x * tl.sigmoid(x)
-    return x

@@ -115,14 +115,22 @@ def _describe_block(nodes: Sequence[fx.Node], depth: int) -> Block | None:
         return None
     module = _list_modules(nodes[0])[depth][1]
     name = module if isinstance(module, str) else module.__name__
-    block = bound_block(nodes, name)
+    block = make_block(nodes, name)
     weights = [x for x in block.inputs if x.op == "placeholder"]
     fits = len(weights) >= LEAST_WEIGHTS and block.outputs
     return block if fits and not _share_memory(block.inputs, block.outputs) else None
 
 
-def bound_block(nodes: Sequence[fx.Node], module: str = "") -> Block:
-    """Returns neighbouring nodes with all that goes into them and out of them."""
+def make_block(nodes: Sequence[fx.Node], module: str = "") -> Block:
+    """Makes a block of neighbouring nodes.
+
+    Args:
+        nodes: The nodes, in the order of the graph.
+        module: The class of the module that they are a call of; "" for none.
+
+    Returns:
+        The nodes with all that goes into them and out of them.
+    """
     inside = set(nodes)
     inputs = dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in inside)
     outputs = (node for node in nodes if any(user not in inside for user in node.users))
@@ -146,12 +154,12 @@ def _share_memory(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> bool
     if not all(isinstance(value, Tensor) for value in values):
         return True
     memory = [value.untyped_storage()._cdata for value in values]
-    given_memory = {
+    input_memory = {
         value.untyped_storage()._cdata
         for value in map(get_example_value, inputs)
         if isinstance(value, Tensor)
     }
-    return len(set(memory)) < len(memory) or not given_memory.isdisjoint(memory)
+    return len(set(memory)) < len(memory) or not input_memory.isdisjoint(memory)
 
 
 def _is_symbolic(value: Any) -> bool:

@@ -17,7 +17,15 @@ from ..analysis.find_repeated_blocks import Block, BlockGroup
 
 
 def outline_blocks(gm: fx.GraphModule, groups: Sequence[BlockGroup]) -> int:
-    """Replaces every block by a call of its group's sub-graph; returns how many it replaced."""
+    """Replaces every block by a call of its group's sub-graph.
+
+    Args:
+        gm: The graph; edited in place.
+        groups: Its repeated blocks, from ``find_repeated_blocks``.
+
+    Returns:
+        The number of blocks that were replaced.
+    """
     bodies = [extract_graph(group[0]) for group in groups]
     replaced: dict[fx.Node, fx.Node] = {}
     for group, body in zip(groups, bodies, strict=True):
@@ -39,7 +47,14 @@ def _find_free_name(gm: fx.GraphModule) -> str:
 
 
 def extract_graph(block: Block) -> fx.GraphModule:
-    """Returns a graph of a block's own, which takes its inputs and returns a tuple."""
+    """Copies a block into a graph of its own.
+
+    Args:
+        block: The block, which stays as it is.
+
+    Returns:
+        The graph, which takes ``block.inputs`` and returns a tuple of ``block.outputs``.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for number, node in enumerate(block.inputs):

@@ -2,8 +2,7 @@
 
 A kernel that takes tokens in multiples only would pad its input in every call. Here x is padded
 once, and its rows of zeros, soon of other numbers, are carried along through every op that acts on
-each row alone, norms, activations, residual sums, up to where rows meet: in attention, and in
-kernels that quantize all rows by one scale.
+each row alone, norms, activations, residual sums, up to where rows meet: in attention.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ..planned_weight import Plan
 
 _LEAST_MULTIPLE = 16
 """Tokens are padded to a multiple of this, or of more where an op wants more."""
-_NORMS = {F.layer_norm, F.rms_norm}
+_NORMS = {F.layer_norm, F.rms_norm, torch.rms_norm}
 _POINTWISE = {
     *(F.gelu, F.silu, F.relu, F.mish, F.hardswish, torch.relu, torch.tanh, torch.sigmoid),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg),

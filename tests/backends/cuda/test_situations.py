@@ -24,7 +24,8 @@ from tests.oracle import assert_gradients, assert_same, hand_masked, masked_patt
 BF16 = torch.bfloat16
 KERNELS = {
     **{"2:4": "cuda_semi", "64:2:8": "cuda_vnm", "16:1:8": "cuda_vnm", "1:4x16": "cuda_gather"},
-    **{"1:2@32x16": "cuda_gather", "1:2@64x16+2:4": "cuda_semi"},
+    **{"1:2@32x16": "triton_block", "1:2@64x16+2:4": "triton_block", "1:2@32x4": "cuda_gather"},
+    **{"1:8": "cuda_semi"},
 }
 CLOSE = 0.05
 """Of outputs near 1 after a dozen layers in bfloat16."""

@@ -14,12 +14,11 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler import PackError
 from sparsedm_compiler.autotune import measure as measuring
 from sparsedm_compiler.backends.cuda.device import CudaDevice
+from sparsedm_compiler.backends.cuda.quantize import KINDS, quantize
 from sparsedm_compiler.backends.cusparselt import quantized
 from sparsedm_compiler.backends.cusparselt.ops import DEFAULT
 from sparsedm_compiler.backends.cusparselt.quantized import (
-    KINDS,
     QuantizedFamily,
-    quantize,
     semi_quantized_linear_op,
 )
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
@@ -42,23 +41,6 @@ def packed_of(
 
 
 @kinds
-def test_quantize_rounds_by_a_scale(kind: str) -> None:
-    dtype, largest = KINDS[kind]
-    values = torch.randn(5, 64) * torch.tensor([1e-30, 0.0, 1.0, 300.0, 1e30])[:, None]
-    for each_row in (False, True):
-        rounded, scales = quantize(values, kind, per_row=each_row)
-        assert rounded.dtype is dtype
-        assert scales.shape == ((5, 1) if each_row else (1, 1))
-        bound = values.abs().amax(1 if each_row else (0, 1), keepdim=True)
-        again = rounded.float() * scales
-        step = bound / largest / 2 if kind == "int8" else bound / 448 * 16 + values.abs() / 16
-        assert bool(((again - values).abs() <= step * 1.001).all())
-    top = rounded.float().abs().amax(1)
-    assert_same(top[[0, 2, 3, 4]], torch.full((4,), largest))
-    assert bool((rounded.float()[1] == 0).all())
-
-
-@kinds
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("leading", [(16,), (2, 5), (0,), ()])
 def test_semi_quantized_linear_matches_the_layer_of_rounded_numbers(
@@ -66,16 +48,27 @@ def test_semi_quantized_linear_matches_the_layer_of_rounded_numbers(
 ) -> None:
     packed, weight = packed_of(kind, dtype=dtype)
     x, bias = torch.randn(*leading, 32).to(dtype), torch.randn(64)
-    out = semi_quantized_linear_op(x, packed, bias, 64, kind, *DEFAULT)
+    out = semi_quantized_linear_op(x, packed, bias, 64, "none", kind, *DEFAULT)
     assert (out.shape, out.dtype) == ((*leading, 64), dtype)
     if not out.numel():
         return
-    q_x, s_x = (each.double() for each in quantize(x.reshape(-1, 32), kind))
-    q_w, s_w = (each.double() for each in quantize(weight, kind, per_row=True))
+    q_x, s_x = (one.double() for one in quantize(x.reshape(-1, 32), kind))
+    q_w, s_w = (one.double() for one in quantize(weight, kind))
     rounded = ((q_x @ q_w.t()) * s_x * s_w.t() + bias.double()).view(out.shape)
     assert_same(out.double(), rounded, tolerance={torch.float32: 1e-5}.get(dtype, 8e-3))
     dense = F.linear(x.double(), weight.double(), bias.double())
     assert (out - dense).abs().max() < RELATIVE[kind] * dense.abs().max()
+
+
+@kinds
+def test_semi_quantized_linear_of_a_row_that_is_not_finite_is_nan_there_alone(kind: str) -> None:
+    packed, _ = packed_of(kind)
+    x = torch.randn(5, 32).bfloat16()
+    expected = semi_quantized_linear_op(x, packed, None, 64, "gelu", kind, *DEFAULT)
+    x[1, 3], x[3, 0] = torch.nan, torch.inf
+    out = semi_quantized_linear_op(x, packed, None, 64, "gelu", kind, *DEFAULT)
+    assert out[[1, 3]].isnan().all()
+    assert_same(out[[0, 2, 4]], expected[[0, 2, 4]])
 
 
 def test_semi_quantized_linear_sums_integers_exactly() -> None:
@@ -86,7 +79,7 @@ def test_semi_quantized_linear_sums_integers_exactly() -> None:
     packed = family.pack(weight, weight != 0, PATTERN, KernelConfig("cuda_semi_int8"))
     x = torch.full((16, 4096), 127.0)
     x[:, 0] = 126.0
-    out = semi_quantized_linear_op(x, packed, None, 32, "int8", *DEFAULT)
+    out = semi_quantized_linear_op(x, packed, None, 32, "none", "int8", *DEFAULT)
     assert_same(out, torch.full((16, 32), float(127 * 127 * 2048 - 127)))
 
 
@@ -94,8 +87,8 @@ def test_semi_quantized_linear_sums_integers_exactly() -> None:
 def test_semi_quantized_linear_passes_opcheck(kind: str) -> None:
     packed, weight = packed_of(kind)
     x = torch.randn(2, 5, 32).bfloat16().requires_grad_()
-    opcheck(semi_quantized_linear_op, (x, packed, None, 64, kind, *DEFAULT))
-    out = semi_quantized_linear_op(x, packed, None, 64, kind, *DEFAULT)
+    opcheck(semi_quantized_linear_op, (x, packed, None, 64, "none", kind, *DEFAULT))
+    out = semi_quantized_linear_op(x, packed, None, 64, "none", kind, *DEFAULT)
     (ours,) = torch.autograd.grad(out.sum(), x)
     (theirs,) = torch.autograd.grad(F.linear(x, weight).sum(), x)
     assert (ours - theirs).abs().max() < RELATIVE[kind] * theirs.abs().max()
@@ -183,6 +176,7 @@ def test_quantized_kernel_pinned_on_an_old_device_shows_the_reason(
     semi_on_cpu(monkeypatch)
     old = CudaDevice("NVIDIA A100", (8, 0), cusparselt=(0, 8, 1))
     monkeypatch.setattr(quantized, "find_device", lambda: old)
+    monkeypatch.setattr(quantized, "why_unavailable", lambda: None)
     monkeypatch.setattr(QuantizedFamily, "why_unavailable", UNAVAILABLE)
     fast = sdm.compile(
         Wide().bfloat16(),
