@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from .compiler.counting import count_macs, topology
     from .compiler.freeze_masks import freeze_masks, unfreeze_masks
     from .compiler.lookup import masked_parameters
+    from .compiler.merge_lora import MergedWeight, MergeReport, merge_lora
     from .compiler.read_guard import allow_dense
     from .compiler.serialization import load, save
+    from .diffusers import SparseConfig
     from .masks.mask_ste import zero_kept
     from .patterns import Pattern
     from .reports import Choice, Decision, Explanation, MacRow, MacsReport, Topology
@@ -57,9 +59,12 @@ __all__ = [
     "MacRow",
     "MacsReport",
     "MaskError",
+    "MergeReport",
+    "MergedWeight",
     "PackError",
     "Pattern",
     "PatternError",
+    "SparseConfig",
     "SparseDMError",
     "StoppedError",
     "Topology",
@@ -73,6 +78,7 @@ __all__ = [
     "held_out_loss",
     "load",
     "masked_parameters",
+    "merge_lora",
     "pattern_of",
     "repattern",
     "save",
@@ -89,8 +95,10 @@ MODULES = {
     ".compiler.counting": ("count_macs", "topology"),
     ".compiler.freeze_masks": ("freeze_masks", "unfreeze_masks"),
     ".compiler.lookup": ("masked_parameters",),
+    ".compiler.merge_lora": ("MergeReport", "MergedWeight", "merge_lora"),
     ".compiler.read_guard": ("allow_dense",),
     ".compiler.serialization": ("load", "save"),
+    ".diffusers": ("SparseConfig",),
     ".masks.mask_ste": ("zero_kept",),
     ".patterns": ("Pattern",),
     ".reports": ("Choice", "Decision", "Explanation", "MacRow", "MacsReport", "Topology"),

@@ -38,20 +38,23 @@ MAY_IMPORT = {
     "config": f"{BASE} selection patterns graph",
     "reports": f"{BASE} selection patterns graph config",
     "masks": f"{BASE} selection patterns graph config reports",
+    "files": f"{BASE} selection patterns graph config reports masks",
     "backends": f"{BASE} selection patterns graph config reports masks",
     "passes": f"{BASE} selection patterns graph config reports masks backends",
     "autotune": f"{BASE} selection patterns graph config reports masks backends passes",
-    "compiler": f"{BASE} selection patterns graph config reports masks backends passes autotune",
+    "compiler": f"{BASE} selection patterns graph config reports masks backends passes autotune"
+    " files",
     "diffusion": f"{BASE}",
     "models": f"{BASE} diffusion",
     "data": f"{BASE} diffusion models",
     "evaluate": f"{BASE} diffusion models data",
     "reporting": f"{BASE} diffusion models data evaluate patterns reports",
-    "": "errors patterns reports masks compiler",
+    "diffusers": f"{BASE} patterns graph config reports files compiler",
+    "": "errors patterns reports masks compiler diffusers",
     "train": f"{BASE} diffusion models data evaluate reporting",
     "experiment": f"{BASE} config diffusion models data evaluate reporting train",
     "cli": f"{BASE} patterns config reports backends autotune compiler diffusion models data"
-    " evaluate reporting train experiment",
+    " evaluate reporting train experiment files",
     "__main__": "cli",
 }
 
@@ -63,7 +66,7 @@ LAZY = {("", "train")}
 
 # These import what a user names, a package of an extra, or (the root) a public name at its first
 # use, which the law then reads in its imports for type checkers.
-BY_NAME = {"", "optional_deps", "models.factories"}
+BY_NAME = {"", "optional_deps", "models.factories", "diffusers.registration"}
 
 # The folders of kernel families; one of them is what the NVIDIA families share.
 SHARED = "backends.cuda"

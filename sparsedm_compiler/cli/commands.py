@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from .. import __version__
-from . import bench, doctor, explain, fid, finetune, macs, report, sample
+from . import bench, check, convert, doctor, explain, fid, finetune, macs, report, sample
 from .job import DONE, Command, execute
 
 COMMANDS: Mapping[str, Command] = {
@@ -17,6 +17,8 @@ COMMANDS: Mapping[str, Command] = {
     "bench": bench,
     "report": report,
     "explain": explain,
+    "check": check,
+    "convert": convert,
     "doctor": doctor,
 }
 ABOUT = """\

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from .options import (
     MODES,
     add_backend,
@@ -111,11 +110,12 @@ def resolve_source(options: argparse.Namespace) -> ModelSource:
         run = read_run_config(Path(name) / "run.json")
         weights = weights or find_student_weights(Path(name))
         name, fields = run.model.name, {**run.model.options, **fields}
+    weights = weights or find_pruned_weights(Path(name))
     if weights is None and not may_have_weights(name):
         raise ConfigError(f"{name} alone has random weights: give --weights FILE")
     model = open_model(name, options=fields, device="meta")
     pruned = None if weights is None else read_metadata(Path(weights))
-    if weights is not None and not (pruned and pruned["packed"]):
+    if weights is not None and not (pruned and (pruned["packed"] or pruned["compact"])):
         load_weights(model, weights)
     resolve_backend(options.backend)
     path = None if weights is None else Path(weights)
@@ -143,6 +143,12 @@ def find_student_weights(folder: Path) -> Path:
     return path
 
 
+def find_pruned_weights(folder: Path) -> Path | None:
+    """Returns the weights of a diffusers folder that ``from_pretrained`` would load pruned."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    return path if path.exists() and read_metadata(path) is not None else None
+
+
 def read_metadata(path: Path) -> dict[str, Any] | None:
     """Reads what ``sparsedm_compiler.save`` stored beside the weights, None for another file.
 
@@ -150,15 +156,10 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     """
     if path.suffix != ".safetensors":
         return None
-    from safetensors import SafetensorError, safe_open
+    from ..files.container import read_record
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("sparsedm")
-        metadata: dict[str, Any] | None = None if text is None else json.loads(text)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"cannot read weights from {path}: {error}") from error
-    return metadata
+    record = read_record(path)
+    return None if record is None or record["options"] is None else record
 
 
 def switch_mode(model: nn.Module, mode: str) -> nn.Module:

@@ -215,14 +215,23 @@ class FoldedWeights:
         return [(w, make_hollow_class(partial(self._refill, name=n))) for n, w in weights.items()]
 
     def _names(self, module: nn.Module) -> list[str]:
-        return [name for name, _ in self.iterate_finalized(module)]
+        """Returns the names of finalized weights under which their packed forms are kept."""
+        return [
+            name
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+            if self.find_finalized(parameter, strip_adapter_prefix(name)) is not None
+        ]
 
     def iterate_finalized(self, module: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
         """Yields (name in the module, packed form) of finalized weights; all names of tied ones."""
+        names = self._names(module)
+        forms = {
+            id(module.get_parameter(name)): self.packed[strip_adapter_prefix(name)]
+            for name in names
+        }
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            packed = self.find_finalized(parameter, strip_adapter_prefix(name))
-            if packed is not None:
-                yield name, packed
+            if id(parameter) in forms:
+                yield name, forms[id(parameter)]
 
     def fill_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         """Writes the masked dense values of finalized weights into a state_dict."""

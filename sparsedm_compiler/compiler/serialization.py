@@ -3,57 +3,71 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..backends.kernel_family import KernelConfig, WeightFormat
 from ..backends.packing import PackedWeight
 from ..backends.registry import find_family
 from ..config import Backend, CompileConfig
-from ..errors import CheckpointError, ConfigError, KernelError, PackError, PatternError
-from ..fileio import replace_atomically
+from ..errors import CheckpointError, ConfigError, KernelError
+from ..files.container import (
+    DENSE,
+    FORMS,
+    STATE,
+    StoredFile,
+    check_provenance,
+    read_file,
+    split_compact,
+    write_file,
+)
 from ..graph.names import strip_adapter_prefix
 from ..meta_models import require_values
 from ..patterns import Pattern
-from ..reports import Decision
 from .api import check_model, install
 from .folded_weights import hollow_out
 from .frozen_masks import mask_frozen, read_frozen, write_frozen
+from .guarded_forward import SparseForward
 from .lookup import require_compiled
-from .state_hooks import mask_state_dict
+from .model_record import describe_model, read_decisions
+from .state_hooks import map_patterns, mask_state_dict
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_KEY = "sparsedm"
-_VERSION = 4
-_READS = (4,)
 _PACKED = ".sparsedm_packed"
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    form: str = STATE,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a compiled model's weights and decisions to a file.
 
-    The weights are latent (dense) ones in mode "train", unless their masks are frozen, and masked
-    ones in mode "infer".
-
-    The file is plain safetensors, readable without this package, but for finalized weights, which
-    are written packed. It appears whole or not at all.
+    The file is safetensors with the pattern of every weight in its header, and appears whole or
+    not at all; ``docs/reference/format.md`` describes it.
 
     Args:
         model: A compiled model.
         path: The file to write; its folder must exist.
+        form: "state" holds the state_dict: latent (dense) weights in mode "train" (masked ones
+            where masks are frozen), masked ones in mode "infer", packed ones where they are
+            finalized. "dense" holds masked weights with their zeros, in any mode, which any reader
+            of safetensors loads. "compact" holds the kept values and their places: at 2:4 in
+            bfloat16, 0.542 of the size of dense.
+        provenance: Where the weights are from: any of base_model (str), method (str), images
+            (int), loss (float) and note (str). None: nothing.
 
     Raises:
         ConfigError: If ``model`` was not compiled, is on the meta device, or several compiled
-            models are inside.
+            models are inside; for an unknown form or field of the provenance; and where "dense"
+            or "compact" is wanted of a model that has not been called and so has chosen nothing.
         CheckpointError: If the file cannot be written.
     """
     forwards = require_compiled(model)
@@ -61,8 +75,26 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ConfigError(
             f"{len(forwards)} compiled models are inside; save each: {[*dict(forwards)]}"
         )
+    if form not in FORMS:
+        raise ConfigError(f"form {form!r} is none of {', '.join(FORMS)}")
     forward = forwards[0][1]
     require_values(forward.module, "saving it")
+    if form != STATE and not forward.decisions:
+        raise ConfigError(
+            f"{type(forward.module).__name__} has not been called since compile, so no weight is "
+            f"chosen yet and none could be saved {form}; call it once first"
+        )
+    record = {
+        **describe_model(forward),
+        "form": form,
+        "provenance": check_provenance(provenance or {}),
+    }
+    tensors, parts = _read_state(forward) if form == STATE else _read_masked(forward, form)
+    write_file(path, tensors, {**record, **parts})
+
+
+def _read_state(forward: SparseForward) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors of the form "state", and the record's part about them."""
     state = forward.weights.state_dict_without_finalized(forward.module)
     if forward.config.mode == "infer":
         mask_state_dict(forward.module, forward.decisions, state)
@@ -71,24 +103,24 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors.update(write_frozen(forward.frozen, forward.decisions, tensors))
     packed = forward.weights.packed
     tensors.update({name + _PACKED: weight.to_portable().data for name, weight in packed.items()})
-    meta = {
-        "version": _VERSION,
-        "class": type(forward.module).__name__,
-        "options": forward.config.to_dict(),
-        "packed": {name: _describe_packed(weight) for name, weight in packed.items()},
-        "known": sorted(forward.known),
-        "frozen": [*forward.frozen],
-        "decisions": [_describe_decision(decision) for decision in forward.decisions.values()],
-        "aliases": aliases,
-    }
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise CheckpointError(f"cannot write {target}: there is no folder {target.parent}")
-    try:
-        with replace_atomically(target) as part:
-            save_file(tensors, part, {"format": "pt", _KEY: json.dumps(meta)})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {target}: {error}") from error
+    described = {name: _describe_packed(weight) for name, weight in packed.items()}
+    return tensors, {"packed": described, "aliases": aliases}
+
+
+def _read_masked(forward: SparseForward, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors of the form "dense" or "compact", and the record's part about them."""
+    module, weights = forward.module, forward.weights
+    state = weights.state_dict_without_finalized(module)
+    mask_frozen(module, forward.frozen, state)
+    mask_state_dict(module, forward.decisions, state)
+    for name, packed in weights.iterate_finalized(module):
+        state[name] = packed.unpack()
+    tensors, aliases = _without_aliases(state)
+    masks = write_frozen(forward.frozen, forward.decisions, tensors)
+    if form == DENSE:
+        return tensors | masks, {"aliases": aliases}
+    tensors, compact = split_compact(tensors, map_patterns(module, forward.decisions))
+    return tensors | masks, {"compact": compact, "aliases": aliases}
 
 
 def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto") -> Model:
@@ -109,29 +141,38 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
     """
     check_model(model)
     require_values(model, "loading into it")
-    tensors, meta = _read(Path(path))
+    stored = read_file(path)
+    if stored.record is None:
+        raise CheckpointError(
+            f"{path} holds no sparsedm pattern: load it into the model as usual, then "
+            "sparsedm_compiler.compile(model, pattern='2:4')"
+        )
+    meta = stored.record
+    _require_shapes(stored, model)
+    tensors = stored.expand()
     try:
         config = CompileConfig.from_dict(meta["options"], backend=backend)
         packed = {name: _read_packed(name, p, tensors) for name, p in meta["packed"].items()}
         for name in [name for name, weight in packed.items() if weight.family.opaque]:
             tensors[name] = packed.pop(name).unpack()  # packed anew at the first call
-        decisions = {plain["weight"]: _read_decision(plain) for plain in meta["decisions"]}
-        frozen = read_frozen(meta.get("frozen", ()), decisions, tensors)
-        tensors.update({alias: tensors[name] for alias, name in meta["aliases"].items()})
-    except (KeyError, TypeError, ConfigError, PatternError, PackError, KernelError) as error:
+        decisions = read_decisions(meta["decisions"], model)
+        frozen = read_frozen(meta["frozen"], decisions, tensors)
+        known, source = frozenset(map(str, meta["known"])), meta["class"]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, KernelError) as error:
         raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error!r}") from error
     student = copy.deepcopy(model)
     try:
         _hollow_out(student, packed)
         missing, unknown = student.load_state_dict(tensors, strict=False)
-        absent = {name for name in missing if strip_adapter_prefix(name) not in packed}
+        absent = {*missing} - _list_names(student, packed)
         if absent or unknown:
             raise RuntimeError(f"missing {sorted(absent)}, unknown {sorted(unknown)}")
     except (RuntimeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} holds a {meta['class']} and does not fit this {type(model).__name__}: {error}"
+            f"{path} holds a {source} and does not fit this {type(model).__name__}: {error}"
         ) from error
-    known = frozenset(meta["known"])
     return install(student, config, decisions, known, packed, frozen)
 
 
@@ -142,6 +183,13 @@ def _hollow_out(student: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
         if tuple(weight.shape) != form.shape:
             raise RuntimeError(f"{name} is {list(weight.shape)}, packed {list(form.shape)}")
         hollow_out(weight)  # in the model's dtype, which the first call casts the file's to
+
+
+def _list_names(student: nn.Module, packed: Mapping[str, PackedWeight]) -> set[str]:
+    """Returns all names of the parameters that the file holds packed."""
+    names = dict(student.named_parameters(remove_duplicate=False))
+    weights = {id(w) for name, w in names.items() if strip_adapter_prefix(name) in packed}
+    return {name for name, weight in names.items() if id(weight) in weights}
 
 
 def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -159,27 +207,15 @@ def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     return tensors, aliases
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path} as safetensors: {error}") from error
-    if meta is None:
-        raise CheckpointError(
-            f"{path} holds no sparsedm pattern: load it into the model as usual, then "
-            "sparsedm_compiler.compile(model, pattern='2:4')"
-        )
-    try:
-        plain: dict[str, Any] = json.loads(meta)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error}") from error
-    if plain.get("version") not in _READS:
-        raise CheckpointError(
-            f"{path} has format version {plain.get('version')!r}, this package reads {_READS}"
-        )
-    return tensors, plain
+def _require_shapes(stored: StoredFile, model: nn.Module) -> None:
+    """Raises CheckpointError unless compact weights have the shapes of the model's parameters."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, weight in stored.compact.items():
+        if shapes.get(name) != weight.shape:
+            raise CheckpointError(
+                f"{stored.path} does not fit this {type(model).__name__}: {name!r} is "
+                f"{list(weight.shape)} in the file, {shapes.get(name)} in the model"
+            )
 
 
 def _describe_packed(packed: PackedWeight) -> dict[str, Any]:
@@ -200,19 +236,3 @@ def _read_packed(name: str, plain: dict[str, Any], tensors: dict[str, Tensor]) -
     weight_format = WeightFormat(Pattern.parse(plain["pattern"]), None, kernel.untiled)
     dtype = find_family(kernel.name).check(data, shape, weight_format)
     return PackedWeight(weight_format, kernel, shape, dtype, data)
-
-
-def _describe_decision(decision: Decision) -> dict[str, Any]:
-    return {
-        "weight": decision.weight,
-        "op": decision.op,
-        "shape": list(decision.shape),
-        "pattern": None if decision.pattern is None else str(decision.pattern),
-        "refusal": decision.refusal,
-    }
-
-
-def _read_decision(plain: dict[str, Any]) -> Decision:
-    pattern = None if plain["pattern"] is None else Pattern.parse(plain["pattern"])
-    shape = tuple(plain["shape"])
-    return Decision(plain["weight"], plain["op"], shape, pattern, plain["refusal"])

@@ -12,6 +12,7 @@ from ..backends.kernel_family import WeightFormat
 from ..backends.packing import fold_weight
 from ..graph.capture import KEY
 from ..graph.names import strip_adapter_prefix
+from ..patterns import Pattern
 from ..reports import Decision
 from .masked_model import MaskedModel
 
@@ -52,13 +53,25 @@ def mask_state_dict(
 ) -> None:
     """Replaces pruned weights in a state_dict by the masked dense ones; finalized ones stay."""
     masked: dict[int, Tensor] = {}
+    patterns = map_patterns(module, decisions)
     for name, weight in module.named_parameters(remove_duplicate=False):
-        decision = decisions.get(strip_adapter_prefix(name))
         key = prefix + name
-        if decision is None or decision.pattern is None or key not in state:
+        if name not in patterns or key not in state:
             continue
         if weight.is_meta or state[key].data_ptr() != weight.data_ptr():
             continue
         if id(weight) not in masked:
-            masked[id(weight)] = fold_weight(weight.detach(), WeightFormat(decision.pattern), name)
+            masked[id(weight)] = fold_weight(weight.detach(), WeightFormat(patterns[name]), name)
         state[key] = masked[id(weight)]
+
+
+def map_patterns(module: nn.Module, decisions: Mapping[str, Decision]) -> dict[str, Pattern]:
+    """Returns {name: pattern} of the pruned weights, under every name of a tied one."""
+    weights = dict(module.named_parameters(remove_duplicate=False))
+    accepted = {
+        id(weight): decision.pattern
+        for name, weight in weights.items()
+        if (decision := decisions.get(strip_adapter_prefix(name))) is not None
+        and decision.pattern is not None
+    }
+    return {name: accepted[id(w)] for name, w in weights.items() if id(w) in accepted}

@@ -24,6 +24,9 @@ ModelWithInputs: TypeAlias = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """A model with the args and kwargs of one forward."""
 
 FUNCTION_HINT = f"write a function that returns {CALL} and pass --model package.module:function"
+PLUGIN = "sparsedm"
+"""The ``quant_method`` of models that our plugin for diffusers has saved: their weights are plain.
+"""
 OWN_WEIGHTS = "diffusion_pytorch_model*"
 """The weights in a diffusers directory, whole or in shards."""
 
@@ -192,6 +195,12 @@ def build_model(entry: Preset, options: Mapping[str, Any], device: str | torch.d
     return model
 
 
+def read_quantization(folder: Path) -> str | None:
+    """Returns the ``quant_method`` in a diffusers directory; None for plain weights."""
+    config = read_config(folder).config.get("quantization_config")
+    return None if config is None else str(config.get("quant_method"))
+
+
 def load_own_weights(model: nn.Module, folder: Path, options: Mapping[str, Any]) -> nn.Module:
     """Returns a model like ``model`` with the weights in its diffusers directory.
 
@@ -203,6 +212,14 @@ def load_own_weights(model: nn.Module, folder: Path, options: Mapping[str, Any])
         return model
     if isinstance(model, UViT):
         return load_weights(model, next(folder.glob(OWN_WEIGHTS)))
+    method = read_quantization(folder)
+    if method == PLUGIN and (file := folder / "diffusion_pytorch_model.safetensors").exists():
+        return load_weights(model, file)
+    if method is not None:
+        raise CheckpointError(
+            f"the weights in {folder} are quantized by {method} or lie in shards, which only "
+            "from_pretrained loads; give a folder of plain weights"
+        )
     loaded, info = kind.from_pretrained(
         folder, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False, **options
     )

@@ -112,10 +112,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file(own, path, {"format": "pt"})
 
 
-def save_model(model: nn.Module, path: Path) -> None:
-    """Writes a model's weights: in ``save``'s format if it was compiled, else plain."""
+def save_model(model: nn.Module, path: Path, origin: Mapping[str, Any] | None = None) -> None:
+    """Writes a model's weights: in ``save``'s format if it was compiled, else plain.
+
+    ``origin``: the provenance in the record of the former.
+    """
     if is_compiled(model):
-        save(model, path)
+        save(model, path, provenance=origin)
     else:
         save_tensors(get_unique_weights(model), path)
 

@@ -16,9 +16,10 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "levels": ("uniform", "logit-normal"),
     "mixed_precision": ("no", "bf16", "fp16"),
     "teacher": TEACHERS,
+    "only": ("all", "lora"),
 }
 NOT_NEGATIVE = ("images", "alpha", "beta", "lr", "weight_decay", "warmup_images", "sr_ste_lambda")
-POSITIVE = ("batch_size", "accumulation", "keep")
+POSITIVE = ("batch_size", "accumulation", "keep", "lora_rank")
 OPTIONAL = ("max_grad_norm", "held_out_every", "save_every", "log_every", "sample_every")
 MAY_DIFFER: Mapping[str, str] = {
     "accumulation": "one batch in more or fewer parts, as other devices need it",
@@ -72,6 +73,11 @@ class FinetuneConfig:
         mixed_precision: "no", or "bf16" or "fp16" for autocast; parameters keep their dtype.
         shard: Whether each process keeps only a share of every parameter, gradient and optimizer
             state (FSDP2).
+        only: The parameters that train: "all", or "lora", adapters alone beside the frozen sparse
+            weights, which they are merged into at the end without leaving the pattern. A student
+            without adapters gets some at all its linear layers. SR-STE, which moves the sparse
+            weights, is off.
+        lora_rank: Rank of those adapters.
         flip: Whether images are mirrored, each with probability 1/2.
         drop_condition: Share of images, in [0, 1], that lose their condition, for classifier-free
             guidance; they get ``null_label``, or zeros in place of text.
@@ -109,6 +115,8 @@ class FinetuneConfig:
     max_grad_norm: float | None = None
     mixed_precision: str = "no"
     shard: bool = False
+    only: str = "all"
+    lora_rank: int = 16
     flip: bool = False
     drop_condition: float = 0.0
     null_label: int | None = None
@@ -134,12 +142,18 @@ class FinetuneConfig:
             raise ConfigError(f"ema_decay {self.ema_decay} is not in [0, 1); None keeps no average")
         if self.drop_condition > 1:
             raise ConfigError(f"drop_condition {self.drop_condition} is not a share, in [0, 1]")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """Raises ConfigError for options that do not go together."""
         if self.levels != "uniform" and self.objective != "flow":
             raise ConfigError(f"levels {self.levels!r} are for objective 'flow' alone")
         if self.shard and (self.teacher == "previous" or self.mixed_precision == "fp16"):
             raise ConfigError("shard=True goes with neither teacher 'previous' nor fp16; use bf16")
         if self.teacher == "previous" and not self.staged:
             raise ConfigError("teacher 'previous' is the student of the stage before: staged=True")
+        if self.only == "lora" and (self.shard or self.static_mask or not self.sparse):
+            raise ConfigError("only='lora' is for methods with masks, not for static_mask or shard")
 
     def _check_number(self, name: str) -> None:
         """Raises ConfigError if that option is no finite number in its range."""

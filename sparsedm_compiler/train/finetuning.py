@@ -142,10 +142,12 @@ def train_run(
     """Does the work of ``finetune``, with all inputs in one value."""
     with require_extra("finetune", "train"):
         from .loop import train_to_end
+        from .lora import train_selected
         from .session import open_run
-    run = open_run(student, teacher, config, inputs, optimizer)
-    try:
-        with show_announcements(progress and run.process.is_main):
-            return train_to_end(run, progress and run.process.is_main)
-    finally:
-        run.process.release()
+    with train_selected(student, config):
+        run = open_run(student, teacher, config, inputs, optimizer)
+        try:
+            with show_announcements(progress and run.process.is_main):
+                return train_to_end(run, progress and run.process.is_main)
+        finally:
+            run.process.release()

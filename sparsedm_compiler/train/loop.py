@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -21,11 +22,13 @@ from ..progress import announce, watch_compilation
 from ..reporting.run_record import REAL_IMAGES
 from .batches import MicroBatch, Stream, check_batch, index_data
 from .check_call import check_call, check_values
-from .checkpoint import replace_text
+from .checkpoint import replace_text, save_model
+from .lora import merge_adapters
 from .randomness import drop_conditions
 from .result import FinetuneResult, HeldOutLoss
 from .resume import (
     choose_save_interval,
+    describe_origin,
     prepare_student_writer,
     read_last_checkpoint,
     restore_tensors,
@@ -251,8 +254,13 @@ def finish(run: Run) -> FinetuneResult:
         state.compile_seconds,
         median(state.rates) if state.rates else state.seen / max(state.seconds, 1e-9),
     )
+    if run.config.only == "lora":
+        merge_adapters(run.student, result.ema)
     if folder is not None:
         save_student = prepare_student_writer(run, ema=True)
+        if run.config.only == "lora":  # whose EMA knows the weights of before they were merged
+            merged, origin = result.ema or run.student, describe_origin(run)
+            save_student = partial(save_model, merged, origin=origin)
         if run.process.is_main:
             save_student(folder / "student.safetensors")
             text = json.dumps(result.as_dict(folder.name), indent=1)

@@ -84,23 +84,35 @@ def prepare_student_writer(run: Run, *, ema: bool) -> Callable[[Path], None]:
     """
     average = run.ema if ema else None
     if not run.config.shard:
-        return partial(save_student, run.student, average)
+        return partial(save_student, run.student, average, describe_origin(run))
     with nullcontext() if average is None else average.applied():
         gathered = gather_state(run.student)
-    return partial(save_gathered, run.process.template, gathered)
+    return partial(save_gathered, run.process.template, gathered, describe_origin(run))
 
 
-def save_student(model: nn.Module, ema: Ema | None, path: Path) -> None:
+def describe_origin(run: Run) -> dict[str, Any]:
+    """Returns where the weights are from, for the record of their file."""
+    origin = {"method": run.config.method, "images": run.progress.seen}
+    losses = run.progress.held_out
+    return {**origin, "loss": losses[-1].final} if losses else origin
+
+
+def save_student(model: nn.Module, ema: Ema | None, origin: Mapping[str, Any], path: Path) -> None:
     """Writes ``model`` with the weights of ``ema``, or with its own if that is None."""
     with nullcontext() if ema is None else ema.applied():
-        save_model(model, path)
+        save_model(model, path, origin)
 
 
-def save_gathered(template: nn.Module | None, state: Mapping[str, Tensor], path: Path) -> None:
+def save_gathered(
+    template: nn.Module | None,
+    state: Mapping[str, Tensor],
+    origin: Mapping[str, Any],
+    path: Path,
+) -> None:
     """Writes ``state`` in the form of ``template``, the model before it was sharded."""
     assert template is not None, "the main process has it"
     template.load_state_dict(dict(state))
-    save_model(template, path)
+    save_model(template, path, origin)
 
 
 def find_best_checkpoint(run: Run, folder: Path) -> int | None:

@@ -70,7 +70,7 @@ def session(run: Run) -> Iterator[ExitStack]:
         stack.enter_context(in_mode(run.student, training=True))
         if run.first_teacher is not None:
             stack.enter_context(in_mode(run.first_teacher, training=False))
-        if config.sr_ste_lambda > 0:
+        if config.sr_ste_lambda > 0 and config.only == "all":
             lam, form = config.sr_ste_lambda, config.sr_ste_form
             inner = run.process.optimizer.optimizer
             stack.callback(sr_ste(inner, run.student, lam=lam, form=form).remove)

@@ -46,6 +46,8 @@ def test_commands_are_complete() -> None:
         "bench",
         "report",
         "explain",
+        "check",
+        "convert",
         "doctor",
     ]
 

@@ -143,3 +143,14 @@ def test_finetune_dry_run_refuses_missing_inputs(
 
 def test_finetune_without_options_asks_for_the_folder(shell: Shell) -> None:
     assert "no folder to write to: set out" in shell("finetune").reason
+
+
+def test_finetune_of_adapters_alone_leaves_a_student_that_opens(config: str, shell: Shell) -> None:
+    result = shell("finetune", "--config", config, "--set", "train.only=lora")
+    assert result.status == 0, result.err
+    dense = open_model("own:net", options={"num_classes": 10})
+    student = sdm.load("runs/a/student.safetensors", dense, backend="eager")
+    weight = student.get_parameter("mid_block.attn.qkv.weight")
+    assert weight.count_nonzero() * 2 <= weight.numel()
+    assert torch.equal(student.get_parameter("pos_embed"), dense.get_parameter("pos_embed"))
+    assert json.loads(Path("runs/a/results.json").read_text())["complete"]

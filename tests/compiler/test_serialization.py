@@ -45,7 +45,7 @@ def test_student_when_saved_is_plain_safetensors(saved: tuple[nn.Module, Path]) 
         assert_same(tensor, student.state_dict()[name])
     with safe_open(path, framework="pt") as file:
         meta = json.loads(file.metadata()["sparsedm"])
-    assert (meta["options"]["pattern"], meta["class"], meta["version"]) == ("1:4", "Tied", 4)
+    assert (meta["options"]["pattern"], meta["class"], meta["version"]) == ("1:4", "Tied", 5)
     assert meta["aliases"] == {"c.weight": "b.weight"}
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -97,6 +97,8 @@ def test_load_of_unfit_files_and_models_raises(
         ({"options": {"pattern": "9:1", "overrides": {}}}, "metadata is damaged"),
         ({"options": {"pattern": "2:4"}}, "metadata is damaged"),
         ({"decisions": [{}]}, "metadata is damaged"),
+        ({"decisions": {"b.weight": "linear"}}, "'linear' is no decision about 'b.weight'"),
+        ({"decisions": {"e.weight": "linear 2:4"}}, "which does not have 'e.weight' and 0 more"),
         ({"aliases": {"c.weight": "gone"}}, "metadata is damaged"),
     ],
 )

@@ -1,0 +1,57 @@
+"""The entry in diffusers' tables of quantizers, and all of its private API that is used.
+
+diffusers has no function that registers a quantizer: two dictionaries map the ``quant_method`` of
+a config to its classes, and whoever adds to them is called. Tested with 0.40, 0.41 and 0.42.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from importlib import import_module
+from typing import Any
+
+from ..errors import ConfigError
+from ..optional_deps import import_diffusers, read_version
+
+METHOD = "sparsedm"
+"""The ``quant_method`` of the plugin, in config.json and in the tables of diffusers."""
+
+TESTED = "0.40 to 0.42"
+"""The versions of diffusers that the plugin is tested with."""
+
+_TABLES = ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING")
+
+
+def import_private(module: str, name: str) -> Any:
+    """Returns a name of diffusers that is not public.
+
+    Raises:
+        ConfigError: If diffusers is not installed, or this version has no such name.
+    """
+    import_diffusers(reason="sparsedm_compiler.diffusers is a plugin for diffusers")
+    try:
+        return import_module(module).__dict__[name]
+    except (ModuleNotFoundError, KeyError) as error:
+        raise ConfigError(
+            f"diffusers {read_version('diffusers')} has no {module}.{name}, which the plugin "
+            f"needs: it is made for diffusers {TESTED}; sparsedm_compiler.compile(model) works "
+            "with any version"
+        ) from error
+
+
+def register(config: type, quantizer: type) -> None:
+    """Makes ``from_pretrained`` build ``quantizer`` for a ``config``, or for a saved one."""
+    for table, value in zip(list_tables(), (quantizer, config), strict=True):
+        table[METHOD] = value
+
+
+def list_tables() -> tuple[MutableMapping[str, type], MutableMapping[str, type]]:
+    """Returns diffusers' tables {quant_method: quantizer} and {quant_method: config}."""
+    tables = [import_private("diffusers.quantizers.auto", name) for name in _TABLES]
+    for name, table in zip(_TABLES, tables, strict=True):
+        if not isinstance(table, MutableMapping):
+            raise ConfigError(
+                f"{name} of diffusers {read_version('diffusers')} is a {type(table).__name__}, "
+                f"not a dictionary: the plugin is made for diffusers {TESTED}"
+            )
+    return tables[0], tables[1]
