@@ -8,8 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .flat_graph import get_example_value
 
-MASK, LAYOUT = "mask", "layout"
-"""The kinds of an added input: a frozen mask, or in what form a kernel gets what one keeps."""
+MASK, LAYOUT, HELD = "mask", "layout", "held"
+"""The kinds of an added input: a frozen mask, in what form a kernel gets what one keeps, and a held
+mask or the fixed scale of a soft threshold."""
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
