@@ -27,6 +27,7 @@ from .launch_training import compute_weight_gradient, pack_transposed_weight, pa
 from .ops import align_rows, run_linear
 from .transposed import (
     choose_transposed_layout,
+    count_transposed_bytes,
     expand_blocks,
     find_blocks,
     pack_transposed,
@@ -127,8 +128,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     skips = why_dense_gradient(parse_blocks(pattern)) is None
-    layout = choose_transposed_layout(rows, cols)
-    size = layout.units * layout.stages * layout.unit_bytes if skips else 0
+    size = count_transposed_bytes(rows, cols) if skips else 0
     return x.new_empty(*x.shape[:-1], rows), x.new_empty(size, dtype=torch.uint8)
 
 
