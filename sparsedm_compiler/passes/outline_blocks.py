@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx, nn
 
-from ...graph.flat_graph import get_example_value
-from ..analysis.find_repeated_blocks import Block, BlockGroup
+from ..graph.flat_graph import get_example_value
+from .analysis.find_repeated_blocks import Block, BlockGroup
 
 
 def outline_blocks(gm: fx.GraphModule, groups: Sequence[BlockGroup]) -> int:
