@@ -13,9 +13,7 @@ from ..config import Backend, CompileConfig
 from ..errors import CheckpointError
 from ..files.container import VERSION
 from ..patterns import Pattern
-from .registration import METHOD, import_private
-
-_Base: Any = import_private("diffusers.quantizers.quantization_config", "QuantizationConfigMixin")
+from .registration import METHOD
 
 _PREDICATE = "(a predicate over parameter names)"
 
@@ -26,7 +24,7 @@ class QuantMethod(str, Enum):
     SPARSEDM = METHOD
 
 
-class SparseConfig(_Base):  # type: ignore[misc]
+class SparseConfig:
     """The options of ``compile``, for the argument ``quantization_config`` of ``from_pretrained``.
 
     ``from_pretrained`` of a diffusers model then returns the compiled model, and of a pipeline
@@ -116,6 +114,9 @@ class SparseConfig(_Base):  # type: ignore[misc]
         return {**values, "decisions": dict(self.decisions), "frozen": [*self.frozen]}
 
     to_diff_dict = to_dict
+
+    def __repr__(self) -> str:
+        return f"SparseConfig({self.to_dict()})"
 
     @classmethod
     def from_dict(
