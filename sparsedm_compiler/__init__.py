@@ -30,20 +30,35 @@ if TYPE_CHECKING:
     from .compiler.apply_masks import apply_masks
     from .compiler.counting import count_macs, topology
     from .compiler.freeze_masks import freeze_masks, unfreeze_masks
+    from .compiler.hold_masks import get_masks, hold_masks, soften_masks
     from .compiler.lookup import masked_parameters
     from .compiler.merge_lora import MergedWeight, MergeReport, merge_lora
     from .compiler.read_guard import allow_dense
     from .compiler.serialization import load, save
     from .diffusers import SparseConfig
     from .masks.mask_ste import zero_kept
+    from .oneshot import (
+        CalibrationBatch,
+        LayerReport,
+        OneShotOptions,
+        OneShotReport,
+        prune_one_shot,
+    )
     from .patterns import Pattern
     from .reports import Choice, Decision, Explanation, MacRow, MacsReport, Topology
-    from .train import FinetuneConfig, FinetuneResult, finetune, held_out_loss
+    from .train import (
+        FinetuneConfig,
+        FinetuneResult,
+        finetune,
+        held_out_loss,
+        make_calibration_batches,
+    )
     from .train.sr_ste import sr_ste
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationBatch",
     "CaptureError",
     "CheckpointError",
     "Choice",
@@ -56,11 +71,14 @@ __all__ = [
     "FinetuneResult",
     "GraphError",
     "KernelError",
+    "LayerReport",
     "MacRow",
     "MacsReport",
     "MaskError",
     "MergeReport",
     "MergedWeight",
+    "OneShotOptions",
+    "OneShotReport",
     "PackError",
     "Pattern",
     "PatternError",
@@ -75,13 +93,18 @@ __all__ = [
     "explain",
     "finetune",
     "freeze_masks",
+    "get_masks",
     "held_out_loss",
+    "hold_masks",
     "load",
+    "make_calibration_batches",
     "masked_parameters",
     "merge_lora",
     "pattern_of",
+    "prune_one_shot",
     "repattern",
     "save",
+    "soften_masks",
     "sr_ste",
     "topology",
     "unfreeze_masks",
@@ -94,15 +117,30 @@ MODULES = {
     ".compiler.apply_masks": ("apply_masks",),
     ".compiler.counting": ("count_macs", "topology"),
     ".compiler.freeze_masks": ("freeze_masks", "unfreeze_masks"),
+    ".compiler.hold_masks": ("get_masks", "hold_masks", "soften_masks"),
     ".compiler.lookup": ("masked_parameters",),
     ".compiler.merge_lora": ("MergeReport", "MergedWeight", "merge_lora"),
     ".compiler.read_guard": ("allow_dense",),
     ".compiler.serialization": ("load", "save"),
     ".diffusers": ("SparseConfig",),
     ".masks.mask_ste": ("zero_kept",),
+    ".oneshot": (
+        "CalibrationBatch",
+        "LayerReport",
+        "OneShotOptions",
+        "OneShotReport",
+        "prune_one_shot",
+    ),
     ".patterns": ("Pattern",),
     ".reports": ("Choice", "Decision", "Explanation", "MacRow", "MacsReport", "Topology"),
-    ".train": ("FinetuneConfig", "FinetuneResult", "finetune", "held_out_loss", "sr_ste"),
+    ".train": (
+        "FinetuneConfig",
+        "FinetuneResult",
+        "finetune",
+        "held_out_loss",
+        "make_calibration_batches",
+        "sr_ste",
+    ),
 }
 """The public names that are imported at their first use, so that help texts need no torch."""
 

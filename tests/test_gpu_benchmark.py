@@ -240,6 +240,21 @@ def test_first_calls_are_judged_by_the_best_of_each_model() -> None:
     assert "it took more than 9 s" in said
 
 
+def test_steps_with_frozen_masks_are_judged_by_blocks_of_dit_width_alone() -> None:
+    frozen = next(goal for goal in statuses(results_of()) if "frozen" in goal)
+    masked = next(goal for goal in statuses(results_of()) if goal.startswith("a masked training"))
+
+    def judge(share: float, model: str = "7 of DiT-XL/2's", text: str = "1:4@128x32") -> str:
+        cell = {"step": {"frozen": [share] * 3}}
+        row = {"key": "m", "model": model, "batch": 16, "patterns": {text: cell}}
+        judged = statuses(results_of(training=[row]))
+        assert judged[masked] == OPEN
+        return judged[frozen]
+
+    assert [judge(0.83), judge(0.84)] == [MET, MISSED]
+    assert judge(2.0, model="U-ViT") == judge(2.0, text="1:2@128x64") == OPEN
+
+
 def test_no_speed_without_its_quality() -> None:
     row = op(1.5)
     row["patterns"]["64:2:99"] = dict(row["patterns"]["2:4"])

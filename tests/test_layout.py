@@ -50,7 +50,8 @@ MAY_IMPORT = {
     "evaluate": f"{BASE} diffusion models data",
     "reporting": f"{BASE} diffusion models data evaluate patterns reports",
     "diffusers": f"{BASE} patterns graph config reports files compiler",
-    "": "errors patterns reports masks compiler diffusers",
+    "oneshot": f"{BASE} selection patterns graph config reports masks passes compiler diffusion",
+    "": "errors patterns reports masks compiler diffusers oneshot",
     "train": f"{BASE} diffusion models data evaluate reporting",
     "experiment": f"{BASE} config diffusion models data evaluate reporting train",
     "cli": f"{BASE} patterns config reports backends autotune compiler diffusion models data"

@@ -53,7 +53,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "backends/cusparselt/test_quantized.py": INDUCTOR,
     "backends/cusparselt/test_training.py": INDUCTOR,
     "backends/vnm/test_ops.py": INDUCTOR,
-    "backends/wgmma/test_training.py": (*INDUCTOR, "interpret"),
+    "backends/wgmma/test_training.py": (*INDUCTOR, "interpret", "commits"),
     "compiler/test_freeze_masks.py": (*INDUCTOR, "ddp"),
     "compiler/test_graph_breaks.py": INDUCTOR,
     "compiler/test_guarded_forward.py": (

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import sparsedm_compiler as sdm
+
 from .case import Case, Row, Tell
 from .comparing import bind_call, compute_medians, compute_speedup, dense, sample_models
 from .models import ENTRIES, NEEDS_DIFFUSERS, open_model, per_model
@@ -57,6 +59,7 @@ def compare(
             cell: dict[str, Any] = check_student(model, student, call)
             cell |= {
                 "first_call_s": first,
+                "timings": dict(sdm.explain(student).timings),
                 "kernels": kernels_of(student),
                 "dense_because": reasons_of(student),
             }

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backends.kernel_family import KernelConfig, KernelFamily, WeightFormat
+from ..backends.kernel_family import KernelConfig, KernelFamily, MatmulProblem, WeightFormat
 from ..backends.registry import find_families, find_family, find_training_families
 from ..config import GRAPHS, CompileConfig
 from ..passes import KernelTimes, PlannedWeight, Refusal, Status
+from ..patterns import Pattern
 from .measure import AutotuneBudget, KernelTrial, measure_kernels, reproduces_dense
 from .select_from_table import describe_source, find_card_table, find_table_row, make_kernel
 
@@ -244,6 +246,18 @@ def select_training_kernel(
     if row.frozen is None or family.layout_op is None:
         return row
     return replace(row, frozen=None, layout=family.layout_op(row.frozen, str(row.pattern)))
+
+
+def prepare_training(rows: Sequence[PlannedWeight]) -> None:
+    """Builds the kernels that planned weights run by in training."""
+    uses = defaultdict[KernelFamily, list[tuple[Pattern, MatmulProblem, tuple[int, int]]]](list)
+    for row in rows:
+        if row.kernel is not None:
+            shape = row.shape[0], math.prod(row.shape[1:])
+            products = [(row.pattern, problem, shape) for problem in row.problems]
+            uses[find_family(row.kernel.name)] += products
+    for family, products in uses.items():
+        family.prepare_training(products)
 
 
 def _find_training_family(

@@ -1,4 +1,4 @@
-"""The base class of kernel families, and the values that pass between them and the passes.
+"""The base class of kernel families.
 
 A family is the kernels of one device that read one packed format. It declares the kinds of pattern
 that it runs and the needs of its ops; passes and kernel selection ask ``registry`` and never name
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, final
 
@@ -19,103 +18,12 @@ from torch import Tensor
 from ..errors import PackError
 from ..patterns import Pattern
 from .interleaved_timer import sample_on_host, time_on_host
-
-Op = Callable[..., Tensor]
-"""An op in the form that an FX graph calls: a custom op's overload, or a plain function."""
-
-OpCall = tuple[Op, dict[str, Any]]
-"""An op, and its keyword arguments: it is called as ``op(x, packed, bias, rows, **arguments)``."""
-
-
-@dataclass(frozen=True, slots=True)
-class KernelConfig:
-    """A sparse kernel in one setting.
-
-    Attributes:
-        name: The kernel's name, as ``explain`` shows it.
-        layout: The numbers of the setting that packing depends on.
-        tile: The numbers of the setting that packing does not depend on.
-    """
-
-    name: str
-    layout: tuple[int, ...] = ()
-    tile: tuple[int, ...] = ()
-
-    @property
-    def untiled(self) -> KernelConfig:
-        """The part that decides how a weight is packed: the same without ``tile``."""
-        return replace(self, tile=())
-
-    def __str__(self) -> str:
-        return "/".join((self.name, *map(str, self.layout), *map(str, self.tile)))
-
-
-@dataclass(frozen=True, slots=True)
-class MatmulProblem:
-    """One product by a weight, as a kernel has to compute it.
-
-    Attributes:
-        inputs: Shape of x; hints where a size is symbolic.
-        dtype: Dtype of x as the kernel gets it, and of the output.
-        channels_last: Whether x lies channels_last in memory.
-        kernel: Kernel size of a conv2d; () for linear, as the three below.
-        stride: Stride of a conv2d.
-        padding: Padding of a conv2d.
-        dilation: Dilation of a conv2d.
-        act: The activation behind the product, one of ``custom_op.ACTS``.
-    """
-
-    inputs: tuple[int, ...]
-    dtype: torch.dtype
-    channels_last: bool = False
-    kernel: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    act: str = "none"
-
-    def choose_op(self, linear: Op, conv2d: Op, **arguments: Any) -> OpCall:
-        """Returns ``linear``, or ``conv2d`` with its geometry, and the keyword arguments."""
-        if not self.kernel:
-            return linear, arguments
-        geometry = {
-            "kernel": list(self.kernel),
-            "stride": list(self.stride),
-            "padding": list(self.padding),
-            "dilation": list(self.dilation),
-        }
-        return conv2d, {**geometry, **arguments}
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFormat:
-    """The form in which a graph reads a weight.
-
-    Attributes:
-        pattern: The pattern of its mask.
-        dtype: Dtype of the values; None for the weight's own.
-        kernel: The kernel it is packed for, without tile; None for the dense masked weight.
-    """
-
-    pattern: Pattern
-    dtype: torch.dtype | None = None
-    kernel: KernelConfig | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RowRounding:
-    """The two functions that a linear op consists of, where it rounds the rows of x to 8 bits.
-
-    Attributes:
-        round_rows: Called as ``round_rows(x, kind, **prologue)``, with the norm or the activation
-            in front of it as ``prologue``: (numbers, factors).
-        multiply: Called as ``multiply(x, numbers, factors, packed, bias, rows, **arguments)``, with
-            the keyword arguments of the op, "kind" and "act" among them; of x, or of what came
-            before a norm, it uses leading shape and dtype.
-    """
-
-    round_rows: Callable[..., tuple[Tensor, Tensor]]
-    multiply: Op
+from .kernel_values import KernelConfig as KernelConfig
+from .kernel_values import MatmulProblem as MatmulProblem
+from .kernel_values import Op as Op
+from .kernel_values import OpCall as OpCall
+from .kernel_values import WeightFormat as WeightFormat
+from .row_rounding import RowRounding
 
 
 class KernelFamily(ABC):
@@ -235,6 +143,11 @@ class KernelFamily(ABC):
     ) -> str | None:
         """Returns why ``training_op`` cannot multiply by a weight, as ``why_refused`` does."""
         return self.why_refused(pattern, rows, cols, dtype)
+
+    def prepare_training(  # noqa: B027
+        self, uses: Sequence[tuple[Pattern, MatmulProblem, tuple[int, int]]]
+    ) -> None:
+        """Builds what ``training_op`` needs for products by weights (rows, cols), side by side."""
 
     def describe_backward(self, pattern: Pattern, *, frozen: bool) -> str:
         """Returns which products of a backward are dense after all, as a phrase; "" for none."""

@@ -9,7 +9,8 @@ from .cusparselt.family import CuSparseLtFamily
 from .cusparselt.quantized import QuantizedFamily
 from .fp8.family import Fp8Family
 from .gather.family import GatherFamily
-from .kernel_family import KernelFamily, Op, RowRounding
+from .kernel_family import KernelFamily, Op
+from .row_rounding import RowRounding
 from .vnm.family import VnmFamily
 from .wgmma.family import BlockFamily, SemiFamily
 

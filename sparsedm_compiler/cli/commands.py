@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from .. import __version__
-from . import bench, check, convert, doctor, explain, fid, finetune, macs, report, sample
+from . import bench, check, convert, doctor, explain, fid, finetune, macs, prune, report, sample
 from .job import DONE, Command, execute
 
 COMMANDS: Mapping[str, Command] = {
     "macs": macs,
+    "prune": prune,
     "finetune": finetune,
     "sample": sample,
     "fid": fid,

@@ -162,9 +162,11 @@ def compile(
         return install(student, config)
     if not warn_of_changes(before.config, config):
         return install(student, config, {}, before.known)
-    frozen = before.frozen if mode == "train" else None
-    if before.frozen and mode != "train":
-        write_frozen_masks(student, before.frozen)
+    again = find_compiled(student)
+    frozen = before.frozen if again is None else again.frozen  # a copy holds masks of its own
+    if mode != "train":
+        write_frozen_masks(student, frozen)
+        frozen = FrozenMasks()
     return install(student, config, before.decisions, before.known, frozen=frozen)
 
 
@@ -281,7 +283,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         backend=resolve_backend(backend) if isinstance(backend, str) else backend.__name__,
         broken=next((forward.broken for _, forward in forwards if forward.broken), None),
         eager=tuple(prefix + name for prefix, forward in forwards for name in forward.eager),
-        frozen=tuple(prefix + name for prefix, forward in forwards for name in forward.frozen),
+        frozen=tuple(
+            prefix + name for prefix, forward in forwards for name in forward.frozen.frozen_names
+        ),
         regions=tuple(dict.fromkeys(text for _, own in forwards for text in own.clock.regions)),
         timings={
             phase: sum(forward.clock.seconds[phase] for _, forward in forwards) for phase in PHASES

@@ -7,7 +7,8 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..masks.nm_mask import apply_mask, nm_mask
-from .frozen_masks import write_frozen_masks
+from .freeze_masks import install_masks
+from .frozen_masks import FrozenMasks, write_frozen_masks
 from .lookup import masked_parameters, require_compiled
 
 
@@ -45,6 +46,8 @@ def apply_masks(model: nn.Module) -> tuple[str, ...]:
     with torch.no_grad():
         for forward in forwards:
             write_frozen_masks(forward.module, forward.frozen)
+            if forward.frozen and not forward.frozen.frozen_names:
+                install_masks(forward, FrozenMasks())
         for name, (weight, pattern) in masked.items():
             weight.copy_(apply_mask(weight, nm_mask(weight, pattern, name=name)))
             for forward in forwards:

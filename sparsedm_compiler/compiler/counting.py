@@ -12,10 +12,10 @@ from ..config import CompileConfig
 from ..errors import CaptureError, ConfigError
 from ..graph.capture import capture, map_parameter_names
 from ..graph.eager_watch import EagerProduct, record_eager_products
+from ..passes import Site, find_eager_sites, find_sites, mark_eager, mark_prunable, trace_topology
 from ..passes import count_macs as count_sites
-from ..passes import find_eager_sites, find_sites, mark_eager, mark_prunable, trace_topology
 from ..patterns import Pattern
-from ..reports import MacsReport, Topology
+from ..reports import Decision, MacsReport, Topology
 from .lookup import analyse_layers
 
 
@@ -60,15 +60,36 @@ def count_macs(
     config = CompileConfig.create(
         pattern, keep_dense=keep_dense, overrides=overrides, policy=policy
     )
+    return count_sites(*decide_weights(model, config, args, kwargs))
+
+
+def decide_weights(
+    model: nn.Module, config: CompileConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Site, ...], tuple[Decision, ...]]:
+    """Decides on every weight of one forward, as ``compile`` would; computes nothing.
+
+    Args:
+        model: Any nn.Module.
+        config: The options of ``compile``.
+        args: Positional inputs of ``model``.
+        kwargs: Keyword inputs of ``model``.
+
+    Returns:
+        Every product of the forward, and the decision about every weight, in execution order.
+
+    Raises:
+        ConfigError: If a glob of the options names no parameter.
+        CaptureError: If the model cannot be called with these inputs.
+    """
     config = config.bind(list(map_parameter_names(model).values()))
     with torch.no_grad(), analyse_layers(model):
         graph = capture(model, *args, **kwargs)
         if graph is not None:
             sites = find_sites(graph)
             if all(isinstance(site.product.macs(), int) for site in sites.sites):
-                return count_sites(sites.sites, mark_prunable(sites, config))
+                return sites.sites, mark_prunable(sites, config)
         eager = find_eager_sites(_record_products(model, args, kwargs))
-    return count_sites(eager, mark_eager(eager, config))
+    return eager, mark_eager(eager, config)
 
 
 def _record_products(

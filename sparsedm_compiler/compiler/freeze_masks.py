@@ -15,7 +15,7 @@ from ..masks.nm_mask import nm_mask
 from ..meta_models import require_values
 from ..patterns import Pattern
 from .api import install
-from .frozen_masks import FrozenMasks
+from .frozen_masks import FrozenMasks, write_frozen_masks
 from .guarded_forward import SparseForward
 from .lookup import require_compiled
 
@@ -66,24 +66,28 @@ def freeze_masks(
         _take_masks(model, like)
     frozen = []
     for prefix, forward in require_compiled(model):
-        _require_trained(forward)
+        require_trained(forward)
         masks: dict[str, Tensor] = {}
-        for name, weight, pattern in _list_pruned(forward):
-            mask = forward.frozen.get(name, weight.device)
+        soft = bool(forward.frozen) and not forward.frozen.frozen_names
+        if soft:
+            write_frozen_masks(forward.module, forward.frozen)
+        for name, weight, pattern in list_pruned(forward):
+            mask = forward.frozen.find_mask(name, weight.device)
             if mask is None:
-                mask = nm_mask(_gather(weight.detach()), pattern, name=prefix + name)
+                mask = nm_mask(gather_weight(weight.detach()), pattern, name=prefix + name)
             masks[name] = mask
             _clear_pruned(weight, mask, optimizer)
             frozen.append(prefix + name)
-        if any(name not in forward.frozen for name in masks):
-            _install(forward, FrozenMasks(masks))
+        if soft or any(name not in forward.frozen for name in masks):
+            install_masks(forward, FrozenMasks(masks))
     return tuple(frozen)
 
 
 def unfreeze_masks(model: nn.Module) -> None:
     """Lets the masks of a student follow its weights again, from its next call on.
 
-    Pruned weights are zero at first, and get gradients again (straight-through).
+    Pruned weights are zero at first, and get gradients again (straight-through). Held masks
+    (``hold_masks``) and soft thresholds (``soften_masks``) end as well, with weights as they are.
 
     Args:
         model: A compiled model, or a wrapper around one. Nothing happens where no mask is frozen.
@@ -104,7 +108,7 @@ def unfreeze_masks(model: nn.Module) -> None:
     """
     for _, forward in require_compiled(model):
         if forward.frozen:
-            _install(forward, FrozenMasks())
+            install_masks(forward, FrozenMasks())
 
 
 def _take_masks(model: nn.Module, like: nn.Module) -> None:
@@ -112,7 +116,7 @@ def _take_masks(model: nn.Module, like: nn.Module) -> None:
     ours = [forward for _, forward in require_compiled(model)]
     theirs = [forward for _, forward in require_compiled(like)]
     kinds = [[type(forward.module) for forward in forwards] for forwards in (ours, theirs)]
-    if kinds[0] != kinds[1] or not all(forward.frozen for forward in theirs):
+    if kinds[0] != kinds[1] or not all(forward.frozen.frozen_names for forward in theirs):
         raise ConfigError(
             f"like= is a {type(like).__name__}, not a copy of this {type(model).__name__} whose "
             "masks are frozen: freeze those first"
@@ -120,15 +124,15 @@ def _take_masks(model: nn.Module, like: nn.Module) -> None:
     for forward, source in zip(ours, theirs, strict=True):
         if not forward.frozen.equals(source.frozen):
             forward.decisions.update(source.decisions)
-            _install(forward, copy.deepcopy(source.frozen))
+            install_masks(forward, copy.deepcopy(source.frozen))
 
 
-def _install(forward: SparseForward, frozen: FrozenMasks) -> None:
+def install_masks(forward: SparseForward, frozen: FrozenMasks) -> None:
     """Gives a compiled module these masks; its graphs are captured anew."""
     install(forward.module, forward.config, forward.decisions, forward.known, frozen=frozen)
 
 
-def _require_trained(forward: SparseForward) -> None:
+def require_trained(forward: SparseForward) -> None:
     """Raises ConfigError unless a module is compiled for training and has decided on weights."""
     name = type(forward.module).__name__
     if forward.config.mode != "train":
@@ -141,7 +145,7 @@ def _require_trained(forward: SparseForward) -> None:
         raise ConfigError(f"{name} has chosen no weights yet: call it once first")
 
 
-def _list_pruned(forward: SparseForward) -> list[tuple[str, nn.Parameter, Pattern]]:
+def list_pruned(forward: SparseForward) -> list[tuple[str, nn.Parameter, Pattern]]:
     """Returns (name as decisions have it, parameter, pattern) of the pruned weights."""
     pruned = []
     for name, weight in forward.module.named_parameters():
@@ -170,7 +174,7 @@ def _is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def _gather(weight: Tensor) -> Tensor:
+def gather_weight(weight: Tensor) -> Tensor:
     """Returns all rows of a weight, which may be spread over processes."""
     return weight.full_tensor() if _is_sharded(weight) else weight  # type: ignore[attr-defined]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..graph.capture import map_parameter_names
 from ..graph.names import strip_adapter_prefix
 from ..masks.mask_ste import mask_ste
 from ..masks.nm_mask import apply_mask, compute_mask
+from ..passes import PlannedWeight
 from ..patterns import Pattern
 from ..reports import Decision
 
@@ -52,6 +54,24 @@ class FrozenMasks:
         pairs = ((mask, other.get(name, mask.device)) for name, mask in self._masks.items())
         return all(theirs is not None and torch.equal(ours, theirs) for ours, theirs in pairs)
 
+    @property
+    def frozen_names(self) -> tuple[str, ...]:
+        """The weights whose pruned values are zero for good."""
+        return tuple(self._masks)
+
+    def find_mask(self, name: str, device: torch.device) -> Tensor | None:
+        """Returns the mask of a weight where that is not computed anew."""
+        return self.get(name, device)
+
+    def plan(self, row: PlannedWeight, device: torch.device) -> PlannedWeight:
+        """Returns the plan of a weight, with its mask where that is not computed anew."""
+        return replace(row, frozen=self.get(row.name, device))
+
+    def settle(self, weight: Tensor, name: str) -> Tensor | None:
+        """Returns a weight as calls read it; None where its mask is computed anew."""
+        mask = self.get(name, weight.device)
+        return None if mask is None else apply_mask(weight, mask)
+
     def mask_weight(self, weight: Tensor, name: str, pattern: Pattern) -> Tensor:
         """Returns a weight as training reads it: masked, by its frozen mask or anew."""
         mask = self.get(name, weight.device)
@@ -65,9 +85,8 @@ def mask_frozen(module: nn.Module, frozen: FrozenMasks, state: dict[str, Any]) -
     """Replaces the weights of a module's state_dict whose masks are frozen by the masked ones."""
     for names in map_parameter_names(module).values() if frozen else ():
         weight = module.get_parameter(names[0])
-        mask = frozen.get(strip_adapter_prefix(names[0]), weight.device)
-        if mask is not None:
-            masked = apply_mask(weight, mask)
+        masked = frozen.settle(weight, strip_adapter_prefix(names[0]))
+        if masked is not None:
             state.update({name: masked for name in names if name in state})
 
 

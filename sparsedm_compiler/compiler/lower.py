@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..autotune.measure import AutotuneBudget
-from ..autotune.select_kernel import select_kernel, select_training_kernel
+from ..autotune.select_kernel import (
+    prepare_training,
+    select_kernel,
+    select_training_kernel,
+)
 from ..backends.kernel_family import WeightFormat
 from ..backends.packing import PackedWeight
 from ..config import CompileConfig
@@ -76,8 +79,9 @@ def _compile_masked(
     config: CompileConfig,
     clock: PhaseClock,
 ) -> Callable[..., Any]:
-    """Compiles a graph of mode "train"; frozen masks, then layouts, are its last inputs."""
+    """Compiles a graph of mode "train"; frozen and held masks, then layouts, come last."""
     masks = [row.frozen for row in plan if row.frozen is not None]
+    masks += [row.held for row in plan if row.held is not None]
     masks += [row.layout for row in plan if row.layout is not None]
     run = compile_blocks(gm, [*inputs, *masks], config, clock)
     return (lambda *arguments: run(*arguments, *masks)) if masks else run
@@ -124,13 +128,15 @@ def plan_weights(
         row = PlannedWeight(node, position, name, pattern, shape, uses, WeightFormat(pattern))
         if config.mode == "train":
             if frozen is not None:
-                row = replace(row, frozen=frozen.get(name, weight.device))
+                row = frozen.plan(row, weight.device)
             row = select_training_kernel(row, get_example_value(node), config)
         elif packed is not None:
             row = _plan_finalized(row, packed)
         else:
             row = select_kernel(row, weight, config, budget)
         rows.append(row)
+    if config.mode == "train":
+        prepare_training(rows)
     return tuple(rows)
 
 

@@ -24,7 +24,7 @@ def describe_model(forward: SparseForward) -> dict[str, Any]:
         "class": type(forward.module).__name__,
         "options": forward.config.to_dict(),
         "known": sorted(forward.known),
-        "frozen": [*forward.frozen],
+        "frozen": [*forward.frozen.frozen_names],
         "decisions": describe_decisions(list_decisions(forward)),
     }
 

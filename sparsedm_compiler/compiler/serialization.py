@@ -30,8 +30,9 @@ from ..meta_models import require_values
 from ..patterns import Pattern
 from .api import check_model, install
 from .folded_weights import hollow_out
-from .frozen_masks import mask_frozen, read_frozen, write_frozen
+from .frozen_masks import FrozenMasks, mask_frozen, read_frozen, write_frozen
 from .guarded_forward import SparseForward
+from .held_masks import SoftMasks, read_soft
 from .lookup import require_compiled
 from .model_record import describe_model, read_decisions
 from .state_hooks import map_patterns, mask_state_dict
@@ -57,10 +58,10 @@ def save(
         model: A compiled model.
         path: The file to write; its folder must exist.
         form: "state" holds the state_dict: latent (dense) weights in mode "train" (masked ones
-            where masks are frozen), masked ones in mode "infer", packed ones where they are
-            finalized. "dense" holds masked weights with their zeros, in any mode, which any reader
-            of safetensors loads. "compact" holds the kept values and their places: at 2:4 in
-            bfloat16, 0.542 of the size of dense.
+            where masks are frozen; held masks are not kept), masked ones in mode "infer", packed
+            ones where they are finalized. "dense" holds masked weights with their zeros, in any
+            mode, which any reader of safetensors loads. "compact" holds the kept values and their
+            places: at 2:4 in bfloat16, 0.542 of the size of dense.
         provenance: Where the weights are from: any of base_model (str), method (str), images
             (int), loss (float) and note (str). None: nothing.
 
@@ -98,13 +99,15 @@ def _read_state(forward: SparseForward) -> tuple[dict[str, Tensor], dict[str, An
     state = forward.weights.state_dict_without_finalized(forward.module)
     if forward.config.mode == "infer":
         mask_state_dict(forward.module, forward.decisions, state)
-    mask_frozen(forward.module, forward.frozen, state)
+    frozen = forward.frozen if forward.frozen.frozen_names else FrozenMasks()
+    mask_frozen(forward.module, frozen, state)
     tensors, aliases = _without_aliases(state)
-    tensors.update(write_frozen(forward.frozen, forward.decisions, tensors))
+    tensors.update(write_frozen(frozen, forward.decisions, tensors))
     packed = forward.weights.packed
     tensors.update({name + _PACKED: weight.to_portable().data for name, weight in packed.items()})
     described = {name: _describe_packed(weight) for name, weight in packed.items()}
-    return tensors, {"packed": described, "aliases": aliases}
+    soft = forward.frozen.scales if isinstance(forward.frozen, SoftMasks) else {}
+    return tensors, {"packed": described, "aliases": aliases, "soft": soft}
 
 
 def _read_masked(forward: SparseForward, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -116,7 +119,8 @@ def _read_masked(forward: SparseForward, form: str) -> tuple[dict[str, Tensor], 
     for name, packed in weights.iterate_finalized(module):
         state[name] = packed.unpack()
     tensors, aliases = _without_aliases(state)
-    masks = write_frozen(forward.frozen, forward.decisions, tensors)
+    frozen = forward.frozen if forward.frozen.frozen_names else FrozenMasks()
+    masks = write_frozen(frozen, forward.decisions, tensors)
     if form == DENSE:
         return tensors | masks, {"aliases": aliases}
     tensors, compact = split_compact(tensors, map_patterns(module, forward.decisions))
@@ -156,7 +160,9 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
         for name in [name for name, weight in packed.items() if weight.family.opaque]:
             tensors[name] = packed.pop(name).unpack()  # packed anew at the first call
         decisions = read_decisions(meta["decisions"], model)
-        frozen = read_frozen(meta["frozen"], decisions, tensors)
+        patterns = {name: decision.pattern for name, decision in decisions.items()}
+        frozen = read_soft(meta.get("soft", {}), patterns)
+        frozen = frozen or read_frozen(meta["frozen"], decisions, tensors)
         known, source = frozenset(map(str, meta["known"])), meta["class"]
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -45,6 +45,7 @@ _FIELDS: dict[str, tuple[Any, tuple[type, ...]]] = {
     "packed": ({}, (dict,)),
     "compact": ({}, (dict,)),
     "aliases": ({}, (dict,)),
+    "soft": ({}, (dict,)),
     "provenance": ({}, (dict,)),
 }
 """The fields of a record beside the version: what one that is left out means, and its types."""

@@ -8,6 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .flat_graph import get_example_value
 
+MASK, LAYOUT, HELD = "mask", "layout", "held"
+"""The kinds of an added input: a frozen mask, in what form a kernel gets what one keeps, and a held
+mask or the fixed scale of a soft threshold."""
+
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """Returns a copy of a graph of Dynamo's, which goes on reading its own after it was compiled.
@@ -31,7 +35,7 @@ def add_input(graph: fx.Graph, kind: str, of: fx.Node, value: Tensor) -> fx.Node
 
     Args:
         graph: A graph of ``copy_graph``.
-        kind: What it is of another input, one word.
+        kind: What it is of another input: MASK or LAYOUT.
         of: That other input.
         value: The tensor that will be passed.
     """

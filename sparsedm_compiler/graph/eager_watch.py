@@ -104,6 +104,11 @@ class _EagerMode(TorchFunctionMode):
         return values, {k: names for k, names in named.items() if names}
 
 
+def _name_read(function: Any) -> Any:
+    """Returns the name of the attribute that a function reads, ``T`` of ``w.T``; else itself."""
+    return function.__self__.__name__ if function.__name__ == "__get__" else function
+
+
 def leave_eager_modes() -> AbstractContextManager[None]:
     """Takes the modes of this module off the top of torch's stack while the block runs."""
     return _leave_modes() if torch._C._len_torch_function_stack() else _NO_MODES
@@ -142,7 +147,7 @@ class EagerWatch(_EagerMode):
         if entry is not None:
             values, names = self._bind(entry, args, kwargs or {})
             self._report(EagerProduct(entry, values, out, names))
-        elif args and classify_step(func) and (names := self._find_names(args[0])):
+        elif args and classify_step(_name_read(func)) and (names := self._find_names(args[0])):
             self._kept.append(out)
             self._note_step(out, names)
         return out

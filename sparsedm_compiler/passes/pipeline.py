@@ -10,6 +10,7 @@ from ..masks.mask_ste import mask_ste_op
 from .planned_weight import Plan
 from .rewrite.carry_features import carry_features
 from .rewrite.insert_frozen_masks import insert_frozen_masks
+from .rewrite.insert_held_masks import insert_held_masks
 from .rewrite.insert_mask_ste import insert_mask_ste
 from .rewrite.lower_sparse import lower_sparse
 from .rewrite.pad_tokens import pad_tokens
@@ -20,7 +21,12 @@ from .verify import verify_folded, verify_masked
 Rewrite = Callable[[fx.GraphModule, Plan], int]
 """Edits a graph as planned and returns the number of changes; 0 leaves it as it was."""
 
-TRAIN: tuple[Rewrite, ...] = (insert_frozen_masks, insert_mask_ste, train_sparse)
+TRAIN: tuple[Rewrite, ...] = (
+    insert_frozen_masks,
+    insert_held_masks,
+    insert_mask_ste,
+    train_sparse,
+)
 """The rewrites of mode "train", in order."""
 
 INFER: tuple[Rewrite, ...] = (lower_sparse, round_rows, carry_features, pad_tokens)

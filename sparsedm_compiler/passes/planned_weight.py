@@ -83,6 +83,9 @@ class PlannedWeight:
         dense_bytes: Size of the weight.
         run_bytes: Size of what is read in its place; 0 in mode "train".
         frozen: Its mask, where that is not computed anew; in mode "train" alone.
+        held: Its mask where that is computed from time to time, else the scale of its soft
+            threshold; in mode "train" alone.
+        soft: Whether ``held`` is such a scale.
         layout: What its kernel gets in the place of such a mask, from the family's ``layout_op``.
     """
 
@@ -101,6 +104,8 @@ class PlannedWeight:
     run_bytes: int = 0
     frozen: Tensor | None = None
     layout: Tensor | None = None
+    held: Tensor | None = None
+    soft: bool = False
 
     @property
     def is_frozen(self) -> bool:

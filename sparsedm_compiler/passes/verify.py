@@ -8,11 +8,10 @@ import torch
 
 from ..backends.registry import find_family
 from ..errors import GraphError
-from ..graph.added_inputs import is_added
+from ..graph.added_inputs import HELD, LAYOUT, MASK, is_added
+from ..masks.held_mask import hold_mask_op, soft_threshold_op
 from ..masks.mask_ste import mask_ste_op
 from .planned_weight import Plan, PlannedWeight
-from .rewrite.insert_frozen_masks import MASK
-from .rewrite.train_sparse import LAYOUT
 
 
 def verify_masked(plan: Plan) -> None:
@@ -25,6 +24,9 @@ def verify_masked(plan: Plan) -> None:
         if row.frozen is not None:
             _verify_frozen(row)
             continue
+        if row.held is not None:
+            _verify_held(row)
+            continue
         unmasked = [user for user in weight.users if user.target is not mask_ste_op]
         if unmasked:
             raise GraphError(
@@ -33,6 +35,18 @@ def verify_masked(plan: Plan) -> None:
         for mask in weight.users:
             if mask.args != (weight, str(pattern)) or not mask.users:
                 raise GraphError(f"{mask.format_node()} does not mask {weight.name} to {pattern}")
+
+
+def _verify_held(row: PlannedWeight) -> None:
+    """Raises GraphError unless a weight is read only through its held mask or soft threshold."""
+    weight, wanted = row.placeholder, soft_threshold_op if row.soft else hold_mask_op
+    for reader in weight.users:
+        held = reader.args[1] if reader.target is wanted else None
+        if not is_added(held, HELD) or reader.args[0] is not weight:
+            raise GraphError(
+                f"{weight.name}, whose mask is held, is read unmasked by {reader.name}: "
+                f"{reader.format_node()}"
+            )
 
 
 def _verify_frozen(row: PlannedWeight) -> None:

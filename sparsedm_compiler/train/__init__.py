@@ -6,6 +6,7 @@ extra "train" when they are called.
 
 from __future__ import annotations
 
+from .calibration import make_calibration_batches
 from .finetune_config import FinetuneConfig
 from .finetuning import finetune
 from .methods import METHODS, Method
@@ -23,5 +24,6 @@ __all__ = [
     "SampleGrids",
     "finetune",
     "held_out_loss",
+    "make_calibration_batches",
     "sr_ste",
 ]

@@ -106,6 +106,12 @@ class TrainingProcess:
         parameters = [p for p in self.student.parameters() if p.grad is not None]
         return gather_rows(clip_grad_norm_(parameters, math.inf if limit is None else limit))
 
+    def share_parameters(self) -> None:
+        """Gives all processes the main one's parameters of the student."""
+        if self.share.world > 1:
+            for parameter in self.student.parameters():
+                torch.distributed.broadcast(parameter.data, src=0)
+
     def average(self, value: Tensor) -> Tensor:
         """Returns the mean of ``value`` over all processes."""
         if self.share.world == 1:

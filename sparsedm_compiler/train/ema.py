@@ -42,6 +42,13 @@ class Ema:
         finally:
             self._copy_to_model(own)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begins anew from the model's current weights."""
+        self.updates = 0
+        for weight, value in zip(self._weights, self._values, strict=True):
+            value.copy_(weight.detach())
+
     @contextmanager
     def edited(self) -> Iterator[None]:
         """Runs the block with the average in the model, and keeps what the block makes of it."""

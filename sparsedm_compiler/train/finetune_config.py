@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..errors import ConfigError, suggest
+from .mask_options import check_mask_options
 from .methods import TEACHERS, find_method
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -17,10 +18,12 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "mixed_precision": ("no", "bf16", "fp16"),
     "teacher": TEACHERS,
     "only": ("all", "lora"),
+    "start": ("given", "obs", "wanda", "magnitude"),
+    "score": ("magnitude", "saliency"),
 }
 NOT_NEGATIVE = ("images", "alpha", "beta", "lr", "weight_decay", "warmup_images", "sr_ste_lambda")
-POSITIVE = ("batch_size", "accumulation", "keep", "lora_rank")
-OPTIONAL = ("max_grad_norm", "held_out_every", "save_every", "log_every", "sample_every")
+POSITIVE = ("batch_size", "accumulation", "keep", "lora_rank", "mask_every", "start_images")
+OPTIONAL = ("max_grad_norm", "held_out_every", "save_every", "log_every", "sample_every", "freeze")
 MAY_DIFFER: Mapping[str, str] = {
     "accumulation": "one batch in more or fewer parts, as other devices need it",
     "shard": "where the parameters lie",
@@ -56,9 +59,25 @@ class FinetuneConfig:
         beta: Weight of the loss against the teacher.
         teacher: "given" is the teacher passed to ``finetune``, "none" no teacher, "previous" the
             student of the stage before.
-        sr_ste_lambda: Lambda of SR-STE (see ``sr_ste``); 0 is plain STE.
-        sr_ste_form: Form of SR-STE, "paper" or "decoupled".
+        sr_ste_lambda: Lambda of SR-STE (Zhou et al. 2021, see ``sr_ste``); 0 is plain STE.
+        sr_ste_form: Form of SR-STE: "paper" adds the decay of pruned weights to the gradient,
+            "decoupled" decays the weights themselves by lr * lambda.
         static_mask: Whether the first mask is kept to the end.
+        start: The student's weights before the first step: "given" as they are, or pruned in one
+            shot by "obs" (SparseGPT, Frantar & Alistarh 2023), "wanda" (Sun et al. 2023) or
+            "magnitude" (``prune_one_shot``).
+        start_images: Training images that a one-shot start is calibrated with, from the first.
+        freeze: The share of the images, in (0, 1], after which masks stay what they are, as
+            ASP's do from the start (``freeze_masks``); of a staged run, of its last stage. None
+            never freezes them.
+        mask_every: Steps between two choices of the masks (``hold_masks``), whose cost falls as
+            1/k (as in Hu et al. 2024, ICML); 1 computes them in every forward.
+        score: What the kept weights are the largest of: "magnitude" ``|w|``, or "saliency"
+            ``w^2 E[g^2]`` with Adam's second moment, the loss of removing w by OBD (LeCun et al.
+            1990) with the empirical Fisher information.
+        soft_threshold: Whether kept weights are shrunk by the largest pruned magnitude of their
+            group, times a fixed scale (S-STE, Hu et al. 2024, NeurIPS; ``soften_masks``); the
+            result is written into the weights at the end, or where masks freeze.
         staged: Whether the run passes through ``stages``.
         stages: Patterns, each for an equal share of the images, the last the student's own. Empty:
             those of ``plan_patterns``.
@@ -104,6 +123,12 @@ class FinetuneConfig:
     sr_ste_lambda: float = 2e-4
     sr_ste_form: str = "paper"
     static_mask: bool = False
+    start: str = "given"
+    start_images: int = 512
+    freeze: float | None = None
+    mask_every: int = 1
+    score: str = "magnitude"
+    soft_threshold: bool = False
     staged: bool = False
     stages: tuple[str, ...] = ()
     lr: float = 2e-4
@@ -142,6 +167,7 @@ class FinetuneConfig:
             raise ConfigError(f"ema_decay {self.ema_decay} is not in [0, 1); None keeps no average")
         if self.drop_condition > 1:
             raise ConfigError(f"drop_condition {self.drop_condition} is not a share, in [0, 1]")
+        check_mask_options(self)
         self._check_pairs()
 
     def _check_pairs(self) -> None:

@@ -87,6 +87,13 @@ def shard_optimizer_state(
     return {**state, "state": sharded}
 
 
+def take_local_mask(mask: Tensor | None, weight: Tensor, pattern: Pattern) -> Tensor:
+    """Returns the rows of a mask on this process; None stands for a mask that is computed anew."""
+    if mask is None:
+        return compute_local_mask(weight, pattern)
+    return slice_local_rows(mask, weight)
+
+
 def compute_local_mask(weight: Tensor, pattern: Pattern) -> Tensor:
     """Returns the mask of the rows of ``weight`` on this process.
 
@@ -97,8 +104,10 @@ def compute_local_mask(weight: Tensor, pattern: Pattern) -> Tensor:
     return pattern.compute_mask(get_local_rows(weight.detach()))
 
 
-def zero_kept_locally(weight: Tensor, pattern: Pattern) -> Tensor:
-    """Returns ``(1 - mask) * weight`` of the rows on this process; see ``compute_local_mask``."""
+def zero_kept_locally(weight: Tensor, pattern: Pattern, mask: Tensor | None = None) -> Tensor:
+    """Returns ``(1 - mask) * weight`` of the rows on this process; see ``take_local_mask``."""
+    if mask is not None:
+        return get_local_rows(weight.detach()).masked_fill(slice_local_rows(mask, weight), 0)
     if isinstance(weight, DTensor) and pattern.height > 1:
         rows = get_local_rows(weight.detach())
         return rows.masked_fill(compute_local_mask(weight, pattern), 0)

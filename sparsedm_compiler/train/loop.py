@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import StoppedError, freeze_masks
+from .. import StoppedError
 from ..diffusion.condition import take_rows
 from ..diffusion.schedulers import get_betas
 from ..evaluate.process_group import raising_together
@@ -24,6 +24,9 @@ from .batches import MicroBatch, Stream, check_batch, index_data
 from .check_call import check_call, check_values
 from .checkpoint import replace_text, save_model
 from .lora import merge_adapters
+from .mask_options import chooses_masks
+from .mask_schedule import begin_masks, settle_masks, update_masks
+from .one_shot_start import start_pruned
 from .randomness import drop_conditions
 from .result import FinetuneResult, HeldOutLoss
 from .resume import (
@@ -61,12 +64,13 @@ def train_to_end(run: Run, progress: bool) -> FinetuneResult:
         set_up_stage(run, None if checkpoint is None else checkpoint.tensors.get("teacher"))
         stack.enter_context(session(run))
         batches = open_batches(run)
-        if run.config.static_mask or checkpoint is not None:
+        if chooses_masks(run.config) or checkpoint is not None:
             capture_student(run)
         if checkpoint is not None:
             restore_tensors(run, checkpoint)
-        if run.config.static_mask:
-            freeze_student(run)
+        elif run.config.start != "given":
+            start_pruned(run, progress)
+        begin_masks(run, checkpoint)
         if folder is not None and run.process.is_main:
             write_settings(folder, run.config, run.inputs)
             run.log = RunLog(folder, run.progress.seen)
@@ -76,14 +80,6 @@ def train_to_end(run: Run, progress: bool) -> FinetuneResult:
             if run.log is not None:
                 run.log.close()
         return finish(run)
-
-
-def freeze_student(run: Run) -> None:
-    """Keeps the student's masks as they are, in its optimizer and its EMA, too."""
-    freeze_masks(run.student, optimizer=run.process.optimizer.optimizer)
-    if run.ema is not None:
-        with run.ema.edited():
-            freeze_masks(run.student)
 
 
 def open_batches(run: Run) -> Iterator[list[MicroBatch]]:
@@ -137,12 +133,15 @@ def train(run: Run, batches: Iterator[list[MicroBatch]], progress: bool) -> None
                 run.clock.start()
             before = state.seen
             log = is_log_due(run, before, before + batch[0].total)
+            update_masks(run)
             with watch_compilation("compiling the training step") as compiling:
                 norm = take_step(run, batch, norm_wanted=log)
             state.seen += batch[0].total
             run.clock.count(batch[0].total, compiling.seconds)
             if not run.pending:  # else the device may still be at work
                 run.stop_clock()
+            if state.seen >= config.images:
+                settle_masks(run)
             record(run, before, norm)
             bar.update(min(state.seen, config.images) - before)
             bar.set_postfix(loss=format_recent_loss(run), refresh=False)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import CheckpointError, ConfigError, masked_parameters
+from .. import CheckpointError, ConfigError, get_masks, masked_parameters
 from .checkpoint import (
     Checkpoint,
     flatten_state,
@@ -30,6 +30,7 @@ from .checkpoint import (
 from .ema import Ema
 from .finetune_config import FinetuneConfig
 from .fsdp import gather_state, shard_optimizer_state
+from .mask_options import holds_masks
 from .state import Progress, Run
 
 SAVES = 10
@@ -61,6 +62,8 @@ def save_run(run: Run) -> None:
     }
     if run.ema is not None:
         files["ema.safetensors"] = prepare_student_writer(run, ema=True)
+    if (masks := list_held_masks(run)) and not run.frozen:
+        files["masks.safetensors"] = partial(save_tensors, masks)
     if run.teacher is not None and run.teacher is not run.first_teacher:
         files["teacher.safetensors"] = partial(save_model, run.teacher)
     state = {
@@ -69,6 +72,8 @@ def save_run(run: Run) -> None:
         "scaler": run.process.get_scaler_state(),
         "updates": 0 if run.ema is None else run.ema.updates,
         "masked": describe_masks(run.student),
+        "frozen": run.frozen,
+        "mask_scales": dict(run.mask_scales),
     }
     if run.process.is_main:
         write_checkpoint(folder, run.progress.seen, state, files)
@@ -157,6 +162,11 @@ def restore_tensors(run: Run, checkpoint: Checkpoint) -> None:
     optimizer.load_state_dict(shard_optimizer_state(state, optimizer.optimizer))
     run.process.load_scaler_state(checkpoint.state["scaler"])
     run.masks.measure()
+
+
+def list_held_masks(run: Run) -> dict[str, Tensor]:
+    """Returns the masks that the student's weights do not tell, by name."""
+    return get_masks(run.student, fixed=True) if holds_masks(run.config) else {}
 
 
 def describe_masks(student: nn.Module) -> dict[str, str]:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import CheckpointError, ConfigError, masked_parameters
+from .. import CheckpointError, ConfigError, get_masks, masked_parameters
 from ..optional_deps import is_installed
 from ..reporting.charts import save_curves
 from ..reporting.run_log_format import HeldOutEntry, LogEntry, StepEntry, read_log
 from .checkpoint import explain_write_error, replace_text
-from .fsdp import compute_local_mask
+from .fsdp import take_local_mask
 
 LOG = "log.jsonl"
 
@@ -47,7 +47,8 @@ class MaskWatch:
             weights = masked_parameters(self.model)
         except ConfigError:
             return MaskChanges(None, {})
-        now = {name: compute_local_mask(weight, p) for name, (weight, p) in weights.items()}
+        fixed = get_masks(self.model, fixed=True)
+        now = {n: take_local_mask(fixed.get(n), weight, p) for n, (weight, p) in weights.items()}
         known = [name for name in now if name in self._last]
         changed = sum(int((now[name] != self._last[name]).sum()) for name in known)
         total = sum(now[name].numel() for name in known)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .. import ConfigError, masked_parameters
+from .. import ConfigError, get_masks, masked_parameters
 from .fsdp import get_local_rows, zero_kept_locally
 
 FORMS = ("paper", "decoupled")
@@ -31,9 +31,9 @@ def sr_ste(
     """Adds SR-STE's term to every ``optimizer.step()`` from now on.
 
     In the training loop that is all; there is nothing to call per step. The mask is that of the
-    weight as this step's forward saw it. It holds under GradScaler (fused optimizers too),
-    gradient accumulation, weights used twice, closures, skipped steps and DDP. Gradients are
-    clipped before the term joins them.
+    weight as this step's forward saw it, held or frozen ones too. It holds under GradScaler (fused
+    optimizers too), gradient accumulation, weights used twice, closures, skipped steps and DDP.
+    Gradients are clipped before the term joins them.
 
     Args:
         optimizer: The optimizer that steps the model's parameters.
@@ -100,7 +100,9 @@ def _before_step(
 
 @torch.no_grad()
 def _apply(optimizer: Optimizer, *, model: nn.Module, lam: float, form: str) -> None:
-    patterns = {id(weight): pattern for weight, pattern in masked_parameters(model).values()}
+    masked, fixed = masked_parameters(model), get_masks(model, fixed=True)
+    patterns = {id(weight): pattern for weight, pattern in masked.values()}
+    masks = {id(masked[name][0]): mask for name, mask in fixed.items()}
     held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in patterns]
     if not held:
         raise ConfigError(
@@ -111,7 +113,7 @@ def _apply(optimizer: Optimizer, *, model: nn.Module, lam: float, form: str) -> 
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if id(weight) in patterns and weight.grad is not None:
-                term = zero_kept_locally(weight, patterns[id(weight)])
+                term = zero_kept_locally(weight, patterns[id(weight)], masks.get(id(weight)))
                 if form == "paper":
                     signed = -lam if group.get("maximize") else lam
                     _add_to_gradient(get_local_rows(weight.grad), term, signed, optimizer)

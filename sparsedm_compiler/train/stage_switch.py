@@ -8,9 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .. import Pattern, repattern
+from .. import Pattern, freeze_masks, repattern
 from .checkpoint import load_unique_weights
 from .ema import Ema
+from .mask_options import chooses_masks, holds_masks
+from .mask_schedule import begin_masks
+from .session import capture_student
 from .state import Run
 
 
@@ -38,11 +41,16 @@ def begin_stage(run: Run) -> None:
         if run.ema is not None:
             run.ema.copy_to_model()
         run.teacher = copy_frozen(run.student)
+        if holds_masks(run.config) or run.config.soft_threshold:
+            freeze_masks(run.teacher)  # so that its weights tell its masks, in a file too
         run.process.optimizer.optimizer.state.clear()
         if run.ema is not None:
             run.ema = Ema(run.student, run.ema.decay)
     run.progress.stage += 1
     prune_to(run.student, run.stage.pattern)
+    if chooses_masks(run.config):
+        capture_student(run)
+        begin_masks(run, None)
 
 
 def prune_to(model: nn.Module, pattern: Pattern | None) -> None:

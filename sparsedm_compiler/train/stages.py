@@ -9,6 +9,7 @@ from torch import nn
 from .. import ConfigError, Pattern, pattern_of
 from .checkpoint import is_compiled
 from .finetune_config import FinetuneConfig
+from .mask_options import chooses_masks
 from .methods import plan_patterns
 
 
@@ -30,7 +31,7 @@ def plan_stages(config: FinetuneConfig, student: nn.Module) -> tuple[Stage, ...]
             f"method {config.method!r} trains a dense model, but this {type(student).__name__} "
             "was compiled to a pattern: give the model itself, or another method"
         )
-    masks = config.static_mask or config.staged or config.sr_ste_lambda > 0
+    masks = config.staged or config.sr_ste_lambda > 0 or chooses_masks(config)
     if masks and not compiled:
         raise ConfigError(
             f"{type(student).__name__} was not compiled, so it has no masks to train "

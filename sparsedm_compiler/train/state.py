@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,10 @@ class Progress:
     compile_seconds: float = 0.0
     rates: list[float] = field(default_factory=list)
 
+    def count_steps(self, pending: Sequence[Tensor] = ()) -> int:
+        """Returns the steps taken; ``pending``: losses that are still on the device."""
+        return len(self.losses) + len(pending)
+
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for JSON, without ``losses``, which are saved as a tensor."""
         held = [[entry.images, entry.student, entry.ema] for entry in self.held_out]
@@ -80,7 +84,8 @@ class Run:
     ``lrs``: the learning rate of each group of the optimizer, before the schedule. ``log``: on the
     main process of a run with a folder. ``pending``: losses that are still on the device.
     ``clock``: times the steps. ``recent_rates``: images per second of the steps since the last line
-    of the log.
+    of the log. ``frozen``: whether the masks do not change any more. ``mask_scales``: the scales of
+    S-STE's soft thresholds.
     """
 
     config: FinetuneConfig
@@ -99,6 +104,8 @@ class Run:
     pending: list[Tensor] = field(default_factory=list)
     clock: StepClock = field(default_factory=StepClock)
     recent_rates: list[float] = field(default_factory=list)
+    frozen: bool = False
+    mask_scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:

@@ -40,6 +40,7 @@ def test_python_m_prints_the_help() -> None:
 def test_commands_are_complete() -> None:
     assert [*COMMANDS] == [
         "macs",
+        "prune",
         "finetune",
         "sample",
         "fid",
@@ -73,7 +74,7 @@ def test_help_shows_an_example_that_the_parser_accepts(
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["prune"], "invalid choice: 'prune'"),
+        (["prun"], "invalid choice: 'prun'"),
         (["report", "--ot", "a"], "sparsedm report: error: "),
         (["finetune", "--dta", "a"], "usage: sparsedm finetune "),
     ],

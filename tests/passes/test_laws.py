@@ -41,6 +41,17 @@ def frozen_case() -> Case:
     return replace(case, plan=tuple(replace(row, frozen=mask) for row in case.plan))
 
 
+def held_case(*, soft: bool = False) -> Case:
+    """The same layers with held masks, or with the scales of soft thresholds."""
+    case = frozen_case()
+    scale = torch.ones(1)
+    rows = [
+        replace(row, frozen=None, held=scale if soft else row.frozen, soft=soft)
+        for row in case.plan
+    ]
+    return replace(case, plan=tuple(rows))
+
+
 def trained_case() -> Case:
     x = torch.randn(5, 16)
     graph = capture_model(Mlp(), x)
@@ -89,6 +100,7 @@ def fp8_case() -> Case:
 
 FIRES: dict[str, tuple[str, Callable[[], Case], int]] = {
     "insert_frozen_masks": ("train", frozen_case, 2),
+    "insert_held_masks": ("train", held_case, 2),
     "insert_mask_ste": ("train", masked_case, 2),
     "train_sparse": ("train", trained_case, 2),
     "lower_sparse": ("infer", cpu_case, 2),

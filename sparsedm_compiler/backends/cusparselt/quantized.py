@@ -19,7 +19,8 @@ from ..cuda.device import (
 )
 from ..cuda.quantize import KINDS, round_rows
 from ..cuda.quantized_family import QuantizedRowsFamily, why_no_cores
-from ..kernel_family import KernelConfig, MatmulProblem, Op, OpCall, RowRounding, WeightFormat
+from ..kernel_family import KernelConfig, MatmulProblem, Op, OpCall, WeightFormat
+from ..row_rounding import RowRounding
 from .algorithms import find_algorithms
 from .family import KINDS as PATTERN_KINDS
 from .family import why_misfit

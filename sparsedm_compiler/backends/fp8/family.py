@@ -13,7 +13,8 @@ from ...triton_support import why_unavailable
 from ..cuda.device import find_device, list_triton
 from ..cuda.quantize import round_rows
 from ..cuda.quantized_family import QuantizedRowsFamily, why_no_cores
-from ..kernel_family import KernelConfig, MatmulProblem, Op, OpCall, RowRounding, WeightFormat
+from ..kernel_family import KernelConfig, MatmulProblem, Op, OpCall, WeightFormat
+from ..row_rounding import RowRounding
 from .ops import fp8_conv2d_op, fp8_linear_op, multiply_rounded
 
 _KIND, _MULTIPLE = "fp8", 16

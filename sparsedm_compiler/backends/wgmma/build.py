@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -150,18 +149,14 @@ def hash_sources() -> str:
     return hashlib.sha256(read_sources(64, True, torch.bfloat16).encode()).hexdigest()[:16]
 
 
-def build_ahead(
-    layout: Layout,
-    tiles: Iterable[Tile],
-    uses: Iterable[tuple[torch.dtype, str]],
-    device: CudaDevice,
-) -> None:
-    """Compiles the kernels for tiles and (dtype, activation) pairs, on all cores.
+Use = tuple[Layout, Tile, torch.dtype, str]
+"""What a kernel is compiled for: a layout, a tile, a dtype and an activation."""
 
-    A failure is left to the call, which tells it.
-    """
+
+def build_ahead(uses: Iterable[Use], device: CudaDevice) -> None:
+    """Compiles kernels on all cores. A failure is left to the call, which tells it."""
     jobs = set()  # tiles that differ in their raster alone are one
-    for tile, (dtype, act) in product(tiles, uses):
+    for layout, tile, dtype, act in uses:
         with suppress(KernelError):
             wanted = specify_linear(layout, tile, dtype=dtype, act=act, room=device.shared_bytes)
             jobs.add((read_sources(tile.tokens, layout.sparse, dtype), wanted.macros))

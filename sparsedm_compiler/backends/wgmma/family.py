@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
 from . import format as wgmma_format
 from .build import Tile, build_ahead, hash_sources
 from .ops import wgmma_conv2d_op, wgmma_linear_op
-from .training import find_blocks_op, multiply_blocks
+from .training import find_blocks_op, list_builds, multiply_blocks
 from .transposed import why_dense_gradient
 
 BLOCKS, SEMI = "cuda_block", "cuda_semi_wgmma"
@@ -74,8 +75,8 @@ class WgmmaFamily(RawFormatFamily):
         if device is not None:
             layout = wgmma_format.choose_layout(self.require_accepted(pattern), *shape)
             tiles = {Tile(*kernel.tile) for kernel in kernels}
-            uses = {(problem.dtype, problem.act) for problem in problems}
-            build_ahead(layout, tiles, uses, device)
+            pairs = {(problem.dtype, problem.act) for problem in problems}
+            build_ahead(((layout, tile, *pair) for tile in tiles for pair in pairs), device)
 
     def call(
         self, problem: MatmulProblem, weight_format: WeightFormat, tile: tuple[int, ...]
@@ -103,6 +104,13 @@ class BlockFamily(WgmmaFamily):
         if isinstance(pattern, NestedNM):
             return f"{BLOCKS} does not run in training with N:M within blocks, as {pattern} has it"
         return self.why_refused(pattern, rows, cols, dtype)
+
+    def prepare_training(
+        self, uses: Sequence[tuple[Pattern, MatmulProblem, tuple[int, int]]]
+    ) -> None:
+        device = find_device()
+        if device is not None:
+            build_ahead(chain.from_iterable(list_builds(*use) for use in uses), device)
 
     def describe_backward(self, pattern: Pattern, *, frozen: bool) -> str:
         accepted = self.require_accepted(pattern)

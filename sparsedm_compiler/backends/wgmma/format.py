@@ -268,9 +268,7 @@ def _arrange_meta(columns: Tensor, layout: Layout) -> Tensor:
     shifts = torch.arange(4, device=columns.device, dtype=torch.int32) * 4
     words = (nibbles.view(shape) << shifts).sum(-1, dtype=torch.int32)
     words = words[:, :, :, :, 0] | words[:, :, :, :, 1] << 16  # [units, stages, 2, 4, 8, kept, 2]
-    pairs = torch.unflatten(
-        words, 5, (-1, min(2, layout.kept))
-    )  # ..., pair of chunks, selector, thread]
+    pairs = torch.unflatten(words, 5, (-1, min(2, layout.kept)))  # pair, selector, thread
     ordered = pairs.permute(0, 1, 5, 3, 4, 6, 7, 2)  # [.., pair, warp, g, selector, thread, block]
     return ordered.contiguous().view(torch.uint8).flatten(2)
 

@@ -10,7 +10,7 @@ dense.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -19,13 +19,15 @@ from torch import Tensor
 
 from ...patterns import BlockNM, Pattern
 from ..cuda.device import find_device
-from .build import Tile
-from .format import pack, unpack
+from ..kernel_family import MatmulProblem
+from .build import Tile, Use
+from .format import choose_layout, pack, unpack
 from .launch import launch_linear
 from .launch_training import compute_weight_gradient, pack_transposed_weight, pack_weight
 from .ops import align_rows, run_linear
 from .transposed import (
     choose_transposed_layout,
+    count_transposed_bytes,
     expand_blocks,
     find_blocks,
     pack_transposed,
@@ -126,8 +128,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     skips = why_dense_gradient(parse_blocks(pattern)) is None
-    layout = choose_transposed_layout(rows, cols)
-    size = layout.units * layout.stages * layout.unit_bytes if skips else 0
+    size = count_transposed_bytes(rows, cols) if skips else 0
     return x.new_empty(*x.shape[:-1], rows), x.new_empty(size, dtype=torch.uint8)
 
 
@@ -194,6 +195,18 @@ def parse_blocks(text: str) -> BlockNM:
     pattern = Pattern.parse(text)
     assert isinstance(pattern, BlockNM)
     return pattern
+
+
+def list_builds(pattern: Pattern, problem: MatmulProblem, shape: tuple[int, int]) -> list[Use]:
+    """Returns the kernels that a product by a weight [rows, cols] needs, and its gradient of x."""
+    assert isinstance(pattern, BlockNM)
+    (rows, cols), tokens = shape, prod(problem.inputs[:-1])
+    layout, tile = choose_layout(pattern, rows, cols), choose_tile(tokens, rows)
+    builds = [(layout, tile, problem.dtype, "none")]
+    if why_dense_gradient(pattern) is None:
+        layout, tile = choose_transposed_layout(rows, cols), choose_tile(tokens, cols)
+        builds.append((layout, tile, problem.dtype, "none"))
+    return builds
 
 
 @lru_cache(maxsize=1024)

@@ -70,6 +70,11 @@ def choose_transposed_layout(rows: int, cols: int) -> Layout:
     return Layout(cols, rows, HALF, kept, sparse=False, mixed=False, picked=True)
 
 
+def count_transposed_bytes(rows: int, cols: int) -> int:
+    """Returns the bytes of the packed transpose of a weight, whose sizes may be symbolic."""
+    return cols // ROWS * (rows // HALF) * choose_transposed_layout(HALF, ROWS).unit_bytes
+
+
 def pack_transposed(weight: Tensor, blocks: Tensor, pattern: BlockNM, dtype: torch.dtype) -> Tensor:
     """Returns the packed transpose (uint8, 1-D) of what a weight [rows, cols] keeps."""
     layout = choose_transposed_layout(*weight.shape)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ...graph.added_inputs import add_input, is_added
+from ...graph.added_inputs import MASK, add_input, is_added
 from ...graph.flat_graph import get_example_value
 from ..planned_weight import Plan, PlannedWeight
-
-MASK = "mask"
-"""The kind of an added input that is a frozen mask."""
 
 
 def insert_frozen_masks(gm: fx.GraphModule, plan: Plan) -> int:

@@ -15,7 +15,7 @@ def insert_mask_ste(gm: fx.GraphModule, plan: Plan) -> int:
     A weight is masked everywhere it is read, so one mask per graph serves tied weights and the
     sub-graphs (checkpointed blocks) the weight is passed into.
     """
-    return sum(_mask(gm.graph, row) for row in plan if not row.is_frozen)
+    return sum(_mask(gm.graph, row) for row in plan if not row.is_frozen and row.held is None)
 
 
 def _mask(graph: fx.Graph, row: PlannedWeight) -> int:

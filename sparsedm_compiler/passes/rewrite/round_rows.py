@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ...backends.kernel_family import Op, RowRounding
+from ...backends.kernel_family import Op
 from ...backends.registry import find_rounding_ops
+from ...backends.row_rounding import RowRounding
 from ...graph.effects import may_write_in_place
 from ...graph.flat_graph import get_example_value
 from ..planned_weight import Plan

@@ -8,14 +8,11 @@ from torch import fx
 
 from ...backends.kernel_family import KernelFamily
 from ...backends.registry import find_family
-from ...graph.added_inputs import add_input
+from ...graph.added_inputs import LAYOUT, add_input
 from ...graph.flat_graph import get_example_value
 from ...patterns import TransposableNM
 from ..analysis.find_uses import bind_operands
 from ..planned_weight import Plan, PlannedWeight, WeightUse
-
-LAYOUT = "layout"
-"""The kind of an added input that says what a weight with a frozen mask keeps."""
 
 
 def train_sparse(gm: fx.GraphModule, plan: Plan) -> int:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
+from sparsedm_compiler.backends.cuda.device import FP8_CORES
 from sparsedm_compiler.backends.cuda.finish import finish_sums, reference_finish
 from sparsedm_compiler.backends.cuda.quantize import (
     KINDS,
@@ -24,6 +25,7 @@ from sparsedm_compiler.backends.cuda.quantize import (
     run_quantize_rows,
 )
 from sparsedm_compiler.backends.registry import list_families
+from sparsedm_compiler.triton_support import is_interpreted
 from tests.backends.cpu.cases import ACTS
 from tests.backends.cuda.running import moved, on_device, run_interpreted
 from tests.oracle import assert_same
@@ -36,6 +38,15 @@ pytestmark = [
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 PLAIN: tuple[Any, ...] = ("none", "none", None, None, None, None, 0.0)
 kinds = pytest.mark.parametrize("kind", list(KINDS))
+
+
+@pytest.fixture(autouse=True)
+def skip_e4m3_on_older_cards(request: pytest.FixtureRequest) -> None:
+    if is_interpreted() or not torch.cuda.is_available() or "kind" not in request.fixturenames:
+        return
+    lacks_e4m3 = torch.cuda.get_device_capability() < FP8_CORES
+    if lacks_e4m3 and request.getfixturevalue("kind") == "fp8":
+        pytest.skip("the card has no e4m3")
 
 
 def test_in_the_interpreter() -> None:

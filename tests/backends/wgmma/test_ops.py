@@ -100,7 +100,8 @@ def test_build_ahead_compiles_tiles_of_another_raster_once(monkeypatch: pytest.M
     card = CudaDevice("H100", (9, 0), shared_bytes=227 * 1024)
     layout = choose_layout(Pattern.parse("1:2@64x16"), ROWS, ROWS)
     tiles = Tile(64, 2), Tile(64, 2, raster=8), Tile(128, 2)
-    build.build_ahead(layout, tiles, [(torch.bfloat16, "none"), (torch.bfloat16, "gelu")], card)
+    uses = itertools.product([layout], tiles, [torch.bfloat16], ["none", "gelu"])
+    build.build_ahead(uses, card)
     assert len(compiled) == 4
 
 

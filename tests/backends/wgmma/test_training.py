@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import Pattern
-from sparsedm_compiler.backends.wgmma.build import Tile
+from sparsedm_compiler.backends.cuda.device import CudaDevice
+from sparsedm_compiler.backends.wgmma import family as family_module
+from sparsedm_compiler.backends.wgmma.build import Tile, read_sources, specify_linear
 from sparsedm_compiler.backends.wgmma.family import BlockFamily
 from sparsedm_compiler.backends.wgmma.format import pack, unpack
 from sparsedm_compiler.backends.wgmma.launch_training import (
@@ -49,6 +55,7 @@ from tests.backends.wgmma.test_ops import hopper
 from tests.oracle import assert_gradients, assert_same, gradients, oracle_of
 
 BF16 = torch.bfloat16
+DISASSEMBLER = "backends/nvidia/bin/cuobjdump"
 SKIPPING = ("1:4@128x32", "1:2@128x64", "1:8@128x16", "1:4@64x32", "1:2@192x64")
 DENSE = ("1:2@64x16", "1:4@128x16", "3:4@64x16", "2:4@128x32", "1:2@128x32")
 every_text = pytest.mark.parametrize("text", [*SKIPPING, *DENSE])
@@ -185,6 +192,23 @@ def test_choose_cut_fills_a_device_twice() -> None:
     assert choose_cut(600, 192, 32, 64, 132) == (64, 32, 64, 4, 3, 2)
 
 
+def test_kernels_of_training_are_built_once_before_the_first_call(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+    card = CudaDevice("H100", (9, 0), shared_bytes=227 * 1024)
+    monkeypatch.setattr(family_module, "find_device", lambda: card)
+    monkeypatch.setattr(family_module, "build_ahead", lambda uses, device: built.append([*uses]))
+    student = student_of(device, "1:4@128x32")
+    with torch.autocast(device, BF16):
+        student(X.to(device))
+    (uses,) = built
+    assert len(uses) == 8  # two products by each of two weights, forward and backward
+    assert {(layout.picked, tile, dtype) for layout, tile, dtype, _ in uses} == {
+        (picked, Tile(64, 2), BF16) for picked in (False, True)
+    }
+
+
 def test_choose_tile_leaves_few_multiprocessors_idle() -> None:
     assert choose_tile(4096, 4608) == Tile(128, 3, raster=8)
     assert choose_tile(4096, 1152) == Tile(96, 3)
@@ -229,6 +253,29 @@ def test_training_ops_pass_opcheck(text: str, frozen: bool, tokens: int) -> None
     plain, grad = weight.detach(), torch.randn_like(out)
     opcheck(block_train_x_grad_op, (grad, plain, blocks, back, text))
     opcheck(block_train_w_grad_op, (grad, x.detach(), plain, blocks, text, frozen))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_kernel_of_the_transpose_commits_each_stage_once(tmp_path: Path) -> None:
+    """Two commits for a stage would make every wait one for the stage that was just begun."""
+    disassembler = Path(pytest.importorskip("triton").__file__).parent / DISASSEMBLER
+    layout = choose_transposed_layout(256, 256)
+    kernel = specify_linear(layout, Tile(128, 3), dtype=BF16, act="none", room=227 * 1024)
+    (tmp_path / "kernel.cu").write_text(read_sources(128, False, BF16))
+    macros = [f"-D{name}={value}" for name, value in kernel.macros]
+    command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas=-v", *macros]
+    run = subprocess.run(
+        [*command, "kernel.cu"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert run.stderr.count("0 bytes spill stores, 0 bytes spill loads") == 2
+    assert "serialized" not in run.stderr
+    listed = [str(disassembler), "-sass", "-fun", "wgmma_linear", "kernel.cubin"]
+    code = subprocess.run(listed, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"/\*[0-9a-f]{4}\*/\s+([^;]+);", code)
+    products = [i for i, line in enumerate(lines) if "HGMMA.64x128x16.F32.BF16" in line]
+    commits = [i for i in products if "gsb0" in lines[i]]
+    assert (len(products), len(commits)) == (8, 2)
+    assert all(lines[i + 1].startswith("BRA") for i in commits)  # past the commit of no products
 
 
 class Ops(TorchDispatchMode):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from expecttest import assert_expected_inline
 
-from sparsedm_compiler.graph.added_inputs import copy_graph, is_added
+from sparsedm_compiler.graph.added_inputs import MASK, copy_graph, is_added
 from sparsedm_compiler.passes.rewrite.insert_frozen_masks import insert_frozen_masks
 from tests.passes.plans import Three, capture_model, print_calls
 from tests.passes.test_laws import frozen_case
@@ -34,7 +34,7 @@ def test_insert_frozen_masks_adds_its_inputs_behind_all_others_in_the_order_of_t
     nodes = case.gm.graph.find_nodes(op="placeholder")
     assert nodes[: len(before)] == before
     added = nodes[len(before) :]
-    assert [is_added(node) for node in nodes] == [False] * len(before) + [True] * 2
+    assert [is_added(node, MASK) for node in nodes] == [False] * len(before) + [True] * 2
     assert [node.name for node in added] == [f"{row.placeholder.name}_mask" for row in case.plan]
     assert len({node._dynamo_source for node in added}) == 2
     assert all(node.meta["tensor_dict"]["_dynamo_static_input_type"] for node in added)

@@ -29,6 +29,7 @@ class Net(nn.Module):
         self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
         self.two = nn.Linear(32, 16)
         self.norm, self.drop = nn.LayerNorm(16), nn.Dropout(0.5)
+        self.rms = nn.RMSNorm(16)
         self.scale = nn.Parameter(torch.randn(16))
         self.wired = wired
 
@@ -56,6 +57,10 @@ def residual(net: Net, x: Tensor) -> Tensor:
     return x
 
 
+def rms(net: Net, x: Tensor) -> Tensor:
+    return net.b(net.rms(net.a(x)))
+
+
 def skip(net: Net, x: Tensor) -> Tensor:
     first = net.a(x)
     return net.two(torch.cat([net.b(first), first], dim=-1))
@@ -76,7 +81,7 @@ def modulated(net: Net, x: Tensor) -> Tensor:
     return net.b(net.a(x) * x.mean(1, keepdim=True))
 
 
-WIRED = (mlp, long_mlp, attention, residual, skip, meeting, turned, modulated)
+WIRED = (mlp, long_mlp, attention, residual, rms, skip, meeting, turned, modulated)
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +151,16 @@ def test_every_value_is_what_it_was(
 
 @pytest.mark.parametrize(
     ("wired", "count"),
-    [(mlp, 1), (long_mlp, 1), (attention, 1), (residual, 2), (skip, 1), (meeting, 2), (turned, 2)],
+    [
+        (mlp, 1),
+        (long_mlp, 1),
+        (attention, 1),
+        (residual, 2),
+        (rms, 1),
+        (skip, 1),
+        (meeting, 2),
+        (turned, 2),
+    ],
 )
 def test_how_often_it_is_padded(wired: Forward, count: int) -> None:
     _, gm = run(wired, x_of(2, 5, 16))

@@ -1,0 +1,179 @@
+"""``sparsedm prune``: prunes a trained model in one shot, without training."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .job import Job, check_writable, write_json
+from .open_student import add_weights, resolve_source
+from .options import add_backend, add_device, add_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import ImageData
+    from ..diffusion.objective import NoiseScheduler
+    from .open_student import ModelSource
+
+ABOUT = """\
+prune a trained model in one shot, from the inputs that its layers see, without training
+
+Images are noised as in training, the layers are pruned one after the other, and the kept weights
+adapt (OBS, as SparseGPT). The folder gets student.safetensors, which the other commands and "train"
+start from, and report.json with the error of every layer. The same command resumes an
+interrupted run."""
+EXAMPLE = """\
+  sparsedm prune --model uvit-cifar10-small --weights nnet_ema.pth --pattern 2:4 \\
+      --data torchvision:CIFAR10:data --out runs/one_shot
+  sparsedm prune --model path/to/unet --pattern 1:4 --data images --size 64 --method wanda \\
+      --out runs/wanda"""
+STUDENT, REPORT = "student.safetensors", "report.json"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    add = parser.add_argument
+    add_model(parser)
+    add_weights(parser)
+    add("--pattern", required=True, help="n:m keeps n of m, e.g. 2:4 or 1:8")
+    add("--data", required=True, help="images to calibrate with, as sparsedm finetune takes them")
+    add("--size", type=int, help="side in pixels to which images are resized")
+    add("--no-labels", action="store_true", help="leave labels and texts of the data out")
+    add("--held-out", help="images to measure the loss on, before and after")
+    add("--method", default="obs", help="obs, wanda or magnitude (default: obs)")
+    add("--policy", default="structural", help="which layers stay dense: structural, uvit or all")
+    add("--keep-dense", action="append", default=[], metavar="GLOB", help="layers to leave alone")
+    add(
+        "--override",
+        action="append",
+        default=[],
+        metavar="GLOB=PATTERN",
+        help="another pattern for some layers; the first match wins",
+    )
+    add("--images", type=int, default=512, help="images to calibrate with (512)")
+    add("--batch-size", type=int, default=32, help="images per call (32)")
+    add("--objective", help="what the model predicts: eps, v, x0 or flow (default: as its folder)")
+    add("--timestep-weights", default="uniform", help="uniform, or logarithmic as in OBS-Diff")
+    add("--damping", type=float, help="share of the Hessian's mean diagonal added to it")
+    add("--passes", type=int, default=16, help="most passes over the images (16)")
+    add("--memory", type=float, default=4.0, metavar="GIB", help="GiB for Hessians (4)")
+    add("--seed", type=int, default=0, help="seed of noise and noise levels")
+    add("--out", required=True, help="folder of the result")
+    add_backend(parser)
+    add_device(parser)
+    parser.set_defaults(mode="train")
+
+
+def prepare(options: argparse.Namespace) -> Job:
+    """Checks model, data and options without writing. Raises SparseDMError."""
+    from .. import OneShotOptions
+    from ..config import CompileConfig
+    from ..train.calibration import check_options
+
+    source = resolve_source(options)
+    if source.pruned is not None:
+        raise ConfigError(f"{source.weights} is pruned already: give dense weights")
+    choice = read_choice(options)
+    CompileConfig.create(options.pattern, **choice)
+    memory = int(options.memory * (1 << 30))
+    OneShotOptions(options.method, options.damping, passes=options.passes, memory=memory)
+    check_options(options.images, options.batch_size, options.timestep_weights)
+    folder = check_writable(options.out, folder=True)
+    data = open_images(options.data, options)
+    held_out = None if options.held_out is None else open_images(options.held_out, options)
+    objective, scheduler = find_objective(source, options)
+    text = (
+        f"would prune {source} to {options.pattern} by {options.method}, calibrated with "
+        f"{min(options.images, len(data))} images of {options.data}, and write {folder}"
+    )
+
+    def run() -> None:
+        import torch
+
+        from .. import compile, held_out_loss, make_calibration_batches, prune_one_shot, save
+
+        def measure(model: nn.Module, images: ImageData) -> str:
+            loss = held_out_loss(model, images, objective=objective, scheduler=scheduler)
+            return f"held-out loss {loss:.4f}"
+
+        model = source.open()
+        if held_out is not None:
+            print(f"dense: {measure(model, held_out)}", flush=True)
+        batches = make_calibration_batches(
+            model,
+            data,
+            images=options.images,
+            batch_size=options.batch_size,
+            objective=objective,
+            scheduler=scheduler,
+            timestep_weights=options.timestep_weights,
+            seed=options.seed,
+        )
+        report = prune_one_shot(
+            model,
+            options.pattern,
+            batches,
+            method=options.method,
+            damping=options.damping,
+            passes=options.passes,
+            memory=memory,
+            out=folder,
+            **choice,
+        )
+        student = compile(model, options.pattern, backend=options.backend, **choice)
+        with torch.no_grad():
+            student(*batches[0].args, **batches[0].kwargs)
+        print(report)
+        if held_out is not None:
+            print(f"{options.method}: {measure(student, held_out)}")
+        save(student, folder / STUDENT)
+        write_json(str(folder / REPORT), report.to_dict())
+        print(f"wrote {folder / STUDENT}")
+
+    return Job((text,), run)
+
+
+def read_choice(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options that choose the weights, as ``compile`` takes them."""
+    overrides = {}
+    for text in options.override:
+        glob, equals, pattern = text.rpartition("=")
+        if not equals:
+            raise ConfigError(f"--override {text!r} is not GLOB=PATTERN, e.g. '*.attn*=1:4'")
+        overrides[glob] = pattern
+    return {"keep_dense": options.keep_dense, "overrides": overrides, "policy": options.policy}
+
+
+def open_images(spec: str, options: argparse.Namespace) -> ImageData:
+    """Opens the images of an option. Raises DataError."""
+    from ..data import open_data
+
+    return open_data(spec, size=options.size, labels=not options.no_labels)
+
+
+def find_objective(
+    source: ModelSource, options: argparse.Namespace
+) -> tuple[str, NoiseScheduler | None]:
+    """Returns what the model predicts, and the schedule of its noise; None for the default one.
+
+    Raises ConfigError where the option contradicts the model's own folder.
+    """
+    from ..diffusion.schedulers import PREDICTIONS, make_scheduler
+    from ..models.schedules import read_schedule
+
+    schedule = read_schedule(source.name)
+    if schedule is None:
+        objective = options.objective or "eps"
+        if objective not in PREDICTIONS:
+            raise ConfigError(f"--objective {objective} is none of {', '.join(PREDICTIONS)}")
+        return objective, None
+    if options.objective not in (None, schedule.objective):
+        raise ConfigError(
+            f"{schedule.source} says that the model predicts {schedule.objective!r}, not "
+            f"--objective {options.objective}"
+        )
+    if schedule.betas is None:
+        return schedule.objective, None
+    return schedule.objective, make_scheduler("ddpm", schedule.objective, betas=schedule.betas)
