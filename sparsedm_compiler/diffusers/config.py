@@ -8,9 +8,10 @@ from enum import Enum
 from typing import Any
 
 from ..compiler.guarded_forward import SparseForward
+from ..compiler.held_masks import SoftMasks
 from ..compiler.model_record import check_decisions, describe_decisions, list_decisions
 from ..config import Backend, CompileConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..files.container import VERSION
 from ..patterns import Pattern
 from .registration import METHOD
@@ -101,9 +102,16 @@ class SparseConfig:
         return new
 
     def record(self, forward: SparseForward) -> None:
-        """Takes over the state of a compiled model, to be saved with it."""
+        """Takes over the state of a compiled model, to be saved with it.
+
+        Raises ConfigError for soft thresholds, which config.json does not hold.
+        """
+        if isinstance(forward.frozen, SoftMasks):
+            raise ConfigError(
+                "config.json holds no soft thresholds: save this student by sparsedm_compiler.save"
+            )
         decisions = describe_decisions(list_decisions(forward))
-        self._set(forward.config, decisions, forward.frozen)
+        self._set(forward.config, decisions, forward.frozen.frozen_names)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for config.json: all that concerns the model, not the machine."""

@@ -93,7 +93,8 @@ class SparseQuantizer(_Base):  # type: ignore[misc]
         if self.model is None:
             return state_dict, {}
         forward = require_compiled(self.model)[0][1]
-        mask_frozen(forward.module, forward.frozen, state_dict)
+        if forward.frozen.frozen_names:
+            mask_frozen(forward.module, forward.frozen, state_dict)
         record = {**describe_model(forward), "packed": {}, "aliases": {}}
         return state_dict, {KEY: json.dumps(record)}
 

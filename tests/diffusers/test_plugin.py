@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.compiler.held_masks import SoftMasks
 from sparsedm_compiler.diffusers import attach
 from sparsedm_compiler.diffusers.quantizer import SparseQuantizer
 from sparsedm_compiler.diffusers.registration import METHOD, TESTED, list_tables
@@ -250,6 +251,14 @@ def test_frozen_masks_are_saved_and_loaded(student: Any, tmp_path: Path) -> None
     again = UNet2DModel.from_pretrained(tmp_path)
     assert again._sparsedm.frozen.equals(frozen._sparsedm.frozen)
     assert {*again._sparsedm.frozen} == {*masked_patterns(student)}
+
+
+def test_student_of_soft_thresholds_is_not_saved_without_them(student: Any, tmp_path: Path) -> None:
+    soft = copy.deepcopy(student)
+    patterns = dict(masked_patterns(soft))
+    soft._sparsedm.frozen = SoftMasks({name: torch.ones(1) for name in patterns}, patterns)
+    with pytest.raises(sdm.ConfigError, match="holds no soft thresholds"):
+        soft.save_pretrained(tmp_path)
 
 
 def test_config_takes_the_options_of_compile() -> None:
