@@ -16,6 +16,7 @@ from ..graph.names import strip_adapter_prefix
 from ..masks.nm_mask import apply_mask, nm_mask
 from ..optional_deps import is_installed, mend_torchvision
 from ..patterns import Pattern
+from .held_masks import SoftMasks
 from .lookup import masked_parameters, require_compiled
 from .model_record import list_decisions
 
@@ -87,10 +88,12 @@ def merge_lora(model: nn.Module, *, keep_masks: bool = False) -> MergeReport:
         state = "is finalized" if finalized else "has no adapter of PEFT"
         state = state if masked else "has chosen no weights yet: call it once first"
         raise ConfigError(f"{type(model).__name__} {state}, so there is nothing to merge")
+    if any(isinstance(forward.frozen, SoftMasks) for forward in forwards):
+        raise ConfigError(f"{type(model).__name__} has soft thresholds, not masks to keep")
     _check_layers(layers)
     patterns = {id(weight): pattern for weight, pattern in masked.values()}
     fixed = {
-        id(weight): forward.frozen.get(strip_adapter_prefix(name), weight.device)
+        id(weight): forward.frozen.find_mask(strip_adapter_prefix(name), weight.device)
         for forward in forwards
         for name, weight in forward.module.named_parameters()
     }

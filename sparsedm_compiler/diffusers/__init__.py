@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from ..optional_deps import is_installed
+from .attach import attach
 from .config import SparseConfig
-from .quantizer import SparseQuantizer, attach
 from .registration import register
 
 __all__ = ["SparseConfig", "attach"]
 
-register(SparseConfig, SparseQuantizer)
+if is_installed("diffusers"):  # without it there is nothing to plug in
+    from .quantizer import SparseQuantizer
+
+    register(SparseConfig, SparseQuantizer)

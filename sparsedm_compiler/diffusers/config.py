@@ -8,14 +8,13 @@ from enum import Enum
 from typing import Any
 
 from ..compiler.guarded_forward import SparseForward
+from ..compiler.held_masks import SoftMasks
 from ..compiler.model_record import check_decisions, describe_decisions, list_decisions
 from ..config import Backend, CompileConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..files.container import VERSION
 from ..patterns import Pattern
-from .registration import METHOD, import_private
-
-_Base: Any = import_private("diffusers.quantizers.quantization_config", "QuantizationConfigMixin")
+from .registration import METHOD
 
 _PREDICATE = "(a predicate over parameter names)"
 
@@ -26,7 +25,7 @@ class QuantMethod(str, Enum):
     SPARSEDM = METHOD
 
 
-class SparseConfig(_Base):  # type: ignore[misc]
+class SparseConfig:
     """The options of ``compile``, for the argument ``quantization_config`` of ``from_pretrained``.
 
     ``from_pretrained`` of a diffusers model then returns the compiled model, and of a pipeline
@@ -103,9 +102,16 @@ class SparseConfig(_Base):  # type: ignore[misc]
         return new
 
     def record(self, forward: SparseForward) -> None:
-        """Takes over the state of a compiled model, to be saved with it."""
+        """Takes over the state of a compiled model, to be saved with it.
+
+        Raises ConfigError for soft thresholds, which config.json does not hold.
+        """
+        if isinstance(forward.frozen, SoftMasks):
+            raise ConfigError(
+                "config.json holds no soft thresholds: save this student by sparsedm_compiler.save"
+            )
         decisions = describe_decisions(list_decisions(forward))
-        self._set(forward.config, decisions, forward.frozen)
+        self._set(forward.config, decisions, forward.frozen.frozen_names)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for config.json: all that concerns the model, not the machine."""
@@ -116,6 +122,9 @@ class SparseConfig(_Base):  # type: ignore[misc]
         return {**values, "decisions": dict(self.decisions), "frozen": [*self.frozen]}
 
     to_diff_dict = to_dict
+
+    def __repr__(self) -> str:
+        return f"SparseConfig({self.to_dict()})"
 
     @classmethod
     def from_dict(

@@ -18,7 +18,6 @@ from ..graph.capture import map_parameter_names
 from .config import SparseConfig
 from .registration import import_private
 
-_MODELS = "diffusers.models.modeling_utils"
 _Base: Any = import_private("diffusers.quantizers.base", "DiffusersQuantizer")
 
 
@@ -94,7 +93,8 @@ class SparseQuantizer(_Base):  # type: ignore[misc]
         if self.model is None:
             return state_dict, {}
         forward = require_compiled(self.model)[0][1]
-        mask_frozen(forward.module, forward.frozen, state_dict)
+        if forward.frozen.frozen_names:
+            mask_frozen(forward.module, forward.frozen, state_dict)
         record = {**describe_model(forward), "packed": {}, "aliases": {}}
         return state_dict, {KEY: json.dumps(record)}
 
@@ -103,39 +103,6 @@ class SparseQuantizer(_Base):  # type: ignore[misc]
             "a pruned model is not dequantized: load it without the plugin's config to have it "
             "dense, or sparsedm_compiler.apply_masks(model) to have its zeros in the parameters"
         )
-
-
-def attach(model: nn.Module) -> None:
-    """Makes ``save_pretrained`` of a compiled diffusers model write what ``from_pretrained`` reads.
-
-    Models that ``from_pretrained`` compiled have this already. Without it, ``save_pretrained`` of
-    a model that ``sparsedm_compiler.compile`` made saves the weights alone.
-
-    Args:
-        model: A diffusers model that was compiled.
-
-    Raises:
-        ConfigError: If ``model`` was not compiled, or does not come from diffusers.
-
-    Example:
-        >>> import sparsedm_compiler as sdm
-        >>> from sparsedm_compiler.diffusers import attach
-        >>> from diffusers import UNet2DModel
-        >>> options = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-        >>> unet = UNet2DModel(8, block_out_channels=[8], norm_num_groups=4, **options)
-        >>> student = sdm.compile(unet, "2:4")
-        >>> attach(student)
-        >>> str(student.config.quantization_config.config.pattern)
-        '2:4'
-    """
-    forward = find_compiled(model)
-    if forward is None or not isinstance(model, import_private(_MODELS, "ModelMixin")):
-        raise ConfigError(
-            f"{type(model).__name__} is not a compiled model of diffusers; for others there is "
-            "sparsedm_compiler.save"
-        )
-    config = SparseConfig.from_compiled(forward)
-    SparseQuantizer(config, pre_quantized=True).adopt(model)
 
 
 def compile_as(model: nn.Module, config: SparseConfig) -> None:

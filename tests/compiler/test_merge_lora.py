@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.compiler.held_masks import SoftMasks
 from tests.compiler.nets import Chain, X, compiled_chain, compiled_unet, run_unet
 from tests.diffusers.cases import run, small_unet
 from tests.oracle import OPTIONS, assert_same, brute_mask, masked_patterns, oracle_of
@@ -208,6 +209,15 @@ def test_merge_of_what_cannot_be_merged_is_refused_and_changes_nothing() -> None
         if "lora_B" not in name:
             assert_same(tensor, state[name], tolerance=1e-6)  # unmerge rounds
     assert not student.b.merged
+
+
+def test_merge_into_soft_thresholds_is_refused() -> None:
+    student = adapted_chain()
+    scales = {name: torch.ones(1) for name in ("b.weight", "c.weight")}
+    patterns = dict.fromkeys(scales, sdm.Pattern.parse("2:4"))
+    student._sparsedm.frozen = SoftMasks(scales, patterns)
+    with pytest.raises(sdm.ConfigError, match="has soft thresholds"):
+        sdm.merge_lora(student)
 
 
 def test_merge_into_a_finalized_model_is_refused() -> None:

@@ -15,9 +15,10 @@ from diffusers import UNet2DModel
 from diffusers.quantizers import PipelineQuantizationConfig, auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.compiler.held_masks import SoftMasks
 from sparsedm_compiler.diffusers import attach
 from sparsedm_compiler.diffusers.quantizer import SparseQuantizer
 from sparsedm_compiler.diffusers.registration import METHOD, TESTED, list_tables
@@ -252,6 +253,14 @@ def test_frozen_masks_are_saved_and_loaded(student: Any, tmp_path: Path) -> None
     assert {*again._sparsedm.frozen} == {*masked_patterns(student)}
 
 
+def test_student_of_soft_thresholds_is_not_saved_without_them(student: Any, tmp_path: Path) -> None:
+    soft = copy.deepcopy(student)
+    patterns = dict(masked_patterns(soft))
+    soft._sparsedm.frozen = SoftMasks({name: torch.ones(1) for name in patterns}, patterns)
+    with pytest.raises(sdm.ConfigError, match="holds no soft thresholds"):
+        soft.save_pretrained(tmp_path)
+
+
 def test_config_takes_the_options_of_compile() -> None:
     taken = [*inspect.signature(sdm.compile).parameters]
     ours = [*inspect.signature(sdm.SparseConfig).parameters]
@@ -295,7 +304,9 @@ def test_damaged_config_is_refused_before_anything_is_loaded(
     config = json.loads(path.read_text())
     config["quantization_config"].update(change)
     path.write_text(json.dumps(config))
-    if "gone" not in message:  # which takes the model, that diffusers builds later
+    if "gone" in message:  # what fits no model is noticed before weights are put into it
+        save_file({MID: torch.zeros(1)}, tmp_path / WEIGHTS)
+    else:
         (tmp_path / WEIGHTS).write_bytes(b"never read")
     with pytest.raises(sdm.CheckpointError, match=message):
         UNet2DModel.from_pretrained(tmp_path)
