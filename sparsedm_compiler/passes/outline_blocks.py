@@ -1,7 +1,8 @@
 """``ops of block i -> invoke_subgraph(block, weights of block i, x)``: one sub-graph for them all.
 
 Inductor compiles a sub-graph once, however often it is invoked, and calls it as a function in the
-code of the whole graph: torch's regional compilation, without any change to the model.
+code of the whole graph: torch's regional compilation, without any change to the model. Not one of
+the planned rewrites: it comes after their verification, when packed weights have their layouts.
 """
 
 from __future__ import annotations
