@@ -145,6 +145,7 @@ def test_soft_threshold_shrinks_by_the_largest_pruned_weight(
 def test_a_stopped_run_resumes_to_the_same_weights(
     options: dict[str, Any], stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    options = {**options, "held_out": None, "save_every": 96, "log_every": 96}  # which cost time
     whole, _ = short("sr-ste", tmp_path / "whole", **options)
     real = loop.record
 
