@@ -107,8 +107,7 @@ def get_compile_options(config: RunConfig) -> dict[str, Any]:
 def get_pruning_options(config: RunConfig) -> dict[str, Any]:
     """Returns the options of ``compile`` that decide which weights are pruned."""
     options = get_compile_options(config)
-    del options["backend"]
-    return options
+    return {name: value for name, value in options.items() if name not in ("backend", "regional")}
 
 
 def count_run_macs(teacher: nn.Module, config: RunConfig, inputs: OpenedInputs) -> dict[str, int]:

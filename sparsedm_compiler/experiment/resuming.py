@@ -35,6 +35,7 @@ MAY_DIFFER: Mapping[str, str] = {
     "data.null": BY_CONTENT,
     "data.vae": SCORED_AGAIN,
     "prune.backend": "the compiler of the graph, as the machine has it",
+    "prune.regional": "how much of the graph that compiler sees at once",
     **{f"train.{name}": reason for name, reason in TRAINING_MAY_DIFFER.items()},
     "sample.*": SCORED_AGAIN,
     "score.*": SCORED_AGAIN,

@@ -68,6 +68,7 @@ SET_BY_RUN: Mapping[str, str] = {
     "mode": "a run trains, and then samples",
     "kernels": "samples are drawn by dense kernels, which give the same numbers everywhere",
     "exclude_kernels": "no sparse kernel is considered",
+    "autotune": "no kernel is chosen",
     "autotune_seconds": "no kernel is timed",
     "finalize": "no weight is packed",
 }

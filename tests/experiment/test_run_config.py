@@ -77,9 +77,9 @@ def test_run_config_from_a_file_round_trips(tmp_path: Path) -> None:
 
 def test_prune_spec_of_compile_options_has_those_that_the_run_does_not_set() -> None:
     """An option that is new in ``CompileConfig`` is decided on here: for the user, or the run."""
-    names = ["pattern", "policy", "keep_dense", "overrides", "backend"]
+    names = ["pattern", "policy", "keep_dense", "overrides", "backend", "regional"]
     assert [option.name for option in fields(PruneSpec)] == names
-    run = ["mode", "kernels", "exclude_kernels", "autotune_seconds", "finalize"]
+    run = ["mode", "kernels", "exclude_kernels", "autotune", "autotune_seconds", "finalize"]
     assert list(SET_BY_RUN) == run
     assert {option.name for option in fields(CompileConfig)} == {*names, *run}
     assert {*names, *run} < inspect.signature(sdm.compile).parameters.keys()
@@ -87,9 +87,9 @@ def test_prune_spec_of_compile_options_has_those_that_the_run_does_not_set() -> 
 
 def test_prune_spec_by_default_is_the_default_compile_config() -> None:
     config = RunConfig.create(LEAST)
-    assert config.prune == PruneSpec("2:4", "structural", (), {}, "auto")
+    assert config.prune == PruneSpec("2:4", "structural", (), {}, "auto", False)
     options = get_compile_options(config)
-    assert options.keys() == {"policy", "keep_dense", "overrides", "backend"}
+    assert options.keys() == {"policy", "keep_dense", "overrides", "backend", "regional"}
     assert CompileConfig.create(config.prune.pattern, **options) == CompileConfig.create("2:4")
 
 
