@@ -35,7 +35,8 @@ def prune_matrix(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
         pattern: What to prune to; it fits the shape.
 
     Returns:
-        The pruned matrix, zero where the mask is False.
+        The pruned matrix, zero where the mask is False. Its error is not above that of the largest
+        magnitudes (but for N:M within blocks, which are chosen first).
 
     Raises:
         IndefiniteError: The Hessian is not positive definite.
@@ -43,12 +44,23 @@ def prune_matrix(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
     if isinstance(pattern, NestedNM):
         return _prune_nested(weight, hessian, pattern)
     factor = factorize_inverse(hessian)
-    if not is_known(pattern):
+    if is_known(pattern):
+        pruned, mask = _sweep(weight.clone(), factor, pattern)
+    else:
         scores = weight / factor.square().sum(0).sqrt()  # w^2 / [H^-1]_jj, as magnitudes
         mask = pattern.compute_mask(scores)
-        return refit(weight * mask, weight, hessian, mask)
-    pruned, mask = _sweep(weight.clone(), factor, pattern)
-    return refit(pruned, weight, hessian, mask)
+        pruned = weight * mask
+    pruned = refit(pruned, weight, hessian, mask)
+    largest = pattern.compute_mask(weight)
+    plain = weight * largest
+    if _measure(pruned - weight, hessian) <= _measure(plain - weight, hessian):
+        return pruned
+    return refit(plain, weight, hessian, largest)  # group after group is no search of all masks
+
+
+def _measure(change: Tensor, hessian: Tensor) -> float:
+    """Returns ``tr(D H D^T)``."""
+    return float(((change @ hessian) * change).sum())
 
 
 def factorize_inverse(hessian: Tensor) -> Tensor:
