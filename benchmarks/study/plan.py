@@ -12,13 +12,15 @@ from torch import nn
 from sparsedm_compiler.data import ImageData, open_data
 from sparsedm_compiler.models import UViT
 
-GROUPS = ("methods", "long", "sweep", "blocks")
-"""Every method at every pattern; some with more images; one option at a time; block patterns."""
+GROUPS = ("methods", "long", "sweep", "blocks", "settled")
+"""Every method at every pattern; some with more images; one option at a time; block patterns; masks
+that begin with OBS and settle."""
 
 METHODS = ("sparsedm", "ste", "sr-ste", "asp", "progressive", "transfer")
 PATTERNS = ("2:4", "1:4", "1:8", "2:4x4", "1:4x4", "1:8x4")
 BLOCKS = ("2:4", "1:2@32x8", "1:4", "1:4@32x8", "1:2@32x8+2:4")
 """Block patterns, each beside the per-row pattern of its density."""
+SETTLED = ("2:4", "1:4", "1:8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +38,12 @@ class Budget:
     depth: int = 5
     patterns: tuple[str, ...] = PATTERNS
     blocks: tuple[str, ...] = BLOCKS
+    settled: tuple[str, ...] = SETTLED
     judge_epochs: int = 6
 
 
 SMALL = Budget(240_000, 6_400, 4, 400, 600, 10)
-QUICK = Budget(512, 128, 2, 64, 40, 4, (0,), 32, 2, ("2:4", "1:4x4"), BLOCKS[1::3], 1)
+QUICK = Budget(512, 128, 2, 64, 40, 4, (0,), 32, 2, ("2:4", "1:4x4"), BLOCKS[1::3], ("1:4",), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,8 @@ class Study:
             yield from self.list_long_runs()
         elif group == "blocks":
             yield from self.list_block_runs()
+        elif group == "settled":
+            yield from self.list_settled_runs()
         else:
             yield from self.list_sweep()
 
@@ -178,6 +183,19 @@ class Study:
                     yield Setting("blocks", "untrained", pattern, seed)
                 for method in ("asp", "ste", "sparsedm"):
                     yield Setting("blocks", method, pattern, seed)
+
+    def list_settled_runs(self) -> Iterator[Setting]:
+        """Yields starts from OBS and masks frozen at half of the images, at the best rate."""
+        options = {"lr": 2e-3}
+        for seed in self.budget.seeds:
+            yield Setting("settled", "dense", None, seed, options)
+            for pattern in self.budget.settled:
+                yield Setting("settled", "asp", pattern, seed, options)
+                yield Setting("settled", "asp", pattern, seed, {**options, "start": "obs"})
+                yield Setting("settled", "ste", pattern, seed, options)
+                yield Setting("settled", "ste", pattern, seed, {**options, "freeze": 0.5})
+                both = {**options, "start": "obs", "freeze": 0.5}
+                yield Setting("settled", "ste", pattern, seed, both)
 
     def list_sweep(self) -> Iterator[Setting]:
         """Yields single changes to STE with a teacher, at 1:4 and 1:8; then longer runs."""

@@ -42,6 +42,8 @@ def write_tables(study: Study) -> None:
     (study.out / "methods.json").write_text(json.dumps(values, indent=1) + "\n")
     groups = [group for group in ("methods", "long", "blocks") if runs[group]]
     tables = [format_methods(runs[group]) for group in groups]
+    if runs["settled"]:
+        tables.append(format_settled(runs["settled"]))
     text = "\n\n".join((*tables, format_sweep(runs["sweep"]))) + "\n"
     (study.out / "methods.md").write_text(text)
     print(text)
@@ -120,6 +122,23 @@ def format_methods(runs: Rows) -> str:
         head = [f"{title} (dense {dense})", *patterns]
         parts.append(tabulate(body, head, tablefmt="github", disable_numparse=True))
     return "\n\n".join(parts)
+
+
+def format_settled(runs: Rows) -> str:
+    """Returns held-out losses, a line per method with its start and its freeze."""
+    lines: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        extras = (f", {name} {run[name]}" for name in ("start", "freeze") if name in run)
+        line = lines.setdefault(run["method"] + "".join(extras), {})
+        line.setdefault(run["pattern"] or "", []).append(run["loss"])
+    dense = format_spread(lines.pop("dense", {}).get("", []), 4)
+    patterns = list(dict.fromkeys(pattern for line in lines.values() for pattern in line))
+    body = [
+        [name, *(format_spread(line.get(pattern, []), 4) for pattern in patterns)]
+        for name, line in lines.items()
+    ]
+    head = [f"held-out loss (dense {dense})", *patterns]
+    return tabulate(body, head, tablefmt="github", disable_numparse=True)
 
 
 def format_sweep(runs: Rows) -> str:
