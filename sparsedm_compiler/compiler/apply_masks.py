@@ -46,7 +46,7 @@ def apply_masks(model: nn.Module) -> tuple[str, ...]:
     with torch.no_grad():
         for forward in forwards:
             write_frozen_masks(forward.module, forward.frozen)
-            if forward.frozen and not forward.frozen.frozen_names:
+            if forward.frozen.are_temporary:
                 install_masks(forward, FrozenMasks())
         for name, (weight, pattern) in masked.items():
             weight.copy_(apply_mask(weight, nm_mask(weight, pattern, name=name)))

@@ -68,8 +68,8 @@ def freeze_masks(
     for prefix, forward in require_compiled(model):
         require_trained(forward)
         masks: dict[str, Tensor] = {}
-        soft = bool(forward.frozen) and not forward.frozen.frozen_names
-        if soft:
+        temporary = forward.frozen.are_temporary
+        if temporary:
             write_frozen_masks(forward.module, forward.frozen)
         for name, weight, pattern in list_pruned(forward):
             mask = forward.frozen.find_mask(name, weight.device)
@@ -78,7 +78,7 @@ def freeze_masks(
             masks[name] = mask
             _clear_pruned(weight, mask, optimizer)
             frozen.append(prefix + name)
-        if soft or any(name not in forward.frozen for name in masks):
+        if temporary or any(name not in forward.frozen for name in masks):
             install_masks(forward, FrozenMasks(masks))
     return tuple(frozen)
 

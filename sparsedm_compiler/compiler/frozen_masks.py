@@ -59,6 +59,11 @@ class FrozenMasks:
         """The weights whose pruned values are zero for good."""
         return tuple(self._masks)
 
+    @property
+    def are_temporary(self) -> bool:
+        """Whether these are masks or thresholds that freezing puts an end to."""
+        return len(self) > 0 and not self.frozen_names
+
     def find_mask(self, name: str, device: torch.device) -> Tensor | None:
         """Returns the mask of a weight where that is not computed anew."""
         return self.get(name, device)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .flat_graph import name_target
+
 _WRITES = {"iadd", "isub", "imul", "itruediv", "setitem"}
 _DRAWS = ("bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softmax")
 
@@ -20,7 +22,7 @@ def may_write_in_place(node: fx.Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    name = _name_target(node.target)
+    name = name_target(node.target)
     if name.strip("_") in _WRITES or (name.endswith("_") and not name.endswith("__")):
         return True
     return bool(_bind(node).get("inplace")) or "out" in node.kwargs
@@ -30,18 +32,13 @@ def may_draw(node: fx.Node) -> bool:
     """Returns whether the value of a node may depend on a random number generator."""
     if node.op not in ("call_function", "call_method"):
         return False
-    name = _name_target(node.target)
+    name = name_target(node.target)
     if "dropout" in name:
         arguments = _bind(node)
         return bool(arguments.get("training", True)) and arguments.get("p", 1.0) != 0
     if name == "scaled_dot_product_attention":  # (query, key, value, attn_mask, dropout_p, ...)
         return bool((*node.args[4:5], node.kwargs.get("dropout_p", 0.0))[0])
     return name.startswith(("rand", *_DRAWS))
-
-
-def _name_target(target: Any) -> str:
-    name: str = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return name.partition(".")[0] if isinstance(target, torch._ops.OpOverload) else name
 
 
 def _bind(node: fx.Node) -> Mapping[str, Any]:

@@ -221,10 +221,16 @@ def _name_step(op: Op) -> str | None:
 
 def classify_step(target: Any) -> str | None:
     """Returns the name of a target that casts, views or turns one tensor; None for any other."""
+    name = name_target(target)
+    return name if name in _CASTS | _VIEWS | _TURNS else None
+
+
+def name_target(target: Any) -> str:
+    """Returns the name of what a node calls, without an op's overload; "" where it has none."""
     if isinstance(target, torch._ops.OpOverload):
         target = target._opname
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return name if name in _CASTS | _VIEWS | _TURNS else None
+    name: str = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name
 
 
 def _classify_layout(seen: Any, parameter: Any, turned: bool) -> str:

@@ -53,13 +53,13 @@ def prune_matrix(weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
     pruned = refit(pruned, weight, hessian, mask)
     largest = pattern.compute_mask(weight)
     plain = weight * largest
-    if _measure(pruned - weight, hessian) <= _measure(plain - weight, hessian):
+    if measure_error(pruned - weight, hessian) <= measure_error(plain - weight, hessian):
         return pruned
     return refit(plain, weight, hessian, largest)  # group after group is no search of all masks
 
 
-def _measure(change: Tensor, hessian: Tensor) -> float:
-    """Returns ``tr(D H D^T)``."""
+def measure_error(change: Tensor, hessian: Tensor) -> float:
+    """Returns ``tr(D H D^T)`` of a change D [rows, d] of a matrix."""
     return float(((change @ hessian) * change).sum())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..patterns import Pattern
 from .layer_matrix import from_matrix, to_matrix
-from .obs import IndefiniteError, prune_matrix
+from .obs import IndefiniteError, measure_error, prune_matrix
 from .statistics import LayerStatistics
 
 DAMPING, SPARSE_DAMPING = 0.01, 0.1
@@ -135,11 +135,8 @@ def mask_matrix(matrix: Tensor, scores: Tensor, like: Tensor, pattern: Pattern) 
 
 def compute_error(change: Tensor, hessians: list[Tensor], parts: tuple[range, ...]) -> float:
     """Returns ``tr(D H D^T)``, added up over the parts of the columns."""
-    total = 0.0
-    for hessian, part in zip(hessians, parts, strict=True):
-        own = change[:, part.start : part.stop]
-        total += float(((own @ hessian) * own).sum())
-    return total
+    pairs = zip(hessians, parts, strict=True)
+    return sum(measure_error(change[:, part.start : part.stop], own) for own, part in pairs)
 
 
 def prune_damped(

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import ClassVar, final
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -16,7 +12,6 @@ from sparsedm_compiler.oneshot import obs
 from sparsedm_compiler.oneshot.obs import IndefiniteError, factorize_inverse, prune_matrix, refit
 from sparsedm_compiler.oneshot.removals import remove_cheapest
 from sparsedm_compiler.patterns import Pattern
-from sparsedm_compiler.selection.top_n import select_top_n
 from tests.oneshot.cases import (
     PATTERNS,
     find_best,
@@ -26,6 +21,7 @@ from tests.oneshot.cases import (
     measure,
     solve,
 )
+from tests.patterns.tile_pattern import TileTopN
 
 EXACT = ("2:4", "1:4", "3:4", "1:8", "2:4x2", "1:8x4", "2:2:8", "2:4t", "1:4t", "1:2@4x4")
 
@@ -133,30 +129,6 @@ def test_refit_never_raises_an_error() -> None:
     best = measure(solve(weight, hessian, mask) - weight, hessian)
     assert errors[-1] == pytest.approx(best, rel=1e-6)
     assert errors[0] > 1.5 * errors[-1]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class TileTopN(Pattern):
-    """Of every m x m tile the n * m largest weights are kept: a kind that OBS does not know."""
-
-    SPELLING: ClassVar[re.Pattern[str]] = re.compile(r"(\d+):(\d+)u")
-
-    @classmethod
-    def from_match(cls, match: re.Match[str]) -> TileTopN:
-        return TileTopN(int(match[1]), int(match[2]))
-
-    @property
-    def height(self) -> int:
-        return self.m
-
-    def compute_mask(self, weight: Tensor) -> Tensor:
-        tiles = weight.unflatten(1, (-1, self.m)).unflatten(0, (-1, self.m)).movedim(1, 2)
-        mask = select_top_n(tiles.flatten(2, 3).flatten(0, 1), self.n * self.m, self.m**2)
-        return mask.view(tiles.shape).movedim(2, 1).flatten(2, 3).flatten(0, 1)
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}u"
 
 
 def test_prune_matrix_of_an_unknown_kind_takes_the_mask_of_its_scores() -> None:

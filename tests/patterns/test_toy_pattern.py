@@ -1,4 +1,4 @@
-"""A new kind of pattern is one class: nothing but this file knows the two that are defined here."""
+"""A new kind of pattern is one class: nothing in the package knows the two of this file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.patterns import NM, Pattern, register_pattern, unregister_pattern
-from sparsedm_compiler.selection.top_n import select_top_n
 from tests.oracle import OPTIONS, assert_same
+from tests.patterns.tile_pattern import TileTopN
 
 TILE_TEXT, DIAGONAL_TEXT = "1:4u", "d1:4"
 
@@ -24,33 +24,7 @@ TILE_TEXT, DIAGONAL_TEXT = "1:4u", "d1:4"
 @pytest.fixture(autouse=True)
 def tile_kind() -> Iterator[type[Pattern]]:
     """Registers "n:mu" for one test; it says of no other pattern that its masks satisfy it."""
-
-    @register_pattern
-    @final
-    @dataclass(frozen=True, slots=True)
-    class TileTopN(Pattern):
-        """Of every m x m tile the n * m largest weights are kept, wherever they lie."""
-
-        SPELLING: ClassVar[re.Pattern[str]] = re.compile(r"(\d+):(\d+)u")
-        EXPLANATION: ClassVar[str] = "'1:4u' keeps 4 of the 16 of a tile"
-
-        @classmethod
-        def from_match(cls, match: re.Match[str]) -> TileTopN:
-            return TileTopN(int(match[1]), int(match[2]))
-
-        @property
-        def height(self) -> int:
-            return self.m
-
-        def compute_mask(self, weight: Tensor) -> Tensor:
-            tiles = weight.unflatten(1, (-1, self.m)).unflatten(0, (-1, self.m)).movedim(1, 2)
-            mask = select_top_n(tiles.flatten(2, 3).flatten(0, 1), self.n * self.m, self.m**2)
-            mask = mask.view(tiles.shape).movedim(2, 1)
-            return mask.flatten(2, 3).flatten(0, 1)
-
-        def __str__(self) -> str:
-            return f"{self.n}:{self.m}u"
-
+    register_pattern(TileTopN)
     yield TileTopN
     unregister_pattern(TileTopN)
 

@@ -212,8 +212,7 @@ class Launcher:
                 wait for that one (``griddepcontrol.wait``, from compute capability 9.0 on).
         """
         self.shared = shared
-        self._overlaps = overlaps
-        self._attributes = (_LaunchAttribute * 1)(_OVERLAP)
+        self._attributes = (_LaunchAttribute * 1)(_OVERLAP) if overlaps else None
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             call_driver("cuModuleLoadData", ctypes.byref(self._module), code)
@@ -227,7 +226,7 @@ class Launcher:
         """Launches with one structure as the only argument."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        if not self._overlaps:
+        if self._attributes is None:
             sizes = (*grid, 1, threads, 1, 1)
             call_driver(
                 "cuLaunchKernel", self._function, *sizes, self.shared, stream, pointers, None

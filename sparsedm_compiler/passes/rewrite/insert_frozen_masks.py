@@ -7,6 +7,7 @@ from torch import fx
 
 from ...graph.added_inputs import MASK, add_input, is_added
 from ...graph.flat_graph import get_example_value
+from ...graph.read_through import read_through
 from ..planned_weight import Plan, PlannedWeight
 
 
@@ -31,13 +32,8 @@ def _mask(graph: fx.Graph, row: PlannedWeight) -> int:
     assert row.frozen is not None
     weight, readers = row.placeholder, list(row.placeholder.users)
     mask = add_input(graph, MASK, weight, row.frozen)
-    if not readers:
-        return 1
-    with graph.inserting_before(min(readers)):
-        masked = graph.call_function(torch.where, (mask, weight, 0.0))
-    masked.meta = {key: weight.meta[key] for key in ("stack_trace",) if key in weight.meta}
-    if "example_value" in mask.meta:
-        masked.meta["example_value"] = torch.empty_like(get_example_value(weight))
-    for reader in readers:
-        reader.replace_input_with(weight, masked)
+    if readers:
+        known = "example_value" in mask.meta
+        example = torch.empty_like(get_example_value(weight)) if known else None
+        read_through(weight, readers, torch.where, (mask, weight, 0.0), example)
     return 1

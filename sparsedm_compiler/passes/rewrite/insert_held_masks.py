@@ -6,6 +6,7 @@ from torch import fx
 
 from ...graph.added_inputs import HELD, add_input, is_added
 from ...graph.flat_graph import get_example_value
+from ...graph.read_through import read_through
 from ...masks.held_mask import hold_mask_op, soft_threshold_op
 from ..planned_weight import Plan, PlannedWeight
 
@@ -25,18 +26,11 @@ def _mask(graph: fx.Graph, row: PlannedWeight) -> int:
     assert row.held is not None
     weight, readers = row.placeholder, list(row.placeholder.users)
     held = add_input(graph, HELD, weight, row.held)
-    if not readers:
-        return 1
-    with graph.inserting_before(min(readers)):
-        if row.soft:
-            masked = graph.call_function(soft_threshold_op, (weight, held, str(row.pattern)))
-        else:
-            masked = graph.call_function(hold_mask_op, (weight, held))
-    masked.meta = {key: weight.meta[key] for key in ("stack_trace",) if key in weight.meta}
-    if "example_value" in held.meta:
-        value, extra = get_example_value(weight), held.meta["example_value"]
-        arguments = (value, extra, str(row.pattern)) if row.soft else (value, extra)
-        masked.meta["example_value"] = masked.target(*arguments)  # type: ignore[operator]
-    for reader in readers:
-        reader.replace_input_with(weight, masked)
+    if readers:
+        op = soft_threshold_op if row.soft else hold_mask_op
+        options = (str(row.pattern),) if row.soft else ()
+        example = None
+        if "example_value" in held.meta:
+            example = op(get_example_value(weight), held.meta["example_value"], *options)
+        read_through(weight, readers, op, (weight, held, *options), example)
     return 1

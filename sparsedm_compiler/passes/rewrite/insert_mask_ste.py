@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from ...graph.flat_graph import get_example_value
+from ...graph.read_through import read_through
 from ...masks.mask_ste import mask_ste_op
 from ..planned_weight import Plan, PlannedWeight
 
@@ -15,20 +16,15 @@ def insert_mask_ste(gm: fx.GraphModule, plan: Plan) -> int:
     A weight is masked everywhere it is read, so one mask per graph serves tied weights and the
     sub-graphs (checkpointed blocks) the weight is passed into.
     """
-    return sum(_mask(gm.graph, row) for row in plan if not row.is_frozen and row.held is None)
+    return sum(_mask(row) for row in plan if not row.is_frozen and row.held is None)
 
 
-def _mask(graph: fx.Graph, row: PlannedWeight) -> int:
+def _mask(row: PlannedWeight) -> int:
     weight, pattern = row.placeholder, str(row.pattern)
     readers = [user for user in weight.users if user.target is not mask_ste_op]
     if not readers:
         return 0
-    with graph.inserting_before(min(readers)):
-        masked = graph.call_function(mask_ste_op, (weight, pattern))
-    masked.meta = {key: weight.meta[key] for key in ("stack_trace",) if key in weight.meta}
     value = get_example_value(weight)
-    if isinstance(value, Tensor):
-        masked.meta["example_value"] = mask_ste_op(value, pattern)
-    for reader in readers:
-        reader.replace_input_with(weight, masked)
+    example = mask_ste_op(value, pattern) if isinstance(value, Tensor) else None
+    read_through(weight, readers, mask_ste_op, (weight, pattern), example)
     return 1
