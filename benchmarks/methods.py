@@ -6,8 +6,9 @@ Trains a small dense U-ViT on the images (any that ``sparsedm_compiler.data.open
 takes the trained one that --teacher names, such as study/cifar16_teacher.safetensors), then every
 method at every pattern and seed from that one teacher, for the same number of images; some with
 four times the images; a sweep of lambda, beta and learning rate; and block patterns such as
-1:2@32x8 beside per-row ones of their density (--only blocks), and starts from OBS with masks that
-freeze at half of the images (--only settled). Every run has its own folder and is
+1:2@32x8 beside per-row ones of their density (--only blocks), starts from OBS with masks that
+freeze at half of the images (--only settled), and every method at the learning rates that suit its
+pattern, beside obs-distill (--only tuned, --only tuned-long). Every run has its own folder and is
 resumed by the same command. Samples are scored by the Fréchet distance on a small classifier of the
 same images, "FD-SmallResNet", which is no FID. Writes methods.json, methods.md and a page that
 compares the runs of each group.

@@ -12,15 +12,25 @@ from torch import nn
 from sparsedm_compiler.data import ImageData, open_data
 from sparsedm_compiler.models import UViT
 
-GROUPS = ("methods", "long", "sweep", "blocks", "settled")
+GROUPS = ("methods", "long", "sweep", "blocks", "settled", "tuned", "tuned-long")
 """Every method at every pattern; some with more images; one option at a time; block patterns; masks
-that begin with OBS and settle."""
+that begin with OBS and settle; every method at the learning rates of its pattern, and some of them
+with more images."""
 
 METHODS = ("sparsedm", "ste", "sr-ste", "asp", "progressive", "transfer")
 PATTERNS = ("2:4", "1:4", "1:8", "2:4x4", "1:4x4", "1:8x4")
 BLOCKS = ("2:4", "1:2@32x8", "1:4", "1:4@32x8", "1:2@32x8+2:4")
 """Block patterns, each beside the per-row pattern of its density."""
 SETTLED = ("2:4", "1:4", "1:8")
+RATES: Mapping[str, tuple[float, ...]] = {
+    "2:4": (1e-3, 2e-3),
+    "1:4": (2e-3, 4e-3),
+    "1:8": (4e-3, 8e-3),
+    "1:2@32x8": (2e-3, 4e-3),
+    "32:2:8": (4e-3, 8e-3),
+}
+"""Learning rates to try with a pattern: the more it prunes, the higher the best one."""
+TUNED = ("asp", "ste", "sr-ste", "sparsedm", "obs-distill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +49,12 @@ class Budget:
     patterns: tuple[str, ...] = PATTERNS
     blocks: tuple[str, ...] = BLOCKS
     settled: tuple[str, ...] = SETTLED
+    tuned: tuple[str, ...] = tuple(RATES)
     judge_epochs: int = 6
 
 
 SMALL = Budget(240_000, 6_400, 4, 400, 600, 10)
-QUICK = Budget(512, 128, 2, 64, 40, 4, (0,), 32, 2, ("2:4", "1:4x4"), BLOCKS[1::3], ("1:4",), 1)
+QUICK = Budget(512, 128, 2, 64, 40, 4, (0,), 32, 2, ("2:4", "1:4x4"), BLOCKS[1::3], ("1:4",), ("1:8",), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +173,8 @@ class Study:
             yield from self.list_block_runs()
         elif group == "settled":
             yield from self.list_settled_runs()
+        elif group.startswith("tuned"):
+            yield from self.list_tuned_runs(group)
         else:
             yield from self.list_sweep()
 
@@ -196,6 +209,19 @@ class Study:
                 yield Setting("settled", "ste", pattern, seed, {**options, "freeze": 0.5})
                 both = {**options, "start": "obs", "freeze": 0.5}
                 yield Setting("settled", "ste", pattern, seed, both)
+
+    def list_tuned_runs(self, group: str) -> Iterator[Setting]:
+        """Yields every method at the rates of its pattern; longer runs of the strongest alone."""
+        longer = group == "tuned-long"
+        images = {"images": self.budget.images * self.budget.long} if longer else {}
+        methods = ("asp", "ste", "obs-distill") if longer else TUNED
+        for seed in self.budget.seeds:
+            for rate in (5e-4, 1e-3, 2e-3):
+                yield Setting(group, "dense", None, seed, {**images, "lr": rate})
+            for pattern in self.budget.tuned:
+                for rate in RATES[pattern][:1] if longer else RATES[pattern]:
+                    for method in methods:
+                        yield Setting(group, method, pattern, seed, {**images, "lr": rate})
 
     def list_sweep(self) -> Iterator[Setting]:
         """Yields single changes to STE with a teacher, at 1:4 and 1:8; then longer runs."""

@@ -18,7 +18,7 @@ from sparsedm_compiler.reporting import report_page
 
 from .plan import GROUPS, Study
 
-ORDER = ("untrained", "asp", "ste", "sr-ste", "sparsedm", "progressive", "transfer")
+ORDER = ("untrained", "asp", "ste", "sr-ste", "sparsedm", "obs-distill", "progressive", "transfer")
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -44,6 +44,7 @@ def write_tables(study: Study) -> None:
     tables = [format_methods(runs[group]) for group in groups]
     if runs["settled"]:
         tables.append(format_settled(runs["settled"]))
+    tables += [format_tuned(runs[group]) for group in ("tuned", "tuned-long") if runs[group]]
     text = "\n\n".join((*tables, format_sweep(runs["sweep"]))) + "\n"
     (study.out / "methods.md").write_text(text)
     print(text)
@@ -139,6 +140,35 @@ def format_settled(runs: Rows) -> str:
     ]
     head = [f"held-out loss (dense {dense})", *patterns]
     return tabulate(body, head, tablefmt="github", disable_numparse=True)
+
+
+def format_tuned(runs: Rows) -> str:
+    """Returns held-out losses, each method at its best learning rate, which follows the loss."""
+    cells: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for run in runs:
+        rates = cells.setdefault(run["method"], {}).setdefault(run["pattern"] or "", {})
+        rates.setdefault(run["lr"], []).append(run["loss"])
+    best = {
+        method: {pattern: format_best(rates) for pattern, rates in line.items()}
+        for method, line in cells.items()
+    }
+    patterns = list(dict.fromkeys(run["pattern"] for run in runs if run["pattern"]))
+    body = [
+        [method, *(best[method].get(pattern, "") for pattern in patterns)]
+        for method in ORDER
+        if method in best
+    ]
+    dense = best.get("dense", {}).get("", "")
+    head = [f"held-out loss (dense {dense})", *patterns]
+    return tabulate(body, head, tablefmt="github", disable_numparse=True)
+
+
+def format_best(rates: Mapping[float, Sequence[float]]) -> str:
+    """Returns the lowest mean of the learning rates that most seeds have run, and its rate."""
+    most = max(len(values) for values in rates.values())
+    whole = {rate: values for rate, values in rates.items() if len(values) == most}
+    rate = min(whole, key=lambda rate: statistics.fmean(whole[rate]))
+    return f"{format_spread(whole[rate], 4)} at {rate:g}"
 
 
 def format_sweep(runs: Rows) -> str:

@@ -49,6 +49,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             static_mask=True,
             **_ALONE,
         ),
+        "obs-distill": _method(
+            "starts pruned by OBS and learns the dense teacher's outputs alone; masks follow STE "
+            "for half of the run (docs/results/methods.md)",
+            alpha=0.0,
+            beta=1.0,
+            sr_ste_lambda=0.0,
+            start="obs",
+            freeze=0.5,
+        ),
         "progressive": _method(
             "the pattern is tightened in stages during one run",
             sr_ste_lambda=0.0,

@@ -39,6 +39,7 @@ def open_run(
     """
     if config.shard and optimizer is not None:
         raise ConfigError("shard=True replaces the parameters, and no optimizer can know the new")
+    require_target(teacher, config)
     process = TrainingProcess(student, config)
     optimizer = make_adamw(student, config) if optimizer is None else optimizer
     check_parameters(student, teacher, optimizer)
@@ -97,6 +98,16 @@ def make_adamw(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(
         parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
+
+
+def require_target(teacher: nn.Module | None, config: FinetuneConfig) -> None:
+    """Raises ConfigError where the loss would be zero, for want of a teacher or of both weights."""
+    taught = config.beta > 0 and (teacher is not None or config.teacher == "previous")
+    if config.images and config.alpha == 0 and not (taught and config.teacher != "none"):
+        raise ConfigError(
+            f"method {config.method!r} with alpha 0 learns from a teacher alone, and here is none: "
+            "give the dense model as teacher and beta > 0, or set alpha > 0"
+        )
 
 
 def check_parameters(

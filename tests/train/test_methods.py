@@ -11,11 +11,11 @@ from torch import nn
 import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError, Pattern
 from sparsedm_compiler.masks.nm_mask import nm_mask
-from sparsedm_compiler.train import METHODS, FinetuneConfig, loop
+from sparsedm_compiler.train import METHODS, FinetuneConfig, finetune, loop
 from sparsedm_compiler.train import stage_switch as staging
 from sparsedm_compiler.train import step as steps
 from sparsedm_compiler.train.methods import plan_patterns
-from tests.train.cases import SPARSE, short, student_of, teacher, weights
+from tests.train.cases import SPARSE, data, short, student_of, teacher, weights
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, look: Any) -> list[Any]:
@@ -182,6 +182,41 @@ def test_compute_losses_returns_the_weighted_terms(monkeypatch: pytest.MonkeyPat
         assert total == pytest.approx(0.5 * noise + 0.25 * taught, rel=1e-6)
         assert loss == pytest.approx(total, rel=1e-7)
         assert taught > 0
+
+
+def test_obs_distill_starts_from_obs_and_learns_the_teacher_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts: list[int] = []
+    frozen = recorded(monkeypatch, lambda run: run.frozen)
+    real = steps.compute_losses
+
+    def spy(run: Any, micro_batch: Any) -> Any:
+        losses = real(run, micro_batch)
+        assert losses[0] == losses[2] > 0
+        counts.append(sum(int((weight == 0).sum()) for weight in run.student.parameters()))
+        return losses
+
+    monkeypatch.setattr(steps, "compute_losses", spy)
+    short("obs-distill")
+    assert counts[0] > sum(int((weight == 0).sum()) for weight in teacher().parameters())
+    assert frozen == [False] * 6 + [True] * 6
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("obs-distill", {"beta": 0.0}), ("ste", {"alpha": 0.0}), ("dense", {"alpha": 0.0})],
+)
+def test_finetune_with_neither_truth_nor_teacher_raises(
+    method: str, options: dict[str, float]
+) -> None:
+    with pytest.raises(ConfigError, match="learns from a teacher alone"):
+        short(method, **options)
+
+
+def test_obs_distill_without_a_teacher_raises() -> None:
+    with pytest.raises(ConfigError, match="learns from a teacher alone"):
+        finetune(student_of(teacher()), None, data(), method="obs-distill", images=8, batch_size=8)
 
 
 def test_finetune_of_a_student_in_eval_mode_restores_the_mode(
