@@ -54,7 +54,9 @@ class Budget:
 
 
 SMALL = Budget(240_000, 6_400, 4, 400, 600, 10)
-QUICK = Budget(512, 128, 2, 64, 40, 4, (0,), 32, 2, ("2:4", "1:4x4"), BLOCKS[1::3], ("1:4",), ("1:8",), 1)
+QUICK = Budget(
+    512, 128, 2, 64, 40, 4, (0,), 32, 2, ("2:4", "1:4x4"), BLOCKS[1::3], ("1:4",), ("1:8",), 1
+)
 
 
 @dataclass(frozen=True, slots=True)
