@@ -20,6 +20,7 @@ class FoldedGraph:
         self.weights = weights
         self._folds = [(row.position, row.weight_format, row.name) for row in plan]
         self._check: FoldCheck | None = None
+        weights.register(self)
 
     def __call__(self, *inputs: Any) -> Any:
         arguments, weights, check = list(inputs), self.weights, self._check
@@ -30,6 +31,12 @@ class FoldedGraph:
             for position, weight_format, name in self._folds:
                 arguments[position] = weights.get(inputs[position], weight_format, name)
             self._check = make_check(weights, self._folds, inputs, arguments)
+            weights.drop_stale_checks()
         out = self.run(*arguments)
         weights.ask_devices()  # now, while a device still computes
         return out
+
+    def drop_stale_check(self) -> None:
+        """Drops the check if weights have been folded or replaced since it was made."""
+        if self._check is not None and self._check.generation != self.weights.generation:
+            self._check = None

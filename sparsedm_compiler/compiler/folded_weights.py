@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from ..errors import DenseRunError
 from ..graph.names import strip_adapter_prefix
 from ..passes import PlannedWeight
 from .edit_watch import EditWatcher, WeightSample, sample_values
-from .hollow_parameter import make_hollow_class
+from .free_memory import release_after_packing
+from .hollow_parameter import hollow_out, is_hollow, make_hollow_class
 
 
 @dataclass(slots=True)
@@ -36,6 +37,13 @@ class _FoldedWeight:
     state: tuple[int, int]
     samples: WeightSample
     folded: Tensor
+
+
+class HoldsCheck(Protocol):
+    """A graph that keeps a check of the folded weights from one call to the next."""
+
+    def drop_stale_check(self) -> None:
+        """Drops the check if weights have been folded or replaced since it was made."""
 
 
 class FoldedWeights:
@@ -57,6 +65,7 @@ class FoldedWeights:
         self.generation = 0  # counts what makes folded forms out of date
         self._watcher = EditWatcher()
         self._pending: list[tuple[Tensor, str, WeightFormat, KernelConfig | None]] = []
+        self._checkers: weakref.WeakSet[HoldsCheck] = weakref.WeakSet()
 
     def __len__(self) -> int:
         """The number of weights that are held in a folded form."""
@@ -97,6 +106,17 @@ class FoldedWeights:
         pending, self._pending = self._pending, []
         for weight, name, weight_format, kernel in pending:
             self._finalize(weight, name, weight_format, kernel)
+        if pending:
+            self.drop_stale_checks()
+
+    def register(self, graph: HoldsCheck) -> None:
+        """Makes a graph known that checks whether these weights are as they were folded."""
+        self._checkers.add(graph)
+
+    def drop_stale_checks(self) -> None:
+        """Frees what checks of earlier generations keep, the memory of replaced weights too."""
+        for graph in self._checkers:
+            graph.drop_stale_check()
 
     def _finalize(
         self, weight: Tensor, name: str, weight_format: WeightFormat, kernel: KernelConfig | None
@@ -150,6 +170,7 @@ class FoldedWeights:
         with torch.no_grad():
             source = weight.detach() if packed is None else packed.unpack()
             folded = fold_weight(source, weight_format, name)
+            release_after_packing(weight)
             now = sample_values(weight.detach(), spread=_is_asynchronous(weight))
             now = now if packed is None else packed.data[:0]
             samples = WeightSample(now, now.clone())
@@ -166,7 +187,7 @@ class FoldedWeights:
     def find_finalized(self, weight: Tensor, name: str) -> PackedWeight | None:
         """Returns the packed form of a hollow weight; None for one that holds its values."""
         packed = self.packed.get(name)
-        if packed is None or not _is_hollow(weight):
+        if packed is None or not is_hollow(weight):
             return None
         return packed
 
@@ -185,7 +206,7 @@ class FoldedWeights:
                 continue
             self.generation += 1
             self._arrived.discard(name)
-            if not weight.is_meta and not _is_hollow(weight):
+            if not weight.is_meta and not is_hollow(weight):
                 continue
             if not packed.suits(weight):
                 weight.data = packed.unpack().to(weight)
@@ -258,12 +279,6 @@ def explain_folded_gradient(name: str) -> DenseRunError:
     )
 
 
-def hollow_out(weight: Tensor) -> None:
-    """Frees the memory of a weight: it becomes one NaN, seen through strides of zero."""
-    nan = torch.full((1,), torch.nan, dtype=weight.dtype, device=weight.device)
-    weight.data = nan.expand(weight.shape)
-
-
 def _iterate_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields the parameters, each under every name, as decisions name them."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -274,12 +289,6 @@ def _is_exact(row: PlannedWeight) -> bool:
     """Whether the folded form holds the masked weight to the bit."""
     inexact = row.kernel is not None and bool(find_family(row.kernel.name).inexact)
     return not inexact and row.weight_format.dtype is None
-
-
-def _is_hollow(weight: Tensor) -> bool:
-    if not any(weight.stride()):  # seen without reading it, which on a card would wait for it
-        return True
-    return bool(weight.detach()[(0,) * weight.dim()].isnan())
 
 
 def _is_asynchronous(weight: Tensor) -> bool:

@@ -41,3 +41,16 @@ class HollowParameter(nn.Parameter):
 def make_hollow_class(refill: Callable[[Tensor], None]) -> type[HollowParameter]:
     """Returns the class of the finalized weights of one model."""
     return type("Parameter", (HollowParameter,), {"refill": staticmethod(refill)})
+
+
+def hollow_out(weight: Tensor) -> None:
+    """Frees the memory of a weight: it becomes one NaN, seen through strides of zero."""
+    nan = torch.full((1,), torch.nan, dtype=weight.dtype, device=weight.device)
+    weight.data = nan.expand(weight.shape)
+
+
+def is_hollow(weight: Tensor) -> bool:
+    """Returns whether a weight holds no values."""
+    if not any(weight.stride()):  # seen without reading it, which on a card would wait for it
+        return True
+    return bool(weight.detach()[(0,) * weight.dim()].isnan())
