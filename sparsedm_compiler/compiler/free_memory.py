@@ -29,6 +29,6 @@ def release_after_packing(weight: torch.Tensor) -> None:
 def _find_trim() -> Callable[[int], int] | None:
     """Returns glibc's ``malloc_trim``; None with another C library."""
     try:
-        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+        return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # macOS and musl, Windows
         return None

@@ -29,7 +29,7 @@ from ..graph.names import strip_adapter_prefix
 from ..meta_models import require_values
 from ..patterns import Pattern
 from .api import check_model, install
-from .folded_weights import hollow_out
+from .hollow_parameter import hollow_out
 from .frozen_masks import FrozenMasks, mask_frozen, read_frozen, write_frozen
 from .guarded_forward import SparseForward
 from .held_masks import SoftMasks, read_soft
