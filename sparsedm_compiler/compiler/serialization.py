@@ -29,10 +29,10 @@ from ..graph.names import strip_adapter_prefix
 from ..meta_models import require_values
 from ..patterns import Pattern
 from .api import check_model, install
-from .hollow_parameter import hollow_out
 from .frozen_masks import FrozenMasks, mask_frozen, read_frozen, write_frozen
 from .guarded_forward import SparseForward
 from .held_masks import SoftMasks, read_soft
+from .hollow_parameter import hollow_out
 from .lookup import require_compiled
 from .model_record import describe_model, read_decisions
 from .state_hooks import map_patterns, mask_state_dict
