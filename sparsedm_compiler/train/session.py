@@ -82,7 +82,7 @@ def capture_student(run: Run) -> None:
     """Calls the student once, which captures it: only then is it known which weights are masked."""
     for images, condition in iterate_once(run.inputs.data, 1):
         values = draw_values(run.config, 0, images.shape)
-        x, t, _ = run.objective.prepare(images, values.noise, values.u)
+        x, t, _ = run.objective.prepare(images.cpu(), values.noise, values.u)
         like = run.process.like
         y = None if condition is None else move_condition(condition, like)
         with torch.no_grad(), watch_compilation("capturing the student"):
