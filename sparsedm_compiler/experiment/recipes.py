@@ -3,7 +3,8 @@
 SparseDM trains with the settings of the dense models: U-ViT's own (Bao et al. 2023, its published
 configurations) and DDPM's (Ho et al. 2020). Steps and warm-ups are given in images. They are for
 long training. "short" is for fine-tunes of a few epochs, in which SR-STE's term costs more than it
-gives (docs/results/methods.md); "cifar10-uvit+short" puts it on top of another.
+gives (docs/results/methods.md); "cifar10-uvit+short" puts it on top of another. "short-gpu" is for
+minutes on one GPU, at the learning rate of a dense model that was trained in minutes as well.
 """
 
 from __future__ import annotations
@@ -31,6 +32,24 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
             "schedule": "cosine",
             "warmup_images": 0,
         },
+    },
+    "short-gpu": {
+        "train": {
+            "sr_ste_lambda": 0.0,
+            "beta": 1.0,
+            "schedule": "cosine",
+            "warmup_images": 0,
+            "images": 50_000,
+            "batch_size": 128,
+            "lr": 5e-4,
+            "betas": [0.9, 0.99],
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "ema_decay": 0.99,
+            "mixed_precision": "bf16",
+        },
+        "sample": {"steps": 20},
+        "score": {"count": 2000},
     },
     "cifar10-uvit": {
         "model": {"name": "uvit-cifar10-small"},
