@@ -14,45 +14,43 @@ TOKENS = 4096
 
 
 def beside(results: Results, _: Quality) -> str:
-    """Held-out losses of the section "quality" with the speeds of all others, by pattern."""
+    """Held-out losses of a study with the speeds of all sections, by pattern."""
     row = results["quality"][0]
-    if "refused" in row:
-        return f"No students were trained: {row['refused']}"
     models = results["models"]
     body = [
         (
             text,
-            loss(results, cell),
-            compare_losses(results, row, cell),
+            cell.get("method", ""),
+            loss(cell),
+            compare_losses(row, cell),
             layers(results, text),
             *(model(results, other, text) for other in models),
         )
         for text, cell in row["patterns"].items()
     ]
-    names = ("pattern", "held-out loss", "over dense", f"layers, {TOKENS} tokens and more")
+    names = (
+        "pattern",
+        "best method",
+        "held-out loss",
+        "over dense",
+        f"layers, {TOKENS} tokens and more",
+    )
     titles = (f"{other['model']}, batch {other['batch']}" for other in models)
     note = (
         f"Each student saw {row['images']:,} images, as did the dense copy. Layers: the median of "
         "the fastest kernels over cuBLASLt; models: over compiled dense."
     )
-    if results["rehearsal"]:
-        note = "Losses of a rehearsal mean nothing, and are not shown."
     return f"{note}\n\n{markdown((*names, *titles), body)}"
 
 
-def loss(results: Results, cell: dict[str, Any]) -> str:
-    """The loss of a student; in a rehearsal, that there is one."""
-    if "loss" not in cell:
-        return GONE
-    return "ran" if results["rehearsal"] else f"{cell['loss']:.4f}"
+def loss(cell: dict[str, Any]) -> str:
+    """The loss of a student."""
+    return f"{cell['loss']:.4f}"
 
 
-def compare_losses(results: Results, row: dict[str, Any], cell: dict[str, Any]) -> str:
+def compare_losses(row: dict[str, Any], cell: dict[str, Any]) -> str:
     """The loss over that of the dense copy."""
-    dense = row["patterns"].get("dense", {})
-    if "loss" not in cell or "loss" not in dense or results["rehearsal"]:
-        return GONE
-    return f"{cell['loss'] / dense['loss']:.3f}"
+    return f"{cell['loss'] / row['patterns']['dense']['loss']:.3f}"
 
 
 def layers(results: Results, text: str) -> str:

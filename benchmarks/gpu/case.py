@@ -14,8 +14,6 @@ Tell = Callable[[str], None]
 """Notes what is tried next, so that it is known, and left out, should the process die of it."""
 
 ROOT = Path(__file__).parents[2]
-DATA, HELD_OUT = "SPARSEDM_DATA", "SPARSEDM_HELD_OUT"
-"""The environment variables that name images to train on, as ``open_data`` takes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,18 +21,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .case import DATA, HELD_OUT, ROOT, read, write
+from .case import ROOT, read, write
 from .clock import Clock
 from .packages import losses, refusal
 from .processes import wait_or_stop
 
 SHARES = {
     "tests": 100,
-    "models": 130,
-    "ops": 80,
-    "quality": 50,
-    "first_call": 45,
-    "training": 35,
+    "models": 150,
+    "ops": 95,
+    "first_call": 50,
+    "training": 45,
     "table": 20,
     "memory": 6,
 }
@@ -52,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.report:
         from .results import load
 
-        write_report(load(options.report), options.out or options.report[0].parent)
+        results = load(options.report)
+        add_losses(results, options.losses)
+        write_report(results, options.out or options.report[0].parent)
         return 0
     import torch
 
@@ -78,8 +79,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", choices=list(SHARES), metavar="SECTION", help=", ".join(SHARES))
     add("--commit", help="what is measured, where this copy is no clone")
     add("--tiny", action="store_true", help="a rehearsal on a CPU, at toy sizes")
-    add("--data", help="images for the section quality: FILE.npz, ... ($SPARSEDM_DATA, or digits)")
-    add("--held-out", help="held-out ones ($SPARSEDM_HELD_OUT, or FILE.npz:test)")
+    add(
+        "--losses",
+        type=Path,
+        metavar="JSON",
+        help="methods.json of make study-gpu, to stand beside",
+    )
     add("--report", nargs="+", type=Path, metavar="JSON", help="write the report of these, again")
     return parser.parse_args(arguments)
 
@@ -96,9 +101,7 @@ def run(options: argparse.Namespace, out: Path, scratch: Path) -> int:
     arguments = [f"--{key}={value}" for key, value in vars(options).items() if key in _TOLD]
     results = empty(environment(arguments, options.commit), rehearsal=options.tiny)
     runner = Runner(results, out, scratch, options.tiny)
-    for name, value in ((DATA, options.data), (HELD_OUT, options.held_out)):
-        if value is not None:
-            runner.environment[name] = value
+    add_losses(results, options.losses)
     save(results, out / "results.json")
     for name in chosen:
         print(f"== {name}", flush=True)
@@ -183,6 +186,14 @@ class Runner:
 def path_with(root: Path) -> str:
     """PYTHONPATH with the repository first."""
     return os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+
+
+def add_losses(results: dict[str, Any], path: Path | None) -> None:
+    """Puts the losses of a study by the clock into the results, if a file of them is named."""
+    if path is not None:
+        from .quality import read_losses
+
+        results["quality"] = [read_losses(path)]
 
 
 def write_report(results: dict[str, Any], out: Path) -> None:

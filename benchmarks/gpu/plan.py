@@ -29,25 +29,6 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Students:
-    """The students whose losses are compared, each trained on as many images.
-
-    ``held_out``, ``most_images``: the most that are used, of all runs together. ``teacher_share``:
-    of the images, for the dense model that all start from.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    batch: int
-    lr: float
-    patterns: tuple[str, ...]
-    held_out: int
-    teacher_share: float
-    most_images: float
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that is measured.
 
@@ -72,7 +53,6 @@ class Plan:
     screening: int
     rounds: int
     seconds: float
-    students: Students
     first_calls: tuple[tuple[str, int], ...]
     first_variants: tuple[str, ...]
     until: float = 0.0
@@ -103,17 +83,6 @@ FULL = Plan(
     screening=4,
     rounds=21,
     seconds=1.5,
-    students=Students(
-        width=512,
-        depth=4,
-        heads=8,
-        batch=128,
-        lr=5e-4,
-        patterns=("2:4", "1:2@64x16", "1:4", "1:4@128x16", "64:2:8"),
-        held_out=1000,
-        teacher_share=0.4,
-        most_images=4e6,
-    ),
     first_calls=(("dit-quarter", 16), ("uvit-s", 32)),
     first_variants=("dense", "2:4, regional, table", "2:4, regional", "2:4"),
 )
@@ -134,17 +103,6 @@ TINY = Plan(
     screening=3,
     rounds=5,
     seconds=0.05,
-    students=Students(
-        width=128,
-        depth=2,
-        heads=2,
-        batch=8,
-        lr=5e-4,
-        patterns=("2:4", "1:2@64x16"),
-        held_out=16,
-        teacher_share=0.4,
-        most_images=96,
-    ),
     first_calls=(("dit-toy", 2),),
     first_variants=("dense", "2:4, no kernels"),
 )

@@ -1,6 +1,6 @@
 """What a pattern costs: held-out losses for every speed shown.
 
-Those of the section "quality" of the same run, where it got that far; else those of
+Those of a study on a GPU (``make study-gpu``), where a run is given its methods.json; else those of
 docs/results/methods.json.
 """
 
@@ -51,23 +51,51 @@ class Quality:
 
 
 def read_quality(results: dict[str, Any]) -> Quality:
-    """Of the students of a run, if it trained any; else of ``MEASURED``."""
-    rows = [] if results["rehearsal"] else results.get("quality", [])
-    cells = {text: cell for row in rows for text, cell in row["patterns"].items() if "loss" in cell}
-    if "dense" not in cells or len(cells) < 2:
+    """Of the study whose losses a run was given, if it was; else of ``MEASURED``."""
+    rows = results.get("quality")
+    if not rows:
         return quality()
+    cells = rows[0]["patterns"]
     losses = {text: cell["loss"] for text, cell in cells.items() if text != "dense"}
     return Quality(cells["dense"]["loss"], losses, describe_students(rows[0]))
+
+
+def read_losses(path: Path) -> dict[str, Any]:
+    """The row of a study by the clock: the lowest loss of every pattern, with its method.
+
+    Raises ValueError for a file without such runs.
+    """
+    values = json.loads(path.read_text())
+    runs = sorted(values.get("timed", ()), key=lambda run: -run["loss"])
+    patterns = {
+        run["pattern"] or "dense": {"loss": run["loss"], "method": describe_method(run)}
+        for run in runs  # the best of a pattern comes last
+    }
+    if "dense" not in patterns:
+        raise ValueError(f"{path} has no dense student of a study by the clock (make study-gpu)")
+    order = ["dense", *dict.fromkeys(run["pattern"] for run in values["timed"] if run["pattern"])]
+    return {
+        "key": "students",
+        "patterns": {text: patterns[text] for text in order},
+        "about": f"{values['recipe']}, {values['data']}, commit {values['commit']}",
+        "machine": values["machine"],
+        "teacher_images": values["budget"]["teacher_images"],
+        "images": values["budget"]["images"],
+    }
+
+
+def describe_method(run: dict[str, Any]) -> str:
+    """The method of a run, with its start and its freeze."""
+    return " ".join([run["method"], *(f"{k}={run[k]}" for k in ("start", "freeze") if k in run)])
 
 
 def describe_students(row: dict[str, Any]) -> str:
     """What was trained, in two sentences."""
     return (
-        f"Losses: held-out denoising error of a U-ViT of width {row['width']} and "
-        f"{row['parameters'] / 1e6:.1f} M parameters on {row['data']}: {row['teacher_images']:,} "
-        f"images dense (loss {row['teacher_loss']:.4f}), then {row['images']:,} for each student, "
-        f"'asp', and for a dense copy ({row['patterns']['dense']['loss']:.4f}); one seed. Not the "
-        "models timed here."
+        f"Losses: held-out denoising error of students by the study of methods ({row['about']}; "
+        f"{row['machine']}): {row['teacher_images']:,} images dense, then {row['images']:,} for "
+        f"each student, the best method of a pattern, and for a dense copy "
+        f"({row['patterns']['dense']['loss']:.4f}); one seed. Not the models timed here."
     )
 
 

@@ -11,8 +11,8 @@ from sparsedm_compiler.fileio import replace_atomically
 
 from .case import Read
 
-SECTIONS = ("ops", "models", "table", "training", "memory", "quality", "first_call")
-"""Those with rows, as they are shown."""
+SECTIONS = ("ops", "models", "table", "training", "memory", "first_call")
+"""Those with rows, as they are shown; "quality" has the losses of a study (``--losses``)."""
 
 Results = dict[str, Any]
 
@@ -25,6 +25,7 @@ def empty(environment: dict[str, Any], *, rehearsal: bool) -> Results:
         "environment": environment,
         "sections": {},
         "tests": None,
+        "quality": [],
         **rows,
     }
 
@@ -66,6 +67,7 @@ def load(paths: Sequence[Path]) -> Results:
             left = {key: why for key, why in failed.items() if key not in done}
             whole["sections"][name] = {**said, "failed": left}
         whole["tests"] = run["tests"] or whole["tests"]
+        whole["quality"] = run.get("quality") or whole.get("quality", [])
         if run["environment"]["commit"] not in whole["environment"]["commit"].split(", "):
             whole["environment"]["commit"] += f", {run['environment']['commit']}"
     return whole

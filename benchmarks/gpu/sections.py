@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from . import block, first_calls, kernels, memory, ops, students, training, whole
+from . import block, first_calls, kernels, memory, ops, training, whole
 from .case import Case
 
 CASES: dict[str, Callable[[Any, frozenset[str]], Iterable[Case]]] = {
@@ -14,7 +14,6 @@ CASES: dict[str, Callable[[Any, frozenset[str]], Iterable[Case]]] = {
     "table": block.cases,
     "training": training.cases,
     "memory": memory.cases,
-    "quality": students.cases,
     "first_call": first_calls.cases,
     "warm": kernels.cases,
 }

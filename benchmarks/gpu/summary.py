@@ -20,10 +20,10 @@ def summary(results: Results) -> str:
     if results["tests"]:
         parts += ["## Tests", tests(results["tests"])]
     for title, key, section in SECTIONS:
-        if results[key]:
+        if results.get(key):
             mark = f" ({REHEARSAL})" if results["rehearsal"] else ""
             parts += [f"## {title}{mark}", section(results, known)]
-    parts += [known.about] if any(results[key] for _, key, _ in SECTIONS) else []
+    parts += [known.about] if any(results.get(key) for _, key, _ in SECTIONS) else []
     wrong = list_failures(results)
     parts += ["## What failed", "\n".join(f"- {line}" for line in wrong)] if wrong else []
     return "\n\n".join(parts) + "\n"
