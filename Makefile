@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick core kills sanitize fuzz lint types check bench gpu study docs clean
+.PHONY: help env demo test test-quick core kills sanitize fuzz lint types check bench gpu study study-gpu docs clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -68,12 +68,18 @@ bench: env ## all benchmarks, about 45 minutes; writes out/bench
 # A Python whose torch has CUDA; nothing is installed. Options: make gpu GPU="--only models"
 GPU_PYTHON ?= python3
 GPU ?=
+# Options: make study-gpu STUDY="--data train.npz --held-out test.npz --features resnet56.th"
+STUDY ?=
 
 gpu: ## the tests and benchmarks that need a CUDA GPU, under 8 minutes; writes out/gpu
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu $(GPU)
 
 study: env ## compare the methods in minutes, on digits; docs/results/methods.md has the real one
 	$(BIN)/python benchmarks/methods.py --quick --jobs 2 --out out/study
+
+study-gpu: ## the study of methods on one CUDA GPU, 12 minutes; writes out/study-gpu
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) benchmarks/methods.py --device cuda \
+	--out out/study-gpu $(STUDY)
 
 docs: env ## build the documentation into out/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -38,6 +38,9 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     ),
     "diffusion/test_predict.py": (DIFFUSERS, "import"),
     "test_docs.py": ("site",),
+    "test_study_figures.py": ("all_six",),
+    "test_study_structural.py": ("smaller_model",),
+    "test_study_timed.py": ("trains_all",),
     "test_zoo.py": (r"\[(?!uvit\]|unet_condition\])",),
     # Inductor: a C++ compiler for every graph. One row stays, in test_guarded_forward.py.
     "autotune/test_select_kernel.py": INDUCTOR,

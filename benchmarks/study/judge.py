@@ -53,14 +53,15 @@ class SmallResNet(nn.Module):
         return self.classes(self.features(x))
 
 
-def load_judge(path: Path, data: ImageData, epochs: int) -> SmallResNet:
+def load_judge(path: Path, data: ImageData, epochs: int, device: str = "cpu") -> SmallResNet:
     """Loads the classifier at ``path``; trains it on ``data`` first where there is none."""
     assert data.classes is not None
     torch.manual_seed(0)
     network = SmallResNet(data.shape[0], data.classes)
     if path.exists():
         network.load_state_dict(load_file(path))
-        return network.eval()
+        return network.to(device).eval()
+    network.to(device)
     steps = epochs * (len(data) // BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
@@ -68,6 +69,7 @@ def load_judge(path: Path, data: ImageData, epochs: int) -> SmallResNet:
         for rows in torch.randperm(len(data))[: len(data) // BATCH * BATCH].split(BATCH):
             images, labels = data.fetch(rows.tolist())
             assert isinstance(labels, Tensor)
+            images, labels = images.to(device), labels.to(device)
             if torch.rand(()) < 0.5:
                 images = images.flip(-1)
             optimizer.zero_grad()
@@ -75,18 +77,18 @@ def load_judge(path: Path, data: ImageData, epochs: int) -> SmallResNet:
             optimizer.step()
             rate.step()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), path)
+    save_file({name: value.cpu() for name, value in network.state_dict().items()}, path)
     return network.eval()
 
 
 @torch.no_grad()
-def measure_accuracy(network: SmallResNet, data: ImageData) -> float:
+def measure_accuracy(network: nn.Module, data: ImageData) -> float:
     """Returns the share of ``data`` that is classified correctly."""
-    right = 0
+    right, device = 0, next(network.parameters()).device
     for rows in torch.arange(len(data)).split(BATCH):
         images, labels = data.fetch(rows.tolist())
         assert isinstance(labels, Tensor)
-        right += int((network(images).argmax(1) == labels).sum())
+        right += int((network(images.to(device)).argmax(1).cpu() == labels).sum())
     return right / len(data)
 
 

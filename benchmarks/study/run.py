@@ -5,68 +5,69 @@ from __future__ import annotations
 import json
 import multiprocessing
 import traceback
-from dataclasses import asdict
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.data import ImageData, open_data
-from sparsedm_compiler.diffusion.sampling import SamplePlan, sample_batches, sampler_name
-from sparsedm_compiler.diffusion.schedulers import make_scheduler
-from sparsedm_compiler.evaluate import FeatureNetwork, prepare_reference, score_images
-from sparsedm_compiler.train import SampleGrids, finetune
+from sparsedm_compiler.models import UViT
+from sparsedm_compiler.train import finetune
 
-from .judge import SmallResNet, load_judge, make_feature_network, measure_accuracy
-from .plan import GROUPS, Setting, Study
+from .baselines import make_smaller_model
+from .images import open_images
+from .plan import GROUPS, SMALLER, Study
+from .scoring import compute_scores, open_judge, score_real_images, write_grid
+from .setting import Setting
 from .tables import write_tables
-
-REFERENCE = 2000
-"""Held-out images that Fréchet distances compare with."""
 
 
 def run_study(study: Study, jobs: int, only: list[str] | None) -> int:
     """Does every part that has no results yet; returns 1 if a run failed, else 0."""
     wanted = only or ["teacher", *GROUPS, "report"]
     if "teacher" in wanted:
-        train_teacher(study)
-        network = open_judge(study)
-        accuracy = measure_accuracy(network, study.open_test_data())
-        score_real_images(study, make_feature_network(network), accuracy)
-    todo = [
-        (study, setting)
-        for group in GROUPS
-        if group in wanted
-        for setting in study.list_settings(group)
-        if not is_done(study, setting)
-    ]
-    failed = 0
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
-        for number, (name, error) in enumerate(pool.imap_unordered(attempt, todo), 1):
-            failed += error is not None
-            print(f"[{number}/{len(todo)}] {name}: {error or 'done'}", flush=True)
+        prepare_study(study)
+    groups = [group for group in GROUPS if group in wanted]
+    failed = run_settings(study, [s for group in groups for s in study.list_settings(group)], jobs)
     if "report" in wanted:
         write_tables(study)
     return int(failed > 0)
 
 
+def prepare_study(study: Study) -> None:
+    """Scores real images, so that scoring is known to work, and trains a missing teacher."""
+    if not (study.out / "judge.json").exists():
+        study.out.mkdir(parents=True, exist_ok=True)
+        score_real_images(study)
+    train_teacher(study)
+
+
+def run_settings(study: Study, settings: Iterable[Setting], jobs: int) -> int:
+    """Trains the students that have no results yet, in that order; returns how many failed."""
+    todo = [(study, setting) for setting in settings if not is_done(study, setting)]
+    failed = 0
+    if not todo:
+        return failed
+    open_judge(study)  # trained once, here, rather than by every process
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
+        for number, (name, error) in enumerate(pool.imap_unordered(attempt, todo), 1):
+            failed += error is not None
+            print(f"[{number}/{len(todo)}] {name}: {error or 'done'}", flush=True)
+    return failed
+
+
 def attempt(task: tuple[Study, Setting]) -> tuple[str, str | None]:
     """Trains one student; returns its name and, if it failed, the traceback."""
-    torch.set_num_threads(1)
+    if task[0].device == "cpu":
+        torch.set_num_threads(1)
     try:
         train_student(*task)
     except Exception:
         return task[1].name, traceback.format_exc()
     return task[1].name, None
-
-
-def open_judge(study: Study) -> SmallResNet:
-    """Loads the classifier of the study; trains it first where there is none."""
-    path = study.out / "judge.safetensors"
-    return load_judge(path, study.open_training_data(), study.budget.judge_epochs)
 
 
 def run_folder(study: Study, setting: Setting) -> Path:
@@ -85,23 +86,18 @@ def train_teacher(study: Study) -> None:
     if study.teacher_weights.exists():
         return
     torch.manual_seed(0)
-    model, held_out = study.make_model(), open_held_out(study)
+    images = open_images(study)
     finetune(
-        model,
+        study.make_model(),
         None,
-        study.open_training_data(),
-        held_out=held_out,
+        images.train,
+        held_out=images.held_out,
         out=study.out / "teacher",
         **study.make_teacher_options(),
     )
 
 
-def open_held_out(study: Study) -> ImageData:
-    """Opens the images that held-out losses are measured on."""
-    return study.open_test_data(study.budget.held_out)
-
-
-def load_teacher(study: Study) -> nn.Module:
+def load_teacher(study: Study) -> UViT:
     """Loads the trained dense model."""
     model = study.make_model()
     model.load_state_dict(load_file(study.teacher_weights))
@@ -111,16 +107,18 @@ def load_teacher(study: Study) -> nn.Module:
 def train_student(study: Study, setting: Setting) -> None:
     """Trains, samples and scores one student of the teacher."""
     teacher, folder = load_teacher(study), run_folder(study, setting)
-    data = study.open_training_data()
-    pattern = setting.pattern
+    images = open_images(study)
+    pattern = None if setting.method in SMALLER else setting.pattern
     student = teacher
-    if pattern is not None:
+    if setting.method in SMALLER:
+        student = make_smaller_model(study, setting, teacher)
+    elif pattern is not None:
         student = sdm.compile(teacher, pattern=pattern, backend="eager")
     result = finetune(
         student,
-        None if student is teacher else teacher,
-        data,
-        held_out=open_held_out(study),
+        None if pattern is None else teacher,
+        images.train,
+        held_out=images.held_out,
         out=folder,
         progress=False,
         save_every=max(study.budget.images, 1),
@@ -128,50 +126,21 @@ def train_student(study: Study, setting: Setting) -> None:
         **study.make_student_options(setting),
     )
     model = student if result.ema is None else result.ema
-    example = torch.zeros(1, *data.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    report = sdm.count_macs(teacher, *example, pattern=pattern or "1:1")
     values = result.as_dict(setting.name)
-    values["macs"] = report.totals
+    values["macs"] = count_model_macs(study, student, pattern)
     values["scores"] = compute_scores(study, setting, model)
     values["samples"] = write_grid(study, folder, model)
     (folder / "results.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
-def compute_scores(study: Study, setting: Setting, model: nn.Module) -> list[dict[str, Any]]:
-    """Returns the Fréchet distance of samples to the held-out images; none for the sweep."""
-    if setting.group == "sweep":
-        return []
-    network = make_feature_network(open_judge(study))
-    budget, data = study.budget, study.open_training_data()
-    assert data.classes is not None
-    scheduler = make_scheduler("dpm++", "eps")
-    labels = torch.arange(budget.samples) % data.classes
-    plan = SamplePlan((budget.samples, *data.shape), budget.steps, setting.seed, labels)
-    reference = study.open_test_data(REFERENCE)
-    scores = score_images(
-        network,
-        sample_batches(model, scheduler, plan, progress=False),
-        reference=prepare_reference(network, reference, progress=False),
-        sampler=sampler_name(scheduler, budget.steps),
-    )
-    return [asdict(score) for score in scores]
+def count_model_macs(study: Study, model: nn.Module, pattern: str | None) -> dict[str, int]:
+    """Returns the MACs of a dense model, or of the study's own model at a pattern."""
+    if pattern is not None:
+        return count_pattern_macs(study, pattern)
+    return sdm.count_macs(model, *study.make_inputs(), pattern="1:1").totals
 
 
-def write_grid(study: Study, folder: Path, model: nn.Module) -> str:
-    """Writes a grid of samples; returns its path below the folder of the run."""
-    data = study.open_training_data()
-    assert data.classes is not None
-    labels = torch.arange(2 * data.classes) % data.classes
-    grid = SampleGrids(data.shape, 2 * data.classes, data.classes, condition=labels)
-    grid.save(folder / "samples" / "final.png", grid.draw(model, "eps"))
-    return "samples/final.png"
-
-
-def score_real_images(study: Study, network: FeatureNetwork, accuracy: float) -> None:
-    """Writes the score of real training images and the accuracy of the classifier to judge.json."""
-    real = open_data(study.data, size=study.size, limit=study.budget.samples)
-    batches = [(range(len(real)), real.fetch(range(len(real)))[0])]
-    reference = study.open_test_data(REFERENCE)
-    score = score_images(network, batches, reference=reference, sampler="real images")[0]
-    values = {"accuracy": accuracy, "floor": score.value, "count": score.count}
-    (study.out / "judge.json").write_text(json.dumps(values, indent=1) + "\n")
+@cache
+def count_pattern_macs(study: Study, pattern: str) -> dict[str, int]:
+    """Returns the MACs of the study's own model at a pattern, counted once in a process."""
+    return sdm.count_macs(study.make_model(), *study.make_inputs(), pattern=pattern).totals

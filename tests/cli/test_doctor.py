@@ -290,7 +290,7 @@ def test_extras_are_those_of_pyproject() -> None:
         named = re.findall(r'"([A-Za-z][\w-]*)', body[1])
         assert tuple(named) == packages
     listed = re.findall(r"^([a-z]+) = \[", section, re.MULTILINE)
-    assert {*listed} - {"dev", "docs"} == {*EXTRAS}  # for developers
+    assert {*listed} - {"dev", "docs", "structural"} == {*EXTRAS}  # for developers and a benchmark
 
 
 def test_doctor_dry_run_looks_at_nothing(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
