@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from .draw import Panel, draw_panels
 from .figure_runs import SWITCHED, list_figure_settings, read_figure_runs
-from .plan import Study
+from .plan import SMALLER, Study
 from .tables import name_run, read_facts
 
 SPREAD = 0.0006
@@ -122,14 +122,7 @@ def draw_by_macs(study: Study, runs: Rows) -> list[Panel]:
     for title, key, log in MEASURES:
         lines: dict[str, list[tuple[float, float]]] = {}
         for run in runs:
-            if run["method"] in (
-                OURS,
-                "diff-pruning",
-                "narrow",
-                "narrow-long",
-                "asp",
-                "obs-distill",
-            ):
+            if run["method"] in (OURS, "asp", "obs-distill", *SMALLER):
                 lines.setdefault(name_run(run), []).append((run["macs"] / 1e6, run[key]))
         lines = {name: sorted(points) for name, points in lines.items()}
         level = find_dense(runs, key)
