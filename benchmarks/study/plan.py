@@ -193,6 +193,7 @@ class Study:
         if self.recipe is not None:
             images = self.budget.teacher_images
             changed = {"images": images, "ema_decay": 0.999, "warmup_images": images // 20}
+            changed["save_every"] = max(1, images // 3)  # seconds each
             return {**self.make_common_options(), "method": "dense", **changed}
         return {
             **self.make_common_options(),
