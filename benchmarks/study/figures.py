@@ -17,6 +17,7 @@ from tabulate import tabulate
 
 from .draw import Panel, draw_panels
 from .figure_runs import SWITCHED, list_figure_settings, read_figure_runs
+from .more_runs import RATE
 from .plan import SMALLER, Study
 from .tables import name_run, read_facts
 
@@ -75,7 +76,9 @@ def describe_runs(study: Study, facts: Mapping[str, Any]) -> str:
     size = "" if study.size is None else f" at {study.size}x{study.size}"
     return (
         f"A U-ViT of width {budget.width} and depth {budget.depth} on {facts['data']}{size}; every "
-        f"student starts from one dense model and sees {budget.images:,} images, one seed. FD: "
+        f"student starts from one dense model and sees {budget.images:,} images at a learning rate "
+        f"of {RATE:g}, one seed. Diff-Pruning cuts that model's channels; narrow models start from "
+        'random weights, "narrow-long" with the images of the dense model as well. FD: '
         f"Fréchet distance of {budget.samples} samples of {budget.steps} steps on the features of "
         f"a small classifier of the same images (accuracy {judge['accuracy']:.2f}); it is no FID; "
         f"{judge['count']} real training images score {judge['floor']:.2f}. Losses within {SPREAD} "
