@@ -23,9 +23,9 @@ def list_figure_settings(study: Study) -> list[Setting]:
     """
     seed = study.budget.seeds[0]
     shared = [setting for setting in study.list_settings("baselines") if setting.seed == seed]
-    after = ("obs-distill", "narrow-long")
-    late = [setting for setting in shared if setting.method in after]
-    first = [setting for setting in shared if setting.method not in after]
+    late = [setting for setting in shared if setting.method == "narrow-long"]
+    first = [setting for setting in shared if setting.method != "narrow-long"]
+    first.sort(key=lambda setting: setting.method in ("ste", "obs-distill"))
     own = sorted(list_own_settings(study), key=lambda setting: ORDER.index(setting.method))
     sparse = [setting for setting in own if setting.pattern in SWITCHED]
     others = [setting for setting in own if setting.pattern not in SWITCHED]
