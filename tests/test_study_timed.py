@@ -20,7 +20,7 @@ from sparsedm_compiler.errors import ConfigError
 from sparsedm_compiler.train import FinetuneConfig
 
 RECIPE = "cifar10-uvit+short-gpu"
-TOY = replace(QUICK, width=16, held_out=16, steps=2, settled=(), blocks=("1:4",))
+TOY = replace(QUICK, width=16, depth=0, held_out=16, steps=2, settled=(), blocks=("1:4",))
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def study(tmp_path: Path) -> Study:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # DPM-Solver
-def test_timed_study_trains_all_for_equally_many_images_and_goes_on_with_the_same(
+def test_timed_study_writes_whole_results_and_goes_on_with_the_same_images(
     study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(timed, "measure_rate", lambda study: 1.0)
-    rows = [Setting("timed", "dense", None, 0), Setting("timed", "ste", "1:4", 0, {"freeze": 0.5})]
+    monkeypatch.setattr(timed, "measure_rate", lambda study: 0.1)  # two batches, however slow
+    rows = [Setting("timed", "ste", "1:4", 0, {"freeze": 0.5})]
     monkeypatch.setattr(plan, "list_timed_runs", lambda budget: iter(rows))
     assert timed.run_timed(study, 10) == 0
     said = capsys.readouterr().out
@@ -48,7 +48,7 @@ def test_timed_study_trains_all_for_equally_many_images_and_goes_on_with_the_sam
         assert values["config"]["mixed_precision"] == "bf16"
         assert values["scores"][0]["network"] == "SmallResNet"
         assert not (run_folder(study, setting) / "checkpoints").exists()
-    assert "[2/2] ste-1_4-seed0-freeze=0.5: done" in said
+    assert "[1/1] ste-1_4-seed0-freeze=0.5: done" in said
     table = (study.out / "methods.md").read_text()
     assert "ste, freeze=0.5" in table
     assert "FD (dense" in table

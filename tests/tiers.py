@@ -40,7 +40,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "test_docs.py": ("site",),
     "test_study_figures.py": ("all_six",),
     "test_study_structural.py": ("smaller_model",),
-    "test_study_timed.py": ("trains_all",),
+    "test_study_timed.py": ("whole_results",),
     "test_zoo.py": (r"\[(?!uvit\]|unet_condition\])",),
     # Inductor: a C++ compiler for every graph. One row stays, in test_guarded_forward.py.
     "autotune/test_select_kernel.py": INDUCTOR,
