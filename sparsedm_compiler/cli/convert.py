@@ -10,14 +10,17 @@ from ..errors import ConfigError
 from .job import Job
 
 ABOUT = """\
-rewrite a safetensors file of sparse weights: dense with zeros, or compact
+rewrite a file of sparse weights: dense with zeros, or compact
 
 A compact file holds the kept values and their places: at 2:4 in bfloat16, 0.54 of the dense size. A
-dense one is read by everything. Reads what sparsedm saves (latent weights are masked), the files of
-compressed-tensors' sparse-24-bitmask, and any file whose weights have their zeros in place."""
+dense one is read by everything. Reads what sparsedm saves (latent weights are masked), any file
+whose weights have their zeros in place, and the files of apex ASP, ModelOpt, torch's pruning and
+compressed-tensors' sparse-24-bitmask, safetensors or pickled; no code in a file is run."""
 EXAMPLE = """\
   sparsedm convert student.safetensors compact.safetensors
-  sparsedm convert compact.safetensors dense.safetensors --form dense --base-model org/name"""
+  sparsedm convert compact.safetensors dense.safetensors --form dense --base-model org/name
+  sparsedm convert asp.pth dense.safetensors --form dense
+  sparsedm convert model.pt dense.safetensors --masks sparsifier.pt"""
 PROVENANCE = {
     "base_model": "the model that was pruned",
     "method": "how it was pruned and trained",
@@ -29,11 +32,15 @@ PROVENANCE = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument("source", metavar="SOURCE", help="a .safetensors file")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a .safetensors file, or a pickled state_dict"
+    )
     parser.add_argument("target", metavar="TARGET", help="the .safetensors file to write")
     parser.add_argument("--form", choices=("dense", "compact"), default="compact")
     about = "the pattern of a file that does not say it; without, the sparsest of every weight"
     parser.add_argument("--pattern", help=about)
+    about = "the state_dict of a sparsifier of torch.ao.pruning, which has the masks of SOURCE"
+    parser.add_argument("--masks", metavar="FILE", help=about)
     kinds = {"images": int, "loss": float}
     for name, words in PROVENANCE.items():
         option = f"--{name.replace('_', '-')}"
@@ -42,16 +49,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Reads the source. Raises SparseDMError."""
-    from ..files import check_file, convert_file
+    from ..files import check_file, convert_file, read_pruned
 
-    check_file(options.source)
+    if options.masks is None:
+        check_file(options.source)
+    else:
+        read_pruned(options.source, options.masks)
     if not Path(options.target).parent.is_dir():
         raise ConfigError(f"there is no folder {Path(options.target).parent}")
     provenance: dict[str, Any] = {name: getattr(options, name) for name in PROVENANCE}
 
     def run() -> None:
-        wanted = {"form": options.form, "pattern": options.pattern, "provenance": provenance}
-        convert_file(options.source, options.target, **wanted)
+        convert_file(
+            options.source,
+            options.target,
+            form=options.form,
+            pattern=options.pattern,
+            masks=options.masks,
+            provenance=provenance,
+        )
         sizes = [Path(path).stat().st_size for path in (options.source, options.target)]
         print(f"{options.target}: {sizes[1]:,} bytes, {sizes[1] / sizes[0]:.3f} of the source")
 

@@ -99,11 +99,11 @@ class FileReport:
 
 
 def check_file(path: str | os.PathLike[str], pattern: str | Pattern | None = None) -> FileReport:
-    """Reports which patterns the weights of a safetensors file satisfy.
+    """Reports which patterns the weights of a file satisfy.
 
     Args:
-        path: A file of ``save``, ``save_pretrained``, compressed-tensors' sparse-24-bitmask, or any
-            other safetensors file.
+        path: A file of ``save``, ``save_pretrained``, of any tool that ``read_pruned`` knows, or
+            any other state_dict.
         pattern: The pattern to ask every weight for; None asks for the declared ones.
 
     Returns:

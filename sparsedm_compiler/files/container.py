@@ -1,7 +1,7 @@
 """safetensors files with our record in their header: read whole or refused, written whole or not.
 
 Nothing in a file is code: tensors are bytes, the record is JSON. What the record says is checked
-against the tensors before anything of it is used.
+against the tensors before anything of it is used. Files of others may be pickled, too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ..fileio import replace_atomically
 from ..patterns import Pattern
 from .bitmask24 import expand_bitmasks
 from .compact import INDICES, VALUES, CompactWeight
+from .fold_masks import fold_masks
+from .pickled import PICKLES, read_state_dict
 
 KEY = "sparsedm"
 """The key of the record in the metadata of a safetensors file."""
@@ -88,25 +90,21 @@ class StoredFile:
 
 
 def read_file(path: str | os.PathLike[str]) -> StoredFile:
-    """Reads a safetensors file with or without our record.
+    """Reads a file with our record, or a state_dict of others (safetensors, or pickled tensors).
 
-    Weights of compressed-tensors (sparse-bitmask, sparse-24-bitmask) are expanded.
+    Weights of compressed-tensors (sparse-bitmask, sparse-24-bitmask) are expanded, and masks of
+    pruning tools (``fold_masks``) multiplied in.
 
     Raises CheckpointError for a file that is missing, damaged or of another version.
     """
     path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"cannot read weights from {path}: {error}") from error
+    tensors, metadata = read_raw(path)
     text = metadata.pop(KEY, None)
     try:
         record = None if text is None else _read_record(text)
         compact = {} if record is None else _read_compact(record["compact"], tensors)
         if record is None:
-            tensors = expand_bitmasks(tensors)
+            tensors = fold_masks(expand_bitmasks(tensors)).tensors
         else:
             _check_aliases(record["aliases"], tensors.keys() | compact.keys())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -114,6 +112,21 @@ def read_file(path: str | os.PathLike[str]) -> StoredFile:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return StoredFile(path, tensors, record, compact, metadata)
+
+
+def read_raw(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the tensors of a file as they are stored, and the metadata of its header.
+
+    Raises CheckpointError for a file that cannot be read or holds more than tensors.
+    """
+    if path.suffix in PICKLES:
+        return read_state_dict(path), {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read weights from {path}: {error}") from error
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:

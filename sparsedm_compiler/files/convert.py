@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from .container import (
     split_compact,
     write_file,
 )
+from .pruned import read_pruned
 
 
 def convert_file(
@@ -33,17 +35,19 @@ def convert_file(
     *,
     form: str = COMPACT,
     pattern: str | Pattern | None = None,
+    masks: str | os.PathLike[str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Rewrites a safetensors file dense with zeros or compact; latent weights are masked.
 
     Args:
-        source: A file of ``save``, ``save_pretrained``, compressed-tensors' sparse-24-bitmask, or
-            any other safetensors file whose weights have their zeros in place.
+        source: A file of ``save``, ``save_pretrained``, or of any tool that ``read_pruned`` knows.
         target: The file to write; its folder must exist.
         form: "dense" or "compact".
         pattern: For a source without our record: the pattern of the weights that satisfy it. None
             takes the sparsest that every weight satisfies.
+        masks: The file of a sparsifier's state_dict, as in ``read_pruned``; None where there is
+            none.
         provenance: Fields to add to those of the source, as in ``save``; None adds none.
 
     Raises:
@@ -64,7 +68,10 @@ def convert_file(
     if form not in HOLDS_ZEROS:
         raise ConfigError(f"form {form!r} is none of {', '.join(HOLDS_ZEROS)}")
     added = check_provenance(provenance or {})
-    stored = read_file(source)
+    if masks is None:
+        stored = read_file(source)
+    else:
+        stored = StoredFile(Path(source), read_pruned(source, masks).tensors, None)
     tensors = stored.expand()
     if stored.record is None:
         patterns = _choose_patterns(tensors, None if pattern is None else Pattern.parse(pattern))

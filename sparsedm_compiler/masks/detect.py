@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..graph.packed_tensors import explain_packed
 from ..patterns import NM, BlockNM, NestedNM, Pattern, SharedNM
 
 _GROUP_SIZES = (2, 4, 8, 16, 32, 64)
@@ -32,14 +33,16 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
 
     Returns:
         An ``NM``, ``SharedNM``, ``BlockNM`` or ``NestedNM`` pattern. None if the zeros satisfy no
-        pattern, if nothing is zero or everything is, and for a meta tensor, a fake tensor or a
-        tensor of one dimension.
+        pattern, if nothing is zero or everything is, and for a meta tensor, a fake tensor, one
+        that a library has packed or quantized, or a tensor of one dimension.
 
     Example:
         >>> detect_pattern(torch.tensor([[0.0, 1.0, 2.0, 0.0], [0.0, 0.0, 3.0, 4.0]]))
         NM(n=2, m=4)
     """
     if weight.dim() < 2 or weight.is_meta or isinstance(weight, FakeTensor):
+        return None
+    if explain_packed(weight) is not None:
         return None
     kept = (weight.detach() != 0).movedim(1, -1)
     if not kept.any():

@@ -62,11 +62,26 @@ def load_weights(model: Model, path: str | Path) -> Model:
     misfits = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
     if wrong := [f"{kind}: {list_names(names)}" for kind, names in misfits if names]:
         raise CheckpointError(
-            f"{path} does not fit this {type(model).__name__}; {'; '.join(wrong)}"
+            f"{path} does not fit this {type(model).__name__}; {'; '.join(wrong)}{_advise(unknown)}"
         )
     if not any(tensor.is_meta for tensor in held.values()):
         model.load_state_dict(tensors, strict=False)
     return model
+
+
+def _advise(unknown: list[str]) -> str:
+    """Returns how to go on, where the unknown names tell who wrote the file; else ""."""
+    if any(mark in name for name in unknown for mark in _MASKS):
+        return (
+            ". It has masks of a pruning tool, which sparsedm convert FILE dense.safetensors "
+            "--form dense multiplies in"
+        )
+    if unknown and all(name.endswith("attn.qkv.bias") for name in unknown):
+        return ". SparseDM's own training adds these biases: build the model with qkv_bias=True"
+    return ""
+
+
+_MASKS = ("_mma_mask", "_weight_mask", "weight_orig", ".parametrizations.")
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:

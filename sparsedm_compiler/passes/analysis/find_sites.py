@@ -9,6 +9,7 @@ from ...graph.capture import CapturedGraph, Names
 from ...graph.eager_watch import EagerProduct
 from ...graph.flat_graph import Op, ParameterRead, flatten, trace_parameter
 from ...graph.op_table import OP_TABLE, Product
+from ...graph.packed_tensors import explain_packed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +93,9 @@ def _site(op: Op, product: Product, factors: tuple[Op, ...], parameters: dict[Op
                 kind=product.kind if product.fixed else "linear",
                 names=parameters[reading.parameter],
                 shape=tuple(reading.parameter.value.shape),
-                refusal=product.refusal or _explain_misread(product, reading, index),
+                refusal=product.refusal
+                or explain_packed(reading.parameter.value)
+                or _explain_misread(product, reading, index),
                 parameter=reading.parameter,
             )
     if not product.fixed:
@@ -142,7 +145,7 @@ def _eager_site(number: int, product: Product, call: EagerProduct) -> Site:
                 kind=product.kind if product.fixed else "linear",
                 names=call.names[factor],
                 shape=tuple(call.values[factor].shape),
-                refusal=product.refusal or refusal,
+                refusal=product.refusal or explain_packed(call.values[factor]) or refusal,
             )
     if not product.fixed:
         return site
