@@ -5,11 +5,13 @@ from __future__ import annotations
 from ..optional_deps import is_installed
 from .attach import attach
 from .config import SparseConfig
-from .registration import register
+from .registration import follow_single_files, register, register_backend
 
 __all__ = ["SparseConfig", "attach"]
 
 if is_installed("diffusers"):  # without it there is nothing to plug in
-    from .quantizer import SparseQuantizer
+    from .quantizer import SparseQuantizer, adopt_by_config
 
     register(SparseConfig, SparseQuantizer)
+    register_backend(SparseConfig)
+    follow_single_files(adopt_by_config)

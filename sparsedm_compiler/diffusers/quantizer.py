@@ -105,6 +105,14 @@ class SparseQuantizer(_Base):  # type: ignore[misc]
         )
 
 
+def adopt_by_config(model: Any) -> None:
+    """Compiles a loaded model in place as the config that was saved with it says."""
+    config = SparseConfig.from_dict(model.config["quantization_config"])
+    quantizer = SparseQuantizer(config, pre_quantized=True)
+    quantizer._process_model_before_weight_loading(model)
+    quantizer._process_model_after_weight_loading(model)
+
+
 def compile_as(model: nn.Module, config: SparseConfig) -> None:
     """Compiles a model in place with the options of a SparseConfig."""
     options = config.config

@@ -1,17 +1,19 @@
 """The entry in diffusers' tables of quantizers, and all of its private API that is used.
 
 diffusers has no function that registers a quantizer: two dictionaries map the ``quant_method`` of
-a config to its classes, and whoever adds to them is called. Tested with 0.40, 0.41 and 0.42.
+a config to its classes, and whoever adds to them is called. Tested with 0.40, 0.41 and 0.42. Two
+more of transformers are asked for the name that ``quant_backend=`` of a pipeline gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
 from ..errors import ConfigError
-from ..optional_deps import import_diffusers, read_version
+from ..optional_deps import import_diffusers, is_installed, read_version
 
 METHOD = "sparsedm"
 """The ``quant_method`` of the plugin, in config.json and in the tables of diffusers."""
@@ -43,6 +45,49 @@ def register(config: type, quantizer: type) -> None:
     """Makes ``from_pretrained`` build ``quantizer`` for a ``config``, or for a saved one."""
     for table, value in zip(list_tables(), (quantizer, config), strict=True):
         table[METHOD] = value
+
+
+class TextEncoderRefusal:
+    """What transformers makes where a pipeline would prune a text encoder: an error."""
+
+    def __init__(self, quantization_config: object, **_: object) -> None:
+        raise ConfigError(
+            "sparsedm prunes networks of diffusers, not text encoders of transformers: name the "
+            "network, PipelineQuantizationConfig(…, components_to_quantize=['transformer'])"
+        )
+
+
+def register_backend(config: type) -> None:
+    """Makes ``PipelineQuantizationConfig(quant_backend="sparsedm")`` pass diffusers' checks.
+
+    It asks transformers for the same name and the same options. Does nothing without transformers.
+    """
+    if not is_installed("transformers"):
+        return
+    tables = import_module("transformers.quantizers.auto").__dict__
+    for name, value in zip(_TABLES, (TextEncoderRefusal, config), strict=True):
+        if isinstance(tables.get(name), MutableMapping):
+            tables[name][METHOD] = value
+
+
+def follow_single_files(adopt: Callable[[Any], None]) -> None:
+    """Makes ``from_single_file`` prune a model whose config says that it is pruned.
+
+    ``from_pretrained`` asks the config; ``from_single_file`` ignores it, and the model would run
+    dense. ``adopt``: compiles such a model in place.
+    """
+    mixin = import_private("diffusers.loaders.single_file_model", "FromOriginalModelMixin")
+    load = mixin.from_single_file.__func__
+
+    @wraps(load)
+    def from_single_file(cls: type, *args: Any, **kwargs: Any) -> Any:
+        model = load(cls, *args, **kwargs)
+        saved = model.config.get("quantization_config")
+        if isinstance(saved, dict) and saved.get("quant_method") == METHOD:
+            adopt(model)
+        return model
+
+    mixin.from_single_file = classmethod(from_single_file)
 
 
 def list_tables() -> tuple[MutableMapping[str, type], MutableMapping[str, type]]:

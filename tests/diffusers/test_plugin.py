@@ -11,17 +11,19 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.quantizers import PipelineQuantizationConfig, auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.compiler.held_masks import SoftMasks
 from sparsedm_compiler.diffusers import attach
 from sparsedm_compiler.diffusers.quantizer import SparseQuantizer
 from sparsedm_compiler.diffusers.registration import METHOD, TESTED, list_tables
+from tests.compiler.nets import UNET, assert_masked, run_unet
 from tests.diffusers.cases import run, saved_unet, small_unet
 from tests.oracle import assert_same, hand_masked, masked_patterns, oracle_of
 
@@ -154,6 +156,47 @@ def test_pipeline_loads_the_parts_that_a_mapping_names(student: Any, tmp_path: P
     pipeline.save_pretrained(tmp_path / "sparse")
     again = diffusers.DDPMPipeline.from_pretrained(tmp_path / "sparse")
     assert masked_patterns(again.unet) == masked_patterns(student)
+
+
+BACKEND = {"quant_backend": "sparsedm", "quant_kwargs": {"pattern": "2:4", "backend": "eager"}}
+
+
+def test_pipeline_loads_the_components_that_a_backend_prunes(tmp_path: Path) -> None:
+    diffusers.DDPMPipeline(small_unet(), diffusers.DDPMScheduler(10)).save_pretrained(tmp_path)
+    config = PipelineQuantizationConfig(**BACKEND, components_to_quantize="unet")
+    unet = diffusers.DDPMPipeline.from_pretrained(tmp_path, quantization_config=config).unet
+    out = run(unet)
+    assert_same(out, run(hand_masked(small_unet(), masked_patterns(unet))))
+
+
+def test_backend_that_would_prune_a_text_encoder_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    heads = {"num_attention_heads": 1, "max_position_embeddings": 4}
+    CLIPTextModel(CLIPTextConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    config = PipelineQuantizationConfig(**BACKEND)._resolve_quant_config(is_diffusers=False)
+    with pytest.raises(
+        sdm.ConfigError, match=r"not text encoders of .*components_to_quantize=\['tr"
+    ):
+        CLIPTextModel.from_pretrained(tmp_path, quantization_config=config)
+
+
+def load_single_file(folder: Path, **options: Any) -> Any:
+    path = str(folder / WEIGHTS)
+    return UNet2DConditionModel.from_single_file(path, config=str(folder), **options)
+
+
+def test_single_file_is_loaded_pruned_by_the_argument_and_by_its_config(tmp_path: Path) -> None:
+    UNET.build().save_pretrained(tmp_path / "dense")
+    assert "forward" not in vars(load_single_file(tmp_path / "dense"))
+    config = sdm.SparseConfig("2:4", backend="eager")
+    student = load_single_file(tmp_path / "dense", quantization_config=config)
+    assert_masked(student, run_unet(student))
+    student.save_pretrained(tmp_path / "student")
+    again = load_single_file(tmp_path / "student")
+    assert masked_patterns(again) == masked_patterns(student)
+    assert_same(again.conv_in.weight, student.conv_in.weight)
+    half = load_single_file(tmp_path / "student", torch_dtype=torch.bfloat16)
+    assert (half.dtype, masked_patterns(half)) == (torch.bfloat16, masked_patterns(student))
 
 
 def test_one_config_for_two_models_keeps_them_apart(folder: Path, student: Any) -> None:
