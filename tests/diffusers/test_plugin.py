@@ -174,9 +174,7 @@ def test_backend_that_would_prune_a_text_encoder_is_refused(tmp_path: Path) -> N
     heads = {"num_attention_heads": 1, "max_position_embeddings": 4}
     CLIPTextModel(CLIPTextConfig(**sizes, **heads)).save_pretrained(tmp_path)
     config = PipelineQuantizationConfig(**BACKEND)._resolve_quant_config(is_diffusers=False)
-    with pytest.raises(
-        sdm.ConfigError, match=r"not text encoders of .*components_to_quantize=\['tr"
-    ):
+    with pytest.raises(sdm.ConfigError, match=r"not text encoders .*components_to_quantize=\['tr"):
         CLIPTextModel.from_pretrained(tmp_path, quantization_config=config)
 
 
