@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
 from ..errors import DenseRunError
 from ..graph.capture import GRAPH_BREAK_ERRORS, copy_method, raise_own_error
@@ -15,6 +15,7 @@ from ..graph.diagnostics import describe_graph_break
 from ..graph.dynamo_settings import compile_method
 from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
 from ..graph.module_guards import HookWatch, pin_modules_without_hooks
+from ..graph.stateful_hooks import StatefulHooksError, isolate_stateful_hooks
 from ..meta_models import require_values
 from ..passes import Site, find_eager_sites
 from ..progress import COMPILING, announce
@@ -106,11 +107,16 @@ class EntryPoint:
                 return self._compiled(module, *args, **kwargs)
             except GRAPH_BREAK_ERRORS as unsupported:
                 reason = describe_graph_break(unsupported)
+            except BackendCompilerFailed as failed:
+                if not isinstance(failed.inner_exception, StatefulHooksError):
+                    raise
+                reason = str(failed.inner_exception)
             self._go_partial(reason, *args, **kwargs)
         with EagerMask(module, self._forward.mask_eagerly):
             return self._compiled(module, *args, **kwargs)
 
     def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
+        isolate_stateful_hooks(self._forward.module)
         return compile_method(
             self.copy(), self._lower, fullgraph=fullgraph, guard_hooks=self._guards_hooks
         )
@@ -125,6 +131,8 @@ class EntryPoint:
 
     @announce("compiling the model", COMPILING)
     def _lower(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        if isolate_stateful_hooks(self._forward.module) and self.broken is None:
+            raise StatefulHooksError("hooks of a cache carry state from call to call")
         if not self._guards_hooks:
             pin_modules_without_hooks()
         return self._forward.lower(gm, example_inputs, whole=self.broken is None)

@@ -1,0 +1,65 @@
+"""Hooks of diffusers that carry state from call to call (caches), kept out of graphs.
+
+A graph that holds such a hook guards its Python values: the number of the step, the timestep. So
+every step of a sampling loop would be compiled anew. Where the hook itself is skipped, TorchDynamo
+compiles what it calls, and once.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_REGISTRY = "_diffusers_hook"
+"""The attribute under which diffusers keeps the hooks of a module."""
+
+
+class StatefulHooksError(Exception):
+    """Ends a capture that has traced the state of hooks."""
+
+
+def isolate_stateful_hooks(model: nn.Module) -> bool:
+    """Makes TorchDynamo skip the stateful hooks of a model; returns whether there were new ones.
+
+    A hook's ``new_forward`` is exchanged for a copy with a code object of its own: others' hooks
+    of the class stay as they are.
+    """
+    hooks = [hook for hook in _list_hooks(model) if not _is_isolated(hook)]
+    for hook in hooks:
+        method = type(hook).new_forward
+        code = method.__code__.replace()
+        names = method.__name__, method.__defaults__, method.__closure__
+        function = types.FunctionType(code, method.__globals__, *names)
+        function.__kwdefaults__ = method.__kwdefaults__
+        skipped = torch._dynamo.disable(function, recursive=False)  # type: ignore[no-untyped-call]
+        (module,) = hook.fn_ref.forward.args
+        hook.fn_ref.forward = functools.partial(types.MethodType(skipped, hook), module)
+    return bool(hooks)
+
+
+def _list_hooks(model: nn.Module) -> Iterator[Any]:
+    """Yields the stateful hooks that stand in for the forward of a module."""
+    for module in model.modules():
+        registry = vars(module).get(_REGISTRY)
+        for hook in () if registry is None else registry.hooks.values():
+            if hook._is_stateful and _stands_in(hook):
+                yield hook
+
+
+def _stands_in(hook: Any) -> bool:
+    forward = hook.fn_ref.forward
+    return isinstance(forward, functools.partial) and isinstance(
+        vars(type(hook)).get("new_forward"), types.FunctionType
+    )
+
+
+def _is_isolated(hook: Any) -> bool:
+    method = hook.fn_ref.forward.func
+    return isinstance(method, types.MethodType) and vars(method.__func__).get(
+        "_torchdynamo_disable", False
+    )
