@@ -86,12 +86,10 @@ CACHES: dict[str, Callable[[], Any]] = {
     ("name", "order", "mode"),
     [
         ("first_block", "after", "train"),
-        ("first_block", "before", "infer"),
         ("magcache", "before", "infer"),
         ("pab", "before", "train"),
         ("pab", "after", "infer"),
         ("taylorseer", "after", "train"),
-        ("taylorseer", "before", "infer"),
     ],
 )  # of those that leave out blocks, and of those that keep results of layers, every order and mode
 def test_cache_when_enabled_holds_values_of_the_masked_model(
