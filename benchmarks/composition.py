@@ -217,7 +217,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         {
             key: format_ratio(value)
             if isinstance(value, tuple)
-            else (f"{value:.3f}" if isinstance(value, float) else value)
+            else (f"{value:.3g}" if isinstance(value, float) else value)
             for key, value in row.items()
         }
         for row in rows
