@@ -34,6 +34,7 @@ from .guarded_forward import SparseForward
 from .held_masks import SoftMasks, read_soft
 from .hollow_parameter import hollow_out
 from .lookup import require_compiled
+from .masked_state import read_masked_state
 from .model_record import describe_model, read_decisions
 from .state_hooks import map_patterns, mask_state_dict
 
@@ -112,12 +113,8 @@ def _read_state(forward: SparseForward) -> tuple[dict[str, Tensor], dict[str, An
 
 def _read_masked(forward: SparseForward, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors of the form "dense" or "compact", and the record's part about them."""
-    module, weights = forward.module, forward.weights
-    state = weights.state_dict_without_finalized(module)
-    mask_frozen(module, forward.frozen, state)
-    mask_state_dict(module, forward.decisions, state)
-    for name, packed in weights.iterate_finalized(module):
-        state[name] = packed.unpack()
+    module = forward.module
+    state = read_masked_state(forward)
     tensors, aliases = _without_aliases(state)
     frozen = forward.frozen if forward.frozen.frozen_names else FrozenMasks()
     masks = write_frozen(frozen, forward.decisions, tensors)
