@@ -36,6 +36,14 @@ if TYPE_CHECKING:
     from .compiler.read_guard import allow_dense
     from .compiler.serialization import load, save
     from .diffusers import SparseConfig
+    from .export import (
+        OnnxReport,
+        OnnxWeight,
+        check_onnx,
+        export_onnx,
+        export_package,
+        load_package,
+    )
     from .masks.mask_ste import zero_kept
     from .oneshot import (
         CalibrationBatch,
@@ -79,6 +87,8 @@ __all__ = [
     "MergedWeight",
     "OneShotOptions",
     "OneShotReport",
+    "OnnxReport",
+    "OnnxWeight",
     "PackError",
     "Pattern",
     "PatternError",
@@ -88,15 +98,19 @@ __all__ = [
     "Topology",
     "allow_dense",
     "apply_masks",
+    "check_onnx",
     "compile",
     "count_macs",
     "explain",
+    "export_onnx",
+    "export_package",
     "finetune",
     "freeze_masks",
     "get_masks",
     "held_out_loss",
     "hold_masks",
     "load",
+    "load_package",
     "make_calibration_batches",
     "masked_parameters",
     "merge_lora",
@@ -123,6 +137,14 @@ MODULES = {
     ".compiler.read_guard": ("allow_dense",),
     ".compiler.serialization": ("load", "save"),
     ".diffusers": ("SparseConfig",),
+    ".export": (
+        "OnnxReport",
+        "OnnxWeight",
+        "check_onnx",
+        "export_onnx",
+        "export_package",
+        "load_package",
+    ),
     ".masks.mask_ste": ("zero_kept",),
     ".oneshot": (
         "CalibrationBatch",

@@ -51,11 +51,13 @@ MAY_IMPORT = {
     "reporting": f"{BASE} diffusion models data evaluate patterns reports",
     "diffusers": f"{BASE} patterns graph config reports files compiler",
     "oneshot": f"{BASE} selection patterns graph config reports masks passes compiler diffusion",
-    "": "errors patterns reports masks compiler diffusers oneshot",
+    "export": f"{BASE} selection patterns graph config reports masks files backends passes autotune"
+    " compiler",
+    "": "errors patterns reports masks compiler diffusers oneshot export",
     "train": f"{BASE} diffusion models data evaluate reporting",
     "experiment": f"{BASE} config diffusion models data evaluate reporting train",
     "cli": f"{BASE} patterns config reports backends autotune compiler diffusion models data"
-    " evaluate reporting train experiment files",
+    " evaluate reporting train experiment files export",
     "__main__": "cli",
 }
 
@@ -310,7 +312,7 @@ def test_importing_the_package_needs_only_the_core_dependencies() -> None:
         "import sys, sparsedm_compiler, sparsedm_compiler.compiler.dynamo_backend; "
         "import sparsedm_compiler.cli; "
         "print(sorted({'diffusers','matplotlib','torchvision','pytorch_fid','sklearn','yaml',"
-        "'accelerate','datasets','tensorboard'} & {*sys.modules}))"
+        "'accelerate','datasets','tensorboard','onnx','onnxscript','onnx_ir'} & {*sys.modules}))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -6,7 +6,20 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from .. import __version__
-from . import bench, check, convert, doctor, explain, fid, finetune, macs, prune, report, sample
+from . import (
+    bench,
+    check,
+    convert,
+    doctor,
+    explain,
+    export,
+    fid,
+    finetune,
+    macs,
+    prune,
+    report,
+    sample,
+)
 from .job import DONE, Command, execute
 
 COMMANDS: Mapping[str, Command] = {
@@ -20,6 +33,7 @@ COMMANDS: Mapping[str, Command] = {
     "explain": explain,
     "check": check,
     "convert": convert,
+    "export": export,
     "doctor": doctor,
 }
 ABOUT = """\

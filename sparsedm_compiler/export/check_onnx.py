@@ -1,4 +1,4 @@
-"""``check_onnx``: the patterns that the weights of an ONNX file satisfy where products read them."""
+"""``check_onnx``: the patterns that weights of an ONNX file satisfy, as its products read them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ..optional_deps import require_extra
 from ..patterns import Pattern
 from .check_onnx import OnnxReport, check_onnx, describe_weights, write_declared
 from .name_weights import name_batch, name_weights
-from .trace import make_example, name_outputs, summarize, trace_masked
+from .trace import make_example, name_outputs, require_folder, summarize, trace_masked
 
 
 def export_onnx(
@@ -69,6 +69,8 @@ def export_onnx(
     with require_extra("exporting to ONNX", "export"):
         import onnx_ir  # noqa: F401
         import onnxscript  # noqa: F401
+    file = Path(path)
+    require_folder(file)
     example = make_example(args, kwargs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes)
     masked = trace_masked(model, example)
     names = (input_names, name_outputs(masked.program, output_names))
@@ -79,8 +81,8 @@ def export_onnx(
         name_batch(onnx.model.graph)
     write_declared(onnx.model, declared)
     require_patterns(onnx.model.graph, declared)
-    _write(onnx, Path(path), external_data)
-    return check_onnx(path)
+    _write(onnx, file, external_data)
+    return check_onnx(file)
 
 
 def _convert(
@@ -106,9 +108,7 @@ def _convert(
             )
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
-        raise CaptureError(
-            f"ONNX has no form of an op of {name}: {summarize(cause)}"
-        ) from error
+        raise CaptureError(f"ONNX has no form of an op of {name}: {summarize(cause)}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"torch.onnx cannot export {name} so: {summarize(error)}") from error
 

@@ -17,7 +17,14 @@ from torch.export import ExportedProgram
 from ..compiler.lookup import require_compiled
 from ..errors import CheckpointError, ConfigError, KernelError
 from .pack_program import pack_program
-from .trace import Example, export_plain, make_example, summarize, trace_masked
+from .trace import (
+    Example,
+    export_plain,
+    make_example,
+    require_folder,
+    summarize,
+    trace_masked,
+)
 
 _KERNELS = "sparsedm_kernels"
 """The key of a package's metadata that names its sparse kernels, with commas."""
@@ -63,6 +70,7 @@ def export_package(
     file = Path(path)
     if file.suffix != ".pt2":
         raise ConfigError(f"an AOTInductor package is a .pt2 file, not {file.name!r}")
+    require_folder(file)
     if sparse_kernels and dynamic_shapes is not None:
         raise ConfigError("sparse kernels take dynamic_batch, no other dynamic_shapes")
     example = make_example(args, kwargs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes)
@@ -93,8 +101,6 @@ def _compile(program: ExportedProgram, file: Path, name: str, kernels: str) -> N
     """Compiles a program into a file. Raises KernelError or CheckpointError."""
     from torch._inductor import aoti_compile_and_package
 
-    if not file.parent.is_dir():
-        raise CheckpointError(f"{file} cannot be written: there is no folder {file.parent}")
     configs = {"aot_inductor.metadata": {_KERNELS: kernels}}
     with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
         part = str(Path(folder, file.name))
@@ -103,9 +109,7 @@ def _compile(program: ExportedProgram, file: Path, name: str, kernels: str) -> N
                 warnings.simplefilter("ignore")  # of the libraries' own deprecations
                 aoti_compile_and_package(program, package_path=part, inductor_configs=configs)
         except Exception as error:  # of many kinds, from Inductor and the C++ compiler
-            raise KernelError(
-                f"AOTInductor cannot compile {name}: {summarize(error)}"
-            ) from error
+            raise KernelError(f"AOTInductor cannot compile {name}: {summarize(error)}") from error
         os.replace(part, file)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from ..compiler.lookup import masked_parameters, require_compiled
 from ..compiler.masked_state import copy_masked
-from ..errors import CaptureError, ConfigError, SparseDMError
+from ..errors import CaptureError, CheckpointError, ConfigError, SparseDMError
 from ..graph.names import strip_adapter_prefix
 from ..patterns import Pattern
+
+_ASIDES = "The error above|Suggested fixes|While executing|Original traceback"
+"""Where messages of torch begin to be about something else."""
 
 _WRAPPERS = (torch._dynamo.OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -80,6 +84,12 @@ def make_example(
     return Example(inputs, example.kwargs, shapes)
 
 
+def require_folder(file: Path) -> None:
+    """Raises CheckpointError unless the folder of a file to write is there."""
+    if not file.parent.is_dir():
+        raise CheckpointError(f"{file} cannot be written: there is no folder {file.parent}")
+
+
 @torch.no_grad()
 def trace_masked(model: nn.Module, example: Example) -> MaskedProgram:
     """Traces the plain model that a compiled model is equal to.
@@ -101,9 +111,7 @@ def trace_masked(model: nn.Module, example: Example) -> MaskedProgram:
         )
     if any(not forward.decisions for _, forward in forwards):
         model(*example.args, **example.kwargs)
-    patterns = {
-        strip_adapter_prefix(name): p for name, (_, p) in masked_parameters(model).items()
-    }
+    patterns = {strip_adapter_prefix(name): p for name, (_, p) in masked_parameters(model).items()}
     return MaskedProgram(export_plain(copy_masked(model), type(model).__name__, example), patterns)
 
 
@@ -133,8 +141,8 @@ def _is_about_sizes(error: Exception) -> bool:
 
 def summarize(error: BaseException, limit: int = 300) -> str:
     """Returns the kind of an error and the beginning of its message, on one line."""
-    words = re.split("The error above|Suggested fixes|While executing|Original traceback", str(error))[0]
-    words = " ".join(re.sub("For more information, run with [^ ]*", "", words).split())
+    told = re.split(_ASIDES, str(error))[0]
+    words = " ".join(re.sub("For more information, run with [^ ]*", "", told).split())
     short = words if len(words) <= limit else words[:limit].rsplit(" ", 1)[0] + " …"
     return f"{type(error).__name__}: {short}" if short else type(error).__name__
 

@@ -49,6 +49,7 @@ def test_commands_are_complete() -> None:
         "explain",
         "check",
         "convert",
+        "export",
         "doctor",
     ]
 
