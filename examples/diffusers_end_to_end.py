@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import sparsedm_compiler as sdm
+
 import sparsedm_compiler.diffusers  # isort: skip  # before diffusers and peft: mends torchvision
 import diffusers  # isort: skip
 import peft  # isort: skip
