@@ -7,33 +7,39 @@ from typing import Any
 
 from torch import Tensor
 
-from ..graph.names import strip_adapter_prefix
+from ..errors import CaptureError
+from ..graph.capture import Names
 from ..patterns import Pattern
 
 TRANSPOSED = ".T"
 """What follows the name of a weight that the file holds transposed."""
 
 
-def name_weights(graph: Any, patterns: Mapping[str, Pattern]) -> dict[str, Pattern]:
+def name_weights(graph: Any, patterns: Mapping[Names, Pattern]) -> dict[str, Pattern]:
     """``Transpose(w) -> w.T``, a constant, for every weight; edits an onnx_ir graph.
 
     ``torch.onnx`` would fold these transposes into constants with names of its own.
 
     Args:
         graph: The graph of ``torch.onnx`` before its optimizer, which names weights as the model.
-        patterns: The patterns of pruned parameters by name.
+        patterns: The patterns of pruned parameters, by all names that a parameter has.
 
     Returns:
         The patterns of pruned constants by their names in the graph.
+
+    Raises:
+        CaptureError: If the graph does not read a pruned parameter.
     """
     for name, value in [*graph.initializers.items()]:
         if len(value.shape) == 2:
             _fold_transposes(graph, name, value)
+    read = {name for name, value in graph.initializers.items() if value.uses()}
     declared = {}
-    for name, value in graph.initializers.items():
-        parameter = strip_adapter_prefix(name.removesuffix(TRANSPOSED))
-        if parameter in patterns and (value.uses() or value.is_graph_output()):
-            declared[name] = patterns[parameter]
+    for names, pattern in patterns.items():
+        forms = read & {form for name in names for form in (name, name + TRANSPOSED)}
+        if not forms:
+            raise CaptureError(f"the ONNX graph would not be sparse: it does not read {names[0]}")
+        declared.update(dict.fromkeys(sorted(forms), pattern))
     return declared
 
 

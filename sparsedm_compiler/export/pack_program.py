@@ -19,7 +19,7 @@ from ..compiler.folded_weights import FoldedWeights
 from ..compiler.guarded_forward import SparseForward
 from ..compiler.lower import plan_weights
 from ..errors import CaptureError
-from ..graph.capture import CapturedGraph
+from ..graph.capture import CapturedGraph, map_parameter_names
 from ..passes import Plan, run_passes
 from .trace import Example
 
@@ -79,7 +79,9 @@ def pack_program(
     inputs = list_constants(program)
     targets = {spec.arg.name: str(spec.target) for spec in signature.input_specs}
     placeholders = gm.graph.find_nodes(op="placeholder")[: len(inputs)]
-    names = {node: (targets[node.name],) for node in placeholders}
+    own = map_parameter_names(forward.module).values()
+    aliases = {name: names for names in own for name in names}
+    names = {node: aliases.get(targets[node.name], ("",)) for node in placeholders}
     calls = [*inputs, *tree_leaves((example.args, dict(example.kwargs)))]
     config = replace(forward.config, mode="infer", finalize=False)
     plan = plan_weights(

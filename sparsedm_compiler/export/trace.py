@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ..compiler.lookup import masked_parameters, require_compiled
 from ..compiler.masked_state import copy_masked
 from ..errors import CaptureError, CheckpointError, ConfigError, SparseDMError
-from ..graph.names import strip_adapter_prefix
+from ..graph.capture import Names, map_parameter_names
 from ..patterns import Pattern
 
 _ASIDES = "The error above|Suggested fixes|While executing|Original traceback"
@@ -46,11 +46,11 @@ class MaskedProgram:
 
     Attributes:
         program: The plain model with masked weights, as ``torch.export`` holds it.
-        patterns: The patterns of its pruned parameters, by the name in the model.
+        patterns: The patterns of its pruned parameters, by all names that a parameter has.
     """
 
     program: ExportedProgram
-    patterns: Mapping[str, Pattern]
+    patterns: Mapping[Names, Pattern]
 
 
 def make_example(
@@ -111,7 +111,8 @@ def trace_masked(model: nn.Module, example: Example) -> MaskedProgram:
         )
     if any(not forward.decisions for _, forward in forwards):
         model(*example.args, **example.kwargs)
-    patterns = {strip_adapter_prefix(name): p for name, (_, p) in masked_parameters(model).items()}
+    names = map_parameter_names(model)
+    patterns = {names[id(w)]: pattern for w, pattern in masked_parameters(model).values()}
     return MaskedProgram(export_plain(copy_masked(model), type(model).__name__, example), patterns)
 
 

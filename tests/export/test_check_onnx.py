@@ -24,10 +24,8 @@ def prune(*shape: int, pattern: str = "2:4", axis: int = 1, rows: int = 0) -> Te
     return (turned * brute_mask(turned, pattern)).movedim((0, 1), (rows, axis)).contiguous()
 
 
-def write(
-    path: Path, nodes: list[Any], weights: dict[str, Tensor], record: str | None = None
-) -> Path:
-    """Writes an ONNX file of nodes that lead from x to y."""
+def make_model(nodes: list[Any], weights: dict[str, Tensor], record: str | None = None) -> Any:
+    """Returns an ONNX model of nodes that lead from x to y."""
     from onnx import TensorProto, helper, numpy_helper
 
     graph = helper.make_graph(
@@ -40,7 +38,14 @@ def write(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     if record is not None:
         helper.set_model_props(model, {"sparsedm": record})
-    onnx.save(model, path)
+    return model
+
+
+def write(
+    path: Path, nodes: list[Any], weights: dict[str, Tensor], record: str | None = None
+) -> Path:
+    """Writes such a model and returns its path."""
+    onnx.save(make_model(nodes, weights, record), path)
     return path
 
 
