@@ -47,7 +47,8 @@ def copy_masked(model: Model) -> Model:
         model: A compiled model that has been called, or a module that holds some.
 
     Raises:
-        ConfigError: If nothing inside was compiled, or a forward is wrapped.
+        ConfigError: If nothing inside was compiled, a forward is wrapped, or a part cannot be
+            copied.
     """
     forwards = require_compiled(model)
     memo: dict[int, Any] = {id(x): x for x in chain(model.parameters(), model.buffers())}
@@ -59,7 +60,10 @@ def copy_masked(model: Model) -> Model:
                 memo[id(weight)] = nn.Parameter(state[name], requires_grad=False)
         installed = (forward, *list_methods(forward.module))
         memo.update({id(value): _REMOVED for value in installed})
-    plain = copy.deepcopy(model, memo)
+    try:
+        plain = copy.deepcopy(model, memo)
+    except RuntimeError as error:
+        raise ConfigError(f"{type(model).__name__} cannot be copied: {error}") from error
     for prefix, forward in forwards:
         _restore_own_methods(plain.get_submodule(prefix.removesuffix(".")), forward, memo)
     return plain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import tempfile
 import warnings
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from ..backends.registry import find_family
 from ..compiler.lookup import require_compiled
 from ..errors import CheckpointError, ConfigError, KernelError
 from .pack_program import pack_program
@@ -28,8 +28,6 @@ from .trace import (
 
 _KERNELS = "sparsedm_kernels"
 """The key of a package's metadata that names its sparse kernels, with commas."""
-_OPS = "sparsedm_compiler.backends.registry"
-"""The module that registers every custom op that a package may call."""
 
 
 def export_package(
@@ -123,15 +121,20 @@ def load_package(path: str | os.PathLike[str]) -> Callable[..., Any]:
         The model as a function of what its forward took.
 
     Raises:
-        CheckpointError: If the file is missing, or does not load in this torch on this machine.
+        CheckpointError: If the file is missing, or does not load in this torch on this machine, or
+            calls kernels that cannot run here.
+        KernelError: If it calls kernels that this version does not know.
     """
     file = Path(path)
     if not file.is_file():
         raise CheckpointError(f"there is no package {file}")
-    importlib.import_module(_OPS)
     try:
-        with torch.no_grad():
-            loaded: Callable[..., Any] = torch._inductor.aoti_load_package(str(file))
+        loaded: Any = torch._inductor.aoti_load_package(str(file))
     except Exception as error:  # of many kinds, from zip files and the dynamic linker
         raise CheckpointError(f"{file} does not load here: {summarize(error)}") from error
-    return loaded
+    for kernel in loaded.get_metadata().get(_KERNELS, "").split(","):
+        reason = find_family(kernel).why_unavailable() if kernel else None
+        if reason is not None:
+            raise CheckpointError(f"{file} calls the kernel {kernel}: {reason}")
+    run: Callable[..., Any] = loaded
+    return run

@@ -136,7 +136,7 @@ def export_plain(plain: nn.Module, name: str, example: Example) -> ExportedProgr
 def _is_about_sizes(error: Exception) -> bool:
     """Returns whether an error of ``torch.export`` is about sizes that cannot be dynamic."""
     text = str(error)
-    signs = ("dynamic", "Constraints violated", "specializ", "data-dependent", "Dim(")
+    signs = ("as dynamic", "Constraints violated", "specializ", "Dim(")
     return any(sign in text for sign in signs)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.backends.cpp_compiler import find_compiler
+from sparsedm_compiler.backends.registry import find_family
 from sparsedm_compiler.export import package
 from sparsedm_compiler.export.trace import make_example, trace_masked
 from tests.compiler.nets import X, compiled_chain
@@ -43,7 +44,9 @@ def test_program_with_sparse_kernels_equals_the_model_that_runs_them() -> None:
     assert stored < dense
 
 
-def test_package_with_sparse_kernels_when_opened_equals_the_model(tmp_path: Path) -> None:
+def test_package_with_sparse_kernels_when_opened_equals_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if find_compiler() is None:
         pytest.skip("no C++ compiler")
     student = compiled_chain("sparse").eval()
@@ -56,6 +59,10 @@ def test_package_with_sparse_kernels_when_opened_equals_the_model(tmp_path: Path
         with torch.no_grad():
             assert_same(run(x), student(x), tolerance=1e-6)
     assert [file.name for file in tmp_path.iterdir()] == ["net.pt2"]
+    kernels = type(find_family("cpu_free"))
+    monkeypatch.setattr(kernels, "why_unavailable", lambda self: "there is no C++ compiler")
+    with pytest.raises(sdm.CheckpointError, match=r"net\.pt2 calls the kernel cpu_free: there is"):
+        sdm.load_package(path)
 
 
 def test_package_that_cannot_be_made_or_opened_is_refused(tmp_path: Path) -> None:
