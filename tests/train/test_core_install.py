@@ -16,8 +16,9 @@ import sys
 from importlib.machinery import PathFinder
 
 EXTRAS = {
-    "accelerate", "datasets", "diffusers", "matplotlib", "peft", "PIL", "pytorch_fid", "scipy",
-    "sklearn", "tensorboard", "torchvision", "tqdm", "transformers", "yaml",
+    "accelerate", "datasets", "diffusers", "matplotlib", "onnx", "onnx_ir", "onnxruntime",
+    "onnxscript", "peft", "PIL", "pytorch_fid", "scipy", "sklearn", "tensorboard", "torchvision",
+    "tqdm", "transformers", "yaml",
 }
 
 
