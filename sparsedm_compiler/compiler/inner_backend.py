@@ -13,6 +13,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from ..backends.cpp_compiler import find_compiler
 from ..config import GRAPHS, Backend
 from ..errors import ConfigError
+from .eager_checkpointing import preserve_randomness
 
 _KNOWN_OPS = ("aten", "prims", "sparsedm")
 """Namespaces of the ops whose outputs are laid out as their meta functions say."""
@@ -35,6 +36,8 @@ def compile_graph(
             compile_fx = _patch_inductor({"size_asserts": False})
         else:
             compile_fx = lookup_backend(name)
+        if name == "eager":
+            preserve_randomness(gm)
     run: Callable[..., Any] = compile_fx(gm, list(example_inputs))
     return run
 

@@ -13,13 +13,13 @@ from torch import nn
 from .. import CheckpointError, ConfigError
 from ..models.loading import is_function
 from ..models.schedules import read_schedule
-from ..train.finetune_config import MAY_DIFFER as TRAINING_MAY_DIFFER
 from ..train.fingerprints import (
     Fingerprint,
     fingerprint_condition,
     fingerprint_data,
     fingerprint_weights,
 )
+from ..train.option_checks import MAY_DIFFER as TRAINING_MAY_DIFFER
 from ..train.run_folder import WHOLE, check_record, is_begun, refuse
 from .inputs import OpenedInputs
 from .run_config import RunConfig

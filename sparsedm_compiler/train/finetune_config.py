@@ -9,32 +9,8 @@ from typing import Any
 
 from ..errors import ConfigError, suggest
 from .mask_options import check_mask_options
-from .methods import TEACHERS, find_method
-
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "schedule": ("cosine", "constant"),
-    "objective": ("eps", "v", "x0", "flow"),
-    "levels": ("uniform", "logit-normal"),
-    "mixed_precision": ("no", "bf16", "fp16"),
-    "teacher": TEACHERS,
-    "only": ("all", "lora"),
-    "start": ("given", "obs", "wanda", "magnitude"),
-    "score": ("magnitude", "saliency"),
-}
-NOT_NEGATIVE = ("images", "alpha", "beta", "lr", "weight_decay", "warmup_images", "sr_ste_lambda")
-POSITIVE = ("batch_size", "accumulation", "keep", "lora_rank", "mask_every", "start_images")
-OPTIONAL = ("max_grad_norm", "held_out_every", "save_every", "log_every", "sample_every", "freeze")
-MAY_DIFFER: Mapping[str, str] = {
-    "accumulation": "one batch in more or fewer parts, as other devices need it",
-    "shard": "where the parameters lie",
-    "workers": "processes that load data",
-    "keep": "checkpoints kept",
-    "save_every": "when checkpoints are written",
-    "log_every": "when the log gets a line",
-    "held_out_every": "when the held-out loss is measured",
-    "sample_every": "when sample grids are drawn",
-}
-"""Options that a resumed run may change, and what each decides: not what is learnt."""
+from .methods import find_method
+from .option_checks import check_pairs, check_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +66,9 @@ class FinetuneConfig:
             ``min(ema_decay, (1 + n) / (10 + n))``. None keeps no EMA.
         max_grad_norm: Norm to which the gradient of the loss is clipped; None does not clip.
         mixed_precision: "no", or "bf16" or "fp16" for autocast; parameters keep their dtype.
+        gradient_checkpointing: Whether the backward pass computes the activations of each block
+            again instead of keeping them: less memory, about a third more time, the same
+            gradients.
         shard: Whether each process keeps only a share of every parameter, gradient and optimizer
             state (FSDP2).
         only: The parameters that train: "all", or "lora", adapters alone beside the frozen sparse
@@ -139,6 +118,7 @@ class FinetuneConfig:
     ema_decay: float | None = 0.9999
     max_grad_norm: float | None = None
     mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
     shard: bool = False
     only: str = "all"
     lora_rank: int = 16
@@ -155,45 +135,9 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         find_method(self.method)
-        for name in (*NOT_NEGATIVE, *POSITIVE, *OPTIONAL, "drop_condition", "workers"):
-            self._check_number(name)
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                options = ", ".join(map(repr, known[:-1])) + f" nor {known[-1]!r}"
-                raise ConfigError(f"{name} {getattr(self, name)!r} is neither {options}")
-        if self.images == 0 and self.method != "untrained":
-            raise ConfigError("images 0 of a fine-tune is not >= 1; method='untrained' trains none")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay {self.ema_decay} is not in [0, 1); None keeps no average")
-        if self.drop_condition > 1:
-            raise ConfigError(f"drop_condition {self.drop_condition} is not a share, in [0, 1]")
+        check_values(self)
         check_mask_options(self)
-        self._check_pairs()
-
-    def _check_pairs(self) -> None:
-        """Raises ConfigError for options that do not go together."""
-        if self.levels != "uniform" and self.objective != "flow":
-            raise ConfigError(f"levels {self.levels!r} are for objective 'flow' alone")
-        if self.shard and (self.teacher == "previous" or self.mixed_precision == "fp16"):
-            raise ConfigError("shard=True goes with neither teacher 'previous' nor fp16; use bf16")
-        if self.teacher == "previous" and not self.staged:
-            raise ConfigError("teacher 'previous' is the student of the stage before: staged=True")
-        if self.only == "lora" and (self.shard or self.static_mask or not self.sparse):
-            raise ConfigError("only='lora' is for methods with masks, not for static_mask or shard")
-
-    def _check_number(self, name: str) -> None:
-        """Raises ConfigError if that option is no finite number in its range."""
-        value = getattr(self, name)
-        if value is None and name in OPTIONAL:
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{name} {value!r} of a fine-tune is not a number")
-        if name in OPTIONAL and not value > 0:
-            raise ConfigError(f"{name} {value} is not > 0; None switches it off")
-        if name in POSITIVE and value < 1:
-            raise ConfigError(f"{name} {value} of a fine-tune is not >= 1")
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{name} {value} of a fine-tune is not >= 0")
+        check_pairs(self)
 
     @staticmethod
     def create(method: str = "sparsedm", **options: Any) -> FinetuneConfig:

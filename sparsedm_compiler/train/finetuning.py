@@ -141,13 +141,17 @@ def train_run(
 ) -> FinetuneResult:
     """Does the work of ``finetune``, with all inputs in one value."""
     with require_extra("finetune", "train"):
+        from .gradient_checkpointing import checkpointing_gradients, copy_checkpointing
         from .loop import train_to_end
         from .lora import train_selected
         from .session import open_run
-    with train_selected(student, config):
+    checkpointing = checkpointing_gradients(student, config.gradient_checkpointing)
+    with train_selected(student, config), checkpointing:
         run = open_run(student, teacher, config, inputs, optimizer)
         try:
             with show_announcements(progress and run.process.is_main):
-                return train_to_end(run, progress and run.process.is_main)
+                result = train_to_end(run, progress and run.process.is_main)
         finally:
             run.process.release()
+    copy_checkpointing(student, result.ema)
+    return result

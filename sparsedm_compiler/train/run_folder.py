@@ -11,9 +11,10 @@ from pathlib import Path
 from .. import CheckpointError, ConfigError, DataError
 from ..evaluate.process_group import own_share, raising_together
 from .checkpoint import list_checkpoints, replace_text
-from .finetune_config import MAY_DIFFER, FinetuneConfig
+from .finetune_config import FinetuneConfig
 from .fingerprints import RECORD, Fingerprints, format_record, list_differences, read_record
 from .folder_lock import lock_folder
+from .option_checks import MAY_DIFFER
 from .run_inputs import RunInputs
 
 CONFIG, RESULTS, WHOLE = "config.json", "results.json", "run.json"
