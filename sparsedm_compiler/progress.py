@@ -180,6 +180,17 @@ def format_duration(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
 
 
+def format_bytes(size: float) -> str:
+    """Returns a number of bytes as text, in powers of ten.
+
+    >>> format_bytes(640), format_bytes(2_240), format_bytes(10.3e9)
+    ('640 B', '2.2 kB', '10.3 GB')
+    """
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = next((k for k in range(len(units)) if size < 10 ** (3 * k + 3)), len(units) - 1)
+    return f"{size:.0f} B" if power == 0 else f"{size / 10 ** (3 * power):.1f} {units[power]}"
+
+
 @dataclass(slots=True)
 class Stopwatch:
     """Seconds that were spent compiling."""

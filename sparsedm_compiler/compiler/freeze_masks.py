@@ -18,6 +18,7 @@ from .api import install
 from .frozen_masks import FrozenMasks, write_frozen_masks
 from .guarded_forward import SparseForward
 from .lookup import require_compiled
+from .optimizer_state import clear_where
 
 
 def freeze_masks(
@@ -159,10 +160,11 @@ def list_pruned(forward: SparseForward) -> list[tuple[str, nn.Parameter, Pattern
 def _clear_pruned(weight: nn.Parameter, mask: Tensor, optimizer: Optimizer | None) -> None:
     """Sets to zero what a mask prunes: of the weight, its gradient and its optimizer state."""
     state = {} if optimizer is None else optimizer.state.get(weight, {})
-    tensors = [weight.detach(), weight.grad, *state.values()]
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.shape == weight.shape:
-            tensor.masked_fill_(_shard_like(mask, tensor).logical_not(), 0)
+    pruned = _shard_like(mask, weight).logical_not()
+    for tensor in (weight.detach(), weight.grad):
+        if tensor is not None:
+            tensor.masked_fill_(pruned.to(tensor.device), 0)
+    clear_where(pruned, state)
 
 
 def _is_sharded(tensor: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 class LatentData(ImageData):
     """The latents [n, C, h, w] of a safetensors file, read from the disk as they are fetched.
 
-    Tensors "labels" [n] or "condition.KEYWORD" [n, ...] are their condition. Where there is a
+    Packed latents [n, tokens, C], as FLUX takes them, are read likewise. Tensors "labels" [n] or
+    "condition.KEYWORD" [n, ...] are their condition; "condition.added_cond_kwargs.time_ids" is in a
+    mapping of that keyword. Where there is a
     "std" [n, C, h, w], the latents are means, and ``fetch`` returns the means: it draws nothing.
 
     Args:
@@ -91,10 +93,27 @@ class LatentData(ImageData):
         if self.labels is not None:
             return self.labels[index]
         tensors = {name: stored.read_rows(index) for name, stored in self.conditions.items()}
-        return {
+        plain = {
             name: tensor.float() if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
-        } or None
+        }
+        return nest_names(plain) or None
+
+
+def nest_names(tensors: Mapping[str, Tensor]) -> dict[str, Condition]:
+    """Returns tensors with mappings in the place of the dots in their names.
+
+    >>> nest_names({"a.b": torch.tensor(1), "c": torch.tensor(2)})
+    {'a': {'b': tensor(1)}, 'c': tensor(2)}
+    """
+    nested: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *outer, last = name.split(".")
+        inner = nested
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner[last] = tensor
+    return nested
 
 
 def check_latents(
@@ -111,10 +130,10 @@ def check_latents(
         )
     latents = file["latents"]
     shape = latents.shape
-    if len(shape) != 4 or not latents.readable or latents.type_name not in FLOATS:
+    if len(shape) not in (3, 4) or not latents.readable or latents.type_name not in FLOATS:
         raise DataError(
             f"{path}: latents {list(shape)} of type {latents.type_name} are not floating-point "
-            "[n, C, h, w]"
+            "[n, C, h, w] or, packed, [n, tokens, C]"
         )
     if options.size is not None and shape[2:] != (options.size, options.size):
         raise DataError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,9 @@ TYPE_NAMES = {
 """Names that safetensors has for the types that are read and written here."""
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
+RowLayout = tuple[torch.dtype, Sequence[int]]
+"""Type and shape of one row of a tensor."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
@@ -56,7 +59,7 @@ class StoredTensor:
         Raises DataError where the file cannot be read.
         """
         dtype, shape = _TYPES[self.type_name], torch.Size(self.shape[1:])
-        sizes = self.shape[0], _row_bytes(dtype, shape)
+        sizes = self.shape[0], count_row_bytes(dtype, shape)
         try:
             # Mapped read-only: torch's own mapping may be refused for files beyond the memory.
             mapped = np.memmap(self.path, np.uint8, "r", self.start, sizes)
@@ -100,7 +103,7 @@ class RowFile:
         self.count = count
         self.metadata = dict(metadata)
         self.done = 0
-        self._layout: dict[str, tuple[torch.dtype, torch.Size]] = {}
+        self._layout: dict[str, RowLayout] = {}
         self._start: dict[str, int] = {}
 
     def __enter__(self) -> RowFile:
@@ -132,7 +135,9 @@ class RowFile:
 
         Raises DataError where the block does not fit the first one, or the disk fails.
         """
-        layout = {name: (tensor.dtype, tensor.shape[1:]) for name, tensor in rows.items()}
+        layout: dict[str, RowLayout] = {
+            name: (tensor.dtype, tensor.shape[1:]) for name, tensor in rows.items()
+        }
         if not self._layout:
             self._lay_out(layout)
         lengths = {len(tensor) for tensor in rows.values()}
@@ -140,34 +145,47 @@ class RowFile:
             raise DataError(f"{self.path}: rows of {layout} do not go on {self._layout}")
         try:
             for name, tensor in rows.items():
-                self._file.seek(self._start[name] + self.done * _row_bytes(*layout[name]))
+                self._file.seek(self._start[name] + self.done * count_row_bytes(*layout[name]))
                 plain = tensor.cpu().contiguous().flatten()
                 self._file.write(plain.view(torch.uint8).numpy().tobytes())
         except OSError as error:
             raise DataError(f"cannot write {self.path}: {error}") from error
         self.done += lengths.pop()
 
-    def _lay_out(self, layout: dict[str, tuple[torch.dtype, torch.Size]]) -> None:
-        """Writes the header: wide types first, so that every tensor is aligned."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt", **self.metadata}}
-        end = 0
-        for name in sorted(layout, key=lambda name: (-layout[name][0].itemsize, name)):
-            dtype, shape = layout[name]
-            if dtype not in TYPE_NAMES:
-                raise DataError(f"{self.path}: {name} of type {dtype} cannot be written")
-            start, end = end, end + self.count * _row_bytes(dtype, shape)
-            entries[name] = {
-                "dtype": TYPE_NAMES[dtype],
-                "data_offsets": [start, end],
-                "shape": [self.count, *shape],
-            }
-            self._start[name] = start
-        header = json.dumps(entries).encode()
-        header += b" " * (-len(header) % 8)
-        self._file.write(struct.pack("<Q", len(header)) + header)
-        self._start = {name: start + self._file.tell() for name, start in self._start.items()}
+    def _lay_out(self, layout: dict[str, RowLayout]) -> None:
+        """Writes the header."""
+        header, self._start = make_header(self.count, layout, self.metadata, str(self.path))
+        self._file.write(header)
         self._layout = layout
 
 
-def _row_bytes(dtype: torch.dtype, shape: torch.Size) -> int:
+def make_header(
+    count: int, layout: Mapping[str, RowLayout], metadata: Mapping[str, str], path: str
+) -> tuple[bytes, dict[str, int]]:
+    """Returns the header of a file of tensors [count, ...], and where each of them begins.
+
+    Wide types come first, so that every tensor is aligned. ``path``: the file, as errors name it.
+    Raises DataError for a type that safetensors does not have.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    start: dict[str, int] = {}
+    end = 0
+    for name in sorted(layout, key=lambda name: (-layout[name][0].itemsize, name)):
+        dtype, shape = layout[name]
+        if dtype not in TYPE_NAMES:
+            raise DataError(f"{path}: {name} of type {dtype} cannot be written")
+        start[name], end = end, end + count * count_row_bytes(dtype, shape)
+        entries[name] = {
+            "dtype": TYPE_NAMES[dtype],
+            "data_offsets": [start[name], end],
+            "shape": [count, *shape],
+        }
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    packed = struct.pack("<Q", len(header)) + header
+    return packed, {name: first + len(packed) for name, first in start.items()}
+
+
+def count_row_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Returns the bytes of one row of that type and shape."""
     return dtype.itemsize * math.prod(shape)

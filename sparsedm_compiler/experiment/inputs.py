@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,19 @@ def open_inputs(config: RunConfig, device: torch.device) -> OpenedInputs:
 def open_decoder(folder: str, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Returns latents -> images by the AutoencoderKL in ``folder``. Raises ConfigError."""
     vae = open_autoencoder(folder, device)
-    return lambda latents: decode_latents(vae, latents.to(device))
+    return lambda latents: decode_latents(vae, unpack_latents(latents.to(device)))
+
+
+def unpack_latents(latents: Tensor) -> Tensor:
+    """Returns packed latents [n, h * w, 4 C] of square images as [n, C, 2 h, 2 w]; others as is.
+
+    A token of FLUX is a square of 2 x 2 latents, row by row, channels outermost.
+    """
+    if latents.ndim != 3:
+        return latents
+    side, channels = math.isqrt(latents.shape[1]), latents.shape[2] // 4
+    squares = latents.reshape(-1, side, side, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return squares.reshape(-1, channels, 2 * side, 2 * side)
 
 
 def make_guidance(config: RunConfig, inputs: OpenedInputs) -> Guidance | None:

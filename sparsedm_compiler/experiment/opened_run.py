@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ConfigError, count_macs
+from .. import ConfigError, MacsReport, count_macs
 from ..data import ImageData, open_data
 from ..diffusion.condition import move_condition
 from ..diffusion.modes import evaluating
@@ -112,17 +112,28 @@ def get_pruning_options(config: RunConfig) -> dict[str, Any]:
 
 def count_run_macs(teacher: nn.Module, config: RunConfig, inputs: OpenedInputs) -> dict[str, int]:
     """Counts the MACs of one image, dense and pruned. Raises DataError, CaptureError."""
+    return report_run_macs(teacher, config, inputs).totals
+
+
+def make_call(
+    teacher: nn.Module, inputs: OpenedInputs, count: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns (args, kwargs) of a call of a run's model with ``count`` images of zeros."""
     parameter = next(teacher.parameters())
-    condition = inputs.make_condition(range(1))
+    condition = inputs.make_condition(range(count))
     y = None if condition is None else move_condition(condition, parameter)
-    x = torch.zeros(1, *inputs.data.shape).to(parameter)
-    t = torch.zeros(1, device=parameter.device)
-    args, kwargs = build_arguments(teacher, x, t, y)
+    x = torch.zeros(count, *inputs.data.shape).to(parameter)
+    return build_arguments(teacher, x, torch.zeros(count, device=parameter.device), y)
+
+
+def report_run_macs(teacher: nn.Module, config: RunConfig, inputs: OpenedInputs) -> MacsReport:
+    """Returns the MACs of one image, layer by layer. Raises DataError, CaptureError."""
+    args, kwargs = make_call(teacher, inputs, 1)
     options: dict[str, Any] = {"pattern": "1:1"}
     if config.train.sparse:
         options = {"pattern": config.prune.pattern, **get_pruning_options(config)}
     with evaluating(teacher):
-        return count_macs(teacher, *args, **options, **kwargs).totals
+        return count_macs(teacher, *args, **options, **kwargs)
 
 
 def open_scorer(

@@ -5,6 +5,9 @@ configurations) and DDPM's (Ho et al. 2020). Steps and warm-ups are given in ima
 long training. "short" is for fine-tunes of a few epochs, in which SR-STE's term costs more than it
 gives (docs/results/methods.md); "cifar10-uvit+short" puts it on top of another. "short-gpu" is for
 minutes on one GPU, at the learning rate of a dense model that was trained in minutes as well.
+
+The recipes of ``distil_recipes`` are for models that the paper does not train. Theirs are settings
+to start from, which nobody has run at full size here.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from .. import ConfigError
+from .distil_recipes import DISTIL_RECIPES
 from .yaml_values import merge
 
 _ADAMW: Mapping[str, Any] = {
@@ -129,6 +133,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "sample": {"sampler": "ddpm", "steps": 1000},
         "score": {"count": 50_000},
     },
+    **DISTIL_RECIPES,
 }
 """Every value of a configuration's ``recipe``. U-ViT's guidance s is ``guidance`` 1 + s here."""
 

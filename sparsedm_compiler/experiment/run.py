@@ -27,20 +27,14 @@ from ..reporting.run_record import REAL_IMAGES
 from ..train.checkpoint import replace_text
 from ..train.finetuning import train_run
 from ..train.folder_lock import lock_folder
-from ..train.run_folder import WHOLE
-from ..train.run_inputs import RunInputs
 from ..train.sample_grids import save_real_images
 from .describe_run import format_description
-from .inputs import (
-    OpenedInputs,
-    find_betas,
-    make_sample_grids,
-    make_sample_plan,
-    make_training_scheduler,
-)
+from .estimate_run import describe_needs
+from .inputs import OpenedInputs, find_betas, make_sample_grids, make_sample_plan
 from .opened_run import OpenedRun, get_compile_options, open_run, open_scorer
 from .resuming import is_scored_alike
 from .run_config import RunConfig
+from .training_inputs import is_taught_by_cache, make_run_inputs
 
 
 def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
@@ -61,39 +55,27 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
                 stack.enter_context(lock_folder(folder))
         if progress and state.is_main_process:
             print(format_description(config, opened), flush=True)
-        student = make_student(opened.teacher, config)
-        result = train_run(
-            student,
-            None if student is opened.teacher else opened.teacher,
-            config.train,
-            make_run_inputs(config, opened),
-            progress=progress,
-        )
+        inputs = make_run_inputs(config, opened)
+        with raising_together():
+            alone = is_taught_by_cache(config, inputs, opened.teacher)
+        student = make_student(opened.teacher, config, alone=alone)
+        teacher = None if student is opened.teacher else opened.teacher
+        result = train_run(student, teacher, config.train, inputs, progress=progress)
         model = get_final_model(config, opened.teacher, student, result)
         progress = progress and state.is_main_process
         return write_results(config, opened, result, model, progress=progress)
 
 
-def make_run_inputs(config: RunConfig, opened: OpenedRun) -> RunInputs:
-    """Returns all that the fine-tune of a run gets beside models and options."""
-    inputs = opened.inputs
-    return RunInputs(
-        inputs.data,
-        make_training_scheduler(config),
-        inputs.held_out,
-        inputs.null,
-        make_sample_grids(config, inputs),
-        Path(config.out),
-        opened.prints,
-        {WHOLE: json.dumps(config.as_dict(), indent=2) + "\n"},
-    )
+def make_student(teacher: nn.Module, config: RunConfig, *, alone: bool = False) -> nn.Module:
+    """Returns the model to train: a copy of ``teacher``.
 
-
-def make_student(teacher: nn.Module, config: RunConfig) -> nn.Module:
-    """Returns the model to train: ``teacher`` itself without pruning and without a teacher."""
+    It is ``teacher`` itself, pruned in place, for a student that is ``alone``, and where nothing is
+    pruned or taught.
+    """
     if config.train.sparse:
-        return compile(teacher, config.prune.pattern, mode="train", **get_compile_options(config))
-    return teacher if config.train.teacher == "none" else copy.deepcopy(teacher)
+        options = {**get_compile_options(config), "inplace": alone}
+        return compile(teacher, config.prune.pattern, mode="train", **options)
+    return teacher if alone or config.train.teacher == "none" else copy.deepcopy(teacher)
 
 
 def get_final_model(
@@ -193,4 +175,4 @@ def describe(config: RunConfig) -> str:
         opened.inputs.held_out.check_images(progress=True)
     if opened.scorer is not None and isinstance(opened.scorer[1], ImageData):
         opened.scorer[1].check_images(progress=True)
-    return format_description(config, opened)
+    return "\n".join([format_description(config, opened), *describe_needs(config, opened)])

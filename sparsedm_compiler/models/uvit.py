@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ class UViT(nn.Module):
         super().__init__()
         self.config = config = resolve(config or UViTConfig(), options)
         self.use_checkpoint = config.use_checkpoint
+        self._checkpoint: Callable[..., Any] | None = None
         dim, half = config.embed_dim, config.depth // 2
         self.patch_embed = PatchEmbed(config)
         self.time_embed = (
@@ -137,13 +139,21 @@ class UViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes every block in the backward pass instead of keeping its activations."""
+    def enable_gradient_checkpointing(
+        self, gradient_checkpointing_func: Callable[..., Any] | None = None
+    ) -> None:
+        """Recomputes every block in the backward pass instead of keeping its activations.
+
+        Args:
+            gradient_checkpointing_func: Called with a block and its inputs, as in diffusers; None
+                is torch's ``checkpoint``.
+        """
         self.use_checkpoint = True
+        self._checkpoint = gradient_checkpointing_func
 
     def disable_gradient_checkpointing(self) -> None:
         """Keeps the activations of every block again."""
-        self.use_checkpoint = False
+        self.use_checkpoint, self._checkpoint = False, None
 
     def forward(
         self,
@@ -196,6 +206,8 @@ class UViT(nn.Module):
 
     def _run(self, block: nn.Module, *args: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
+            if self._checkpoint is not None:
+                return self._checkpoint(block, *args)  # type: ignore[no-any-return]
             return checkpoint(block, *args, use_reentrant=False)  # type: ignore[no-any-return]
         out: Tensor = block(*args)
         return out

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from .. import CheckpointError, ConfigError, masked_parameters, save
 from ..fileio import flush_to_disk, replace_atomically
 from .fsdp import copy_rows_into, gather_rows, get_local_rows
+from .optimizers import join_quantized, split_quantized
 
 VERSION = 1
 PART = ".part"
@@ -201,6 +202,9 @@ def flatten_state(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
     Raises CheckpointError for a value that is neither a tensor nor plain.
     """
+    if isinstance(value, Tensor) and (split := split_quantized(value)) is not None:
+        parts, settings = split
+        return {"$quantized": [flatten_state(parts, path, tensors), settings]}
     if isinstance(value, Tensor):
         tensors[path] = gather_rows(value)
         return {"$tensor": path}
@@ -224,6 +228,9 @@ def unflatten_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Returns the value that ``flatten_state`` made ``value`` and ``tensors`` from."""
     if isinstance(value, dict) and "$tensor" in value:
         return tensors[value["$tensor"]]
+    if isinstance(value, dict) and "$quantized" in value:
+        parts, settings = value["$quantized"]
+        return join_quantized(unflatten_state(parts, tensors), settings)
     if isinstance(value, dict) and "$tuple" in value:
         return tuple(unflatten_state(value["$tuple"], tensors))
     if isinstance(value, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, suggest
@@ -35,6 +36,11 @@ class FinetuneConfig:
         beta: Weight of the loss against the teacher.
         teacher: "given" is the teacher passed to ``finetune``, "none" no teacher, "previous" the
             student of the stage before.
+        teacher_cache: A folder for the teacher's outputs. Each is computed once and then read, also
+            by later runs with the same teacher, data and seed, which need no teacher any more once
+            all are there. None computes them in every step.
+        teacher_dtype: The precision in which the teacher's outputs are used and kept, "fp32",
+            "bf16" or "fp16".
         sr_ste_lambda: Lambda of SR-STE (Zhou et al. 2021, see ``sr_ste``); 0 is plain STE.
         sr_ste_form: Form of SR-STE: "paper" adds the decay of pruned weights to the gradient,
             "decoupled" decays the weights themselves by lr * lambda.
@@ -57,6 +63,8 @@ class FinetuneConfig:
         staged: Whether the run passes through ``stages``.
         stages: Patterns, each for an equal share of the images, the last the student's own. Empty:
             those of ``plan_patterns``.
+        optimizer: The optimizer, one of OPTIMIZERS: "adamw" of torch, or AdamW of bitsandbytes or
+            torchao, whose moments take 8 bits or may leave the card ("paged").
         lr: Peak learning rate.
         weight_decay: Weight decay of AdamW.
         betas: Betas of AdamW.
@@ -99,6 +107,8 @@ class FinetuneConfig:
     alpha: float = 1.0
     beta: float = 0.1
     teacher: str = "given"
+    teacher_cache: str | None = None
+    teacher_dtype: str = "fp32"
     sr_ste_lambda: float = 2e-4
     sr_ste_form: str = "paper"
     static_mask: bool = False
@@ -110,6 +120,7 @@ class FinetuneConfig:
     soft_threshold: bool = False
     staged: bool = False
     stages: tuple[str, ...] = ()
+    optimizer: str = "adamw"
     lr: float = 2e-4
     weight_decay: float = 0.03
     betas: tuple[float, float] = (0.99, 0.999)
@@ -182,8 +193,11 @@ class FinetuneConfig:
                 hint = suggest(name, known, "it has")
                 raise ConfigError(f"finetune has no option {name!r}; {hint}")
         theirs = find_method(options["method"]).options if "method" in options else {}
-        lists = {name: tuple(v) for name, v in options.items() if isinstance(v, list)}
-        return replace(self, **{**theirs, **options, **lists})
+        plain: dict[str, Any] = {
+            name: tuple(v) for name, v in options.items() if isinstance(v, list)
+        }
+        plain |= {name: str(v) for name, v in options.items() if isinstance(v, Path)}
+        return replace(self, **{**theirs, **options, **plain})
 
     @property
     def sparse(self) -> bool:

@@ -33,7 +33,7 @@ def finetune(
     *,
     config: FinetuneConfig | None = None,
     scheduler: NoiseScheduler | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | str | None = None,
     held_out: Data | None = None,
     null: Condition | None = None,
     sample_grids: SampleGrids | None = None,
@@ -63,7 +63,8 @@ def finetune(
         scheduler: A variance-preserving scheduler of diffusers that defines the noise levels.
             None is DDPM with 1000 linear betas; flow matching takes none.
         optimizer: An optimizer over the student's parameters, whose learning rates the schedule
-            then scales. None is AdamW with the options of ``config``.
+            then scales, or the name of one (``FinetuneConfig.optimizer``). None is that of
+            ``config``.
         held_out: Data, of any form that ``data`` may have, whose loss is measured at the start, at
             the end and every ``held_out_every`` images. None measures nothing.
         null: The condition, of one row, that stands for "no condition", for models conditioned on
@@ -101,12 +102,19 @@ def finetune(
         >>> result.images, len(result.losses)
         (32, 4)
     """
+    if isinstance(optimizer, str):
+        options, optimizer = {**options, "optimizer": optimizer}, None
     config = (config or FinetuneConfig()).with_options(options)
     folder = None if out is None else Path(out)
     inputs = RunInputs(data, scheduler, held_out, null, sample_grids, folder)
     if folder is not None:
         taught = None if config.teacher == "none" else teacher
-        inputs = replace(inputs, prints=fingerprint_inputs(student, taught, inputs, optimizer))
+        prints = fingerprint_inputs(student, taught, inputs, optimizer)
+        if teacher is None and config.teacher_cache is not None:
+            from .teacher_cache import replace_teacher_print
+
+            prints = replace_teacher_print(prints, config.teacher_cache)
+        inputs = replace(inputs, prints=prints)
     return train_run(student, teacher, config, inputs, optimizer=optimizer, progress=progress)
 
 

@@ -23,8 +23,10 @@ from .. import ConfigError
 class CheckpointingModel(Protocol):
     """A model that has gradient checkpointing of its own, as models of diffusers do."""
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Begins it."""
+    def enable_gradient_checkpointing(
+        self, gradient_checkpointing_func: Callable[..., Any] | None = None
+    ) -> None:
+        """Begins it; the function is called with a block and its inputs."""
 
     def disable_gradient_checkpointing(self) -> None:
         """Ends it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from statistics import median
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import StoppedError
+from .. import ConfigError, StoppedError
 from ..diffusion.condition import take_rows
 from ..diffusion.schedulers import get_betas
 from ..evaluate.process_group import raising_together
@@ -45,10 +45,12 @@ from .signals import StopRequest
 from .stage_switch import begin_stage, set_up_stage
 from .state import Run
 from .step import take_step
+from .teacher_cache import open_teacher_cache
+from .training_bar import LOG_BATCHES, format_recent_loss, make_progress_bar
 from .validation import held_out_loss
 
-LOG_BATCHES, LOG_LINES = 50, 40
-"""A line of the log is for so many batches, or for fewer where the run would have fewer lines."""
+LOG_LINES = 40
+"""The log has at least so many lines, where the run has so many steps."""
 HELD_OUT = "the held-out data"
 
 
@@ -62,6 +64,7 @@ def train_to_end(run: Run, progress: bool) -> FinetuneResult:
             stack.enter_context(hold_folder(folder, run.config, run.inputs))
         checkpoint = None if folder is None else read_last_checkpoint(run, folder)
         set_up_stage(run, None if checkpoint is None else checkpoint.tensors.get("teacher"))
+        run.teacher_cache = open_teacher_cache(run, progress)
         stack.enter_context(session(run))
         batches = open_batches(run)
         if chooses_masks(run.config) or checkpoint is not None:
@@ -102,6 +105,10 @@ def open_batches(run: Run) -> Iterator[list[MicroBatch]]:
 def check_first_batch(run: Run, batch: MicroBatch) -> None:
     """Raises DataError where the model does not take the first image of a batch, or held out."""
     check_values(batch.images)
+    if run.config.flip and batch.images.ndim < 4:
+        raise ConfigError(
+            f"flip=True mirrors images [B, C, H, W], not packed ones {list(batch.images.shape)}"
+        )
     condition, dropped = batch.condition, None
     if condition is not None and run.config.drop_condition > 0:
         one = torch.ones(1, dtype=torch.bool)
@@ -192,7 +199,7 @@ def write_log(run: Run, norm: Tensor | None) -> None:
     state.logged = len(state.losses)
     changes = run.masks.measure()
     if run.log is not None:
-        lr = run.process.optimizer.param_groups[0]["lr"]
+        lr = float(run.process.optimizer.param_groups[0]["lr"])
         size = None if norm is None else norm.item()
         losses = window.tolist()
         rate = round(median(run.recent_rates), 2) if run.recent_rates else None
@@ -266,32 +273,3 @@ def finish(run: Run) -> FinetuneResult:
             replace_text(folder / "results.json", text + "\n")
     run.process.wait_for_all()
     return result
-
-
-def format_recent_loss(run: Run) -> str:
-    """Returns the mean of the last losses as text, "?" before the first."""
-    losses = [total for total, _, _ in run.progress.losses[-LOG_BATCHES:]]
-    return f"{sum(losses) / len(losses):.4f}" if losses else "?"
-
-
-class TrainingBar(tqdm):  # type: ignore[type-arg]
-    """A bar whose rate and remaining time are those of the steps, without the work in between."""
-
-    rates: Sequence[float] = ()
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        """The values that the bar shows."""
-        values = dict(super().format_dict)
-        if not self.rates:  # so that time spent compiling gives no estimate
-            return {**values, "rate": None, "initial": values["n"]}
-        return {**values, "rate": median(self.rates[-LOG_BATCHES:])}
-
-
-def make_progress_bar(run: Run, progress: bool) -> TrainingBar:
-    """Returns a bar that counts images and estimates when all will have been seen."""
-    seen, images = run.progress.seen, run.config.images
-    name = f"finetune {run.config.method}"
-    bar = TrainingBar(total=images, initial=seen, unit="img", desc=name, disable=not progress)
-    bar.rates = run.progress.rates
-    return bar

@@ -26,6 +26,7 @@ from .. import (
 from .checkpoint import Checkpoint
 from .fsdp import gather_rows
 from .mask_options import holds_masks
+from .optimizers import get_second_moment
 from .state import Run
 
 
@@ -104,13 +105,14 @@ def score_masks(run: Run) -> dict[str, Tensor]:
     masks = {}
     for name, (weight, pattern) in masked_parameters(run.student).items():
         values, own = gather_rows(weight.detach()), state.get(weight, {})
-        if own and "exp_avg_sq" not in own:
+        second = get_second_moment(own)
+        if own and second is None:
             raise ConfigError(
                 f"score 'saliency' needs Adam's second moment, which "
                 f"{type(run.process.optimizer.optimizer).__name__} does not keep"
             )
-        if own:
-            moment = gather_rows(own["exp_avg_sq"]).to(values.dtype)
+        if second is not None:
+            moment = gather_rows(second).to(values.dtype)
             values = values * moment.sqrt() if bool(moment.any()) else values
         masks[name] = pattern.compute_mask(values)
     return masks

@@ -18,6 +18,7 @@ from .batches import iterate_once
 from .distributed import TrainingProcess
 from .ema import Ema
 from .finetune_config import FinetuneConfig
+from .optimizers import make_optimizer
 from .randomness import draw_values
 from .run_inputs import RunInputs
 from .run_log import MaskWatch
@@ -35,13 +36,14 @@ def open_run(
 ) -> Run:
     """Returns a new run, with student and optimizer wrapped for this process.
 
-    ``optimizer``: None is AdamW. Raises ConfigError where the arguments do not go together.
+    ``optimizer``: None is that of the options. Raises ConfigError where the arguments do not go
+    together.
     """
     if config.shard and optimizer is not None:
         raise ConfigError("shard=True replaces the parameters, and no optimizer can know the new")
     require_target(teacher, config)
     process = TrainingProcess(student, config)
-    optimizer = make_adamw(student, config) if optimizer is None else optimizer
+    optimizer = make_student_optimizer(student, config) if optimizer is None else optimizer
     check_parameters(student, teacher, optimizer)
     process.wrap(optimizer)
     return Run(
@@ -90,14 +92,16 @@ def capture_student(run: Run) -> None:
         return
 
 
-def make_adamw(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """Returns AdamW over the trainable parameters of ``student``. Raises ConfigError for none."""
+def make_student_optimizer(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """Returns the optimizer of the options, over the trainable parameters of ``student``.
+
+    Raises ConfigError where there are none, or its package is not installed.
+    """
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not parameters:
         raise ConfigError(f"{type(student).__name__} has no parameter with requires_grad to train")
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-    )
+    options = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    return make_optimizer(config.optimizer, parameters, options)
 
 
 def require_target(teacher: nn.Module | None, config: FinetuneConfig) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import SparseDMError
+from ..data.row_cache import RowCache
 from ..diffusion.objective import Objective
 from .checkpoint import list_checkpoints
 from .distributed import TrainingProcess
@@ -85,7 +86,7 @@ class Run:
     main process of a run with a folder. ``pending``: losses that are still on the device.
     ``clock``: times the steps. ``recent_rates``: images per second of the steps since the last line
     of the log. ``frozen``: whether the masks do not change any more. ``mask_scales``: the scales of
-    S-STE's soft thresholds.
+    S-STE's soft thresholds. ``teacher_cache``: where the teacher's outputs are kept.
     """
 
     config: FinetuneConfig
@@ -106,6 +107,7 @@ class Run:
     recent_rates: list[float] = field(default_factory=list)
     frozen: bool = False
     mask_scales: Mapping[str, float] = field(default_factory=dict)
+    teacher_cache: RowCache | None = None
 
     @property
     def stage(self) -> Stage:

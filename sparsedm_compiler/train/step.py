@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diffusion import predict, seed_at
+from ..diffusion import seed_at
 from ..diffusion.condition import move_condition
 from .batches import MicroBatch
 from .randomness import draw_values, drop_conditions, flip_images
 from .state import Run
+from .teacher_cache import get_teacher_output
 
 
 def take_step(run: Run, batch: list[MicroBatch], *, norm_wanted: bool) -> Tensor | None:
@@ -72,10 +73,9 @@ def compute_losses(run: Run, micro_batch: MicroBatch) -> Tensor:
     with run.process.autocast():
         guess = run.process.predict(x, t, y).float()
     noise = F.mse_loss(guess, target)
-    if run.teacher is None or config.beta == 0:
+    taught = None if config.beta == 0 else get_teacher_output(run, micro_batch.first, x, t, y)
+    if taught is None:
         loss = config.alpha * noise
         return torch.stack([loss, noise, torch.zeros_like(noise)])
-    with torch.no_grad(), run.process.autocast():
-        taught = predict(run.teacher, x, t, y)
     teacher = F.mse_loss(guess, taught.float())
     return torch.stack([config.alpha * noise + config.beta * teacher, noise, teacher])

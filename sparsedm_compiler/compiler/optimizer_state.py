@@ -1,0 +1,41 @@
+"""The tensors that an optimizer keeps for a weight, whatever number of bits they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+CODES = "codes"
+"""Where a tensor of torchao keeps its 8-bit codes, beside their table "qmap"."""
+
+
+def clear_where(pruned: Tensor, state: Mapping[str, Any]) -> None:
+    """Sets to zero, where ``pruned`` is True, all that an optimizer keeps of a weight.
+
+    A state in 8 bits holds codes of a table; there zero is the code of the number nearest to it.
+    ``pruned`` [shape of the weight] lies where the state does.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.shape != pruned.shape:
+            continue
+        if is_quantized(value):
+            parts = dict(vars(value))
+            parts[CODES].masked_fill_(pruned, find_zero(parts["qmap"]))
+        elif value.dtype == torch.uint8:  # bitsandbytes: state1 with qmap1, state2 with qmap2
+            value.masked_fill_(pruned, find_zero(state[name.replace("state", "qmap")]))
+        else:
+            value.masked_fill_(pruned, 0)
+
+
+def is_quantized(value: Tensor) -> bool:
+    """Returns whether a tensor is one of torchao that holds 8-bit codes."""
+    return is_traceable_wrapper_subclass(value) and CODES in vars(value)
+
+
+def find_zero(table: Tensor) -> int:
+    """Returns the code that stands for zero in a table of numbers."""
+    return int(table.abs().argmin())
