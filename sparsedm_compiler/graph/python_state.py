@@ -23,6 +23,10 @@ _SKIPPED = (str, bytes, int, float, complex, type, types.ModuleType, types.Built
 _OURS = __name__.rpartition(".graph.")[0] + ".compiler"
 _FOREIGN = (_OURS, "torch._", "torch.fx", "torch.utils.data", "logging", "_thread", "threading")
 """Modules in whose objects no model keeps its state."""
+_SHARDING = "torch.distributed"
+"""Where the hooks that gather and free parameters keep theirs, some of it in freed memory. A sharded
+module, whose class is made there, is a model's own.
+"""
 
 
 class PythonState:
@@ -101,7 +105,9 @@ class PythonState:
         return [*list_closure(function), *(function.__defaults__ or ()), function.__dict__]
 
     def _visit_object(self, value: Any) -> list[Any]:
-        if type(value).__module__.startswith(_FOREIGN):
+        module = type(value).__module__
+        sharding = module.startswith(_SHARDING) and not isinstance(value, nn.Module)
+        if sharding or module.startswith(_FOREIGN):
             return []
         held: list[Any] = []
         if isinstance(value, dict):  # a class of its own: an output, a config

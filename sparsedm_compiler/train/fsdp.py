@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import ConfigError, Pattern, zero_kept
+from .find_blocks import find_blocks
+from .gradient_checkpointing import is_checkpointing
 
 
 def shard_parameters(student: nn.Module, processes: int) -> None:
     """Keeps a share of every parameter per process; each call gathers them and frees them again.
 
-    The whole student is one unit. Its class becomes torch's FSDP sub-class of its own. Raises
-    ConfigError for one process, and for a student that is sharded already.
+    Every repeated block is a unit, gathered for its own forward and backward, and all that lies
+    outside of blocks is one more. Blocks run as graphs of their own then, since TorchDynamo leaves
+    the hooks that gather to Python. Under gradient checkpointing, which would run such a block
+    again without its masks, the whole student is one unit. Classes become torch's FSDP sub-classes
+    of their own. Raises ConfigError for one process, and for a student that is sharded already.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -31,7 +36,14 @@ def shard_parameters(student: nn.Module, processes: int) -> None:
     if any(isinstance(module, FSDPModule) for module in student.modules()):
         raise ConfigError(f"parts of {type(student).__name__} are sharded already: give it whole")
     device = next(student.parameters()).device.type
-    fully_shard(student, mesh=init_device_mesh(device, (processes,)), reshard_after_forward=True)
+    mesh = init_device_mesh(device, (processes,))
+    for unit in (*list_units(student), student):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+
+
+def list_units(student: nn.Module) -> list[nn.Module]:
+    """Returns the blocks that are gathered one by one: none under gradient checkpointing."""
+    return [] if is_checkpointing(student) else find_blocks(student)
 
 
 def get_local_rows(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ConfigError
+from .find_blocks import find_blocks
 
 
 @runtime_checkable
@@ -88,25 +89,6 @@ def copy_checkpointing(model: nn.Module, copied: nn.Module | None) -> None:
     """Ends checkpointing in a copy of ``model``, if there is one, unless ``model`` does it."""
     if copied is not None and is_checkpointing(copied) and not is_checkpointing(model):
         stop_checkpointing(copied)
-
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """Returns the outermost modules with parameters that stand in a list beside their like."""
-    members = [*model.children()]
-    kinds = [type(m) for m in members] if isinstance(model, (nn.ModuleList, nn.Sequential)) else []
-    blocks: list[nn.Module] = []
-    for member in members:
-        repeated = kinds.count(type(member)) > 1 and len([*member.children()]) > 0
-        if repeated and "forward" not in vars(member) and has_parameters(member):
-            blocks.append(member)
-        else:
-            blocks += find_blocks(member)
-    return blocks
-
-
-def has_parameters(module: nn.Module) -> bool:
-    """Returns whether a module holds a parameter, itself or in its parts."""
-    return next(module.parameters(), None) is not None
 
 
 def is_wrapped(block: nn.Module) -> bool:

@@ -20,13 +20,10 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..progress import format_bytes
+from .find_blocks import find_blocks
 from .finetune_config import FinetuneConfig
-from .gradient_checkpointing import (
-    CheckpointingModel,
-    find_blocks,
-    is_checkpointing,
-    stop_checkpointing,
-)
+from .fsdp import list_units
+from .gradient_checkpointing import CheckpointingModel, is_checkpointing, stop_checkpointing
 from .mask_options import chooses_masks
 from .optimizers import count_state_bytes
 
@@ -46,6 +43,8 @@ class MemoryEstimate:
         teacher: Parameters and buffers of the teacher; 0 without one.
         activations: Tensors kept for the backward pass of one micro-batch, masked weights among
             them.
+        gathered: Parameters that a step of a sharded student holds whole at once: all outside of
+            blocks, and the largest block.
         recomputed: With gradient checkpointing, what the largest block keeps while it is computed
             again.
     """
@@ -57,6 +56,7 @@ class MemoryEstimate:
     masks: int
     teacher: int
     activations: int
+    gathered: int = 0
     recomputed: int = 0
 
     @property
@@ -111,6 +111,7 @@ def estimate_memory(
         masks=kept_masks // split,
         teacher=weights + buffers if taught else 0,
         activations=activations + count_loss_bytes(make_call(images)[0][0], taught=taught),
+        gathered=count_gathered_bytes(model, config) if config.shard else 0,
         recomputed=recomputed,
     )
 
@@ -128,6 +129,14 @@ def list_adapter_weights(model: nn.Module, rank: int) -> list[Tensor]:
         if type(layer) is nn.Linear
         for shape in ((rank, layer.in_features), (layer.out_features, rank))
     ]
+
+
+def count_gathered_bytes(model: nn.Module, config: FinetuneConfig) -> int:
+    """Returns the bytes of the parameters that a step of a sharded student holds at once."""
+    whole = count_bytes([*model.parameters()])
+    units = [] if config.gradient_checkpointing else list_units(model)
+    sizes = [count_bytes([*unit.parameters()]) for unit in units]
+    return whole - sum(sizes) + max(sizes, default=0)
 
 
 def count_loss_bytes(images: Tensor, *, taught: bool) -> int:

@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.patterns import NM
-from sparsedm_compiler.train.gradient_checkpointing import (
-    checkpointing_gradients,
-    find_blocks,
-    is_checkpointing,
-)
+from sparsedm_compiler.train.find_blocks import find_blocks
+from sparsedm_compiler.train.gradient_checkpointing import checkpointing_gradients, is_checkpointing
 from tests.train.cases import data, short, student_of, teacher, weights
 
 

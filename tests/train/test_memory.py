@@ -115,6 +115,7 @@ def test_memory_falls_by_what_each_option_saves() -> None:
     )
     assert sharded.optimizer == plain.optimizer // 2
     assert sharded.teacher == plain.teacher
+    assert plain.gathered == 0 < sharded.gathered < plain.weights
 
 
 def test_memory_is_shown_by_its_parts() -> None:
