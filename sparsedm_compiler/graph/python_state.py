@@ -24,8 +24,9 @@ _OURS = __name__.rpartition(".graph.")[0] + ".compiler"
 _FOREIGN = (_OURS, "torch._", "torch.fx", "torch.utils.data", "logging", "_thread", "threading")
 """Modules in whose objects no model keeps its state."""
 _SHARDING = "torch.distributed"
-"""Where the hooks that gather and free parameters keep theirs, some of it in freed memory. A sharded
-module, whose class is made there, is a model's own.
+"""Where the hooks that gather and free parameters keep theirs, some of it in freed memory.
+
+A sharded module, whose class is made there, is a model's own.
 """
 
 
