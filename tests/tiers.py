@@ -37,6 +37,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         *("sharded", "casts", "training", "attached"),
     ),
     "diffusion/test_predict.py": (DIFFUSERS, "import"),
+    "experiment/test_distil_recipes.py": (r"\[",),
     "test_docs.py": ("site",),
     "test_study_figures.py": ("all_six",),
     "test_study_structural.py": ("smaller_model",),

@@ -103,3 +103,18 @@ def test_unknown_choice_of_parameters_is_refused() -> None:
         FinetuneConfig.create(only="heads")
     with pytest.raises(sdm.ConfigError, match="lora_rank 0"):
         FinetuneConfig.create(lora_rank=0)
+
+
+def test_adapters_alone_train_alike_from_cached_outputs_with_checkpointed_blocks(
+    tmp_path: Path,
+) -> None:
+    model = teacher()
+    plain = sdm.finetune(student_of(model), model, data(), **LORA)
+    options = {**LORA, "teacher_cache": tmp_path, "gradient_checkpointing": True}
+    first = sdm.finetune(student_of(model), model, data(), **options)
+    second = sdm.finetune(student_of(model), None, data(), **options)
+    assert plain.losses == first.losses == second.losses
+    assert plain.ema is not None
+    assert second.ema is not None
+    for name, tensor in plain.ema.state_dict().items():
+        assert_same(second.ema.state_dict()[name], tensor)
