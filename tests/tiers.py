@@ -93,6 +93,9 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "train/test_core_install.py": ("",),
     "train/test_distributed.py": ("",),
     "train/test_folder_lock.py": ("held_by_a_process",),
+    "train/test_optimizers.py": ("run_by",),
+    "train/test_sharded_blocks.py": ("",),
+    "train/test_teacher_cache.py": ("two_processes",),
     "train/test_sr_ste.py": ("two_processes",),
     "train/test_step_clock.py": ("leaves_compiling",),
     # Whole runs and whole models.
