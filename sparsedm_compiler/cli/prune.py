@@ -11,8 +11,11 @@ from .open_student import add_weights, resolve_source
 from .options import add_backend, add_device, add_model
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
+    from .. import CalibrationBatch
     from ..data import ImageData
     from ..diffusion.objective import NoiseScheduler
     from .open_student import ModelSource
@@ -28,8 +31,14 @@ EXAMPLE = """\
   sparsedm prune --model uvit-cifar10-small --weights nnet_ema.pth --pattern 2:4 \\
       --data torchvision:CIFAR10:data --out runs/one_shot
   sparsedm prune --model path/to/unet --pattern 1:4 --data images --size 64 --method wanda \\
-      --out runs/wanda"""
+      --out runs/wanda
+  sparsedm prune --model uvit-cifar10-small --weights nnet_ema.pth --pattern 1:4 \\
+      --mixed 2:4,1:4,1:8,1:16 --permute --data torchvision:CIFAR10:data --out runs/mixed"""
 STUDENT, REPORT = "student.safetensors", "report.json"
+PERMUTATION, PATTERNS = "permutation.json", "patterns.json"
+PERMUTE_SCORES = {"obs": "wanda", "wanda": "wanda", "magnitude": "magnitude"}
+"""The score that channels are permuted by, by the method that then prunes."""
+BUDGETS = ("macs", "time")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +61,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB=PATTERN",
         help="another pattern for some layers; the first match wins",
     )
+    add("--permute", action="store_true", help="permute channels first, so that more is kept")
+    add(
+        "--mixed",
+        metavar="PATTERNS",
+        help="choose the pattern of every layer from a list, e.g. 2:4,1:4,1:8, at the cost of "
+        "--pattern in all of them",
+    )
+    add("--budget", default="macs", help="what --mixed keeps to: macs, or time as measured here")
     add("--images", type=int, default=512, help="images to calibrate with (512)")
     add("--batch-size", type=int, default=32, help="images per call (32)")
     add("--objective", help="what the model predicts: eps, v, x0 or flow (default: as its folder)")
@@ -80,6 +97,7 @@ def prepare(options: argparse.Namespace) -> Job:
     memory = int(options.memory * (1 << 30))
     OneShotOptions(options.method, options.damping, passes=options.passes, memory=memory)
     check_options(options.images, options.batch_size, options.timestep_weights)
+    check_mixed(options)
     folder = check_writable(options.out, folder=True)
     data = open_images(options.data, options)
     held_out = None if options.held_out is None else open_images(options.held_out, options)
@@ -92,7 +110,14 @@ def prepare(options: argparse.Namespace) -> Job:
     def run() -> None:
         import torch
 
-        from .. import compile, held_out_loss, make_calibration_batches, prune_one_shot, save
+        from .. import (
+            compile,
+            held_out_loss,
+            make_calibration_batches,
+            permute_channels,
+            prune_one_shot,
+            save,
+        )
 
         def measure(model: nn.Module, images: ImageData) -> str:
             loss = held_out_loss(model, images, objective=objective, scheduler=scheduler)
@@ -111,9 +136,18 @@ def prepare(options: argparse.Namespace) -> Job:
             timestep_weights=options.timestep_weights,
             seed=options.seed,
         )
+        pattern = options.pattern
+        if options.mixed is not None:
+            pattern = choose_mixed(model, batches, choice, options, folder)
+        if options.permute:
+            permutation = permute_channels(
+                model, pattern, batches, score=PERMUTE_SCORES[options.method], **choice
+            )
+            print(permutation)
+            write_json(str(folder / PERMUTATION), permutation.to_dict())
         report = prune_one_shot(
             model,
-            options.pattern,
+            pattern,
             batches,
             method=options.method,
             damping=options.damping,
@@ -122,7 +156,7 @@ def prepare(options: argparse.Namespace) -> Job:
             out=folder,
             **choice,
         )
-        student = compile(model, options.pattern, backend=options.backend, **choice)
+        student = compile(model, pattern, backend=options.backend, **choice)
         with torch.no_grad():
             student(*batches[0].args, **batches[0].kwargs)
         print(report)
@@ -133,6 +167,47 @@ def prepare(options: argparse.Namespace) -> Job:
         print(f"wrote {folder / STUDENT}")
 
     return Job((text,), run)
+
+
+def check_mixed(options: argparse.Namespace) -> None:
+    """Raises SparseDMError for options of --mixed that do not go together."""
+    from ..patterns import Pattern
+
+    if options.budget not in BUDGETS:
+        raise ConfigError(f"--budget {options.budget} is none of {', '.join(BUDGETS)}")
+    if options.mixed is None:
+        return
+    for text in options.mixed.split(","):
+        Pattern.parse(text)
+    if options.override:
+        raise ConfigError("--override and --mixed both choose patterns: give one of them")
+
+
+def choose_mixed(
+    model: nn.Module,
+    batches: list[CalibrationBatch],
+    choice: dict[str, Any],
+    options: argparse.Namespace,
+    folder: Path,
+) -> str:
+    """Chooses the pattern of every layer; returns the usual one, and updates ``choice``."""
+    from .. import choose_patterns
+
+    budget = {"milliseconds" if options.budget == "time" else "macs": options.pattern}
+    mixed = choose_patterns(
+        model,
+        options.mixed.split(","),
+        batches,
+        keep_dense=choice["keep_dense"],
+        policy=choice["policy"],
+        method=options.method,
+        **budget,
+    )
+    print(mixed)
+    folder.mkdir(parents=True, exist_ok=True)
+    mixed.save(folder / PATTERNS)
+    choice.update(mixed.options)
+    return mixed.pattern
 
 
 def read_choice(options: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import CompileConfig
 from ..errors import CaptureError, ConfigError
-from ..graph.capture import capture, map_parameter_names
+from ..graph.capture import CapturedGraph, capture, map_parameter_names
 from ..graph.eager_watch import EagerProduct, record_eager_products
 from ..passes import Site, find_eager_sites, find_sites, mark_eager, mark_prunable, trace_topology
 from ..passes import count_macs as count_sites
@@ -64,7 +64,11 @@ def count_macs(
 
 
 def decide_weights(
-    model: nn.Module, config: CompileConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    config: CompileConfig,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    captured: CapturedGraph | None = None,
 ) -> tuple[tuple[Site, ...], tuple[Decision, ...]]:
     """Decides on every weight of one forward, as ``compile`` would; computes nothing.
 
@@ -73,6 +77,7 @@ def decide_weights(
         config: The options of ``compile``.
         args: Positional inputs of ``model``.
         kwargs: Keyword inputs of ``model``.
+        captured: The graph of that call; None captures it.
 
     Returns:
         Every product of the forward, and the decision about every weight, in execution order.
@@ -83,7 +88,7 @@ def decide_weights(
     """
     config = config.bind(list(map_parameter_names(model).values()))
     with torch.no_grad(), analyse_layers(model):
-        graph = capture(model, *args, **kwargs)
+        graph = captured or capture(model, *args, **kwargs)
         if graph is not None:
             sites = find_sites(graph)
             if all(isinstance(site.product.macs(), int) for site in sites.sites):

@@ -229,10 +229,18 @@ def capture(module: nn.Module, *args: Any, **kwargs: Any) -> CapturedGraph | Non
         >>> sorted(graph.names.values())
         [('bias',), ('weight',)]
     """
-    graphs: list[CapturedGraph] = []
+    captured = capture_inputs(module, *args, **kwargs)
+    return None if captured is None else captured[0]
+
+
+def capture_inputs(
+    module: nn.Module, *args: Any, **kwargs: Any
+) -> tuple[CapturedGraph, list[Any]] | None:
+    """Captures as ``capture`` does; returns the graph and the values of its placeholders."""
+    graphs: list[tuple[CapturedGraph, list[Any]]] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(bind_parameters(gm, example_inputs, module))
+        graphs.append((bind_parameters(gm, example_inputs, module), list(example_inputs)))
         return _stop
 
     run = torch.compile(copy_forward(module), backend=backend, fullgraph=True, dynamic=False)

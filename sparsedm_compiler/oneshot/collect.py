@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -13,7 +13,6 @@ from ..compiler.lookup import analyse_layers
 from ..graph.capture import copy_forward
 from ..graph.eager_watch import EagerProduct, watch_eager
 from .batches import CalibrationBatch
-from .statistics import LayerStatistics
 from .targets import Target, explain_call
 
 
@@ -41,6 +40,13 @@ class Uses:
         (bias,) = biases
         others = [n for n, added in self.biases.items() if n != name and bias in added]
         return None if others else bias
+
+
+class InputSums(Protocol):
+    """Sums over the inputs of one weight."""
+
+    def add(self, values: Mapping[str, Any], op: str, weight: float) -> None:
+        """Adds the inputs of one product, each ``weight`` times."""
 
 
 class _Done(BaseException):
@@ -93,7 +99,7 @@ def find_inputs(product: EagerProduct, argument: str) -> tuple[str, Mapping[str,
 def collect_statistics(
     model: nn.Module,
     batches: list[CalibrationBatch],
-    statistics: Mapping[str, LayerStatistics],
+    statistics: Mapping[str, InputSums],
     uses: Uses,
     advance: Callable[[], Any],
 ) -> None:

@@ -14,7 +14,7 @@ from ..compiler.lookup import iterate_sparse_forwards, masked_parameters
 from ..compiler.recompile import find_compiled
 from ..config import CompileConfig
 from ..errors import ConfigError, DataError, SparseDMError
-from ..graph.capture import Names, map_parameter_names
+from ..graph.capture import CapturedGraph, Names, map_parameter_names
 from ..graph.names import strip_adapter_prefix
 from ..meta_models import require_values
 from ..passes import may_be_pruned
@@ -35,7 +35,10 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, config: CompileConfig | None, batch: CalibrationBatch
+    model: nn.Module,
+    config: CompileConfig | None,
+    batch: CalibrationBatch,
+    captured: CapturedGraph | None = None,
 ) -> list[Target]:
     """Finds the weights that ``compile`` prunes, in the order in which they are used.
 
@@ -43,6 +46,7 @@ def find_targets(
         model: A dense model, or a student in mode "train".
         config: The options of ``compile``; None for a student.
         batch: The inputs of a call.
+        captured: The graph of that call of a dense model; None captures it.
 
     Raises:
         ConfigError: Nothing would be pruned, layers are left that no call reaches, or the model
@@ -61,7 +65,7 @@ def find_targets(
     if config is None:
         raise ConfigError("pattern is missing: a model that is not compiled needs one, e.g. '2:4'")
     try:
-        _, decisions = decide_weights(model, config, batch.args, dict(batch.kwargs))
+        _, decisions = decide_weights(model, config, batch.args, dict(batch.kwargs), captured)
     except Exception as error:
         raise explain_call(model, batch, error) from error
     rows = {row.weight: row for row in decisions}

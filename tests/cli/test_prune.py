@@ -43,6 +43,23 @@ def test_prune_writes_a_student_that_other_commands_open(
     assert again.out == result.out
 
 
+def test_prune_permuted_and_mixed_then_a_student_of_the_chosen_patterns(
+    shell: Shell, weights: Sequence[str]
+) -> None:
+    mixed = ("--mixed", "2:4,1:4,1:8", "--permute", "--method", "magnitude")
+    assert shell(*PRUNE, "--pattern", "1:4", *mixed).status == 0
+    choice = json.loads((shell.folder / "runs/a/patterns.json").read_text())
+    assert choice["cost"] <= choice["budget"]
+    patterns = {row["weight"]: row["pattern"] for row in choice["layers"]}
+    report = json.loads((shell.folder / "runs/a/report.json").read_text())
+    assert {row["weight"]: row["pattern"] for row in report["layers"]} == patterns
+    permutation = json.loads((shell.folder / "runs/a/permutation.json").read_text())
+    assert permutation["kept_after"] > permutation["kept_before"]
+    kept = {row["weight"]: row["kept_after"] for row in permutation["weights"]}
+    for row in report["layers"]:
+        assert row["kept_energy"] == pytest.approx(kept[row["weight"]], rel=1e-5)
+
+
 def test_prune_dry_run_says_what_would_happen(shell: Shell, weights: Sequence[str]) -> None:
     result = shell.dry(*PRUNE, "--pattern", "2:4", "--override", "mid_block=1:4")
     assert result.out.splitlines()[0] == (
@@ -62,8 +79,14 @@ def test_prune_dry_run_says_what_would_happen(shell: Shell, weights: Sequence[st
         (["--pattern", "2:4", "--data", "gone"], "'gone' does not exist"),
         (["--pattern", "2:4", "--timestep-weights", "odd"], "timestep_weights 'odd' is neither"),
         (["--pattern", "2:4", "--policy", "none"], "policy 'none' is neither"),
+        (["--pattern", "2:4", "--budget", "watts"], "--budget watts is none of macs, time"),
+        (["--pattern", "2:4", "--mixed", "2:4,x"], "pattern 'x' is not 'n:m'"),
+        (["--pattern", "2:4", "--mixed", "2:4", "--override", "a=1:4"], "both choose patterns"),
     ],
-    ids=["pattern", "method", "override", "objective", "pruned", "data", "weights", "policy"],
+    ids=[
+        *("pattern", "method", "override", "objective", "pruned", "data", "weights", "policy"),
+        *("budget", "mixed", "mixed_and_override"),
+    ],
 )
 def test_prune_of_an_invalid_request_is_refused(
     shell: Shell, weights: Sequence[str], argv: list[str], says: str

@@ -1,0 +1,1 @@
+"""Channel permutation: neighbours are exchanged, exactly, so that a pattern keeps more energy."""

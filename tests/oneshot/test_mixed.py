@@ -1,0 +1,174 @@
+"""``choose_patterns``: the least error within a budget, and options that ``compile`` takes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsedm_compiler as sdm
+from sparsedm_compiler import ConfigError, PatternError
+from sparsedm_compiler.compiler import time_patterns as timing
+from sparsedm_compiler.oneshot.mixed.solve_budget import solve_budget
+from sparsedm_compiler.passes import KernelTimes
+
+CANDIDATES = ["2:4", "1:4", "1:8"]
+
+
+def make_net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Linear(16, 16) for _ in range(5)]
+    with torch.no_grad():
+        layers[2].weight *= 0.05  # a layer that can lose much
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
+
+
+def make_inputs() -> list[Tensor]:
+    source = torch.Generator().manual_seed(3)
+    return [torch.randn(64, 16, generator=source) for _ in range(2)]
+
+
+def choose(model: nn.Module, **options: Any) -> sdm.PatternChoice:
+    options = {"macs": "1:4", "progress": False, **options}
+    return sdm.choose_patterns(
+        model, options.pop("candidates", CANDIDATES), make_inputs(), **options
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_solve_budget_equals_a_search_of_all_choices(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    errors = [np.sort(random.random(3)) for _ in range(6)]
+    costs = [np.sort(random.integers(1, 50, 3))[::-1].astype(float) for _ in range(6)]
+    budget = 0.6 * sum(own.max() for own in costs)
+    chosen = solve_budget(errors, costs, budget)
+    assert sum(own[k] for own, k in zip(costs, chosen, strict=True)) <= budget
+
+    def total(numbers: tuple[int, ...]) -> float:
+        if sum(own[k] for own, k in zip(costs, numbers, strict=True)) > budget:
+            return float("inf")
+        return float(sum(own[k] for own, k in zip(errors, numbers, strict=True)))
+
+    best = min(map(total, itertools.product(range(3), repeat=6)))
+    assert total(tuple(chosen)) == pytest.approx(best)
+
+
+def test_solve_budget_that_all_cheapest_just_meet_then_those() -> None:
+    errors, costs = [np.array([0.0, 1.0])] * 2, [np.array([4.0, 1.0])] * 2
+    assert solve_budget(errors, costs, 2.0) == [1, 1]
+    assert sorted(solve_budget(errors, costs, 5.0)) == [0, 1]
+    with pytest.raises(ValueError, match="less than the cheapest"):
+        solve_budget(errors, costs, 1.9)
+
+
+@pytest.mark.parametrize("score", ["output", "layer"])
+def test_choose_within_macs_then_less_error_than_uniform_and_compile_takes_it(
+    score: str, tmp_path: Path
+) -> None:
+    model, (x, _) = make_net(), make_inputs()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    choice = choose(model, score=score)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    uniform = sdm.count_macs(model, x, pattern="1:4").sparse
+    assert choice.budget == uniform
+    mixed = sdm.count_macs(
+        model, x, pattern=choice.pattern, overrides=choice.overrides, keep_dense=choice.keep_dense
+    )
+    assert mixed.sparse == choice.cost <= uniform
+    assert choice.error <= sum(row.errors["1:4"] for row in choice.rows)
+    for row in choice.rows:
+        assert row.errors["2:4"] < row.errors["1:4"] < row.errors["1:8"]
+    student = sdm.compile(model, choice.pattern, backend="eager", **choice.options)
+    student(x)
+    masked = {name: str(pattern) for name, (_, pattern) in sdm.masked_parameters(student).items()}
+    assert masked == {row.weight: row.pattern for row in choice.rows}
+    assert len({*masked.values()}) > 1
+    tighter = choice.within(0.9 * choice.budget)
+    assert tighter.cost <= 0.9 * choice.budget < choice.cost
+    assert tighter.error > choice.error
+    choice.save(tmp_path / "patterns.json")
+    written = json.loads((tmp_path / "patterns.json").read_text())
+    assert written["overrides"] == choice.overrides
+    assert written["cost"] == choice.cost
+
+
+def test_choose_by_output_then_the_error_is_that_of_the_model() -> None:
+    model, inputs = make_net(), make_inputs()
+    choice = choose(model, score="output", passes=1)
+    row = choice.rows[0]
+    pruned = make_net()
+    others = [other.weight for other in choice.rows[1:]]
+    sdm.prune_one_shot(pruned, "1:8", inputs, keep_dense=others, progress=False)
+    with torch.no_grad():
+        change = sum(float((pruned(x) - model(x)).double().square().sum()) for x in inputs)
+        size = sum(float(model(x).double().square().sum()) for x in inputs)
+    assert row.errors["1:8"] == pytest.approx(change / size, rel=1e-4)
+
+
+def test_choose_with_a_dense_candidate_and_room_then_layers_stay_dense() -> None:
+    model, (x, _) = make_net(), make_inputs()
+    choice = choose(model, candidates=["1:1", "1:8"], macs="2:4")
+    dense = [row.weight for row in choice.rows if row.pattern == "1:1"]
+    assert dense
+    assert {*dense} <= {*choice.keep_dense}
+    student = sdm.compile(model, choice.pattern, backend="eager", **choice.options)
+    student(x)
+    assert {*sdm.masked_parameters(student)} == {r.weight for r in choice.rows} - {*dense}
+
+
+def test_choose_within_measured_time_then_times_of_the_kernel_search_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = {"2:4": 3.0, "1:4": 2.0, "1:8": None}
+
+    def measure(row: Any, weight: Tensor, config: Any, budget: Any) -> Any:
+        sparse = times[str(row.pattern)]
+        reason = row.run_dense("", times=KernelTimes(5.0, sparse or 9.0))
+        if sparse is None:
+            return reason
+        return row.run_sparse(
+            "kernel",
+            row.weight_format,
+            status=row.status,
+            reason="",
+            times=KernelTimes(5.0, sparse),
+        )
+
+    monkeypatch.setattr(timing, "select_kernel", measure)
+    choice = choose(make_net(), macs=None, milliseconds="1:4")
+    assert (choice.unit, choice.budget) == ("ms", 2.0 * len(choice.rows))
+    assert {row.pattern for row in choice.rows} == {"1:4"}
+    assert choice.rows[0].costs == {"2:4": 3.0, "1:4": 2.0, "1:8": 5.0}
+    looser = choose(make_net(), macs=None, milliseconds=2.0 * len(choice.rows) + 1)
+    assert sorted(row.pattern for row in looser.rows).count("2:4") == 1
+    monkeypatch.setattr(timing, "select_kernel", lambda row, *rest: row.run_dense("no kernel"))
+    with pytest.raises(ConfigError, match="was not timed at 2:4, 1:4, 1:8"):
+        choose(make_net(), macs=None, milliseconds="1:4")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"macs": None}, ConfigError, "needs one budget"),
+        ({"milliseconds": 1.0}, ConfigError, "needs one budget"),
+        ({"macs": -1.0}, ConfigError, "is not > 0"),
+        ({"macs": 10.0}, ConfigError, "less than the .* cheapest candidates cost"),
+        ({"macs": "4:2"}, PatternError, "4:2"),
+        ({"candidates": "2:4"}, ConfigError, "no list of patterns"),
+        ({"candidates": ["1:1"]}, ConfigError, "no candidate that prunes"),
+        ({"candidates": ["1:32"]}, ConfigError, "no candidate would prune anything"),
+        ({"score": "taylor"}, ConfigError, "score 'taylor' is none of output, layer"),
+        ({"output_batches": 0}, ConfigError, "is not >= 1"),
+    ],
+)
+def test_choose_with_bad_input_then_one_sentence(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        choose(make_net(), **options)
