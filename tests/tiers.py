@@ -66,6 +66,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
         "instances_of_one_class",
     ),
     "masks/test_mask_ste.py": INDUCTOR,
+    "oneshot/test_permutation.py": (r"\[(unet|dit)-",),
     "passes/rewrite/test_round_rows.py": INDUCTOR,
     "test_fresh_install.py": ("",),
     "test_readme.py": ("",),

@@ -1,7 +1,8 @@
 """The choice of one candidate for every layer, with the least error within a budget.
 
-A knapsack with multiple choice, solved by dynamic programming on a budget cut into steps; costs are
-rounded up to steps, and what is left of the budget is spent at the end.
+A knapsack with multiple choice, solved by dynamic programming on a budget cut into steps. Costs are
+rounded down to steps, and of the solutions for a few steps less the best that is really within the
+budget is taken; what it leaves is spent at the end.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ STEPS = 20_000
 """Steps of the budget; 100 for every layer where that is more."""
 
 Numbers = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 
 def solve_budget(errors: Sequence[Numbers], costs: Sequence[Numbers], budget: float) -> list[int]:
@@ -43,19 +45,28 @@ def solve_budget(errors: Sequence[Numbers], costs: Sequence[Numbers], budget: fl
     best = np.zeros(steps + 1)
     choices = []
     for layer_errors, layer_costs in zip(errors, costs, strict=True):
-        extra = np.ceil((layer_costs - layer_costs.min()) / room * steps - 1e-9).astype(np.int64)
+        extra = np.floor((layer_costs - layer_costs.min()) / room * steps + 1e-9).astype(np.int64)
         options = np.full((len(extra), steps + 1), np.inf)
         for k, shift in enumerate(extra):
             if shift <= steps:
                 options[k, shift:] = best[: steps + 1 - shift] + layer_errors[k]
         choices.append((options.argmin(0), extra))
         best = options.min(0)
-    chosen, left = [], steps
+    for less in range(len(costs) + 1):
+        chosen = _trace_back(choices, steps - less)
+        if sum(float(own[k]) for own, k in zip(costs, chosen, strict=True)) <= budget:
+            return _improve(errors, costs, budget, chosen)
+    return _improve(errors, costs, budget, cheapest)
+
+
+def _trace_back(choices: Sequence[tuple[Counts, Counts]], left: int) -> list[int]:
+    """Returns the best candidates of all layers that cost at most ``left`` steps."""
+    chosen = []
     for numbers, extra in reversed(choices):
         k = int(numbers[left])
         chosen.append(k)
         left -= int(extra[k])
-    return _improve(errors, costs, budget, chosen[::-1])
+    return chosen[::-1]
 
 
 def _improve(
