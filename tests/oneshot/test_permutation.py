@@ -26,10 +26,10 @@ from sparsedm_compiler.oneshot.permutation.arrangement import (
 from sparsedm_compiler.oneshot.permutation.aten_graph import capture_call, trace_aten
 from sparsedm_compiler.oneshot.permutation.couplings import Couplings, find_couplings
 from sparsedm_compiler.oneshot.permutation.propagate import Propagation
-from sparsedm_compiler.oneshot.permutation.search import SearchOptions, search_order
+from sparsedm_compiler.oneshot.permutation.search import SearchOptions, UnitGroup, search_order
 from tests.zoo import FAMILIES, fill_zeros, sample_of
 
-QUICK = {"rounds": 0.2, "escapes": 0, "progress": False}
+QUICK = {"rounds": 6, "escapes": 0, "progress": False}
 
 
 class ConvNet(nn.Module):
@@ -311,10 +311,28 @@ def test_search_then_no_worse_than_before_and_as_measured(text: str) -> None:
     lines = torch.from_numpy(np.stack([unit.lines[0] for unit in units]))
     assert float(measure_units(view, lines).sum()) == pytest.approx(weight.measure())
     before = weight.measure()
-    order = search_order([view], 32, SearchOptions(1.0, 1, 0), lambda n: None)
+    order = search_order([view], 32, SearchOptions(8, 1, 0), lambda n: None)
     assert sorted(order) == [*range(32)]
     weight.scores = weight.scores[:, torch.from_numpy(order)]
     assert weight.measure() > before
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:8", "3:4"])
+def test_exchanges_under_per_row_patterns_are_as_measured_by_masks(text: str) -> None:
+    random = np.random.default_rng(0)
+    weight = ScoredWeight("w", Pattern.parse(text), torch.randn(6, 32, 2, 1, dtype=torch.float64))
+    view = make_view(weight, 1, np.arange(32)[None])
+    assert view is not None
+    group = UnitGroup.make([view], make_units([view], 32))
+    group.exchange_once(random)
+    a, b = np.array([0, 2]), np.array([3, 1])
+    i, j = group.list_exchanges(random)
+    fast = group.measure_exchanges(a, b, i, j)
+    new = group.swap(a, b, i, j)
+    for side, numbers in enumerate((a, b)):
+        for pair, unit in enumerate(numbers):
+            slow = group.measure_view(0, np.repeat(unit, len(i)), new[side][pair])
+            np.testing.assert_allclose(fast[side, pair], slow, rtol=1e-12)
 
 
 def test_search_of_few_columns_finds_the_best_order() -> None:
@@ -322,7 +340,7 @@ def test_search_of_few_columns_finds_the_best_order() -> None:
     weight = ScoredWeight("w", Pattern.parse("2:4"), scores)
     view = make_view(weight, 1, np.arange(8)[None])
     assert view is not None
-    order = search_order([view], 8, SearchOptions(2.0, 1, 0), lambda n: None)
+    order = search_order([view], 8, SearchOptions(16, 1, 0), lambda n: None)
     weight.scores = scores[:, torch.from_numpy(order)]
     kept = (weight.scores * weight.pattern.compute_mask(weight.scores)).sort()[0][0, -4:]
     assert kept.tolist() == [6.0, 7.0, 8.0, 9.0]
@@ -332,16 +350,17 @@ def test_search_of_few_columns_finds_the_best_order() -> None:
     ("change", "message"),
     [
         (lambda: {"score": "taylor"}, "score 'taylor' is none of magnitude, wanda"),
+        (lambda: {"rounds": 0}, "rounds 0 is not >= 1"),
         (lambda: {"batches": []}, "there are no calibration batches"),
     ],
 )
 def test_permute_with_a_bad_option_then_one_sentence(
     change: Callable[[], dict[str, Any]], message: str
 ) -> None:
-    options = {"batches": [torch.ones(1, 16)], **change()}
+    options = {"batches": [torch.ones(1, 16)], **QUICK, **change()}
     model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
     with pytest.raises(sdm.SparseDMError, match=message):
-        sdm.permute_channels(model, "2:4", **options, **QUICK)
+        sdm.permute_channels(model, "2:4", **options)
 
 
 def test_permute_of_a_model_with_unread_parameters_then_refused_unless_allowed() -> None:

@@ -13,7 +13,7 @@ from .apply_order import apply_order, invert_order
 from .arrangement import Places, ScoredWeight, View, make_units, make_view
 from .couplings import CoupledSet, Couplings
 from .permutation_report import PermutedChannels, WeightEnergy
-from .search import SearchOptions, count_rounds, search_order
+from .search import SearchOptions, search_order
 
 
 @dataclass(slots=True)
@@ -62,11 +62,9 @@ class PermutationJob:
         return views
 
     def count_rounds(self, groups: Sequence[Sequence[CoupledSet]]) -> int:
-        """Returns about how many rounds the search of all sets takes."""
-        sets = [one for group in groups for one in group]
-        units = [len(make_units(self.list_views(one), one.channels)) for one in sets]
-        factor = 1 + self.options.escapes / 4
-        return int(sum(count_rounds(count, self.options) * factor for count in units))
+        """Returns the most rounds that the search of all sets takes."""
+        climbs = self.options.rounds + self.options.escapes * (self.options.rounds // 4)
+        return climbs * sum(map(len, groups))
 
     def run(self, bar: ProgressBar) -> Iterator[PermutedChannels]:
         """Searches and writes all sets; yields the rows of the report."""

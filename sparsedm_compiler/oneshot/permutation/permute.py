@@ -52,7 +52,7 @@ def permute_channels(
     keep_dense: str | Iterable[str] | Callable[[str], bool] = (),
     overrides: Mapping[str, str | Pattern] | None = None,
     policy: str = "structural",
-    rounds: float = 2.0,
+    rounds: int = 100,
     escapes: int = 2,
     seed: int = 0,
     allow_unread: bool = False,
@@ -80,7 +80,8 @@ def permute_channels(
         keep_dense: Layers that will stay dense, as in ``compile``.
         overrides: Other patterns for some layers, as in ``compile``.
         policy: Which layers will be pruned, as in ``compile``.
-        rounds: How long to search: 1 brings about every pair of groups together once.
+        rounds: How long to search: the most rounds for every set of channels, each of which pairs
+            all groups at random and makes the best exchange of every pair.
         escapes: How often to leave a local optimum by random exchanges.
         seed: Of the random choices.
         allow_unread: Whether parameters that the call does not read are no error. Calls that do
@@ -113,6 +114,8 @@ def permute_channels(
     check_model(model)
     check_score(score)
     options = SearchOptions(rounds, escapes, seed)
+    if rounds < 1 or escapes < 0:
+        raise ConfigError(f"rounds {rounds} is not >= 1, or escapes {escapes} is not >= 0")
     listed = list_batches(batches)
     if any(True for _ in iterate_sparse_forwards(model)):
         raise ConfigError(

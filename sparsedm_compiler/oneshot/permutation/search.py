@@ -7,7 +7,6 @@ every round, all exchanges of a pair are evaluated at once, and the best of each
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from .arrangement import Places, Unit, View, make_units, measure_units
+from .row_exchange import is_per_row, measure_exchanges
 
 CHUNK = 1 << 22
 """Scores that are looked at at a time."""
@@ -30,12 +30,12 @@ class SearchOptions:
     """How long to search.
 
     Attributes:
-        rounds: Rounds of a set, as a multiple of its units: 1 meets about every pair once.
+        rounds: The most rounds of a set of channels, each of which pairs its units anew.
         escapes: How often a local optimum is left by random exchanges.
         seed: Of the random choices.
     """
 
-    rounds: float = 2.0
+    rounds: int = 100
     escapes: int = 2
     seed: int = 0
 
@@ -70,39 +70,71 @@ class UnitGroup:
 
     def measure(self, numbers: Places, channels: Places) -> NDArray[np.float64]:
         """Returns the kept energy of units [k] with these channels [k, places]."""
-        total = np.zeros(len(numbers))
-        for view, lines, at in zip(self.views, self.lines, self.at, strict=True):
-            index = lines[numbers]
-            sources = view.indices[:, channels].transpose(1, 0, 2).reshape(len(numbers), -1)
-            np.put_along_axis(index, at[numbers], sources, 1)
-            scores = view.weight.scores
-            step = max(1, CHUNK // (scores.numel() // scores.shape[view.dim] * index.shape[1]))
-            wide = torch.from_numpy(index).to(scores.device)
-            parts = [measure_units(view, part) for part in torch.split(wide, step)]
-            total += torch.cat(parts).cpu().numpy()
+        return sum(
+            (self.measure_view(v, numbers, channels) for v in range(len(self.views))),
+            np.zeros(len(numbers)),
+        )
+
+    def measure_view(self, v: int, numbers: Places, channels: Places) -> NDArray[np.float64]:
+        """Returns the kept energy of units of one view."""
+        view, lines = self.views[v], self.find_lines(v, numbers, channels)
+        scores = view.weight.scores
+        step = max(1, CHUNK // (scores.numel() // scores.shape[view.dim] * lines.shape[1]))
+        wide = torch.from_numpy(lines).to(scores.device)
+        parts = [measure_units(view, part) for part in torch.split(wide, step)]
+        energies: NDArray[np.float64] = torch.cat(parts).cpu().numpy()
+        return energies
+
+    def find_lines(self, v: int, numbers: Places, channels: Places) -> Places:
+        """Returns the indices that units [k] with channels [k, places] are put together from."""
+        lines = self.lines[v][numbers]
+        sources = self.views[v].indices[:, channels].transpose(1, 0, 2).reshape(len(numbers), -1)
+        np.put_along_axis(lines, self.at[v][numbers], sources, 1)
+        return lines
+
+    def measure_exchanges(self, a: Places, b: Places, i: Places, j: Places) -> NDArray[np.float64]:
+        """Returns the energies [2, pairs, exchanges] of units after exchanges of places i and j."""
+        total = np.zeros((2, len(a), len(i)))
+        others = []
+        for v, view in enumerate(self.views):
+            if is_per_row(view):
+                lines = [self.find_lines(v, own, self.channels[own]) for own in (a, b)]
+                at = self.at[v][a], self.at[v][b]
+                total += measure_exchanges(view, (lines[0], lines[1]), at, (i, j))
+            else:
+                others.append(v)
+        if others:
+            both = np.concatenate(
+                [part.reshape(-1, part.shape[2]) for part in self.swap(a, b, i, j)]
+            )
+            numbers = np.concatenate([np.repeat(a, len(i)), np.repeat(b, len(i))])
+            for v in others:
+                total += self.measure_view(v, numbers, both).reshape(total.shape)
         return total
+
+    def swap(self, a: Places, b: Places, i: Places, j: Places) -> tuple[Places, Places]:
+        """Returns the channels [pairs, exchanges, places] of units a and b after exchanges."""
+        new_a = np.repeat(self.channels[a][:, None], len(i), 1)
+        new_b = np.repeat(self.channels[b][:, None], len(i), 1)
+        which = np.arange(len(i))
+        new_a[:, which, i] = self.channels[b][:, j]
+        new_b[:, which, j] = self.channels[a][:, i]
+        return new_a, new_b
 
     def exchange_once(self, random: np.random.Generator) -> float:
         """Pairs the units and makes the best exchange of every pair; returns the energy gained."""
         pairs = random.permutation(len(self.energies))[: len(self.energies) // 2 * 2]
         a, b = pairs[::2], pairs[1::2]
         i, j = self.list_exchanges(random)
-        new_a = np.repeat(self.channels[a][:, None], len(i), 1)
-        new_b = np.repeat(self.channels[b][:, None], len(i), 1)
-        which = np.arange(len(i))
-        new_a[:, which, i] = self.channels[b][:, j]
-        new_b[:, which, j] = self.channels[a][:, i]
-        size = self.channels.shape[1]
-        both = np.concatenate([new_a.reshape(-1, size), new_b.reshape(-1, size)])
-        numbers = np.concatenate([np.repeat(a, len(i)), np.repeat(b, len(i))])
-        energies = self.measure(numbers, both).reshape(2, len(a), len(i))
+        energies = self.measure_exchanges(a, b, i, j)
         gains = energies.sum(0) - (self.energies[a] + self.energies[b])[:, None]
         best = gains.argmax(1)
         row = np.arange(len(a))
         better = gains[row, best] > LEAST_GAIN
         row, best = row[better], best[better]
-        self.channels[a[row]], self.channels[b[row]] = new_a[row, best], new_b[row, best]
-        self.energies[a[row]], self.energies[b[row]] = energies[:, row, best]
+        a, b, i, j = a[row], b[row], i[best], j[best]
+        self.channels[a, i], self.channels[b, j] = self.channels[b, j], self.channels[a, i]
+        self.energies[a], self.energies[b] = energies[:, row, best]
         return float(gains[row, best].sum())
 
     def list_exchanges(self, random: np.random.Generator) -> tuple[Places, Places]:
@@ -148,30 +180,25 @@ def search_order(
     for units in by_shape.values():
         if len(units) > 1:
             group = UnitGroup.make(views, units)
-            _climb(group, count_rounds(len(units), options), random, advance)
+            _climb(group, options.rounds, random, advance)
             for _ in range(options.escapes):
                 before = group.channels.copy(), group.energies.copy()
                 group.shake(random)
-                _climb(group, count_rounds(len(units), options) // 4, random, advance)
+                _climb(group, options.rounds // 4, random, advance)
                 if group.energies.sum() <= before[1].sum():
                     group.channels, group.energies = before
             order[np.stack([unit.places for unit in units])] = group.channels
     return order
 
 
-def count_rounds(units: int, options: SearchOptions) -> int:
-    """Returns the rounds of the first climb."""
-    return max(16, math.ceil(options.rounds * units))
-
-
 def _climb(
     group: UnitGroup, rounds: int, random: np.random.Generator, advance: Callable[[int], object]
 ) -> None:
-    """Makes rounds of exchanges; ends early where half of them gained nothing."""
+    """Makes rounds of exchanges; ends early where a quarter of them in a row gained nothing."""
     idle = 0
     for done in range(rounds):
         idle = 0 if group.exchange_once(random) > 0 else idle + 1
         advance(1)
-        if idle > rounds // 2:
+        if idle > rounds // 4:
             advance(rounds - 1 - done)
             return
