@@ -70,7 +70,7 @@ def _bring(own: Tensor, out: Tensor, other: Tensor, incoming: Tensor, pattern: P
     own, other: squares [rows, units, lines]; out, incoming: [units, exchanges], among the lines.
     Returns float64 [units, exchanges].
     """
-    groups = own.unflatten(2, (-1, pattern.m))
+    groups = own.view(*own.shape[:2], -1, pattern.m)
     largest = groups.topk(pattern.n + 1, dim=3)[0]
     kept = largest[..., : pattern.n].sum(3)
     smallest, after = largest[..., pattern.n - 1 : pattern.n], largest[..., pattern.n :]
@@ -83,4 +83,5 @@ def _bring(own: Tensor, out: Tensor, other: Tensor, incoming: Tensor, pattern: P
     index = out.unsqueeze(0).expand(len(own), -1, -1)
     arriving = other.gather(2, incoming.unsqueeze(0).expand(len(own), -1, -1))
     gained = arriving.sub_(least.gather(2, index)).clamp_(min=0).sum(0, dtype=torch.float64)
-    return whole.unsqueeze(1) - by_group.gather(1, out) + base.gather(1, out) + gained
+    energy: Tensor = whole.unsqueeze(1) - by_group.gather(1, out) + base.gather(1, out) + gained
+    return energy
