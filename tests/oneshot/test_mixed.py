@@ -74,7 +74,7 @@ def test_solve_budget_equals_a_search_of_all_choices(seed: int) -> None:
 @pytest.mark.parametrize("count", [3, 7])
 def test_solve_budget_that_a_uniform_choice_meets_exactly_then_no_worse(count: int) -> None:
     errors, costs = (
-        [np.array([0.0, 0.1, 0.9])] * count,
+        [np.array([0.0, 0.1, 0.18])] * count,
         [np.array([8192.0, 4096.0, 2048.0])] * count,
     )
     chosen = solve_budget(errors, costs, 4096.0 * count)
