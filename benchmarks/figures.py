@@ -13,40 +13,30 @@ untrained masks, STE and sparsedm. Diff-Pruning needs torch-pruning (extra "stru
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from study.command_line import make_parser, open_study
 from study.figure_runs import list_figure_settings
 from study.figures import write_figures
-from study.plan import QUICK, SMALL, Study
+from study.plan import QUICK, SMALL
 from study.run import prepare_study, run_settings
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, train what is missing and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__ or "", "out/figures")
     add = parser.add_argument
-    add("--data", default="digits", help="training images, as open_data names them")
-    add("--held-out", default="digits:test", help="held-out images")
-    add("--teacher", type=Path, help="weights of the dense model; trained first if left out")
-    add("--size", type=int, help="side the images are resized to")
-    add("--out", type=Path, default=Path("out/figures"))
     add("--jobs", type=int, default=1)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where models train")
     add("--quick", action="store_true", help="a few minutes on digits, of no quality")
     add("--draw", action="store_true", help="draw what has run, and train nothing")
     options = parser.parse_args(arguments)
     budget = QUICK if options.quick else SMALL
-    study = Study(
-        options.data, options.held_out, options.size, options.out, budget, options.teacher
-    )
+    study = open_study(options, budget)
     study = replace(study, device=options.device)
     failed = 0
     if not options.draw:

@@ -28,7 +28,6 @@ it on a CPU.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from dataclasses import replace
@@ -36,7 +35,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from study.plan import GROUPS, LARGE, QUICK, SMALL, Study
+from study.command_line import make_parser, open_study
+from study.plan import GROUPS, LARGE, QUICK, SMALL
 from study.run import run_study
 from study.timed import run_timed
 
@@ -46,15 +46,8 @@ MINUTES = 12.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__ or "", "out/methods")
     add = parser.add_argument
-    add("--data", default="digits", help="training images, as open_data names them")
-    add("--held-out", default="digits:test", help="held-out images")
-    add("--teacher", type=Path, help="weights of the dense model; trained first if left out")
-    add("--size", type=int, help="side the images are resized to")
-    add("--out", type=Path, default=Path("out/methods"))
     add("--jobs", type=int, default=1)
     add("--quick", action="store_true", help="a few minutes on digits, of no quality")
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -65,9 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--only", action="append", choices=parts, help="a part alone; repeat for more")
     options = parser.parse_args(arguments)
     budget = QUICK if options.quick else SMALL
-    study = Study(
-        options.data, options.held_out, options.size, options.out, budget, options.teacher
-    )
+    study = open_study(options, budget)
     study = replace(study, device=options.device, features=options.features)
     if options.device == "cpu" and options.minutes is None:
         return run_study(study, options.jobs, options.only)

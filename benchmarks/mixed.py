@@ -11,7 +11,6 @@ mixed.json; rows that are there already are not computed again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -24,8 +23,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from study.command_line import make_parser, open_study
 from study.plan import SMALL, Setting, Study
-from study.run import load_teacher, open_held_out
+from study.run import load_teacher
 from tabulate import tabulate
 from torch import nn
 
@@ -99,7 +99,7 @@ class Bench:
             model, base, self.batches, method=method, progress=False, **options
         )
         student = sdm.compile(model, base, backend="eager", **options)
-        loss = sdm.held_out_loss(student, open_held_out(self.study))
+        loss = sdm.held_out_loss(student, self.study.open_held_out())
         row = {"loss": loss, "mean_error": report.mean_error}
         row["kept_energy"] = sum(r.kept_energy for r in report.rows) / len(report.rows)
         row["macs"] = self.count_macs(base, **options)
@@ -118,12 +118,12 @@ class Bench:
             student,
             self.teacher,
             self.study.open_training_data(),
-            held_out=open_held_out(self.study),
+            held_out=self.study.open_held_out(),
             progress=False,
             **self.study.make_student_options(setting),
         )
         model = student if result.ema is None else result.ema
-        loss = sdm.held_out_loss(model, open_held_out(self.study))
+        loss = sdm.held_out_loss(model, self.study.open_held_out())
         return {"loss": loss, "macs": self.count_macs(base, **options)}
 
     def measure_time(self, label: str, pattern: str) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Bench:
             else:
                 sdm.prune_one_shot(model, base, self.batches, progress=False, **chosen)
                 student = sdm.compile(model, base, backend="eager", **chosen)
-                rows[f"{name} loss"] = sdm.held_out_loss(student, open_held_out(self.study))
+                rows[f"{name} loss"] = sdm.held_out_loss(student, self.study.open_held_out())
                 run = sdm.compile(model, base, mode="infer", **chosen)
             calls[name] = lambda run=run: run(*batch.args, **batch.kwargs)
         with torch.no_grad():
@@ -192,21 +192,14 @@ def format_table(rows: Mapping[str, Any], part: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Reads the command line and runs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__ or "", "out/mixed", teacher=True)
     add = parser.add_argument
-    add("--data", default="digits", help="training images, as open_data names them")
-    add("--held-out", default="digits:test", help="held-out images")
-    add("--teacher", type=Path, required=True, help="weights of the dense U-ViT of the study")
-    add("--size", type=int, help="side the images are resized to")
-    add("--out", type=Path, default=Path("out/mixed"))
     add("--part", action="append", help="loss, train or time; repeat for more (default: loss)")
     add("--pattern", action="append", help="a pattern; repeat for more (default: all)")
     add("--label", action="append", help="a row alone, e.g. 'obs, mixed'; repeat for more")
     options = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    study = Study(options.data, options.held_out, options.size, options.out, SMALL, options.teacher)
+    study = open_study(options, SMALL)
     file = options.out / "mixed.json"
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     bench = Bench(study, options.out)

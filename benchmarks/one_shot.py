@@ -11,21 +11,20 @@ every layer, and one_shot.md; rows that are there already are not computed again
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from safetensors.torch import load_file
+from study.command_line import make_parser, open_study
 from study.plan import SMALL, Study
-from study.run import load_teacher, open_held_out
+from study.run import load_teacher
 from tabulate import tabulate
 from torch import nn
 
@@ -98,7 +97,7 @@ class Bench:
 
     def open_data(self) -> tuple[Any, Any]:
         """Returns training and held-out images, without labels for the UNet."""
-        data, held_out = self.study.open_training_data(), open_held_out(self.study)
+        data, held_out = self.study.open_training_data(), self.study.open_held_out()
         count = max(2048, self.study.budget.held_out)
         images, labels = data.fetch(range(min(count, len(data))))
         if self.name != "unet":
@@ -165,22 +164,15 @@ def format_tables(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Reads the command line and runs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__ or "", "out/one_shot", teacher=True)
     add = parser.add_argument
-    add("--data", default="digits", help="training images, as open_data names them")
-    add("--held-out", default="digits:test", help="held-out images")
-    add("--teacher", type=Path, required=True, help="weights of the dense U-ViT of the study")
-    add("--size", type=int, help="side the images are resized to")
-    add("--out", type=Path, default=Path("out/one_shot"))
     add("--pattern", action="append", help="a pattern; repeat for more (default: all)")
     add("--label", action="append", help="a row of the tables alone, e.g. obs; repeat for more")
     add("--unet", action="store_true", help="a small DDPM UNet too")
     add("--compare", action="store_true", help="OBS with one option changed at a time too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    study = Study(options.data, options.held_out, options.size, options.out, SMALL, options.teacher)
+    study = open_study(options, SMALL)
     file = options.out / "one_shot.json"
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     models = ["uvit", *(["unet"] if options.unet else [])]

@@ -23,7 +23,7 @@ class Images:
 def open_images(study: Study) -> Images:
     """Returns the images; of a study with a recipe all of them, decoded, on its device."""
     if study.recipe is None:
-        return Images(study.open_training_data(), study.open_test_data(study.budget.held_out))
+        return Images(study.open_training_data(), study.open_held_out())
     held_out = fetch_all(study.held_out, study.size, study.budget.held_out, study.device)
     return Images(fetch_all(study.data, study.size, None, study.device), held_out)
 

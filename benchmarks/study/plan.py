@@ -133,6 +133,10 @@ class Study:
         """Opens the held-out images, at most ``limit``."""
         return open_data(self.held_out, size=self.size, limit=limit, labels=self.recipe is None)
 
+    def open_held_out(self) -> ImageData:
+        """Opens the images that held-out losses are measured on."""
+        return self.open_test_data(self.budget.held_out)
+
     def make_model(self, width: int | None = None) -> UViT:
         """Makes a dense U-ViT with random weights; its last class stands for "no class".
 
