@@ -99,7 +99,7 @@ def test_fetch_of_nan_latents_names_the_image(tmp_path: Path) -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"weight": LATENTS}, "holds weight, no 'latents'"),
-    ({"latents": LATENTS[0]}, r"latents \[4, 3, 2\]"),
+    ({"latents": LATENTS[0, 0]}, r"latents \[3, 2\]"),
     ({"latents": LATENTS.int()}, "of type I32 are not"),
     ({"latents": LATENTS[:0]}, r"latents \[0, 4, 3, 2\]"),
     ({"latents": LATENTS, "labels": LABELS[:5]}, r"labels \[5\] of type I32 does not go with 6"),

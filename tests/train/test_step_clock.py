@@ -17,6 +17,7 @@ from sparsedm_compiler.models import UViT
 from sparsedm_compiler.reporting import StepEntry, read_log, read_run
 from sparsedm_compiler.train import loop, step_clock
 from sparsedm_compiler.train.step_clock import StepClock
+from sparsedm_compiler.train.training_bar import TrainingBar
 
 
 def test_step_clock_laps_leave_compiling_and_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +75,7 @@ def test_finetune_rate_leaves_compiling_measuring_and_sampling_out(
 
 
 def test_training_bar_estimates_from_steps_alone() -> None:
-    bar = loop.TrainingBar(total=1000, disable=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    bar = TrainingBar(total=1000, disable=False, file=open("/dev/null", "w"))  # noqa: SIM115
     bar.n = 100
     bar.start_t -= 500.0
     assert "?" in str(bar)
