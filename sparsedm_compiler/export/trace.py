@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..compiler.lookup import masked_parameters, require_compiled
 from ..compiler.masked_state import copy_masked
@@ -62,10 +62,19 @@ def make_example(
 ) -> Example:
     """Returns a call with its dynamic sizes. Raises ConfigError where they cannot be had.
 
-    args: a tuple, or the only input.
+    args: a tuple, or the only input. Its tensors are copied without their values, since
+    ``torch.export`` writes on a tensor which of its sizes are dynamic, for all later calls.
     """
     inputs = tuple(args) if isinstance(args, (tuple, list)) else (args,)
-    example = Example(inputs, dict(kwargs or {}), dynamic_shapes)
+    copies: dict[int, Tensor] = {}
+
+    def copy(leaf: Any) -> Any:
+        return copies.setdefault(id(leaf), leaf.detach()) if isinstance(leaf, Tensor) else leaf
+
+    named = dict(kwargs or {})
+    if not isinstance(dynamic_shapes, ShapesCollection):  # which knows them as they are
+        inputs, named = tree_map(copy, (inputs, named))
+    example = Example(inputs, named, dynamic_shapes)
     if not dynamic_batch:
         return example
     if dynamic_shapes is not None:

@@ -99,11 +99,11 @@ def read_pruned(source: Source, masks: Source | None = None) -> PrunedWeights:
 
     Example:
         >>> import torch
-        >>> kept = torch.tensor([[True, False, False, True]])
+        >>> kept = torch.tensor([[False, False, True, True]])
         >>> asp = {"fc.weight": torch.ones(1, 4), "fc.__weight_mma_mask": kept}
         >>> pruned = read_pruned(asp)
         >>> pruned.tensors
-        {'fc.weight': tensor([[1., 0., 0., 1.]])}
+        {'fc.weight': tensor([[0., 0., 1., 1.]])}
         >>> pruned.rows[0].tool, str(pruned.rows[0].pattern)
         ('apex ASP', '2:4')
     """

@@ -174,6 +174,12 @@ def test_frozen_masks_and_adapters_when_exported_are_in_the_file(tmp_path: Path)
     assert_same(run_onnx(tmp_path / "net.onnx", X, {})[0], expected, tolerance=TOLERANCE)
 
 
+def test_export_with_a_dynamic_batch_leaves_its_inputs_as_they_were(tmp_path: Path) -> None:
+    x = torch.randn(3, *X.shape[1:])
+    sdm.export_onnx(compiled_chain().eval(), x, tmp_path / "net.onnx", dynamic_batch=True)
+    assert vars(x) == {}  # no size that later calls would take for a dynamic one
+
+
 class Gated(Chain):
     """Branches on the values of its input."""
 
