@@ -218,6 +218,8 @@ def read_cache(folder: Path) -> RowCache | None:
             per_part = int(values["rows_per_part"])
             return RowCache(folder, values["about"], dtype, shape, per_part=per_part)
     except FileNotFoundError:
+        if any(part.stem.isdigit() for part in folder.glob("*.safetensors")):
+            raise DataError(f"{folder} holds rows without {RECORD}: remove it") from None
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"cannot read {path}: {error!r}; remove {folder}") from error

@@ -17,7 +17,14 @@ from ..optional_deps import require_extra
 from ..patterns import Pattern
 from .check_onnx import OnnxReport, check_onnx, describe_weights, write_declared
 from .name_weights import name_batch, name_weights
-from .trace import make_example, name_outputs, require_folder, summarize, trace_masked
+from .trace import (
+    make_example,
+    name_outputs,
+    require_folder,
+    require_inputs,
+    summarize,
+    trace_masked,
+)
 
 
 def export_onnx(
@@ -73,6 +80,7 @@ def export_onnx(
     require_folder(file)
     example = make_example(args, kwargs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes)
     masked = trace_masked(model, example)
+    require_inputs(masked.program, input_names)
     names = (input_names, name_outputs(masked.program, output_names))
     onnx = _convert(masked.program, type(model).__name__, names, opset)
     declared = name_weights(onnx.model.graph, masked.patterns)

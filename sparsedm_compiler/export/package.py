@@ -100,15 +100,22 @@ def _compile(program: ExportedProgram, file: Path, name: str, kernels: str) -> N
     from torch._inductor import aoti_compile_and_package
 
     configs = {"aot_inductor.metadata": {_KERNELS: kernels}}
-    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
-        part = str(Path(folder, file.name))
+
+    def write(part: str) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the libraries' own deprecations
                 aoti_compile_and_package(program, package_path=part, inductor_configs=configs)
         except Exception as error:  # of many kinds, from Inductor and the C++ compiler
             raise KernelError(f"AOTInductor cannot compile {name}: {summarize(error)}") from error
-        os.replace(part, file)
+
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+            part = str(Path(folder, file.name))
+            write(part)
+            os.replace(part, file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be written: {error}") from error
 
 
 def load_package(path: str | os.PathLike[str]) -> Callable[..., Any]:

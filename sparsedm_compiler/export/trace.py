@@ -94,7 +94,9 @@ def make_example(
 
 
 def require_folder(file: Path) -> None:
-    """Raises CheckpointError unless the folder of a file to write is there."""
+    """Raises CheckpointError unless the folder of a file to write is there, and no folder it is."""
+    if file.is_dir():
+        raise CheckpointError(f"{file} cannot be written: it is a folder")
     if not file.parent.is_dir():
         raise CheckpointError(f"{file} cannot be written: there is no folder {file.parent}")
 
@@ -119,10 +121,21 @@ def trace_masked(model: nn.Module, example: Example) -> MaskedProgram:
             "things than in inference: model.eval() first"
         )
     if any(not forward.decisions for _, forward in forwards):
-        model(*example.args, **example.kwargs)
+        _call(model, example)
     names = map_parameter_names(model)
     patterns = {names[id(w)]: pattern for w, pattern in masked_parameters(model).values()}
     return MaskedProgram(export_plain(copy_masked(model), type(model).__name__, example), patterns)
+
+
+def _call(model: nn.Module, example: Example) -> None:
+    """Calls a model once. Raises CaptureError where it does not take the example."""
+    try:
+        model(*example.args, **example.kwargs)
+    except SparseDMError:
+        raise
+    except Exception as error:  # of many kinds, from the model's own code
+        name = type(model).__name__
+        raise CaptureError(f"{name} fails on the example: {summarize(error)}") from error
 
 
 def export_plain(plain: nn.Module, name: str, example: Example) -> ExportedProgram:
@@ -155,6 +168,13 @@ def summarize(error: BaseException, limit: int = 300) -> str:
     words = " ".join(re.sub("For more information, run with [^ ]*", "", told).split())
     short = words if len(words) <= limit else words[:limit].rsplit(" ", 1)[0] + " …"
     return f"{type(error).__name__}: {short}" if short else type(error).__name__
+
+
+def require_inputs(program: ExportedProgram, names: Sequence[str] | None) -> None:
+    """Raises ConfigError for more names than inputs."""
+    count = len(program.graph_signature.user_inputs)
+    if names is not None and len(names) > count:
+        raise ConfigError(f"input_names names {len(names)} of {count} inputs")
 
 
 def name_outputs(program: ExportedProgram, names: Sequence[str] | None) -> list[str]:

@@ -26,6 +26,7 @@ from .container import (
     split_compact,
     write_file,
 )
+from .pickled import PICKLES
 from .pruned import read_pruned
 
 
@@ -53,7 +54,8 @@ def convert_file(
     Raises:
         CheckpointError: If the source is damaged, holds nothing sparse or holds weights packed for
             a kernel, or if the target cannot be written.
-        ConfigError: For an unknown form or field, and a pattern beside those of a record.
+        ConfigError: For an unknown form or field, a target called like a pickled file, and a
+            pattern beside those of a record.
         PatternError: If ``pattern`` is misspelled.
 
     Example:
@@ -67,6 +69,8 @@ def convert_file(
     """
     if form not in HOLDS_ZEROS:
         raise ConfigError(f"form {form!r} is none of {', '.join(HOLDS_ZEROS)}")
+    if Path(target).suffix in PICKLES:
+        raise ConfigError(f"{target} would hold safetensors: call it .safetensors")
     added = check_provenance(provenance or {})
     if masks is None:
         stored = read_file(source)

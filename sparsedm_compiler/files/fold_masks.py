@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
 
 from ..errors import CheckpointError
-from ..masks.nm_mask import apply_mask
+from ..masks.nm_mask import KEYS, apply_mask
 
 APEX, MODELOPT, PRUNE, FAKE, SEMI = (
     *("apex ASP", "ModelOpt", "torch.nn.utils.prune", "torch.ao.pruning"),
@@ -58,6 +58,9 @@ class FoldedMasks:
         if weight is None:
             raise CheckpointError(f"there is a mask of {tool} for {name!r}, and no such weight")
         kept = _read_mask(mask, weight, tool, name)
+        if weight.dtype not in KEYS:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{name!r} of {tool} is {dtype}: masks are for float16 to 64")
         if stored != name and name in self.tensors:
             raise CheckpointError(f"{name!r} is there twice, the second time as {stored!r}")
         del self.tensors[stored]

@@ -65,7 +65,8 @@ def take_state_dict(content: Mapping[str, Any], source: str) -> dict[str, Tensor
     Raises CheckpointError for any other, and calls it ``source``.
     """
     inner = content.get(MODELOPT)
-    tensors = dict(inner if isinstance(inner, Mapping) else content)
+    items = (inner if isinstance(inner, Mapping) else content).items()
+    tensors = {str(name): value for name, value in items}
     others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(

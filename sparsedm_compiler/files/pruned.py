@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from tabulate import tabulate
 from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensor
 
 from ..errors import CheckpointError
 from ..masks.detect import detect_pattern
@@ -107,10 +109,12 @@ def read_pruned(source: Source, masks: Source | None = None) -> PrunedWeights:
         >>> pruned.rows[0].tool, str(pruned.rows[0].pattern)
         ('apex ASP', '2:4')
     """
-    label = "the state_dict" if isinstance(source, Mapping) else str(Path(source))
+    label = "the state_dict" if isinstance(source, Mapping) else str(_require_path(source))
     tensors = _read(source, label)
     chosen = None if masks is None else _read_masks(masks)
     try:
+        for name, tensor in tensors.items():
+            _require_dense(name, tensor)
         folded = fold_masks(expand_bitmasks(tensors), chosen)
     except CheckpointError as error:
         raise CheckpointError(f"{label}: {error}") from error
@@ -119,7 +123,7 @@ def read_pruned(source: Source, masks: Source | None = None) -> PrunedWeights:
         pattern = detect_pattern(weight)
         if name in folded.tools or pattern is not None:
             tool = folded.tools.get(name, ZEROS)
-            zeros = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+            zeros = 1 - int((weight != 0).sum()) / max(1, weight.numel())
             dropped = folded.dropped.get(name, 0)
             rows.append(PrunedRow(name, tuple(weight.shape), tool, pattern, zeros, dropped))
     return PrunedWeights(folded.tensors, tuple(rows))
@@ -137,12 +141,32 @@ def _read(source: Source, label: str) -> dict[str, Tensor]:
 
 def _read_masks(source: Source) -> dict[str, Tensor]:
     """Returns masks by the names of their weights, of a sparsifier's state_dict or plain ones."""
-    content: Mapping[str, Any] = source if isinstance(source, Mapping) else _read_any(Path(source))
+    content: Mapping[str, Any] = (
+        source if isinstance(source, Mapping) else _read_any(_require_path(source))
+    )
     state = content.get("state")
-    if not isinstance(state, Mapping):
-        return take_state_dict(content, "masks")
-    entries = {str(name): entry for name, entry in state.items() if isinstance(entry, Mapping)}
-    return take_state_dict({n: e["mask"] for n, e in entries.items() if "mask" in e}, "masks")
+    if isinstance(state, Mapping):
+        entries = {str(name): entry for name, entry in state.items() if isinstance(entry, Mapping)}
+        content = {n: e["mask"] for n, e in entries.items() if "mask" in e}
+    if not content:
+        raise CheckpointError("masks holds no mask: leave it out, or call sparsifier.step() first")
+    return take_state_dict(content, "masks")
+
+
+def _require_path(source: Any) -> Path:
+    """Returns the path of a file. Raises CheckpointError for anything else."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise CheckpointError(f"a {type(source).__name__} is neither a state_dict nor a file")
+    return Path(source)
+
+
+def _require_dense(name: str, tensor: Tensor) -> None:
+    """Raises CheckpointError for a tensor whose values do not lie in memory one by one."""
+    kind = "quantized" if tensor.is_quantized else "on the meta device" if tensor.is_meta else ""
+    if tensor.layout is not torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+    if kind and not isinstance(tensor, SparseSemiStructuredTensor):
+        raise CheckpointError(f"{name!r} is {kind}: save its dense values, as of .to_dense()")
 
 
 def _read_any(path: Path) -> Mapping[str, Any]:

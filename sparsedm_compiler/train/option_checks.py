@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,9 @@ def check_values(config: Any) -> None:
         raise ConfigError("images 0 of a fine-tune is not >= 1; method='untrained' trains none")
     if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
         raise ConfigError(f"ema_decay {config.ema_decay} is not in [0, 1); None keeps no average")
+    cache = config.teacher_cache
+    if cache is not None and (not isinstance(cache, (str, os.PathLike)) or not os.fspath(cache)):
+        raise ConfigError(f"teacher_cache {cache!r} is no folder")
     if config.drop_condition > 1:
         raise ConfigError(f"drop_condition {config.drop_condition} is not a share, in [0, 1]")
 

@@ -8,6 +8,7 @@ the student: every run with the same of those reads what the first one wrote.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import ConfigError
+from .. import ConfigError, DataError, pattern_of
 from ..data import ImageData
 from ..data.row_cache import RowCache, get_free_bytes, read_cache
 from ..diffusion import predict
@@ -24,6 +25,7 @@ from ..diffusion.condition import Condition
 from ..evaluate.process_group import raising_together
 from ..progress import announce, format_bytes
 from .batches import check_batch, index_data
+from .checkpoint import is_compiled
 from .finetune_config import FinetuneConfig
 from .fingerprints import (
     Fingerprint,
@@ -39,6 +41,8 @@ from .state import Run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The values of ``FinetuneConfig.teacher_dtype``."""
+TEACHER = ("teacher", "teacher settings")
+"""What a record says of the teacher, which a run without one takes from there."""
 OPTIONS = (
     *("seed", "objective", "levels", "flip", "drop_condition", "null_label"),
     *("mixed_precision", "teacher_dtype"),
@@ -110,9 +114,12 @@ def find_cache(
         record = {name: asdict(value) for name, value in about.items()}
         shape, total = find_output_shape(inputs), count_positions(config)
         return RowCache(folder, record, DTYPES[config.teacher_dtype], shape, total=total)
-    theirs = {name: Fingerprint(**value) for name, value in cache.about.items()}
-    if teacher is None and "teacher" in theirs:
-        about = {"teacher": theirs["teacher"], **about}
+    try:
+        theirs = {name: Fingerprint(**value) for name, value in cache.about.items()}
+    except TypeError as error:
+        raise DataError(f"the record of {folder} is damaged: {error}; remove {folder}") from error
+    if teacher is None:
+        about = {name: theirs[name] for name in TEACHER if name in theirs} | about
     if differences := list_differences(theirs, about):
         raise ConfigError(
             f"the teacher cache {folder} holds outputs with {'; '.join(differences)}: choose "
@@ -140,12 +147,24 @@ def describe_teaching(
     prints: dict[str, Fingerprint] = {}
     if teacher is not None:
         prints["teacher"] = fingerprint_weights(teacher)
+        if settings := list_settings(teacher):
+            prints["teacher settings"] = fingerprint_option(settings)
     prints["data"] = fingerprint_data(data)
     if inputs.null is not None:
         prints["null"] = fingerprint_condition(inputs.null)
     if inputs.scheduler is not None:
         prints["scheduler"] = fingerprint_values(inputs.scheduler, dict(inputs.scheduler.config))
     return prints | {name: fingerprint_option(getattr(config, name)) for name in OPTIONS}
+
+
+def list_settings(teacher: nn.Module) -> dict[str, Any]:
+    """Returns what decides a teacher's outputs beside its weights, as far as it can be told.
+
+    That is the pattern of a compiled model, and the config of one of diffusers.
+    """
+    config: Mapping[str, Any] = vars(teacher).get("_internal_dict", {})
+    settings = {name: value for name, value in sorted(config.items()) if name[0] != "_"}
+    return settings | ({"pattern": str(pattern_of(teacher))} if is_compiled(teacher) else {})
 
 
 def fingerprint_option(value: Any) -> Fingerprint:

@@ -213,7 +213,11 @@ REFUSALS: Mapping[str, tuple[type[sdm.SparseDMError], str]] = {
     "gated": (sdm.CaptureError, "torch.export cannot hold the forward of Gated: .*"),
     "unknown": (sdm.CaptureError, "ONNX has no form of an op of Unknown: .*airy"),
     "names": (sdm.ConfigError, "output_names names 2 of 1 outputs"),
+    "inputs": (sdm.ConfigError, "input_names names 2 of 1 inputs"),
     "folder": (sdm.CheckpointError, "there is no folder"),
+    "is_folder": (sdm.CheckpointError, "cannot be written: it is a folder"),
+    "keyword": (sdm.CaptureError, "Chain fails on the example: TypeError: .*'foo'"),
+    "shape": (sdm.CaptureError, "Chain fails on the example: RuntimeError: "),
 }
 
 
@@ -225,6 +229,9 @@ def make_refused(case: str) -> tuple[nn.Module, dict[str, Any]]:
         net = {"gated": Gated, "sized": Sized, "unknown": Unknown}[case]()
         student = sdm.compile(net, "2:4", backend="eager").eval()
         return student, {"dynamic_batch": True} if case == "sized" else {}
+    if case in ("keyword", "shape"):  # not called yet
+        student = sdm.compile(Chain(), "2:4", backend="eager").eval()
+        return student, {"kwargs": {"foo": 1}} if case == "keyword" else {"args": X[:, :3]}
     student = compiled_chain().train(case == "training")
     if case == "patched":
         inner = student.forward
@@ -237,7 +244,9 @@ def make_refused(case: str) -> tuple[nn.Module, dict[str, Any]]:
         "one_image": {"args": X[:1], "dynamic_batch": True},
         "both": {"dynamic_batch": True, "dynamic_shapes": {}},
         "names": {"output_names": ["a", "b"]},
+        "inputs": {"input_names": ["a", "b"]},
         "folder": {"path": "nowhere/net.onnx"},
+        "is_folder": {"path": "."},
     }
     return (nn.DataParallel(student) if case == "wrapped" else student), options.get(case, {})
 

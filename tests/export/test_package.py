@@ -83,3 +83,14 @@ def test_package_that_cannot_be_made_or_opened_is_refused(tmp_path: Path) -> Non
     (tmp_path / "net.pt2").write_text("no package")
     with pytest.raises(sdm.CheckpointError, match=r"net\.pt2 does not load here: "):
         sdm.load_package(tmp_path / "net.pt2")
+
+
+def test_package_when_its_folder_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(package.tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(sdm.CheckpointError, match="cannot be written: read-only"):
+        sdm.export_package(compiled_chain().eval(), X, tmp_path / "net.pt2")

@@ -308,3 +308,38 @@ def test_masks_in_a_file_of_weights_are_told_from_a_misfit(tool: str, tmp_path: 
     torch.save(TOOLS[tool](), tmp_path / "w.pth")
     with pytest.raises(sdm.CheckpointError, match="masks of a pruning tool, which sparsedm conv"):
         load_weights(chain(), tmp_path / "w.pth")
+
+
+ROW = torch.tensor([[1.0, 2.0, 0.0, 0.0]])
+KEPT = ROW != 0
+MISFITS: dict[str, tuple[Any, Any]] = {
+    "neither a state_dict nor a file": (None, None),
+    "'1' is sparse_coo": ({1: ROW.to_sparse()}, None),
+    "'w' is on the meta device": ({"w": ROW.to("meta")}, None),
+    "'w' of torch.ao.pruning is float8_e4m3fn": (
+        {"w": ROW.to(torch.float8_e4m3fn)},
+        {"w": KEPT},
+    ),
+    "'w' of torch.ao.pruning is int8": ({"w": ROW.to(torch.int8)}, {"w": KEPT}),
+    "masks holds no mask": ({"w": ROW}, {"state": {}, "groups": []}),
+    "list is neither": ({"w": ROW}, [KEPT]),
+}
+
+
+@pytest.mark.parametrize("says", MISFITS)
+def test_state_when_it_holds_no_plain_weights_is_refused(says: str) -> None:
+    source, given = MISFITS[says]
+    with pytest.raises(sdm.CheckpointError, match=says):
+        read_pruned(source, given)
+
+
+def test_weights_in_float8_when_their_zeros_are_in_place_are_read() -> None:
+    (row,) = read_pruned({"w": ROW.to(torch.float8_e4m3fn)}).rows
+    assert (str(row.pattern), row.zeros) == ("2:4", 0.5)
+
+
+def test_safetensors_when_written_under_the_name_of_a_pickle_are_refused(tmp_path: Path) -> None:
+    save_file({"w": ROW}, tmp_path / "w.safetensors")
+    with pytest.raises(sdm.ConfigError, match="would hold safetensors"):
+        convert_file(tmp_path / "w.safetensors", tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()

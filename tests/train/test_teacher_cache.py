@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler import ConfigError
+from sparsedm_compiler import ConfigError, DataError
 from sparsedm_compiler.data.row_cache import read_cache
 from sparsedm_compiler.train import FinetuneConfig, teacher_cache
 from tests.group import run_group
@@ -178,3 +179,33 @@ def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
     cache = read_cache(tmp_path / "cache")
     assert cache is not None
     assert cache.count_missing(0, 32) == 0
+
+
+def test_outputs_of_a_pruned_teacher_when_it_has_the_weights_of_a_dense_one_are_told_apart(
+    tmp_path: Path,
+) -> None:
+    train(teacher_cache=tmp_path / "cache")
+    pruned = sdm.compile(teacher(), "1:4", backend="eager")
+    with pytest.raises(ConfigError, match=r"with teacher settings none, not \{'pattern': '1:4'\}"):
+        train(teacher=pruned, teacher_cache=tmp_path / "cache")
+    train(teacher=pruned, teacher_cache=tmp_path / "other")
+    train_alone(tmp_path / "other")  # without a teacher: that of the record
+
+
+def test_teacher_cache_when_its_record_is_lost_or_damaged_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    train(teacher_cache=folder)
+    record = folder / "cache.json"
+    values = json.loads(record.read_text())
+    record.write_text(json.dumps({**values, "about": {"teacher": {"colour": 1}}}))
+    with pytest.raises(DataError, match="is damaged"):
+        train(teacher_cache=folder)
+    record.unlink()
+    with pytest.raises(DataError, match=r"holds rows without cache\.json"):
+        train(teacher_cache=folder)
+
+
+@pytest.mark.parametrize("folder", [5, ""])
+def test_teacher_cache_when_it_is_no_path_is_refused(folder: Any) -> None:
+    with pytest.raises(ConfigError, match="is no folder"):
+        FinetuneConfig(teacher_cache=folder)
