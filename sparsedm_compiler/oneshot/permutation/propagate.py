@@ -80,7 +80,7 @@ class Propagation:
         """Finds the labels of one op's result."""
         name = get_name(node)
         self.origins[node] = self.describe_origin(node)
-        if name in MOVES:
+        if name in MOVES and not changes_dtype(node):
             self.values[node] = self.move(node, name)
         elif name in CASTS:
             self.values[node] = self.get(node.args[0])
@@ -190,6 +190,11 @@ def is_pointwise(node: fx.Node) -> bool:
     """Returns whether an op works on elements of the same index alone."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def changes_dtype(node: fx.Node) -> bool:
+    """Returns whether a view reads the bytes of its input as numbers of another kind."""
+    return any(isinstance(argument, torch.dtype) for argument in node.args)
 
 
 def is_tensor(value: Any) -> bool:
