@@ -494,3 +494,53 @@ def test_permute_where_another_batch_takes_another_path_then_an_error_and_the_mo
 def test_permute_of_a_model_without_parameters_then_one_sentence() -> None:
     with pytest.raises(ConfigError, match="no weight of ReLU is pruned"):
         sdm.permute_channels(nn.ReLU(), "2:4", [torch.randn(8, 16)], **QUICK)
+
+
+class Positions(nn.Module):
+    """Learned positions, of which a call reads the first few, and half of a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.positions = nn.Parameter(torch.randn(1, 8, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x) + self.positions[:, : x.shape[1]]
+        width = 2 * x.shape[1]
+        out: Tensor = F.linear(self.b(hidden)[..., :width].relu(), self.c.weight[:, :width])
+        return out
+
+
+def test_permute_where_the_call_reads_a_part_of_a_parameter_then_longer_calls_are_the_same() -> (
+    None
+):
+    torch.manual_seed(0)
+    model, long = Positions().double(), torch.randn(2, 8, 4, dtype=torch.float64)
+    options = {"policy": "all", "allow_unread": True, **QUICK}
+    before = model(long)
+    report = sdm.permute_channels(model, "2:4", [long[:, :5]], **options)
+    assert report.refusals["b.weight"] == (
+        "its input channels stay: the call reads only a part of positions"
+    )
+    assert torch.allclose(model(long), before, rtol=0, atol=1e-12)
+    assert sdm.permute_channels(model, "2:4", [long], **options).rows
+    assert torch.allclose(model(long), before, rtol=0, atol=1e-12)
+
+
+def test_permute_of_attention_with_batches_last_then_outputs_are_the_same() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2)
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            out: Tensor = self.b(self.attention(hidden, hidden, hidden, need_weights=False)[0])
+            return out
+
+    torch.manual_seed(0)
+    model, x = Attention().double(), torch.randn(3, 2, 4, dtype=torch.float64)
+    before = model(x[:2])
+    assert sdm.permute_channels(model, "2:4", [x], **QUICK).rows
+    assert torch.allclose(model(x[:2]), before, rtol=0, atol=1e-12)
