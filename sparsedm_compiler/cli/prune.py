@@ -6,16 +6,12 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .job import Job, check_writable, write_json
+from .job import Job, check_writable
 from .open_student import add_weights, resolve_source
 from .options import add_backend, add_device, add_model
+from .prune_run import PruneRun, get_memory
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import nn
-
-    from .. import CalibrationBatch
     from ..data import ImageData
     from ..diffusion.objective import NoiseScheduler
     from .open_student import ModelSource
@@ -34,10 +30,6 @@ EXAMPLE = """\
       --out runs/wanda
   sparsedm prune --model uvit-cifar10-small --weights nnet_ema.pth --pattern 1:4 \\
       --mixed 2:4,1:4,1:8,1:16 --permute --data torchvision:CIFAR10:data --out runs/mixed"""
-STUDENT, REPORT = "student.safetensors", "report.json"
-PERMUTATION, PATTERNS = "permutation.json", "patterns.json"
-PERMUTE_SCORES = {"obs": "wanda", "wanda": "wanda", "magnitude": "magnitude"}
-"""The score that channels are permuted by, by the method that then prunes."""
 BUDGETS = ("macs", "time")
 
 
@@ -85,88 +77,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Checks model, data and options without writing. Raises SparseDMError."""
-    from .. import OneShotOptions
-    from ..config import CompileConfig
-    from ..train.calibration import check_options
-
     source = resolve_source(options)
     if source.pruned is not None:
         raise ConfigError(f"{source.weights} is pruned already: give dense weights")
     choice = read_choice(options)
-    CompileConfig.create(options.pattern, **choice)
-    memory = int(options.memory * (1 << 30))
-    OneShotOptions(options.method, options.damping, passes=options.passes, memory=memory)
-    check_options(options.images, options.batch_size, options.timestep_weights)
-    check_mixed(options)
+    check_options(options, choice)
     folder = check_writable(options.out, folder=True)
     data = open_images(options.data, options)
     held_out = None if options.held_out is None else open_images(options.held_out, options)
     objective, scheduler = find_objective(source, options)
+    run = PruneRun(options, source, choice, folder, data, held_out, objective, scheduler)
     text = (
         f"would prune {source} to {options.pattern} by {options.method}, calibrated with "
         f"{min(options.images, len(data))} images of {options.data}, and write {folder}"
     )
+    return Job((text,), run.run)
 
-    def run() -> None:
-        import torch
 
-        from .. import (
-            compile,
-            held_out_loss,
-            make_calibration_batches,
-            permute_channels,
-            prune_one_shot,
-            save,
-        )
+def check_options(options: argparse.Namespace, choice: dict[str, Any]) -> None:
+    """Raises SparseDMError for options that are out of range or do not go together."""
+    from .. import OneShotOptions
+    from ..config import CompileConfig
+    from ..train import calibration
 
-        def measure(model: nn.Module, images: ImageData) -> str:
-            loss = held_out_loss(model, images, objective=objective, scheduler=scheduler)
-            return f"held-out loss {loss:.4f}"
-
-        model = source.open()
-        if held_out is not None:
-            print(f"dense: {measure(model, held_out)}", flush=True)
-        batches = make_calibration_batches(
-            model,
-            data,
-            images=options.images,
-            batch_size=options.batch_size,
-            objective=objective,
-            scheduler=scheduler,
-            timestep_weights=options.timestep_weights,
-            seed=options.seed,
-        )
-        pattern = options.pattern
-        if options.mixed is not None:
-            pattern = choose_mixed(model, batches, choice, options, folder)
-        if options.permute:
-            permutation = permute_channels(
-                model, pattern, batches, score=PERMUTE_SCORES[options.method], **choice
-            )
-            print(permutation)
-            write_json(str(folder / PERMUTATION), permutation.to_dict())
-        report = prune_one_shot(
-            model,
-            pattern,
-            batches,
-            method=options.method,
-            damping=options.damping,
-            passes=options.passes,
-            memory=memory,
-            out=folder,
-            **choice,
-        )
-        student = compile(model, pattern, backend=options.backend, **choice)
-        with torch.no_grad():
-            student(*batches[0].args, **batches[0].kwargs)
-        print(report)
-        if held_out is not None:
-            print(f"{options.method}: {measure(student, held_out)}")
-        save(student, folder / STUDENT)
-        write_json(str(folder / REPORT), report.to_dict())
-        print(f"wrote {folder / STUDENT}")
-
-    return Job((text,), run)
+    CompileConfig.create(options.pattern, **choice)
+    memory = get_memory(options)
+    OneShotOptions(options.method, options.damping, passes=options.passes, memory=memory)
+    calibration.check_options(options.images, options.batch_size, options.timestep_weights)
+    check_mixed(options)
 
 
 def check_mixed(options: argparse.Namespace) -> None:
@@ -176,38 +114,13 @@ def check_mixed(options: argparse.Namespace) -> None:
     if options.budget not in BUDGETS:
         raise ConfigError(f"--budget {options.budget} is none of {', '.join(BUDGETS)}")
     if options.mixed is None:
+        if options.budget != BUDGETS[0]:
+            raise ConfigError(f"--budget {options.budget} is for --mixed: give its patterns too")
         return
-    for text in options.mixed.split(","):
-        Pattern.parse(text)
+    if all(Pattern.parse(text).is_dense for text in options.mixed.split(",")):
+        raise ConfigError(f"--mixed {options.mixed} prunes nothing: give patterns, e.g. 2:4,1:4")
     if options.override:
         raise ConfigError("--override and --mixed both choose patterns: give one of them")
-
-
-def choose_mixed(
-    model: nn.Module,
-    batches: list[CalibrationBatch],
-    choice: dict[str, Any],
-    options: argparse.Namespace,
-    folder: Path,
-) -> str:
-    """Chooses the pattern of every layer; returns the usual one, and updates ``choice``."""
-    from .. import choose_patterns
-
-    budget = {"milliseconds" if options.budget == "time" else "macs": options.pattern}
-    mixed = choose_patterns(
-        model,
-        options.mixed.split(","),
-        batches,
-        keep_dense=choice["keep_dense"],
-        policy=choice["policy"],
-        method=options.method,
-        **budget,
-    )
-    print(mixed)
-    folder.mkdir(parents=True, exist_ok=True)
-    mixed.save(folder / PATTERNS)
-    choice.update(mixed.options)
-    return mixed.pattern
 
 
 def read_choice(options: argparse.Namespace) -> dict[str, Any]:

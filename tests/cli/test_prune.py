@@ -81,11 +81,13 @@ def test_prune_dry_run_says_what_would_happen(shell: Shell, weights: Sequence[st
         (["--pattern", "2:4", "--policy", "none"], "policy 'none' is neither"),
         (["--pattern", "2:4", "--budget", "watts"], "--budget watts is none of macs, time"),
         (["--pattern", "2:4", "--mixed", "2:4,x"], "pattern 'x' is not 'n:m'"),
+        (["--pattern", "2:4", "--budget", "time"], "--budget time is for --mixed"),
+        (["--pattern", "2:4", "--mixed", "1:1,4:4"], "--mixed 1:1,4:4 prunes nothing"),
         (["--pattern", "2:4", "--mixed", "2:4", "--override", "a=1:4"], "both choose patterns"),
     ],
     ids=[
         *("pattern", "method", "override", "objective", "pruned", "data", "weights", "policy"),
-        *("budget", "mixed", "mixed_and_override"),
+        *("budget", "mixed", "budget_alone", "dense_mixed", "mixed_and_override"),
     ],
 )
 def test_prune_of_an_invalid_request_is_refused(

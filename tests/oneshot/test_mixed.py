@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler import ConfigError, PatternError
+from sparsedm_compiler import CalibrationBatch, ConfigError, PatternError
 from sparsedm_compiler.compiler import time_patterns as timing
+from sparsedm_compiler.oneshot.mixed import layer_errors
+from sparsedm_compiler.oneshot.mixed.layer_costs import LayerCosts
+from sparsedm_compiler.oneshot.mixed.pattern_choice import choose_within
 from sparsedm_compiler.oneshot.mixed.solve_budget import solve_budget
+from sparsedm_compiler.oneshot.outputs import run_once
 from sparsedm_compiler.passes import KernelTimes
 
 CANDIDATES = ["2:4", "1:4", "1:8"]
@@ -195,3 +199,29 @@ def test_choose_with_bad_input_then_one_sentence(
 ) -> None:
     with pytest.raises(error, match=message):
         choose(make_net(), **options)
+
+
+def test_choose_within_its_own_cost_in_thirds_then_the_same_choice() -> None:
+    costs = {f"w{k}": {"1:3": macs / 3, "2:3": 2 * macs / 3} for k, macs in enumerate((7, 11, 13))}
+    errors = {name: {"1:3": 0.2, "2:3": 0.1} for name in costs}
+    for fixed in (1e9, 123456789.0, 3.0):
+        layers = LayerCosts("MACs", fixed, costs, None)
+        least = fixed + sum(min(own.values()) for own in costs.values())
+        options = {"score": "layer", "keep_dense": (), "policy": "structural"}
+        choice = choose_within(least, layers, errors, **options)
+        assert {row.pattern for row in choice.rows} == {"1:3"}
+        assert choice.cost <= choice.budget
+
+
+def test_choose_where_a_pruned_layer_overflows_then_its_error_is_the_worst(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def overflow(model: nn.Module, batch: CalibrationBatch) -> list[Tensor]:
+        pruned = float((model.get_parameter("c.weight") == 0).float().mean()) > 0.6
+        return [x * float("nan") if pruned else x for x in run_once(model, batch)]
+
+    monkeypatch.setattr(layer_errors, "run_once", overflow)
+    choice = choose(make_net(), method="magnitude")
+    (row,) = (row for row in choice.rows if row.weight == "c.weight")
+    assert row.pattern == "2:4"
+    assert choice.error < min(row.errors["1:4"], row.errors["1:8"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -374,3 +375,172 @@ def test_permute_of_a_model_with_unread_parameters_then_refused_unless_allowed()
     student = sdm.compile(model, "2:4", backend="eager")
     with pytest.raises(ConfigError, match="before compile"):
         sdm.permute_channels(student, "2:4", [torch.ones(1, 16)], **QUICK)
+
+
+class Turned(nn.Module):
+    """Three channels of either half, each multiplied by another of the same half."""
+
+    def __init__(self, turns: tuple[int, int]) -> None:
+        super().__init__()
+        self.a, self.b, self.turns = nn.Linear(4, 6), nn.Linear(6, 4), turns
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x)
+        halves = zip(hidden.chunk(2, -1), self.turns, strict=True)
+        out: Tensor = self.b(hidden * torch.cat([h.roll(turn, -1) for h, turn in halves], -1))
+        return out
+
+
+@pytest.mark.parametrize(("turns", "count"), [((1, 1), 1), ((1, 2), 0)])
+def test_couplings_of_channels_that_meet_each_other_in_other_pairs_then_not_exchanged(
+    turns: tuple[int, int], count: int
+) -> None:
+    sets = find(Turned(turns), X).sets
+    assert len([one for one in sets if "b.weight" in one.list_parameters(1)]) == count
+
+
+class Experts(nn.Module):
+    """A stack of matrices, or one row of a matrix, and the bytes of a number."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.b, self.kind = nn.Linear(4, 4), nn.Linear(4, 4), kind
+        self.stack = nn.Parameter(torch.randn((4, 4) if kind == "row" else (4, 4, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x)
+        if self.kind == "row":
+            hidden = hidden * (hidden @ self.stack[0]).unsqueeze(-1)
+        elif self.kind == "stack":
+            hidden = torch.bmm(hidden.expand(4, 2, 4), self.stack)
+        else:
+            hidden = hidden * hidden.view(torch.int32).sign() + self.stack.mean()
+        out: Tensor = self.b(hidden)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("row", "matmul"), ("stack", "bmm"), ("bytes", "view")]
+)
+def test_couplings_of_what_is_no_matrix_then_its_channels_stay(kind: str, reason: str) -> None:
+    couplings = find(Experts(kind), X)
+    assert couplings.reasons["a.weight", 0] == (f"they go through {reason}, which has no rule",)
+    assert not [one for one in couplings.sets if "stack" in one.list_parameters(0)]
+
+
+@dataclass
+class Wrapped:
+    """An output that no pytree knows."""
+
+    sample: Tensor
+
+
+class Chain(nn.Module):
+    """Three layers; what the last gives is returned in some form."""
+
+    def __init__(self, form: Callable[[Tensor], Any], width: int = 16) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
+        self.form = form
+
+    def forward(self, x: Tensor, *, cumulated: bool = False) -> Any:
+        hidden = self.layers[0](x)
+        return self.form(self.layers[2](self.layers[1](hidden.cumsum(-1) if cumulated else hidden)))
+
+
+def test_permute_of_a_model_with_a_dataclass_as_output_then_its_change_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model, x = Chain(Wrapped), torch.randn(8, 16)
+    assert sdm.permute_channels(model, "2:4", [x], **QUICK).difference > 0
+    monkeypatch.setattr(rules, "apply_bias", forget_bias)
+    with pytest.raises(GraphError, match="the model was put back; this is a bug"):
+        sdm.permute_channels(Chain(Wrapped), "2:4", [x], **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda x: x / 0, "the outputs of Chain hold NaN or Inf"),
+        (lambda x: x.argmax(-1), "the output of Chain holds no floating-point tensor"),
+    ],
+)
+def test_permute_or_choose_where_outputs_cannot_be_compared_then_one_sentence(
+    form: Callable[[Tensor], Any], message: str
+) -> None:
+    model, x = Chain(form), torch.randn(8, 16)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(sdm.DataError, match=message):
+        sdm.permute_channels(model, "2:4", [x], **QUICK)
+    with pytest.raises(sdm.DataError, match=message):
+        sdm.choose_patterns(model, ["2:4", "1:4"], [x], macs="1:4", progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_permute_where_another_batch_takes_another_path_then_an_error_and_the_model_as_it_was() -> (
+    None
+):
+    torch.manual_seed(0)
+    model, x = Chain(lambda out: out), torch.randn(8, 16)
+    before = copy.deepcopy(model.state_dict())
+    other = CalibrationBatch((x,), {"cumulated": True})
+    with pytest.raises(GraphError, match=r"inputs of shapes \[8, 16\] takes another path"):
+        sdm.permute_channels(model, "2:4", [x, other], **QUICK)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert sdm.permute_channels(model, "2:4", [x], **QUICK).rows[0].moved
+
+
+def test_permute_of_a_model_without_parameters_then_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="no weight of ReLU is pruned"):
+        sdm.permute_channels(nn.ReLU(), "2:4", [torch.randn(8, 16)], **QUICK)
+
+
+class Positions(nn.Module):
+    """Learned positions, of which a call reads the first few, and half of a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.positions = nn.Parameter(torch.randn(1, 8, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(x) + self.positions[:, : x.shape[1]]
+        width = 2 * x.shape[1]
+        out: Tensor = F.linear(self.b(hidden)[..., :width].relu(), self.c.weight[:, :width])
+        return out
+
+
+def test_permute_where_the_call_reads_a_part_of_a_parameter_then_longer_calls_are_the_same() -> (
+    None
+):
+    torch.manual_seed(0)
+    model, long = Positions().double(), torch.randn(2, 8, 4, dtype=torch.float64)
+    options = {"policy": "all", "allow_unread": True, **QUICK}
+    before = model(long)
+    report = sdm.permute_channels(model, "2:4", [long[:, :5]], **options)
+    assert report.refusals["b.weight"] == (
+        "its input channels stay: the call reads only a part of positions"
+    )
+    assert torch.allclose(model(long), before, rtol=0, atol=1e-12)
+    assert sdm.permute_channels(model, "2:4", [long], **options).rows
+    assert torch.allclose(model(long), before, rtol=0, atol=1e-12)
+
+
+def test_permute_of_attention_with_batches_last_then_outputs_are_the_same() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2)
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            out: Tensor = self.b(self.attention(hidden, hidden, hidden, need_weights=False)[0])
+            return out
+
+    torch.manual_seed(0)
+    model, x = Attention().double(), torch.randn(3, 2, 4, dtype=torch.float64)
+    before = model(x[:2])
+    assert sdm.permute_channels(model, "2:4", [x], **QUICK).rows
+    assert torch.allclose(model(x[:2]), before, rtol=0, atol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +15,13 @@ from ..batches import CalibrationBatch
 from ..collect import Uses, watch_uses
 from ..job import Job, explain_unused
 from ..options import OneShotOptions
-from ..permutation.permute import run_once
+from ..outputs import require_finite, run_once
 from ..solve_layer import PrunedLayer, solve_layer, solve_unseen
 from ..statistics import LayerStatistics
 from ..targets import Target
+
+WORST = 1e12
+"""The error where a pruned layer makes the outputs of the model NaN or Inf."""
 
 Candidates = Mapping[str, Sequence[Target]]
 """By weight, the weight at every candidate that fits it."""
@@ -106,11 +110,15 @@ class ErrorMeter:
         if bias is not None and layer.shift is not None:
             values[bias] = (bias.detach().double() + layer.shift).to(bias.dtype)
         change, size = 0.0, 0.0
+        for expected in self.expected:
+            require_finite(self.model, expected)
         with replacing(values):
             for batch, expected in zip(self.batches, self.expected, strict=False):
                 for new, old in zip(run_once(self.model, batch), expected, strict=True):
                     change += batch.weight * float((new.double() - old.double()).square().sum())
                     size += batch.weight * float(old.double().square().sum())
+        if not change < math.inf:  # it overflows, e.g. in float16
+            return WORST
         return change / size if size > 0 else change
 
 

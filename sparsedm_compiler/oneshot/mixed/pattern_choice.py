@@ -188,7 +188,7 @@ def choose_within(
     numbers = solve_budget(
         [np.array([errors[name][text] for text in texts[name]]) for name in names],
         [np.array([costs.by_weight[name][text] for text in texts[name]]) for name in names],
-        budget - costs.fixed,
+        max(budget - costs.fixed, sum(min(costs.by_weight[name].values()) for name in names)),
     )
     chosen = {name: texts[name][k] for name, k in zip(names, numbers, strict=True)}
     dense = [name for name, text in chosen.items() if Pattern.parse(text).is_dense]

@@ -103,6 +103,13 @@ class ChannelLog:
         if len(atoms):
             self.pins.append((atoms, reason))
 
+    def find_read(self) -> NDArray[np.bool_]:
+        """Returns of every atom whether an op was seen that takes it."""
+        read = self.signatures != 0
+        for atoms in (*(part for pair in self.edges for part in pair), *(a for a, _ in self.pins)):
+            read[atoms] = True
+        return read
+
     def find_channels(self) -> Atoms:
         """Returns the channel of every atom: the smallest atom of it."""
         root = np.arange(len(self.signatures))

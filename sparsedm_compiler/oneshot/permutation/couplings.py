@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .channel_log import Atoms, Axis, ChannelLog, hash_text, mix
+from .channel_log import Atoms, Axis, ChannelLog, Hashes, hash_text, mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class Couplings:
 def find_couplings(log: ChannelLog) -> Couplings:
     """Finds the largest sets of channels that the graph treats alike.
 
-    Two channels are alike where their atoms, in order, lie on the same axes and take part in the
-    same ops in the same way.
+    Two channels are alike where their atoms, in order, lie on the same axes, take part in the
+    same ops in the same way, and meet each other in the same pairs.
     """
     channels = log.find_channels()
     pinned = log.find_pinned(channels)
@@ -73,7 +73,9 @@ def find_couplings(log: ChannelLog) -> Couplings:
     ranks = np.arange(len(grouped)) - np.repeat(starts, np.diff([*starts, len(grouped)]))
     hashed = mix(log.signatures[order] + mix(owners[order].astype(np.uint64)))
     hashed = mix(hashed + mix(ranks.astype(np.uint64) + hash_text("rank")))
-    totals = np.add.reduceat(hashed, starts)
+    totals = (
+        np.add.reduceat(hashed, starts) + _hash_pairs(log, channels, order, ranks)[grouped[starts]]
+    )
     members: dict[tuple[int, int], list[Atoms]] = {}
     ends = [*starts[1:], len(grouped)]
     for start, end, total in zip(starts, ends, totals, strict=True):
@@ -84,6 +86,17 @@ def find_couplings(log: ChannelLog) -> Couplings:
     return Couplings(
         tuple(one for one in sets if one is not None), _list_reasons(log, channels, pinned)
     )
+
+
+def _hash_pairs(log: ChannelLog, channels: Atoms, order: Atoms, ranks: Atoms) -> Hashes:
+    """Returns, at the number of a channel, a hash of which of its atoms meet in which op."""
+    rank_of = np.zeros(len(channels), np.uint64)
+    rank_of[order] = ranks.astype(np.uint64)
+    totals = np.zeros(len(channels), np.uint64)
+    for number, (first, second) in enumerate(log.edges):
+        met = mix(mix(rank_of[first]) + rank_of[second]) + hash_text(f"pair {number}")
+        np.add.at(totals, channels[first], mix(met))
+    return totals
 
 
 def _make_set(atoms: Atoms, owners: Atoms, axes: Sequence[Axis]) -> CoupledSet | None:

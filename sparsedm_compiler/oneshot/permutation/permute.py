@@ -9,13 +9,11 @@ apply_order     written into everything that the set lies in             apply_o
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ...compiler.api import check_model
 from ...compiler.lookup import iterate_sparse_forwards
@@ -26,7 +24,8 @@ from ...masks.nm_mask import nm_mask
 from ...patterns import Pattern
 from ...progress import announce, show_progress_bar
 from ..batches import Batches, CalibrationBatch, list_batches
-from ..targets import explain_call, find_targets
+from ..outputs import pick_kinds, require_finite, run_once
+from ..targets import find_targets
 from .aten_graph import AtenGraph, capture_call, trace_aten
 from .couplings import find_couplings
 from .permutation_job import PermutationJob
@@ -66,6 +65,9 @@ def permute_channels(
     Class, names and shapes stay, so ``compile``, ``prune_one_shot`` and ``save_pretrained`` work
     as before.
 
+    What was made for the model as it was no longer fits: adapters and ControlNets, whose channels
+    are in the old order.
+
     The search is that of Pool & Yu 2021 ("Channel Permutations for N:M Sparsity"), with units of
     any pattern: exchanges of two channels at a time, and a few escapes from local optima. For a
     pattern whose rows share a mask, rows are permuted too.
@@ -74,7 +76,8 @@ def permute_channels(
         model: A dense model, before ``compile``.
         pattern: What it will be pruned to, as in ``compile``.
         batches: Inputs of calls of the model, as in ``prune_one_shot``. The graph is that of the
-            first; it must read every parameter.
+            first; it must read every parameter. That outputs stay is checked with the first batch
+            of every kind (other inputs, shapes or Python values).
         score: "magnitude": energy is the sum of squares of weights. "wanda": of weights times the
             norm of their inputs over the batches.
         keep_dense: Layers that will stay dense, as in ``compile``.
@@ -96,7 +99,8 @@ def permute_channels(
         PatternError: A pattern is misspelled.
         ConfigError: An option has an unknown value, nothing would be pruned, the model is compiled,
             its forward takes several graphs, or it has parameters that the call does not read.
-        DataError: There are no batches, or the model cannot be called with one.
+        DataError: There are no batches, the model cannot be called with one, or its outputs hold
+            NaN or Inf.
         MaskError: A weight holds NaN or Inf.
         GraphError: The outputs changed by more than rounding; the model is what it was.
 
@@ -125,7 +129,10 @@ def permute_channels(
     choice = {"keep_dense": keep_dense, "overrides": overrides, "policy": policy}
     config = CompileConfig.create(pattern, **choice)
     with evaluating(model):
-        expected = run_once(model, listed[0])
+        kinds = pick_kinds(listed)
+        expected = [run_once(model, batch) for batch in kinds]
+        for outputs in expected:
+            require_finite(model, outputs)
         captured, inputs = capture_call(model, listed[0].args, dict(listed[0].kwargs))
         targets = find_targets(model, config, listed[0], captured)
         for target in targets:
@@ -144,7 +151,7 @@ def permute_channels(
             total = job.count_rounds(job.group_sets())
             with show_progress_bar(total, unit="round", name="permute", shown=progress) as bar:
                 rows = tuple(job.run(bar))
-            difference = measure_difference(expected, run_once(model, listed[0]))
+            difference = measure_difference(model, kinds, expected)
         except BaseException:
             job.undo()
             raise
@@ -165,40 +172,40 @@ def require_read(model: nn.Module, graph: AtenGraph, allowed: bool) -> None:
         )
 
 
-@torch.no_grad()
-def run_once(model: nn.Module, batch: CalibrationBatch) -> list[Tensor]:
-    """Returns the floating-point outputs of one call, the same for the same weights.
-
-    Raises:
-        DataError: The model cannot be called with the batch.
-    """
-    device = next(model.parameters()).device
-    moved = batch.to(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        try:
-            out = model(*moved.args, **moved.kwargs)
-        except Exception as error:
-            raise explain_call(model, batch, error) from error
-    return [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def measure_difference(before: list[Tensor], after: list[Tensor]) -> float:
+def measure_difference(
+    model: nn.Module, kinds: Sequence[CalibrationBatch], before: Sequence[list[Tensor]]
+) -> float:
     """Returns the largest change of an output, over its largest magnitude.
+
+    Args:
+        model: The model as permuted.
+        kinds: The batches that it is called with; the graph was that of the first.
+        before: Of every batch, the outputs before.
 
     Raises:
         GraphError: It is more than rounding explains.
     """
     worst = 0.0
-    for old, new in zip(before, after, strict=True):
-        size = float(old.abs().max()) if old.numel() else 0.0
-        change = float((new.double() - old.double()).abs().max()) if old.numel() else 0.0
-        share = change / size if size > 0 else change
-        limit = TOLERANCES.get(old.dtype, 0.05)
-        if not (share <= limit or (math.isnan(size) and math.isnan(change))):
-            raise GraphError(
-                f"permuted channels changed an output by {share:.1e} of its largest magnitude: "
-                "the model was put back; this is a bug of this package, please report it"
-            )
-        worst = max(worst, share)
+    for batch, outputs in zip(kinds, before, strict=True):
+        for old, new in zip(outputs, run_once(model, batch), strict=True):
+            share = measure_change(old, new)
+            if not share <= TOLERANCES.get(old.dtype, 0.05):
+                reason = (
+                    "this is a bug of this package, please report it"
+                    if batch is kinds[0]
+                    else f"the call with {batch.describe()} takes another path than the first"
+                )
+                raise GraphError(
+                    f"permuted channels changed an output by {share:.1e} of its largest "
+                    f"magnitude: the model was put back; {reason}"
+                )
+            worst = max(worst, share)
     return worst
+
+
+def measure_change(old: Tensor, new: Tensor) -> float:
+    """Returns the largest change of an element, over the largest magnitude."""
+    if not old.numel():
+        return 0.0
+    size, change = float(old.abs().max()), float((new.double() - old.double()).abs().max())
+    return change / size if size > 0 else change

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
@@ -72,7 +73,24 @@ class Propagation:
                 self.origins[node] = self.origins[node.args[0]]
             else:
                 self.apply(node, rules)
+        self.pin_unread()
         return self.log
+
+    def pin_unread(self) -> None:
+        """Makes stay what the call read only a part of, such as the first few positions.
+
+        Another call may read the rest. Of a matrix it is the unread rows and columns that stay; the
+        others are in their sets as a whole.
+        """
+        read = self.log.find_read()
+        for stored in self.stored.values():
+            reason = f"the call reads only a part of {stored.name}"
+            for axis in (*(stored.matrix or ()), stored.elements):
+                if axis is None or read[axis.first : axis.first + axis.size].all():
+                    continue
+                atoms = np.arange(axis.first, axis.first + axis.size)
+                own = atoms if axis.dim is None else atoms[~read[atoms]]
+                self.log.pin(torch.from_numpy(own), reason)
 
     def apply(
         self, node: fx.Node, rules: Mapping[str, Callable[[Propagation, fx.Node], Any]]
@@ -80,7 +98,7 @@ class Propagation:
         """Finds the labels of one op's result."""
         name = get_name(node)
         self.origins[node] = self.describe_origin(node)
-        if name in MOVES:
+        if name in MOVES and not changes_dtype(node):
             self.values[node] = self.move(node, name)
         elif name in CASTS:
             self.values[node] = self.get(node.args[0])
@@ -141,6 +159,10 @@ class Propagation:
     def move(self, node: fx.Node, name: str) -> Any:
         """Moves labels as an op moves elements."""
         source, target = self.get(node.args[0]), cast(Callable[..., Any], node.target)
+        if name in ("view", "_unsafe_view"):  # labels have strides of their own
+            target = torch.ops.aten.reshape.default
+        elif name == "view_as":
+            target = torch.ops.aten.reshape_as.default
         if isinstance(source, WeightValue) and name not in JOINING:
             args, kwargs = tree_map(self.get_label_argument, (node.args[1:], dict(node.kwargs)))
 
@@ -190,6 +212,11 @@ def is_pointwise(node: fx.Node) -> bool:
     """Returns whether an op works on elements of the same index alone."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def changes_dtype(node: fx.Node) -> bool:
+    """Returns whether a view reads the bytes of its input as numbers of another kind."""
+    return any(isinstance(argument, torch.dtype) for argument in node.args)
 
 
 def is_tensor(value: Any) -> bool:

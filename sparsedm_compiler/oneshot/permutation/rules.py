@@ -46,6 +46,8 @@ def read_matrix(value: Any, dims: tuple[int, int]) -> tuple[Tensor, Tensor] | No
     if not isinstance(value, WeightValue) or value.stored.state or len(value.stored.shape) < 2:
         return None
     planes = value.get_planes()
+    if planes[0].dim() <= max(dims):
+        return None
     for first, second in (planes, planes[::-1]):
         corner = [0] * first.dim()
         along = []
@@ -110,8 +112,9 @@ def apply_matmul(walk: Propagation, node: fx.Node) -> Any:
     """Applies a @ b of two activations, or x @ w with a weight w [in, out]."""
     arguments = [walk.get(n) for n in node.args[:2]]
     if isinstance(arguments[1], WeightValue) and isinstance(arguments[0], Tensor):
-        axes = read_matrix(arguments[1], (1, 0))
-        if axes is None or arguments[1].stored.state:
+        stacked = len(get_shape(node.args[1])) != 2  # type: ignore[arg-type]
+        axes = None if stacked else read_matrix(arguments[1], (1, 0))
+        if axes is None:
             return stop(walk, node)
         rows, columns = axes
         x = walk.get_operand(node.args[0])  # type: ignore[arg-type]
