@@ -2,9 +2,9 @@
 
     python benchmarks/recipe_memory.py --out docs/results/recipe_memory.json
 
-Models are the published sizes on the meta device, pruned to --pattern: weights, gradients, optimizer
-state, EMA, masks and teacher to the byte, activations as autograd keeps them for one micro-batch.
-What ops need while they run comes on top. No weights are read, nothing is trained.
+Models are the published sizes on the meta device, pruned to --pattern: weights, gradients,
+optimizer state, EMA, masks and teacher to the byte, activations as autograd keeps them for one
+micro-batch. What ops need while they run comes on top. No weights are read, nothing is trained.
 """
 
 from __future__ import annotations

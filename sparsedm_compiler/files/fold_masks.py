@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
 
 from ..errors import CheckpointError
-from ..masks.nm_mask import KEYS, apply_mask
+from ..masks.nm_mask import apply_mask
+from ..selection.top_n import KEYS
 
 APEX, MODELOPT, PRUNE, FAKE, SEMI = (
     *("apex ASP", "ModelOpt", "torch.nn.utils.prune", "torch.ao.pruning"),

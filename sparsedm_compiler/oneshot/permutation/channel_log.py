@@ -105,7 +105,7 @@ class ChannelLog:
 
     def find_read(self) -> NDArray[np.bool_]:
         """Returns of every atom whether an op was seen that takes it."""
-        read = self.signatures != 0
+        read: NDArray[np.bool_] = self.signatures != 0
         for atoms in (*(part for pair in self.edges for part in pair), *(a for a, _ in self.pins)):
             read[atoms] = True
         return read
