@@ -86,7 +86,8 @@ class Run:
     main process of a run with a folder. ``pending``: losses that are still on the device.
     ``clock``: times the steps. ``recent_rates``: images per second of the steps since the last line
     of the log. ``frozen``: whether the masks do not change any more. ``mask_scales``: the scales of
-    S-STE's soft thresholds. ``teacher_cache``: where the teacher's outputs are kept.
+    S-STE's soft thresholds. ``teacher_cache``: where the teacher's outputs are kept;
+    ``teacher_compared``: whether one of them was compared with the teacher.
     """
 
     config: FinetuneConfig
@@ -108,6 +109,7 @@ class Run:
     frozen: bool = False
     mask_scales: Mapping[str, float] = field(default_factory=dict)
     teacher_cache: RowCache | None = None
+    teacher_compared: bool = False
 
     @property
     def stage(self) -> Stage:

@@ -21,7 +21,7 @@ from .. import ConfigError, DataError, pattern_of
 from ..data import ImageData
 from ..data.row_cache import RowCache, get_free_bytes, read_cache
 from ..diffusion import predict
-from ..diffusion.condition import Condition
+from ..diffusion.condition import Condition, take_rows
 from ..evaluate.process_group import raising_together
 from ..progress import announce, format_bytes
 from .batches import check_batch, index_data
@@ -43,6 +43,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The values of ``FinetuneConfig.teacher_dtype``."""
 TEACHER = ("teacher", "teacher settings")
 """What a record says of the teacher, which a run without one takes from there."""
+TOLERANCE = 1e-3
+"""The most that a kept output may differ, as a share of its mean square."""
 OPTIONS = (
     *("seed", "objective", "levels", "flip", "drop_condition", "null_label"),
     *("mixed_precision", "teacher_dtype"),
@@ -201,6 +203,9 @@ def get_teacher_output(
     cache = run.teacher_cache
     kept = None if cache is None else cache.read(first, len(x))
     if kept is not None:
+        if run.teacher is not None and not run.teacher_compared:
+            condition = None if y is None else take_rows(y, range(1))
+            compare_output(run, kept[:1].to(x.device), x[:1], t[:1], condition)
         return kept.to(x.device)
     if run.teacher is None:
         if cache is not None:
@@ -215,3 +220,21 @@ def get_teacher_output(
     if cache is not None:
         cache.write(first, taught)
     return taught
+
+
+def compare_output(run: Run, kept: Tensor, x: Tensor, t: Tensor, y: Condition | None) -> None:
+    """Raises ConfigError where the teacher computes something else than is kept for one image.
+
+    Its weights are those of the record, but its code may have changed, or a plain attribute.
+    """
+    assert run.teacher is not None
+    assert run.teacher_cache is not None
+    with torch.no_grad(), run.process.autocast():
+        taught = predict(run.teacher, x, t, y).double()
+    run.teacher_compared = True
+    if bool((taught - kept).square().mean() > TOLERANCE * taught.square().mean()):
+        raise ConfigError(
+            f"the teacher cache {run.teacher_cache.folder} holds other outputs than this teacher "
+            "computes, whose weights are the same: its code or an attribute has changed; choose "
+            "another folder, or remove that one"
+        )

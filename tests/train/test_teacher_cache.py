@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError, DataError
 from sparsedm_compiler.data.row_cache import read_cache
+from sparsedm_compiler.models import UViT
 from sparsedm_compiler.train import FinetuneConfig, teacher_cache
 from tests.group import run_group
 from tests.train.cases import CLASSES, data, short, student_of, teacher, weights
@@ -61,7 +62,7 @@ def test_run_that_writes_and_runs_that_read_equal_one_without_a_cache(tmp_path: 
     model = teacher()
     calls = count_calls(model)
     second, second_losses = train(teacher=model, teacher_cache=str(folder))
-    assert calls == [1, 1]  # the check of the first image, with and without its condition
+    assert calls == [1, 1, 1]  # the first image, with and without its condition, and as kept
     assert losses == first_losses == second_losses == train_alone(folder)
     assert all(map(torch.equal, plain, first))
     assert all(map(torch.equal, plain, second))
@@ -75,7 +76,7 @@ def test_longer_run_computes_what_is_missing_and_a_lost_row_alone(tmp_path: Path
     model = teacher()
     calls = count_calls(model)
     losses = train(teacher=model, teacher_cache=folder, images=40)[1]
-    assert calls == [1, 1, 8]
+    assert calls == [1, 1, 1, 8]
     assert losses == train(images=40)[1]
     part = folder / "000000000000.safetensors"
     content = bytearray(part.read_bytes())
@@ -166,7 +167,7 @@ def train_together(rank: int, folder: Path) -> None:
     losses = [train(teacher_cache=folder / "cache", accumulation=2)[1]]
     calls = count_calls(model)
     losses.append(train(teacher=model, teacher_cache=folder / "cache", accumulation=2)[1])
-    assert calls == [1, 1]
+    assert calls == [1, 1, 1]
     if rank == 0:
         torch.save(losses, folder / "losses.pt")
 
@@ -209,3 +210,15 @@ def test_teacher_cache_when_its_record_is_lost_or_damaged_is_refused(tmp_path: P
 def test_teacher_cache_when_it_is_no_path_is_refused(folder: Any) -> None:
     with pytest.raises(ConfigError, match="is no folder"):
         FinetuneConfig(teacher_cache=folder)
+
+
+def test_teacher_of_the_same_weights_and_other_code_is_told_apart(tmp_path: Path) -> None:
+    class Doubled(UViT):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return 2 * super().forward(*args, **kwargs)
+
+    train(teacher_cache=tmp_path / "cache")
+    changed = teacher()
+    changed.__class__ = Doubled
+    with pytest.raises(ConfigError, match="other outputs than this teacher computes"):
+        train(teacher=changed, teacher_cache=tmp_path / "cache")
