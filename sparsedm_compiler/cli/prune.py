@@ -117,7 +117,8 @@ def check_mixed(options: argparse.Namespace) -> None:
         if options.budget != BUDGETS[0]:
             raise ConfigError(f"--budget {options.budget} is for --mixed: give its patterns too")
         return
-    if all(Pattern.parse(text).is_dense for text in options.mixed.split(",")):
+    patterns = [Pattern.parse(text) for text in options.mixed.split(",")]
+    if all(pattern.is_dense for pattern in patterns):
         raise ConfigError(f"--mixed {options.mixed} prunes nothing: give patterns, e.g. 2:4,1:4")
     if options.override:
         raise ConfigError("--override and --mixed both choose patterns: give one of them")
