@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,6 +29,7 @@ from tabulate import tabulate
 from torch import nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.autotune.side_by_side import sample_in_turns
 from sparsedm_compiler.train import finetune
 
 PATTERNS = ("2:4", "1:4", "1:8")
@@ -52,8 +52,8 @@ ROUNDS = 15
 class Bench:
     """The study's model and data, and the choices of patterns that are measured once."""
 
-    def __init__(self, study: Study, folder: Path) -> None:
-        self.study, self.folder = study, folder
+    def __init__(self, study: Study) -> None:
+        self.study = study
         data = study.open_training_data()
         self.images = data.fetch(range(512))
         self.teacher = load_teacher(study)
@@ -122,9 +122,7 @@ class Bench:
             progress=False,
             **self.study.make_student_options(setting),
         )
-        model = student if result.ema is None else result.ema
-        loss = sdm.held_out_loss(model, self.study.open_held_out())
-        return {"loss": loss, "macs": self.count_macs(base, **options)}
+        return {"loss": result.held_out[-1].final, "macs": self.count_macs(base, **options)}
 
     def measure_time(self, label: str, pattern: str) -> dict[str, Any]:
         """Returns times of a call and held-out losses, uniform and mixed at equal measured time."""
@@ -157,14 +155,8 @@ class Bench:
                 run = sdm.compile(model, base, mode="infer", **chosen)
             calls[name] = lambda run=run: run(*batch.args, **batch.kwargs)
         with torch.no_grad():
-            samples = {name: list[float]() for name in calls}
-            for round_ in range(ROUNDS + 2):
-                for name, call in calls.items():
-                    start = time.perf_counter()
-                    call()
-                    if round_ > 1:
-                        samples[name].append(1e3 * (time.perf_counter() - start))
-        return rows | {f"{name} ms": median(own) for name, own in samples.items()}
+            samples = sample_in_turns(calls, rounds=ROUNDS)
+        return rows | {f"{name} ms": 1e3 * median(own.wall) for name, own in samples.items()}
 
 
 def format_table(rows: Mapping[str, Any], part: str) -> str:
@@ -202,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     study = open_study(options, SMALL)
     file = options.out / "mixed.json"
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    bench = Bench(study, options.out)
+    bench = Bench(study)
     measures = {
         "loss": (LOSS, bench.measure_loss),
         "train": (TRAIN, bench.measure_training),

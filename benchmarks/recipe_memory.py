@@ -25,7 +25,7 @@ from sparsedm_compiler.experiment.recipes import find_recipe
 from sparsedm_compiler.models import open_with_inputs
 from sparsedm_compiler.progress import format_bytes
 from sparsedm_compiler.train import FinetuneConfig
-from sparsedm_compiler.train.memory import MemoryEstimate, estimate_memory
+from sparsedm_compiler.train.memory import MemoryEstimate, estimate_memory, list_pruned_names
 
 RECIPES = ("sd15", "dit-xl-2", "sdxl", "sd3-medium", "flux1")
 WAYS: Mapping[str, tuple[str, bool]] = {
@@ -43,10 +43,8 @@ def estimate(recipe: str, taught: bool, pattern: str) -> tuple[MemoryEstimate, F
     name = values["model"]["name"]
     config = FinetuneConfig.create(**values["train"])
     model, args, kwargs = open_with_inputs(name)
-    rows = sdm.count_macs(model, *args, pattern=pattern, **kwargs).rows
-    layers = {row.name for row in rows if row.pattern is not None}
-    names = [name for name, _ in model.named_parameters()]
-    pruned = {n for n in names if not layers.isdisjoint((n, n.removesuffix(".weight")))}
+    report = sdm.count_macs(model, *args, pattern=pattern, **kwargs)
+    pruned = list_pruned_names(model, report)
 
     def make_call(count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return open_with_inputs(name, batch=count)[1:]

@@ -37,6 +37,19 @@ def replace_atomically(
         raise
 
 
+@contextmanager
+def replace_together(path: Path) -> Iterator[Path]:
+    """Yields a path of that name in a folder of its own; if the block ends well, all files move.
+
+    What the block wrote into that folder comes to lie beside ``path``, and ``path`` itself last: it
+    names the others. Until then nothing is seen of them.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        yield Path(folder, path.name)
+        for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name):
+            os.replace(part, path.with_name(part.name))
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all, whatever other processes do."""
     with replace_atomically(path, shared=True) as part:

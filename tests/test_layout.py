@@ -24,7 +24,7 @@ SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.
 IMPORTS = read_imports(SOURCES)
 
 # Every folder (or module at the root; "" is the root itself) with all it may import from others.
-BASE = "errors fileio optional_deps triton_support progress meta_models"
+BASE = "errors fileio optional_deps triton_support progress meta_models optimizer_state"
 MAY_IMPORT = {
     "errors": "",
     "fileio": "errors",
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "triton_support": "errors",
     "progress": "errors optional_deps",
     "meta_models": "errors",
+    "optimizer_state": "",
     "selection": f"{BASE}",
     "patterns": f"{BASE} selection",
     "graph": f"{BASE} selection patterns",

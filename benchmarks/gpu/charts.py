@@ -6,7 +6,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from sparsedm_compiler.reporting.charts import LIGHT
+from sparsedm_compiler.reporting.charts import LIGHT, dress_axis
 
 from .plan import FULL
 from .quality import Quality, read_quality
@@ -153,12 +153,7 @@ def blank(size: tuple[float, float]) -> Any:
 def dress(axis: Any, name: str) -> None:
     """Title, grid, and the line of dense."""
     axis.set_title(name, color=LIGHT.ink, loc="left", fontsize=10, fontweight="bold")
-    axis.grid(color=LIGHT.grid)
-    axis.set_axisbelow(True)
-    axis.tick_params(which="both", colors=LIGHT.ink, length=0, labelsize=8)
-    for side, spine in axis.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(LIGHT.ink)
+    dress_axis(axis, LIGHT, labelsize=8)
 
 
 def legend(figure: Any, patterns: list[str], known: Quality) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsedm_compiler.reporting.charts import DPI, LIGHT
+from sparsedm_compiler.reporting.charts import DPI, LIGHT, dress_axis
 
 Points = Sequence[tuple[float, float]]
 
@@ -87,9 +87,4 @@ def draw_panel(axis: Any, panel: Panel, colours: Mapping[str, str]) -> None:
             line.set_minor_formatter("{x:g}")
     if panel.ticks is not None:
         axis.set_xticks(range(len(panel.ticks)), panel.ticks, rotation=45)
-    axis.grid(color=LIGHT.grid)
-    axis.set_axisbelow(True)
-    axis.tick_params(which="both", colors=LIGHT.ink, length=0, labelsize=9)
-    for edge, spine in axis.spines.items():
-        spine.set_visible(edge in ("left", "bottom"))
-        spine.set_color(LIGHT.ink)
+    dress_axis(axis, LIGHT)

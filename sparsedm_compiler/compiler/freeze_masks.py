@@ -13,12 +13,12 @@ from ..errors import ConfigError
 from ..graph.names import strip_adapter_prefix
 from ..masks.nm_mask import nm_mask
 from ..meta_models import require_values
+from ..optimizer_state import clear_where
 from ..patterns import Pattern
 from .api import install
 from .frozen_masks import FrozenMasks, write_frozen_masks
 from .guarded_forward import SparseForward
 from .lookup import require_compiled
-from .optimizer_state import clear_where
 
 
 def freeze_masks(

@@ -64,12 +64,9 @@ class RowCache:
         self.dtype, self.shape = dtype, tuple(shape)
         self.row_bytes = count_row_bytes(dtype, self.shape)
         self.per_part = per_part or max(1, min(PART_BYTES // self.row_bytes, total))
+        layout: dict[str, RowLayout] = {ROWS: (dtype, self.shape), SUMS: (torch.int64, ())}
+        self._header, self._start = make_header(self.per_part, layout, {}, str(folder))
         self._maps: dict[int, tuple[Any, Any]] = {}
-
-    @property
-    def layout(self) -> dict[str, RowLayout]:
-        """The tensors of a part."""
-        return {ROWS: (self.dtype, self.shape), SUMS: (torch.int64, ())}
 
     def count_bytes(self, total: int) -> int:
         """Returns the bytes on the disk of the parts that hold the rows before ``total``."""
@@ -84,10 +81,6 @@ class RowCache:
     def part_bytes(self) -> int:
         """The bytes of a part."""
         return len(self._header) + self.per_part * (self.row_bytes + SUM_BYTES)
-
-    @property
-    def _header(self) -> bytes:
-        return make_header(self.per_part, self.layout, {}, str(self.folder))[0]
 
     def _count_parts(self, total: int) -> int:
         return -(-total // self.per_part)
@@ -170,13 +163,12 @@ class RowCache:
         for number, row in enumerate(plain):
             part, index = divmod(first + number, self.per_part)
             content = row.reshape(-1).view(torch.uint8).numpy().tobytes()
-            start = make_header(self.per_part, self.layout, {}, "")[1]
             path = self._path(part)
             try:
                 with path.open("r+b", buffering=0) as file:
-                    write_at(file.fileno(), start[ROWS] + index * self.row_bytes, content)
+                    write_at(file.fileno(), self._start[ROWS] + index * self.row_bytes, content)
                     total = struct.pack("<q", sum_bytes(content))
-                    write_at(file.fileno(), start[SUMS] + index * SUM_BYTES, total)
+                    write_at(file.fileno(), self._start[SUMS] + index * SUM_BYTES, total)
             except OSError as error:
                 raise DataError(f"cannot write {path}: {error}") from error
 

@@ -22,6 +22,15 @@ _DISTIL: Mapping[str, Any] = {
     "mixed_precision": "bf16",
     "teacher_dtype": "bf16",
 }
+
+
+def _count(steps: int, batch: int, parts: int) -> dict[str, int]:
+    """Returns the images of so many steps, a twentieth of them to warm up, in parts of a batch."""
+    images = steps * batch
+    sizes = {"batch_size": batch, "accumulation": parts}
+    return {"images": images, **sizes, "warmup_images": images // 20}
+
+
 _FLOW: Mapping[str, Any] = {"objective": "flow", "levels": "logit-normal"}
 
 DISTIL_RECIPES: Mapping[str, Mapping[str, Any]] = {
@@ -35,10 +44,7 @@ DISTIL_RECIPES: Mapping[str, Mapping[str, Any]] = {
         "model": {"name": "sd15"},
         "train": {
             **_DISTIL,
-            "images": 10_000 * 256,
-            "batch_size": 256,
-            "accumulation": 16,
-            "warmup_images": 500 * 256,
+            **_count(10_000, 256, 16),
             "drop_condition": 0.1,
         },
         "sample": {"sampler": "dpm++", "steps": 25, "guidance": 7.5, "grid": 8},
@@ -47,10 +53,7 @@ DISTIL_RECIPES: Mapping[str, Mapping[str, Any]] = {
         "model": {"name": "sdxl"},
         "train": {
             **_DISTIL,
-            "images": 10_000 * 128,
-            "batch_size": 128,
-            "accumulation": 64,
-            "warmup_images": 500 * 128,
+            **_count(10_000, 128, 64),
             "drop_condition": 0.1,
             "gradient_checkpointing": True,
         },
@@ -60,10 +63,7 @@ DISTIL_RECIPES: Mapping[str, Mapping[str, Any]] = {
         "model": {"name": "dit-xl-2"},
         "train": {
             **_DISTIL,
-            "images": 10_000 * 256,
-            "batch_size": 256,
-            "accumulation": 8,
-            "warmup_images": 500 * 256,
+            **_count(10_000, 256, 8),
             "drop_condition": 0.1,
             "null_label": 1000,
         },
@@ -74,10 +74,7 @@ DISTIL_RECIPES: Mapping[str, Mapping[str, Any]] = {
         "train": {
             **_DISTIL,
             **_FLOW,
-            "images": 10_000 * 128,
-            "batch_size": 128,
-            "accumulation": 64,
-            "warmup_images": 500 * 128,
+            **_count(10_000, 128, 64),
             "drop_condition": 0.1,
             "gradient_checkpointing": True,
         },
@@ -88,10 +85,7 @@ DISTIL_RECIPES: Mapping[str, Mapping[str, Any]] = {
         "train": {
             **_DISTIL,
             **_FLOW,
-            "images": 5_000 * 64,
-            "batch_size": 64,
-            "accumulation": 64,
-            "warmup_images": 250 * 64,
+            **_count(5_000, 64, 64),
             "gradient_checkpointing": True,
         },
         "sample": {"sampler": "euler", "steps": 28, "grid": 4},

@@ -9,7 +9,7 @@ from .. import SparseDMError
 from ..data.row_cache import RowCache
 from ..evaluate.process_group import own_share
 from ..progress import format_bytes
-from ..train.memory import MemoryEstimate, estimate_memory
+from ..train.memory import MemoryEstimate, estimate_memory, list_pruned_names
 from ..train.teacher_cache import DTYPES, count_positions
 from .opened_run import OpenedRun, make_call, report_run_macs
 from .run_config import RunConfig
@@ -21,12 +21,7 @@ def estimate_run_memory(config: RunConfig, opened: OpenedRun) -> MemoryEstimate:
     train, model = config.train, opened.teacher
     pruned: set[str] = set()
     if train.sparse:
-        rows = report_run_macs(model, config, opened.inputs).rows
-        layers = {row.name for row in rows if row.pattern is not None}
-        names = [name for name, _ in model.named_parameters()]
-        pruned = {
-            name for name in names if not layers.isdisjoint((name, name.removesuffix(".weight")))
-        }
+        pruned = list_pruned_names(model, report_run_macs(model, config, opened.inputs))
     taught = train.teacher != "none" and train.beta > 0
     taught = taught and not is_taught_by_cache(config, make_run_inputs(config, opened), model)
     call, processes = partial(make_call, model, opened.inputs), own_share()[1]

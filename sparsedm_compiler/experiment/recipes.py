@@ -28,21 +28,18 @@ _ADAMW: Mapping[str, Any] = {
 }
 _FLAT: Mapping[str, Any] = {"policy": "uvit"}
 
+_SHORT: Mapping[str, Any] = {
+    "sr_ste_lambda": 0.0,
+    "beta": 1.0,
+    "schedule": "cosine",
+    "warmup_images": 0,
+}
+
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "short": {
-        "train": {
-            "sr_ste_lambda": 0.0,
-            "beta": 1.0,
-            "schedule": "cosine",
-            "warmup_images": 0,
-        },
-    },
+    "short": {"train": _SHORT},
     "short-gpu": {
         "train": {
-            "sr_ste_lambda": 0.0,
-            "beta": 1.0,
-            "schedule": "cosine",
-            "warmup_images": 0,
+            **_SHORT,
             "images": 50_000,
             "batch_size": 128,
             "lr": 5e-4,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ..errors import CaptureError, CheckpointError, ConfigError
+from ..fileio import replace_together
 from ..optional_deps import require_extra
 from ..patterns import Pattern
 from .check_onnx import OnnxReport, check_onnx, describe_weights, write_declared
@@ -134,12 +134,9 @@ def require_patterns(graph: Any, declared: Mapping[str, Pattern]) -> None:
 
 
 def _write(onnx: Any, path: Path, external_data: bool | None) -> None:
-    """Writes the program beside ``path``, then renames its files to their places."""
+    """Writes the program and its external data. Raises CheckpointError."""
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            onnx.save(Path(folder, path.name), external_data=external_data)
-            parts = sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name)
-            for part in parts:  # the model last: it names the others
-                os.replace(part, path.with_name(part.name))
+        with replace_together(path) as part:
+            onnx.save(part, external_data=external_data)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.export import ExportedProgram
 from ..backends.registry import find_family
 from ..compiler.lookup import require_compiled
 from ..errors import CheckpointError, ConfigError, KernelError
+from ..fileio import replace_together
 from .pack_program import pack_program
 from .trace import (
     Example,
@@ -101,19 +101,17 @@ def _compile(program: ExportedProgram, file: Path, name: str, kernels: str) -> N
 
     configs = {"aot_inductor.metadata": {_KERNELS: kernels}}
 
-    def write(part: str) -> None:
+    def write(part: Path) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the libraries' own deprecations
-                aoti_compile_and_package(program, package_path=part, inductor_configs=configs)
+                aoti_compile_and_package(program, package_path=str(part), inductor_configs=configs)
         except Exception as error:  # of many kinds, from Inductor and the C++ compiler
             raise KernelError(f"AOTInductor cannot compile {name}: {summarize(error)}") from error
 
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
-            part = str(Path(folder, file.name))
+        with replace_together(file) as part:
             write(part)
-            os.replace(part, file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be written: {error}") from error
 

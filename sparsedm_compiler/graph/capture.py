@@ -141,14 +141,19 @@ def copy_method(
             f"{type(module).__name__}.{name} is a {type(method).__name__}, not a Python "
             "function, so it cannot be captured; compile the eager module it was made from"
         )
+    return copy_function(method)
+
+
+def copy_function(function: types.FunctionType) -> types.FunctionType:
+    """Returns the same function with a code object of its own, which Dynamo keeps apart."""
     copy = types.FunctionType(
-        method.__code__.replace(),
-        method.__globals__,
-        method.__name__,
-        method.__defaults__,
-        method.__closure__,
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
-    copy.__kwdefaults__ = method.__kwdefaults__
+    copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .capture import copy_function
+
 _REGISTRY = "_diffusers_hook"
 """The attribute under which diffusers keeps the hooks of a module."""
 
@@ -31,11 +33,7 @@ def isolate_stateful_hooks(model: nn.Module) -> bool:
     """
     hooks = [hook for hook in _list_hooks(model) if not _is_isolated(hook)]
     for hook in hooks:
-        method = type(hook).new_forward
-        code = method.__code__.replace()
-        names = method.__name__, method.__defaults__, method.__closure__
-        function = types.FunctionType(code, method.__globals__, *names)
-        function.__kwdefaults__ = method.__kwdefaults__
+        function = copy_function(type(hook).new_forward)
         skipped = torch._dynamo.disable(function, recursive=False)  # type: ignore[no-untyped-call]
         (module,) = hook.fn_ref.forward.args
         hook.fn_ref.forward = functools.partial(types.MethodType(skipped, hook), module)

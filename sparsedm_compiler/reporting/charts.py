@@ -207,9 +207,14 @@ def style_axis(axis: Any, chart: Chart, theme: Theme) -> None:
     if chart.percent:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_facecolor(theme.paper)
+    dress_axis(axis, theme)
+
+
+def dress_axis(axis: Any, theme: Theme, *, labelsize: int = 9) -> None:
+    """Gives an axis the grid, ticks and two edges of all charts."""
     axis.grid(color=theme.grid)
     axis.set_axisbelow(True)
-    axis.tick_params(which="both", colors=theme.ink, length=0, labelsize=9)
+    axis.tick_params(which="both", colors=theme.ink, length=0, labelsize=labelsize)
     for edge, spine in axis.spines.items():
         spine.set_visible(edge in ("left", "bottom"))
         spine.set_color(theme.ink)

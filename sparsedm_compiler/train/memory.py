@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .. import MacsReport
 from ..progress import format_bytes
 from .find_blocks import find_blocks
 from .finetune_config import FinetuneConfig
@@ -93,8 +94,7 @@ def estimate_memory(
         The bytes of one process.
     """
     parameters = dict(model.named_parameters())
-    sizes = [parameter.numel() * parameter.element_size() for parameter in parameters.values()]
-    weights, buffers = sum(sizes), sum(b.numel() * b.element_size() for b in model.buffers())
+    weights, buffers = count_bytes(parameters.values()), count_bytes([*model.buffers()])
     added = list_adapter_weights(model, config.lora_rank) if config.only == "lora" else []
     trained = added or [p for p in parameters.values() if p.requires_grad]
     extra = count_bytes(added)
@@ -102,7 +102,8 @@ def estimate_memory(
     kept_masks = masked * (2 if chooses_masks(config) else 1)  # one to compare with, for the log
     split = processes if config.shard else 1
     images = max(1, config.batch_size // (processes * config.accumulation))
-    activations, recomputed = count_activation_bytes(model, config, make_call(images), pruned)
+    call = make_call(images)
+    activations, recomputed = count_activation_bytes(model, config, call, pruned)
     return MemoryEstimate(
         weights=(weights + extra) // split + buffers,
         gradients=count_bytes(trained) // split,
@@ -110,10 +111,17 @@ def estimate_memory(
         ema=0 if config.ema_decay is None else (weights + extra) // split,
         masks=kept_masks // split,
         teacher=weights + buffers if taught else 0,
-        activations=activations + count_loss_bytes(make_call(images)[0][0], taught=taught),
+        activations=activations + count_loss_bytes(call[0][0], taught=taught),
         gathered=count_gathered_bytes(model, config) if config.shard else 0,
         recomputed=recomputed,
     )
+
+
+def list_pruned_names(model: nn.Module, report: MacsReport) -> set[str]:
+    """Returns the names of the parameters that the layers of a report would have masked."""
+    layers = {row.name for row in report.rows if row.pattern is not None}
+    names = [name for name, _ in model.named_parameters()]
+    return {n for n in names if not layers.isdisjoint((n, n.removesuffix(".weight")))}
 
 
 def count_bytes(tensors: Collection[Tensor]) -> int:

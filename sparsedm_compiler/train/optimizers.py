@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ConfigError
+from ..optimizer_state import is_quantized
 from ..optional_deps import import_optional
 
 BLOCK = 256
@@ -140,11 +140,6 @@ def join_quantized(parts: Mapping[str, Tensor], settings: list[Any]) -> Tensor:
     kind: Any = library.OptimState8bit
     joined: Tensor = kind.__tensor_unflatten__(parts, [signed, vars(torch)[dtype]])
     return joined
-
-
-def is_quantized(value: Tensor) -> bool:
-    """Returns whether a tensor is one of torchao that holds 8-bit codes."""
-    return is_traceable_wrapper_subclass(value) and "codes" in vars(value)
 
 
 def takes_few_bits(parameter: Tensor, kind: OptimizerKind) -> bool:

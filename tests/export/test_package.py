@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,6 @@ def test_package_when_its_folder_cannot_be_written_is_refused(
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(package.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
     with pytest.raises(sdm.CheckpointError, match="cannot be written: read-only"):
         sdm.export_package(compiled_chain().eval(), X, tmp_path / "net.pt2")

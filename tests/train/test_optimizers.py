@@ -11,8 +11,8 @@ from torch import nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError
-from sparsedm_compiler.compiler.optimizer_state import clear_where
 from sparsedm_compiler.models import UViT
+from sparsedm_compiler.optimizer_state import clear_where
 from sparsedm_compiler.optional_deps import is_installed
 from sparsedm_compiler.train import FinetuneConfig
 from sparsedm_compiler.train.memory import estimate_memory

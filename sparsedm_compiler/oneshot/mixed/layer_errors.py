@@ -57,6 +57,8 @@ class ErrorMeter:
         plan, count = job.plan_passes(), sum(map(len, candidates.values()))
         if self.score == "output":
             self.expected = [run_once(self.model, batch) for batch in self.batches[: self.tried]]
+            for expected in self.expected:
+                require_finite(self.model, expected)
         errors: dict[str, dict[str, float]] = {}
         total = count + len(plan) * len(self.batches)
         with show_progress_bar(total, unit="step", name="choose patterns", shown=progress) as bar:
@@ -110,8 +112,6 @@ class ErrorMeter:
         if bias is not None and layer.shift is not None:
             values[bias] = (bias.detach().double() + layer.shift).to(bias.dtype)
         change, size = 0.0, 0.0
-        for expected in self.expected:
-            require_finite(self.model, expected)
         with replacing(values):
             for batch, expected in zip(self.batches, self.expected, strict=False):
                 for new, old in zip(run_once(self.model, batch), expected, strict=True):

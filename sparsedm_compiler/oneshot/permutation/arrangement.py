@@ -98,18 +98,12 @@ def make_units(views: Sequence[View], channels: int) -> list[Unit]:
     while changed:
         before = root.copy()
         for view in views:
-            for slot in view.indices:
-                groups = slot // view.step
-                least = np.full(groups.max() + 1, channels)
-                np.minimum.at(least, groups, root)
-                root = np.minimum(root, least[groups])
             groups = view.indices // view.step
-            if len(groups) > 1:  # slots of different channels may share a group too
-                least = np.full(groups.max() + 1, channels)
-                for own in groups:
-                    np.minimum.at(least, own, root)
-                for own in groups:
-                    root = np.minimum(root, least[own])
+            least = np.full(groups.max() + 1, channels)
+            for own in groups:  # slots of different channels may share a group
+                np.minimum.at(least, own, root)
+            for own in groups:
+                root = np.minimum(root, least[own])
         changed = not np.array_equal(root, before)
     return [_make_unit(views, np.flatnonzero(root == r)) for r in np.unique(root)]
 

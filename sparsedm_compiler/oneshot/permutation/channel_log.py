@@ -148,13 +148,18 @@ def trim(*labels: Tensor, keys: Tensor | None = None) -> list[Atoms]:
         [*(label.shape for label in labels), *([] if keys is None else [keys.shape])]
     )
     wide = [label.expand(shape) for label in labels]
-    index = tuple(
-        slice(None) if any(w.stride(d) and w.shape[d] > 1 for w in wide) else slice(0, 1)
-        for d in range(len(shape))
-    )
+    index = index_varying(wide)
     if keys is not None:
         wide.append(keys.expand(shape))
     return [w[index].reshape(-1).numpy() for w in wide]
+
+
+def index_varying(labels: Sequence[Tensor]) -> tuple[slice, ...]:
+    """Returns an index of label tensors of one shape, which drops dimensions where none varies."""
+    return tuple(
+        slice(None) if any(w.stride(d) and w.shape[d] > 1 for w in labels) else slice(0, 1)
+        for d in range(labels[0].dim())
+    )
 
 
 def join_shapes(shapes: Iterable[Sequence[int]]) -> torch.Size:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .channel_log import ChannelLog, join_shapes, mix, number_elements, varies
+from .channel_log import ChannelLog, index_varying, join_shapes, mix, number_elements, varies
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,7 @@ def combine(
         return operands[0].labels
     shape = join_shapes(o.labels.shape for o in operands)
     wide = [_spread(log, k, operands, shape) for k in range(len(operands))]
-    index = tuple(
-        slice(None) if any(w.stride(d) and w.shape[d] > 1 for w in wide) else slice(0, 1)
-        for d in range(len(shape))
-    )
+    index = index_varying(wide)
     small = [w[index] for w in wide]
     keys = torch.zeros((1,) * len(shape), dtype=torch.int64)
     for operand, own in zip(operands, small, strict=True):
