@@ -73,11 +73,12 @@ def check_folder(folder: Path, config: FinetuneConfig, inputs: RunInputs) -> Non
         )
     file, ours = folder / CONFIG, config.as_dict()
     try:
-        theirs = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        # An option that came after the folder was made is one that its run did not set.
+        theirs = FinetuneConfig().as_dict() | json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}; remove {folder}") from error
-    wrong = [n for n in ours if n not in MAY_DIFFER and theirs.get(n) != ours[n]]
-    refuse(folder, [f"{name} {theirs.get(name)!r}, not {ours[name]!r}" for name in wrong])
+    wrong = [n for n in ours if n not in MAY_DIFFER and theirs[n] != ours[n]]
+    refuse(folder, [f"{name} {theirs[name]!r}, not {ours[name]!r}" for name in wrong])
     check_record(folder, inputs.prints)
 
 

@@ -149,6 +149,19 @@ def test_resume_with_another_config_raises(finished: Path) -> None:
     short(out=finished, keep=5, workers=1)
 
 
+def test_resume_of_a_folder_made_before_an_option_came_takes_its_default(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    short(out=folder)
+    options = json.loads((folder / "config.json").read_text())
+    old = {name: value for name, value in options.items() if name != "mask_every"}
+    (folder / "config.json").write_text(json.dumps(old))
+    assert short(out=folder)[0].losses
+    refuse(folder, "a run with mask_every 1, not 2", mask_every=2)
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        short(out=folder)
+
+
 def test_resume_with_other_inputs_raises(finished: Path) -> None:
     images, labels = data()
     refuse(finished, r"data 40 images \[1, 4, 4\], not 39 images", data=(images[1:], labels[1:]))
