@@ -43,6 +43,7 @@ LOSS = (
     "obs, permuted by wanda",
     "obs, mixed",
     "obs, mixed by layer error",
+    "obs, mixed by taylor",
     "obs, mixed, permuted",
 )
 TRAIN = ("obs", "obs, permuted", "obs, mixed", "obs, mixed, permuted")
@@ -80,7 +81,9 @@ class Bench:
         """Returns a dense model, permuted if the label says so, its pattern and other options."""
         model, options = load_teacher(self.study), dict[str, Any]()
         if "mixed" in label:
-            choice = self.choose(pattern, "layer" if "by layer error" in label else "output")
+            by = {"by layer error": "layer", "by taylor": "taylor"}
+            score = next((by[words] for words in by if words in label), "output")
+            choice = self.choose(pattern, score)
             pattern, options = choice.pattern, choice.options
         if "permuted" in label:
             score = "wanda" if "wanda" in label else "magnitude"

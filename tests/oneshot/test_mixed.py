@@ -138,6 +138,42 @@ def test_choose_by_output_then_the_error_is_that_of_the_model() -> None:
     assert row.errors["1:8"] == pytest.approx(change / size, rel=1e-4)
 
 
+def test_choose_by_taylor_of_a_linear_model_and_single_features_then_errors_are_exact() -> None:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(8))
+    choice = sdm.choose_patterns(
+        net, CANDIDATES, [torch.eye(8)], macs=1e9, score="taylor", policy="all", progress=False
+    )
+    weight = net[1].weight.detach()
+    (row,) = (row for row in choice.rows if row.weight == "1.weight")
+    for text, error in row.errors.items():
+        kept = sdm.Pattern.parse(text).compute_mask(weight).bool()
+        left = weight.masked_fill(kept, 0).square().sum() / weight.square().sum()
+        assert error == pytest.approx(float(left), rel=1e-5)
+
+
+def test_choose_by_taylor_then_the_weak_branch_is_pruned_most_and_the_model_stays() -> None:
+    net = make_net().requires_grad_(False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    choice = choose(net, score="taylor")
+    patterns = {row.weight: row.pattern for row in choice.rows}
+    assert {patterns["c.weight"], patterns["d.weight"]} == {"1:8"}
+    assert "2:4" in {patterns["a.weight"], patterns["b.weight"]}
+    assert not any(p.requires_grad or p.grad is not None for p in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert choose(net, score="taylor").rows == choice.rows  # the same signs again
+
+
+def test_choose_by_taylor_of_outputs_without_gradients_raises() -> None:
+    class Detached(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    with pytest.raises(sdm.DataError, match="no gradient of the outputs of Detached"):
+        choose(Detached(), score="taylor")
+
+
 def test_choose_with_a_dense_candidate_and_room_then_layers_stay_dense() -> None:
     model, (x, _) = make_net(), make_inputs()
     choice = choose(model, candidates=["1:1", "1:8"], macs="2:4")
@@ -190,7 +226,7 @@ def test_choose_within_measured_time_then_times_of_the_kernel_search_count(
         ({"candidates": "2:4"}, ConfigError, "no list of patterns"),
         ({"candidates": ["1:1"]}, ConfigError, "no candidate that prunes"),
         ({"candidates": ["1:32"]}, ConfigError, "no candidate would prune anything"),
-        ({"score": "taylor"}, ConfigError, "score 'taylor' is none of output, layer"),
+        ({"score": "size"}, ConfigError, "score 'size' is none of output, layer, taylor"),
         ({"output_batches": 0}, ConfigError, "is not >= 1"),
     ],
 )

@@ -26,7 +26,7 @@ from .layer_costs import count_costs, list_candidates, time_costs
 from .layer_errors import measure_errors
 from .pattern_choice import PatternChoice, choose_within, require_affordable
 
-ERRORS = ("output", "layer")
+ERRORS = ("output", "layer", "taylor")
 
 
 def choose_patterns(
@@ -49,9 +49,10 @@ def choose_patterns(
     """Chooses a pattern for every layer: the least error that a budget of the whole model allows.
 
     Every layer is pruned in one shot at every candidate, alone in the dense model, which is then
-    as it was. The sum of errors is made least by dynamic programming. That layers differ in how
-    much they can lose, and that a budget should go where it helps, is DominoSearch's idea (Sun et
-    al. 2021); their errors are of magnitudes.
+    as it was (or its weights are judged by gradients, see ``score``). The sum of errors is made
+    least by dynamic programming. That layers differ in how much they can lose, and that a budget
+    should go where it helps, is DominoSearch's idea (Sun et al. 2021); their errors are of
+    magnitudes.
 
     Args:
         model: A dense model, before ``compile``.
@@ -63,6 +64,8 @@ def choose_patterns(
             first on this machine; a number, or a pattern, for as many as with that in all layers.
         score: "output": the error is that of the model's output, ``E|f' - f|^2 / E|f|^2``.
             "layer": that of the layer's own output, ``E|dW x|^2 / E|W x|^2``, which is quicker.
+            "taylor": that of the model's output in first order, from one backward through every
+            batch for all layers and candidates (Molchanov et al. 2019), which is quickest.
         keep_dense: Layers that stay dense, as in ``compile``.
         policy: Which layers are pruned, as in ``compile``.
         method: How layers are pruned, as in ``prune_one_shot``.

@@ -19,6 +19,7 @@ from ..outputs import require_finite, run_once
 from ..solve_layer import PrunedLayer, solve_layer, solve_unseen
 from ..statistics import LayerStatistics
 from ..targets import Target
+from .taylor import measure_taylor
 
 WORST = 1e12
 """The error where a pruned layer makes the outputs of the model NaN or Inf."""
@@ -152,9 +153,12 @@ def measure_errors(
         name: [target for target in own if not target.pattern.is_dense]
         for name, own in candidates.items()
     }
-    uses = watch_uses(model, batches[0], [own[0] for own in sparse.values()])
-    meter = ErrorMeter(model, batches, options, score, tried, uses)
-    errors = meter.measure(sparse, progress)
+    if score == "taylor":
+        errors = measure_taylor(model, batches, sparse, progress)
+    else:
+        uses = watch_uses(model, batches[0], [own[0] for own in sparse.values()])
+        meter = ErrorMeter(model, batches, options, score, tried, uses)
+        errors = meter.measure(sparse, progress)
     for name, own in candidates.items():
         errors[name] |= {str(t.pattern): 0.0 for t in own if t.pattern.is_dense}
     return errors
