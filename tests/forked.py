@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -58,6 +59,8 @@ def serve(prelude: str) -> None:
     """Runs the prelude, then forks for every line of stdin and answers with an exit status."""
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(prelude, names)
+    gc.collect()
+    gc.freeze()  # what was imported stays: no child looks through it again
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

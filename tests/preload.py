@@ -5,6 +5,8 @@ Imports take a process longer than the run itself does. Tests of imports start P
 
 from __future__ import annotations
 
+import gc
+
 import accelerate  # noqa: F401
 import torch._dynamo.backends.inductor
 import torch._dynamo.repro.after_dynamo
@@ -22,3 +24,7 @@ from sparsedm_compiler.optional_deps import mend_torchvision
 
 mend_torchvision()
 import torchvision  # noqa: E402, F401
+
+gc.set_threshold(20_000, 20, 50)  # as in tests/conftest.py
+gc.collect()
+gc.freeze()  # what was imported stays: no forked process looks through it again

@@ -69,7 +69,7 @@ def test_why_no_bsr_names_blocks_and_tokens_that_torch_refuses(
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one rehearsal wrote."""
     out = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--minutes", "7"]
+    command = [sys.executable, "-m", "tests.rehearse", "--tiny", "--minutes", "7"]
     run = subprocess.run(
         command,
         cwd=ROOT,

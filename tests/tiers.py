@@ -136,7 +136,9 @@ LONGEST = (
     "test_gpu_benchmark.py",
     "experiment/test_run.py",
     "backends/cuda/test_compiling.py",
+    "examples/test_diffusers_end_to_end.py",
     "examples/test_demo.py",
+    "train/test_sharded_blocks.py",
     "evaluate/test_inception.py",
     "backends/cpu/test_build.py",
     "backends/gather/test_ops.py",
@@ -151,6 +153,7 @@ LONGEST = (
     "compiler/test_sparse_method.py",
     "compiler/test_pipelines.py",
     "evaluate/test_frechet.py",
+    "diffusers/test_plugin.py",
 )
 """Files that have a test of ten seconds or more: they run first, so that no worker is idle last."""
 

@@ -83,7 +83,7 @@ def test_in_the_interpreter() -> None:
 
 
 @on_device
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40 if is_interpreted() else 80)
 @given(st.one_of(per_row_cases(), shared_cases(), block_cases()), st.sampled_from(DTYPES))
 def test_mask_by_triton_of_any_pattern_and_layout(
     case: tuple[Tensor, Pattern], dtype: torch.dtype
