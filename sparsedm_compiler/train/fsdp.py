@@ -7,7 +7,8 @@ processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,17 +17,18 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .. import ConfigError, Pattern, zero_kept
 from .find_blocks import find_blocks
-from .gradient_checkpointing import is_checkpointing
+from .gradient_checkpointing import checkpoints_by_itself, is_wrapped
 
 
 def shard_parameters(student: nn.Module, processes: int) -> None:
     """Keeps a share of every parameter per process; each call gathers them and frees them again.
 
     Every repeated block is a unit, gathered for its own forward and backward, and all that lies
-    outside of blocks is one more. Blocks run as graphs of their own then, since TorchDynamo leaves
-    the hooks that gather to Python. Under gradient checkpointing, which would run such a block
-    again without its masks, the whole student is one unit. Classes become torch's FSDP sub-classes
-    of their own. Raises ConfigError for one process, and for a student that is sharded already.
+    outside of blocks, or is tied to what does, is one more. Blocks run as graphs of their own then,
+    since TorchDynamo leaves the hooks that gather to Python. A student that checkpoints by means of
+    its own, which would run such a block again without its masks, is one unit. Classes become
+    torch's FSDP sub-classes of their own. Raises ConfigError for one process, and for a student
+    that is sharded already.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -42,8 +44,28 @@ def shard_parameters(student: nn.Module, processes: int) -> None:
 
 
 def list_units(student: nn.Module) -> list[nn.Module]:
-    """Returns the blocks that are gathered one by one: none under gradient checkpointing."""
-    return [] if is_checkpointing(student) else find_blocks(student)
+    """Returns the blocks that are gathered one by one: none if a student checkpoints by itself.
+
+    A parameter belongs to one unit, so blocks that share one with anything else are left out.
+    """
+    if checkpoints_by_itself(student):
+        return []
+    wrapped = filter(is_wrapped, student.modules())
+    blocks = dict.fromkeys([*wrapped] or find_blocks(student))
+    owned = [parameter for block in blocks for parameter in block.parameters()]
+    owners = Counter([*owned, *list_outside_parameters(student, blocks)])
+    return [block for block in blocks if all(owners[own] == 1 for own in block.parameters())]
+
+
+def list_outside_parameters(
+    model: nn.Module, blocks: Collection[nn.Module]
+) -> Iterator[nn.Parameter]:
+    """Yields the parameters that ``model`` reaches through no block, those of a part once each."""
+    if model in blocks:
+        return
+    yield from model.parameters(recurse=False)
+    for child in model.children():
+        yield from list_outside_parameters(child, blocks)
 
 
 def get_local_rows(tensor: Tensor) -> Tensor:
