@@ -79,7 +79,7 @@ class FinetuneConfig:
             gradients.
         shard: Whether each process keeps only a share of every parameter, gradient and optimizer
             state (FSDP2). Repeated blocks are gathered one at a time; those that share weights
-            with others stay whole for a step.
+            with others stay whole for a step, and so does a diffusers student under checkpointing.
         only: The parameters that train: "all", or "lora", adapters alone beside the frozen sparse
             weights, which they are merged into at the end without leaving the pattern. A student
             without adapters gets some at all its linear layers. SR-STE, which moves the sparse

@@ -97,10 +97,12 @@ def start_checkpointing(
     """Begins to checkpoint the blocks of ``model``. Raises ConfigError where it has none.
 
     ``run``: runs a block; None is torch's checkpoint. ``by_block``: inside of blocks, where there
-    are any, rather than by the model's own means, which call a block with its hooks once more.
+    are any, rather than by the model's own means, which call a block with its hooks once more;
+    diffusers' models keep theirs, since TorchDynamo leaves some of their blocks to Python inside.
     """
     blocks = find_blocks(model)
-    if isinstance(model, CheckpointingModel) and not (by_block and blocks):
+    inside = by_block and blocks and not is_of_diffusers(model)
+    if isinstance(model, CheckpointingModel) and not inside:
         try:
             model.enable_gradient_checkpointing(*(() if run is None else (run,)))
         except ValueError:  # diffusers: this class has none
@@ -115,6 +117,11 @@ def start_checkpointing(
     for block in blocks:
         forward = run_checkpointed if run is None else partial(run_block_by, run)
         block.__dict__["forward"] = types.MethodType(forward, block)
+
+
+def is_of_diffusers(model: nn.Module) -> bool:
+    """Returns whether a model's class is one of diffusers, or derived from one."""
+    return any(base.__module__.startswith("diffusers.") for base in type(model).__mro__)
 
 
 def stop_checkpointing(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import sparsedm_compiler as sdm
@@ -24,7 +24,7 @@ from tests.train.cases import short
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sparsedm", {"accumulation": 2}),
-    ("asp", {}),
+    ("asp", {"model": "entered"}),
     ("sparsedm", {"gradient_checkpointing": True}),
     ("sparsedm", {"model": "tied"}),
 )
@@ -47,7 +47,21 @@ def make_tied_model() -> UViT:
     return model
 
 
-MODELS = {"plain": make_model, "tied": make_tied_model}
+class Entered(UViT):
+    """A U-ViT that calls a part of a block outside of the block, as diffusers' DiT does."""
+
+    def _tokens(self, *args: Any) -> Tensor:
+        out: Tensor = self.out_blocks[0].norm1(super()._tokens(*args))  # type: ignore[operator]
+        return out
+
+
+def make_entered_model() -> UViT:
+    model = make_model()
+    model.__class__ = Entered
+    return model
+
+
+MODELS = {"plain": make_model, "tied": make_tied_model, "entered": make_entered_model}
 
 
 def train_case(number: int, out: Path, **more: Any) -> tuple[float, ...]:
@@ -129,8 +143,15 @@ def test_units_when_blocks_share_parameters_leave_those_blocks_to_the_rest() -> 
     model = make_model()
     assert list_units(model) == [*model.in_blocks, *model.out_blocks]
     assert list_units(make_tied_model()) == []
+    entered = make_entered_model()
+    call = (torch.zeros(1, 1, 4, 4), torch.zeros(1), torch.zeros(1).long())
+    assert list_units(entered, lambda: entered(*call)) == [*entered.in_blocks]
+    assert not entered.out_blocks[0]._forward_pre_hooks
     start_checkpointing(model, by_block=True)
     assert list_units(model) == [*model.in_blocks, *model.out_blocks]
     stop_checkpointing(model)
+    tied = make_tied_model()
+    start_checkpointing(tied, by_block=True)
+    assert list_units(tied) == []  # the rest would run again between graphs
     model.enable_gradient_checkpointing()
     assert list_units(model) == []
