@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -31,6 +32,14 @@ EXAMPLE = """\
   sparsedm prune --model uvit-cifar10-small --weights nnet_ema.pth --pattern 1:4 \\
       --mixed 2:4,1:4,1:8,1:16 --permute --data torchvision:CIFAR10:data --out runs/mixed"""
 BUDGETS = ("macs", "time")
+CHOSEN_IN_FILE: Mapping[str, Any] = {
+    "pattern": None,
+    "policy": "structural",
+    "keep_dense": [],
+    "override": [],
+    "budget": "macs",
+}
+"""Options that the file of a choice decides, with their defaults."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model(parser)
     add_weights(parser)
-    add("--pattern", required=True, help="n:m keeps n of m, e.g. 2:4 or 1:8")
+    add("--pattern", help="n:m keeps n of m, e.g. 2:4 or 1:8 (left out with --mixed FILE.json)")
     add("--data", required=True, help="images to calibrate with, as sparsedm finetune takes them")
     add("--size", type=int, help="side in pixels to which images are resized")
     add("--no-labels", action="store_true", help="leave labels and texts of the data out")
@@ -58,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--mixed",
         metavar="PATTERNS",
         help="choose the pattern of every layer from a list, e.g. 2:4,1:4,1:8, at the cost of "
-        "--pattern in all of them",
+        "--pattern in all of them; or the patterns.json of an earlier choice",
     )
     add("--budget", default="macs", help="what --mixed keeps to: macs, or time as measured here")
     add("--images", type=int, default=512, help="images to calibrate with (512)")
@@ -80,27 +89,28 @@ def prepare(options: argparse.Namespace) -> Job:
     source = resolve_source(options)
     if source.pruned is not None:
         raise ConfigError(f"{source.weights} is pruned already: give dense weights")
-    choice = read_choice(options)
-    check_options(options, choice)
+    pattern, choice = read_choice(options)
+    check_options(options, pattern, choice)
     folder = check_writable(options.out, folder=True)
     data = open_images(options.data, options)
     held_out = None if options.held_out is None else open_images(options.held_out, options)
     objective, scheduler = find_objective(source, options)
-    run = PruneRun(options, source, choice, folder, data, held_out, objective, scheduler)
+    run = PruneRun(options, source, pattern, choice, folder, data, held_out, objective, scheduler)
     text = (
-        f"would prune {source} to {options.pattern} by {options.method}, calibrated with "
-        f"{min(options.images, len(data))} images of {options.data}, and write {folder}"
+        f"would prune {source} to {options.pattern or options.mixed} by {options.method}, "
+        f"calibrated with {min(options.images, len(data))} images of {options.data}, and write "
+        f"{folder}"
     )
     return Job((text,), run.run)
 
 
-def check_options(options: argparse.Namespace, choice: dict[str, Any]) -> None:
+def check_options(options: argparse.Namespace, pattern: str, choice: dict[str, Any]) -> None:
     """Raises SparseDMError for options that are out of range or do not go together."""
     from .. import OneShotOptions
     from ..config import CompileConfig
     from ..train import calibration
 
-    CompileConfig.create(options.pattern, **choice)
+    CompileConfig.create(pattern, **choice)
     memory = get_memory(options)
     OneShotOptions(options.method, options.damping, passes=options.passes, memory=memory)
     calibration.check_options(options.images, options.batch_size, options.timestep_weights)
@@ -117,6 +127,8 @@ def check_mixed(options: argparse.Namespace) -> None:
         if options.budget != BUDGETS[0]:
             raise ConfigError(f"--budget {options.budget} is for --mixed: give its patterns too")
         return
+    if names_choice(options.mixed):
+        return
     patterns = [Pattern.parse(text) for text in options.mixed.split(",")]
     if all(pattern.is_dense for pattern in patterns):
         raise ConfigError(f"--mixed {options.mixed} prunes nothing: give patterns, e.g. 2:4,1:4")
@@ -124,15 +136,32 @@ def check_mixed(options: argparse.Namespace) -> None:
         raise ConfigError("--override and --mixed both choose patterns: give one of them")
 
 
-def read_choice(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options that choose the weights, as ``compile`` takes them."""
+def names_choice(mixed: str | None) -> bool:
+    """Returns whether --mixed names the file of a choice, rather than patterns to choose from."""
+    return mixed is not None and mixed.endswith(".json")
+
+
+def read_choice(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Returns the pattern, and the options that choose the weights, as ``compile`` takes them."""
+    from .. import PatternChoice
+
+    if names_choice(options.mixed):
+        for name, default in CHOSEN_IN_FILE.items():
+            if vars(options)[name] != default:
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} is chosen in --mixed {options.mixed}: leave it out")
+        read = PatternChoice.load(options.mixed)
+        return read.pattern, read.options
+    if options.pattern is None:
+        raise ConfigError("--pattern is missing: give one, e.g. 2:4, or --mixed patterns.json")
     overrides = {}
     for text in options.override:
         glob, equals, pattern = text.rpartition("=")
         if not equals:
             raise ConfigError(f"--override {text!r} is not GLOB=PATTERN, e.g. '*.attn*=1:4'")
         overrides[glob] = pattern
-    return {"keep_dense": options.keep_dense, "overrides": overrides, "policy": options.policy}
+    choice = {"keep_dense": options.keep_dense, "overrides": overrides, "policy": options.policy}
+    return options.pattern, choice
 
 
 def open_images(spec: str, options: argparse.Namespace) -> ImageData:

@@ -30,6 +30,7 @@ class PruneRun:
     Attributes:
         options: Its options.
         source: The dense model.
+        pattern: The pattern of most weights, or whose cost --mixed keeps to.
         choice: The options that choose the weights, as ``compile`` takes them.
         folder: Where results are written.
         data: Images to calibrate with.
@@ -40,6 +41,7 @@ class PruneRun:
 
     options: argparse.Namespace
     source: ModelSource
+    pattern: str
     choice: dict[str, Any]
     folder: Path
     data: ImageData
@@ -52,8 +54,8 @@ class PruneRun:
         model = self.source.open()
         self.print_loss("dense", model)
         batches = self.make_batches(model)
-        pattern, choice = self.options.pattern, self.choice
-        if self.options.mixed is not None:
+        pattern, choice = self.pattern, self.choice
+        if self.options.mixed is not None and self.options.pattern is not None:
             pattern, choice = self.choose_mixed(model, batches)
         if self.options.permute:
             self.permute(model, pattern, choice, batches)
@@ -90,7 +92,9 @@ class PruneRun:
         """Chooses the pattern of every layer; returns the usual one, and all other options."""
         from .. import choose_patterns
 
-        budget = "milliseconds" if self.options.budget == "time" else "macs"
+        budget: dict[str, Any] = {
+            "milliseconds" if self.options.budget == "time" else "macs": self.pattern
+        }
         mixed = choose_patterns(
             model,
             self.options.mixed.split(","),
@@ -99,7 +103,7 @@ class PruneRun:
             policy=self.choice["policy"],
             method=self.options.method,
             memory=get_memory(self.options),
-            **{budget: self.options.pattern},
+            **budget,
         )
         print(mixed)
         mixed.save(self.folder / PATTERNS)

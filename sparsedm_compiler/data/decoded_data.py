@@ -16,7 +16,7 @@ from torch import Tensor
 from ..diffusion.condition import Condition, list_tensors
 from ..diffusion.image_batches import Batch
 from ..errors import DataError
-from .fingerprint import hash_encoded, hash_tensor, spread_numbers
+from .fingerprint import hash_all, hash_encoded, hash_tensor, spread_numbers
 from .image_data import ImageData, ReadOptions, count_classes
 from .pixels import decode_image, map_in_threads, scale_pixels
 
@@ -108,6 +108,14 @@ class FileData(DecodedData):
         root = os.path.commonpath([os.path.dirname(name) for name in names])
         text = "\n".join(name[len(root) :] for name in names)
         return hashlib.sha256(f"{super().fingerprint()} {text}".encode()).hexdigest()
+
+    def hash_content(self) -> str:
+        try:
+            sizes = map_in_threads(os.path.getsize, self.paths[: self.count])
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+        labels = () if self.labels is None else (self.labels,)
+        return hash_all([torch.tensor(sizes), *labels])
 
     def open_files(self, numbers: Sequence[int]) -> Sequence[NamedFile]:
         return [(str(self.paths[number]), self.paths[number]) for number in numbers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -13,7 +13,12 @@ from torch import Tensor
 from ..diffusion.condition import list_tensors
 from ..diffusion.image_batches import Batch
 from ..errors import DataError
+from .pixels import map_in_threads
 
+HASHED_BYTES = 2**30
+"""Images in a file are hashed whole up to so many bytes; it takes a second or two."""
+CHUNK_BYTES = 2**26
+"""A tensor is hashed so many bytes at a time."""
 SAMPLES = 64
 """The images of a source whose content is hashed, spread evenly over all."""
 
@@ -48,6 +53,17 @@ def hash_images(fetch: Callable[[Sequence[int]], Batch], count: int, kind: str) 
     if condition is not None:
         for name, tensor in list_tensors(condition).items():
             digest.update(name.encode() + hash_tensor(tensor))
+    return digest.hexdigest()
+
+
+def hash_all(tensors: Iterable[Tensor]) -> str:
+    """Returns a hash of all values of tensors [n, ...], which is taken chunk by chunk."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        rows = max(1, CHUNK_BYTES // max(1, tensor[:1].numel() * tensor.element_size()))
+        for part in map_in_threads(hash_tensor, torch.split(tensor, rows)):
+            digest.update(part)
     return digest.hexdigest()
 
 

@@ -83,6 +83,21 @@ class ImageData(Dataset[tuple[Any, ...]], ABC):
         """
         return hash_images(self.fetch, len(self), f"{list(self.shape)} {self.classes}")
 
+    def hash_content(self) -> str | None:
+        """Returns a hash that a change of any image alters, beside ``fingerprint``.
+
+        It covers all bytes of images in memory, and of files of latents up to 1 GiB; of folders,
+        names and sizes of all files.
+
+        Returns:
+            A SHA-256 in hex, the same on every machine; None where it would take long, so that
+            ``fingerprint`` alone tells.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        return None
+
     def check_images(self, *, progress: bool = False) -> None:
         """Reads every image.
 

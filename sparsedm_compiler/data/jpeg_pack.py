@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .decoded_data import DecodedData, NamedFile
+from .fingerprint import hash_all
 from .image_data import ReadOptions, check_labels
 
 PACK = {"header", "body", "offsets"}
@@ -46,6 +47,12 @@ class PackData(DecodedData):
             )
             for number in numbers
         ]
+
+    def hash_content(self) -> str:
+        offsets = self.offsets[: self.count + 1]
+        arrays = [np.frombuffer(self.header + self.body[: offsets[-1]], np.uint8), offsets]
+        labels = () if self.labels is None else (self.labels,)
+        return hash_all([*map(torch.tensor, arrays), *labels])
 
     def read_pixels(self, index: Tensor) -> Tensor:
         new = torch.unique(index[~self.is_decoded[index]])

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..diffusion.condition import Condition
 from ..diffusion.image_batches import Batch
 from ..errors import DataError
+from .fingerprint import HASHED_BYTES, hash_all
 from .image_data import READ_ALL, ImageData, ReadOptions, check_labels, count_classes
 from .rowfile import StoredTensor, read_header
 
@@ -80,6 +81,14 @@ class LatentData(ImageData):
 
     def __len__(self) -> int:
         return self.count
+
+    def hash_content(self) -> str | None:
+        stored = [self.latents, *self.conditions.values()]
+        if sum(tensor.count_bytes(self.count) for tensor in stored) > HASHED_BYTES:
+            return None
+        labels = () if self.labels is None else (self.labels[: self.count],)
+        index = torch.arange(self.count)
+        return hash_all([*(tensor.read_rows(index) for tensor in stored), *labels])
 
     def fetch(self, numbers: Sequence[int]) -> Batch:
         index = self.check_numbers(numbers)

@@ -14,18 +14,18 @@ import json
 import os
 import shutil
 import struct
+import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..fileio import write_atomically
 from .rowfile import RowLayout, count_row_bytes, make_header, read_header
 
 RECORD = "cache.json"
@@ -67,6 +67,7 @@ class RowCache:
         layout: dict[str, RowLayout] = {ROWS: (dtype, self.shape), SUMS: (torch.int64, ())}
         self._header, self._start = make_header(self.per_part, layout, {}, str(folder))
         self._maps: dict[int, tuple[Any, Any]] = {}
+        self._claimed = False
 
     def count_bytes(self, total: int) -> int:
         """Returns the bytes on the disk of the parts that hold the rows before ``total``."""
@@ -92,17 +93,33 @@ class RowCache:
         """
         made: list[Path] = []
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / RECORD).exists():
-                made.append(self.folder / RECORD)
-                write_atomically(self.folder / RECORD, self._format_record().encode())
+            self.claim()
             for part in range(self._count_parts(total)):
-                if not self._path(part).exists():
-                    made.append(self._path(part))
-                    self._make_part(self._path(part))
+                path = self._path(part)
+                if not path.exists() and make_once(path, self._write_part):
+                    made.append(path)
+            self.claim()  # a process that found no room may have removed the record meanwhile
         except OSError as error:
             for path in made:
                 path.unlink(missing_ok=True)
+            if self._claimed and not any(self.folder.glob("*.safetensors")):
+                (self.folder / RECORD).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
+            raise DataError(f"cannot write {self.folder}: {error}") from error
+
+    def claim(self) -> None:
+        """Writes the record unless there is one; of several processes that do so at once, one wins.
+
+        Rows are those of the record that is there then, which ``read_cache`` reads. Raises
+        DataError where it cannot be written.
+        """
+        path, content = self.folder / RECORD, self._format_record().encode()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists() and make_once(path, lambda file: file.write(content)):
+                self._claimed = True
+        except OSError as error:
             with suppress(OSError):
                 self.folder.rmdir()
             raise DataError(f"cannot write {self.folder}: {error}") from error
@@ -117,18 +134,11 @@ class RowCache:
         }
         return json.dumps(values, indent=2) + "\n"
 
-    def _make_part(self, path: Path) -> None:
-        """Makes an empty part; of several processes that do so at once, one wins."""
-        own = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with own.open("wb") as file:
-                file.write(self._header)
-                file.flush()
-                reserve_bytes(file.fileno(), self.part_bytes)
-            with suppress(FileExistsError):
-                os.link(own, path)
-        finally:
-            own.unlink(missing_ok=True)
+    def _write_part(self, file: BinaryIO) -> None:
+        """Writes an empty part."""
+        file.write(self._header)
+        file.flush()
+        reserve_bytes(file.fileno(), self.part_bytes)
 
     def count_missing(self, first: int, last: int) -> int:
         """Returns how many rows from ``first`` to ``last - 1`` have no sum yet."""
@@ -216,6 +226,23 @@ def read_cache(folder: Path) -> RowCache | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"cannot read {path}: {error!r}; remove {folder}") from error
     raise DataError(f"{path} has version {version!r}, this package reads {VERSION}")
+
+
+def make_once(path: Path, write: Callable[[BinaryIO], Any]) -> bool:
+    """Makes a file, whole, unless there is one; of several processes that do so at once, one wins.
+
+    Returns whether this call made it.
+    """
+    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with own.open("xb") as file:
+            write(file)
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    finally:
+        own.unlink(missing_ok=True)
+    return True
 
 
 def sum_bytes(content: bytes) -> int:

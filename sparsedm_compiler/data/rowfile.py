@@ -53,6 +53,10 @@ class StoredTensor:
         """True if it has rows, of a type in ``TYPE_NAMES``."""
         return self.type_name in _TYPES and len(self.shape) > 0 and 0 not in self.shape
 
+    def count_bytes(self, rows: int) -> int:
+        """Returns the bytes of so many rows."""
+        return rows * count_row_bytes(_TYPES[self.type_name], self.shape[1:])
+
     def read_rows(self, index: Tensor) -> Tensor:
         """Copies the rows at ``index`` [B] from the disk.
 

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.condition import Condition, take_rows
+from ..diffusion.condition import Condition, list_tensors, take_rows
 from ..diffusion.image_batches import Batch
 from ..errors import DataError
+from .fingerprint import hash_all
 from .image_data import ImageData, ReadOptions, check_condition, check_labels, count_classes
 from .pixels import pixels_from_array, resize_pixels, scale_pixels
 
@@ -61,6 +62,10 @@ class TensorData(ImageData):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def hash_content(self) -> str:
+        condition = {} if self.condition is None else list_tensors(self.condition)
+        return hash_all([self.images, *condition.values()])
 
     def fetch(self, numbers: Sequence[int]) -> Batch:
         index = self.check_numbers(numbers)

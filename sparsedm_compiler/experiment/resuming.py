@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def _iterate_fingerprints(
 
 def label(name: str, fingerprint: Fingerprint) -> Fingerprint:
     """Returns a fingerprint that is described by the option's value too."""
-    return Fingerprint(f"{name!r} ({fingerprint.about})", fingerprint.sha256)
+    return replace(fingerprint, about=f"{name!r} ({fingerprint.about})")
 
 
 def fingerprint_architecture(name: str) -> Fingerprint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -38,11 +39,14 @@ class TrainingProcess:
 
     ``like``: a parameter of the student, whose device and dtype inputs take. ``optimizer``: the
     one to zero, step and save. ``share``: this process's share of a batch. ``template``: on the
-    main process, an unsharded copy to write files from, if ``config.shard``. Raises ConfigError
-    where the batch cannot be shared, and for fp16 on a CPU.
+    main process, an unsharded copy to write files from, if ``config.shard``. ``call``: calls the
+    student once, before it is sharded. Raises ConfigError where the batch cannot be shared, and for
+    fp16 on a CPU.
     """
 
-    def __init__(self, student: nn.Module, config: FinetuneConfig) -> None:
+    def __init__(
+        self, student: nn.Module, config: FinetuneConfig, call: Callable[[], None]
+    ) -> None:
         self.like = next(student.parameters())
         self.accelerator = make_accelerator(self.like, config.mixed_precision)
         self.share = BatchShare(
@@ -61,7 +65,7 @@ class TrainingProcess:
         self.optimizer: Any = None
         if config.shard:
             self.template = copy.deepcopy(student).cpu() if self.is_main else None
-            shard_parameters(student, self.share.world)
+            shard_parameters(student, self.share.world, call)
             self.sharded = student
             self.like = next(student.parameters())
 

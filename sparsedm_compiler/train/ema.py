@@ -16,7 +16,8 @@ class Ema:
     """``ema <- decay ema + (1 - decay) weights``, starting from the current weights.
 
     ``decay`` warms up: after n updates it is ``min(decay, (1 + n) / (10 + n))``. One tensor per
-    parameter, laid out (and sharded) as the parameter; buffers are those of the model.
+    parameter, laid out (and sharded) as the parameter; buffers are those of the model. Integers,
+    of frozen weights in 8 bits, stay.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -30,7 +31,10 @@ class Ema:
         """Moves the average towards the model's current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._values, [w.detach() for w in self._weights], 1 - decay)
+        pairs = zip(self._values, self._weights, strict=True)
+        moving = [(value, w.detach()) for value, w in pairs if w.is_floating_point()]
+        values, weights = map(list, zip(*moving, strict=True))
+        torch._foreach_lerp_(values, weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -78,8 +78,8 @@ class FinetuneConfig:
             again instead of keeping them: less memory, about a third more time, the same
             gradients.
         shard: Whether each process keeps only a share of every parameter, gradient and optimizer
-            state (FSDP2). Repeated blocks are gathered one at a time; with gradient checkpointing
-            the whole student is.
+            state (FSDP2). Repeated blocks are gathered one at a time; those that share weights
+            with others stay whole for a step, and so does a diffusers student under checkpointing.
         only: The parameters that train: "all", or "lora", adapters alone beside the frozen sparse
             weights, which they are merged into at the end without leaving the pattern. A student
             without adapters gets some at all its linear layers. SR-STE, which moves the sparse

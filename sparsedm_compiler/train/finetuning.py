@@ -109,12 +109,12 @@ def finetune(
     inputs = RunInputs(data, scheduler, held_out, null, sample_grids, folder)
     if folder is not None:
         taught = None if config.teacher == "none" else teacher
-        prints = fingerprint_inputs(student, taught, inputs, optimizer)
+        prints = known = fingerprint_inputs(student, taught, inputs, optimizer)
         if teacher is None and config.teacher_cache is not None:
             from .teacher_cache import replace_teacher_print
 
             prints = replace_teacher_print(prints, config.teacher_cache)
-        inputs = replace(inputs, prints=prints)
+        inputs = replace(inputs, prints=prints, known=known)
     return train_run(student, teacher, config, inputs, optimizer=optimizer, progress=progress)
 
 
@@ -153,7 +153,9 @@ def train_run(
         from .loop import train_to_end
         from .lora import train_selected
         from .session import open_run
-    checkpointing = checkpointing_gradients(student, config.gradient_checkpointing)
+    checkpointing = checkpointing_gradients(
+        student, config.gradient_checkpointing, by_block=config.shard
+    )
     with train_selected(student, config), checkpointing:
         run = open_run(student, teacher, config, inputs, optimizer)
         try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import CheckpointError, pattern_of
-from ..data.fingerprint import hash_tensor, spread_numbers
+from ..data.fingerprint import hash_all, hash_tensor, spread_numbers
 from ..data.image_data import ImageData
 from ..data.pixels import map_in_threads
 from .checkpoint import get_unique_weights, is_compiled
@@ -31,10 +31,20 @@ RECORD = "inputs.json"
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """One input of a run: ``about`` describes it to people, ``sha256`` stands for its content."""
+    """One input of a run: ``about`` describes it to people, ``sha256`` stands for its content.
+
+    ``content``: for images, of which ``sha256`` covers 64, a hash of all; None where it would take
+    long, and in records of earlier versions.
+    """
 
     about: str
     sha256: str
+    content: str | None = None
+
+    def is_like(self, other: Fingerprint) -> bool:
+        """Returns whether both stand for the same, as far as both tell."""
+        all_told = self.content is not None and other.content is not None
+        return self.sha256 == other.sha256 and not (all_told and self.content != other.content)
 
 
 Fingerprints: TypeAlias = Mapping[str, Fingerprint]
@@ -78,7 +88,7 @@ def fingerprint_data(data: Any) -> Fingerprint:
     images may differ from one reading to the next, by type and length alone.
     """
     if isinstance(data, ImageData):
-        return Fingerprint(f"{len(data):,} images {list(data.shape)}", data.fingerprint())
+        return Fingerprint(describe_images(data), data.fingerprint(), data.hash_content())
     parts = data if isinstance(data, tuple) else (data,)
     if all(isinstance(part, Tensor) for part in parts):
         images = parts[0]
@@ -88,13 +98,18 @@ def fingerprint_data(data: Any) -> Fingerprint:
         for part in parts[1:]:
             digest.update(hash_tensor(part))
         about = f"{len(images):,} images {list(images.shape[1:])}"
-        return Fingerprint(about, digest.hexdigest())
+        return Fingerprint(about, digest.hexdigest(), hash_all(parts))
     name = type(data).__name__
     try:
         about = f"a {name} of length {len(data):,}"
     except TypeError:
         about = f"a {name}"
     return Fingerprint(about, hashlib.sha256(about.encode()).hexdigest())
+
+
+def describe_images(data: ImageData) -> str:
+    """Describes images to people: their number and shape."""
+    return f"{len(data):,} images {list(data.shape)}"
 
 
 def fingerprint_condition(condition: Condition) -> Fingerprint:
@@ -122,8 +137,13 @@ def fingerprint_weights(model: nn.Module, *, frozen: bool = False) -> Fingerprin
     hashes = map_in_threads(hash_tensor, list(tensors.values()))
     for name, part in zip(tensors, hashes, strict=True):
         digest.update(name.encode() + part)
+    return Fingerprint(describe_model(model), digest.hexdigest())
+
+
+def describe_model(model: nn.Module) -> str:
+    """Describes a model to people: its class and size."""
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Fingerprint(f"{type(model).__name__} of {count:,} parameters", digest.hexdigest())
+    return f"{type(model).__name__} of {count:,} parameters"
 
 
 def fingerprint_values(owner: Any, values: Any) -> Fingerprint:
@@ -149,7 +169,12 @@ def read_record(folder: Path) -> dict[str, Fingerprint] | None:
 
 def format_record(prints: Fingerprints) -> str:
     """Returns the text of ``inputs.json``."""
-    return json.dumps({name: asdict(value) for name, value in prints.items()}, indent=2) + "\n"
+    return json.dumps({name: to_json(value) for name, value in prints.items()}, indent=2) + "\n"
+
+
+def to_json(fingerprint: Fingerprint) -> dict[str, str]:
+    """Returns a fingerprint as plain values."""
+    return {name: value for name, value in asdict(fingerprint).items() if value is not None}
 
 
 def list_differences(theirs: Fingerprints, ours: Fingerprints) -> list[str]:
@@ -157,10 +182,13 @@ def list_differences(theirs: Fingerprints, ours: Fingerprints) -> list[str]:
     differences = []
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         before, now = theirs.get(name), ours.get(name)
-        if (before and before.sha256) == (now and now.sha256):
+        if before and now and before.is_like(now):
             continue
         old, new = (value.about if value else "none" for value in (before, now))
         if before and now and old == new:
-            old, new = f"{old}, sha256 {before.sha256[:8]}", f"{now.sha256[:8]}"
+            hashes = [part.sha256[:8] for part in (before, now)]
+            if before.sha256 == now.sha256:
+                hashes = [str(part.content)[:8] for part in (before, now)]
+            old, new = f"{old}, sha256 {hashes[0]}", hashes[1]
         differences.append(f"{name} {old}, not {new}")
     return differences

@@ -7,7 +7,10 @@ processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +19,20 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .. import ConfigError, Pattern, zero_kept
 from .find_blocks import find_blocks
-from .gradient_checkpointing import is_checkpointing
+from .gradient_checkpointing import checkpoints_by_itself, is_wrapped
 
 
-def shard_parameters(student: nn.Module, processes: int) -> None:
+def shard_parameters(
+    student: nn.Module, processes: int, call: Callable[[], None] | None = None
+) -> None:
     """Keeps a share of every parameter per process; each call gathers them and frees them again.
 
     Every repeated block is a unit, gathered for its own forward and backward, and all that lies
-    outside of blocks is one more. Blocks run as graphs of their own then, since TorchDynamo leaves
-    the hooks that gather to Python. Under gradient checkpointing, which would run such a block
-    again without its masks, the whole student is one unit. Classes become torch's FSDP sub-classes
-    of their own. Raises ConfigError for one process, and for a student that is sharded already.
+    outside of blocks, or is tied to what does, is one more. Blocks run as graphs of their own then,
+    since TorchDynamo leaves the hooks that gather to Python. A student that checkpoints by means of
+    its own, which would run such a block again without its masks, is one unit. Classes become
+    torch's FSDP sub-classes of their own. Raises ConfigError for one process, and for a student
+    that is sharded already. ``call``: see ``list_units``.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -37,13 +43,69 @@ def shard_parameters(student: nn.Module, processes: int) -> None:
         raise ConfigError(f"parts of {type(student).__name__} are sharded already: give it whole")
     device = next(student.parameters()).device.type
     mesh = init_device_mesh(device, (processes,))
-    for unit in (*list_units(student), student):
+    for unit in (*list_units(student, call), student):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
 
 
-def list_units(student: nn.Module) -> list[nn.Module]:
-    """Returns the blocks that are gathered one by one: none under gradient checkpointing."""
-    return [] if is_checkpointing(student) else find_blocks(student)
+def list_units(student: nn.Module, call: Callable[[], None] | None = None) -> list[nn.Module]:
+    """Returns the blocks that are gathered one by one: none if a student checkpoints by itself.
+
+    A parameter belongs to one unit, so blocks that share one with anything else are left out.
+    ``call``: calls the student, to see blocks whose parts are called from outside, when they are
+    not gathered; these are left out too. None takes it that there are none. Where blocks are
+    checkpointed it is all of them or none: between graphs, one that is no graph of its own would
+    run again without its masks.
+    """
+    if checkpoints_by_itself(student):
+        return []
+    wrapped = [*filter(is_wrapped, student.modules())]
+    blocks = dict.fromkeys(wrapped or find_blocks(student))
+    owned = [parameter for block in blocks for parameter in block.parameters()]
+    owners = Counter([*owned, *list_outside_parameters(student, blocks)])
+    alone = [block for block in blocks if all(owners[own] == 1 for own in block.parameters())]
+    entered = set() if call is None else find_entered_blocks(alone, call)
+    units = [block for block in alone if block not in entered]
+    return [] if wrapped and len(units) < len(blocks) else units
+
+
+def find_entered_blocks(blocks: Iterable[nn.Module], call: Callable[[], None]) -> set[nn.Module]:
+    """Returns the blocks of which ``call`` calls a part outside of the block's own call.
+
+    diffusers' DiT does: its output layer embeds the time by the first block.
+    """
+    running: set[nn.Module] = set()
+    entered: set[nn.Module] = set()
+
+    def enter(block: nn.Module, *_: Any) -> None:
+        running.add(block)
+
+    def leave(block: nn.Module, *_: Any) -> None:
+        running.discard(block)
+
+    def look(block: nn.Module, *_: Any) -> None:
+        if block not in running:
+            entered.add(block)
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(enter).remove)
+            stack.callback(block.register_forward_hook(leave, always_call=True).remove)
+            for part in filter(lambda part: part is not block, block.modules()):
+                hook = part.register_forward_pre_hook(partial(look, block))
+                stack.callback(hook.remove)
+        call()
+    return entered
+
+
+def list_outside_parameters(
+    model: nn.Module, blocks: Collection[nn.Module]
+) -> Iterator[nn.Parameter]:
+    """Yields the parameters that ``model`` reaches through no block, those of a part once each."""
+    if model in blocks:
+        return
+    yield from model.parameters(recurse=False)
+    for child in model.children():
+        yield from list_outside_parameters(child, blocks)
 
 
 def get_local_rows(tensor: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
@@ -33,47 +34,94 @@ class CheckpointingModel(Protocol):
         """Ends it."""
 
 
+RunBlock: TypeAlias = Callable[..., Any]
+"""A function that is called with the forward of a block and its inputs, as torch's checkpoint."""
+
+
 @contextmanager
-def checkpointing_gradients(model: nn.Module, wanted: bool) -> Iterator[None]:
+def checkpointing_gradients(
+    model: nn.Module, wanted: bool, *, by_block: bool = False
+) -> Iterator[None]:
     """Checkpoints the blocks of ``model`` for the block of code, if that is ``wanted``.
 
-    A model that did so before goes on doing it afterwards. Raises ConfigError where the model has
-    no blocks.
+    A model that did so before goes on doing it afterwards. ``by_block``: see
+    ``start_checkpointing``. Raises ConfigError where the model has no blocks.
     """
     if not wanted or is_checkpointing(model):
         yield
         return
-    start_checkpointing(model)
+    start_checkpointing(model, by_block=by_block)
     try:
         yield
     finally:
         stop_checkpointing(model)
 
 
+@contextmanager
+def running_blocks_by(
+    model: nn.Module, run: RunBlock | None, *, by_block: bool = False
+) -> Iterator[None]:
+    """Lets ``run`` run what checkpointing would run again; None changes nothing.
+
+    Raises ConfigError where the model has no blocks.
+    """
+    if run is None:
+        yield
+        return
+    before, wrapped = is_checkpointing(model), any(map(is_wrapped, model.modules()))
+    if before:
+        stop_checkpointing(model)
+    try:
+        start_checkpointing(model, run, by_block=by_block or wrapped)
+        yield
+    finally:
+        stop_checkpointing(model)
+        if before:
+            start_checkpointing(model, by_block=wrapped)
+
+
 def is_checkpointing(model: nn.Module) -> bool:
     """Returns whether a model checkpoints its blocks, by itself or by ``start_checkpointing``."""
+    return checkpoints_by_itself(model) or any(map(is_wrapped, model.modules()))
+
+
+def checkpoints_by_itself(model: nn.Module) -> bool:
+    """Returns whether a model checkpoints its blocks by means of its own."""
     flags = ("gradient_checkpointing", "use_checkpoint")
-    own = any(vars(m).get(flag) is True for m in model.modules() for flag in flags)
-    return own or any(map(is_wrapped, model.modules()))
+    return any(vars(m).get(flag) is True for m in model.modules() for flag in flags)
 
 
-def start_checkpointing(model: nn.Module) -> None:
-    """Begins to checkpoint the blocks of ``model``. Raises ConfigError where it has none."""
-    if isinstance(model, CheckpointingModel):
+def start_checkpointing(
+    model: nn.Module, run: RunBlock | None = None, *, by_block: bool = False
+) -> None:
+    """Begins to checkpoint the blocks of ``model``. Raises ConfigError where it has none.
+
+    ``run``: runs a block; None is torch's checkpoint. ``by_block``: inside of blocks, where there
+    are any, rather than by the model's own means, which call a block with its hooks once more;
+    diffusers' models keep theirs, since TorchDynamo leaves some of their blocks to Python inside.
+    """
+    blocks = find_blocks(model)
+    inside = by_block and blocks and not is_of_diffusers(model)
+    if isinstance(model, CheckpointingModel) and not inside:
         try:
-            model.enable_gradient_checkpointing()
+            model.enable_gradient_checkpointing(*(() if run is None else (run,)))
         except ValueError:  # diffusers: this class has none
             pass
         else:
             return
-    blocks = find_blocks(model)
     if not blocks:
         raise ConfigError(
             f"{type(model).__name__} has no gradient checkpointing of its own, and no list of "
             "blocks that could be checkpointed one by one: leave gradient_checkpointing off"
         )
     for block in blocks:
-        block.__dict__["forward"] = types.MethodType(run_checkpointed, block)
+        forward = run_checkpointed if run is None else partial(run_block_by, run)
+        block.__dict__["forward"] = types.MethodType(forward, block)
+
+
+def is_of_diffusers(model: nn.Module) -> bool:
+    """Returns whether a model's class is one of diffusers, or derived from one."""
+    return any(base.__module__.startswith("diffusers.") for base in type(model).__mro__)
 
 
 def stop_checkpointing(model: nn.Module) -> None:
@@ -81,7 +129,7 @@ def stop_checkpointing(model: nn.Module) -> None:
     for block in model.modules():
         if is_wrapped(block):
             del block.__dict__["forward"]
-    if isinstance(model, CheckpointingModel):
+    if isinstance(model, CheckpointingModel) and checkpoints_by_itself(model):
         model.disable_gradient_checkpointing()
 
 
@@ -94,7 +142,10 @@ def copy_checkpointing(model: nn.Module, copied: nn.Module | None) -> None:
 def is_wrapped(block: nn.Module) -> bool:
     """Returns whether ``start_checkpointing`` has replaced the forward of a module."""
     forward: Any = vars(block).get("forward")
-    return isinstance(forward, types.MethodType) and forward.__func__ is run_checkpointed
+    if not isinstance(forward, types.MethodType):
+        return False
+    function: Any = forward.__func__
+    return (function.func if isinstance(function, partial) else function) in WRAPPERS
 
 
 def run_checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -107,3 +158,11 @@ def run_checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return own(block, *args, **kwargs)
 
     return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+def run_block_by(run: RunBlock, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Lets ``run`` run the own forward of a block."""
+    return run(types.MethodType(type(block).forward, block), *args, **kwargs)
+
+
+WRAPPERS = (run_checkpointed, run_block_by)

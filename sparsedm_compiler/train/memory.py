@@ -7,9 +7,7 @@ shapes and no values. What ops need while they run, and the allocator on top, is
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,10 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import MacsReport
 from ..progress import format_bytes
-from .find_blocks import find_blocks
 from .finetune_config import FinetuneConfig
 from .fsdp import list_units
-from .gradient_checkpointing import CheckpointingModel, is_checkpointing, stop_checkpointing
+from .gradient_checkpointing import is_checkpointing, running_blocks_by
 from .mask_options import chooses_masks
 from .optimizers import count_state_bytes
 
@@ -112,7 +109,7 @@ def estimate_memory(
         masks=kept_masks // split,
         teacher=weights + buffers if taught else 0,
         activations=activations + count_loss_bytes(call[0][0], taught=taught),
-        gathered=count_gathered_bytes(model, config) if config.shard else 0,
+        gathered=count_gathered_bytes(model) if config.shard else 0,
         recomputed=recomputed,
     )
 
@@ -139,11 +136,10 @@ def list_adapter_weights(model: nn.Module, rank: int) -> list[Tensor]:
     ]
 
 
-def count_gathered_bytes(model: nn.Module, config: FinetuneConfig) -> int:
+def count_gathered_bytes(model: nn.Module) -> int:
     """Returns the bytes of the parameters that a step of a sharded student holds at once."""
     whole = count_bytes([*model.parameters()])
-    units = [] if config.gradient_checkpointing else list_units(model)
-    sizes = [count_bytes([*unit.parameters()]) for unit in units]
+    sizes = [count_bytes([*unit.parameters()]) for unit in list_units(model)]
     return whole - sum(sizes) + max(sizes, default=0)
 
 
@@ -214,7 +210,8 @@ def count_activation_bytes(
             checkpoints = config.gradient_checkpointing or is_checkpointing(model)
             if checkpoints:  # blocks get masked weights as inputs, which stay
                 tally.keep(used[name] for name in pruned)
-            with simulate_checkpointing(model, tally, checkpoints), tally.watch(), autocast:
+            run = tally.run_block if checkpoints else None
+            with running_blocks_by(model, run, by_block=config.shard), tally.watch(), autocast:
                 functional_call(model, {**used, **buffers}, args, dict(kwargs))
     finally:
         model.train(training)
@@ -224,33 +221,3 @@ def count_activation_bytes(
 def make_fake(tensor: Tensor) -> Tensor:
     """Returns a tensor like ``tensor`` on the CPU; in FakeTensorMode it has no values."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
-@contextmanager
-def simulate_checkpointing(model: nn.Module, tally: Tally, wanted: bool) -> Iterator[None]:
-    """Lets a tally run the blocks that gradient checkpointing would, for the block of code."""
-    if not wanted:
-        yield
-        return
-    before = is_checkpointing(model)
-    blocks: list[nn.Module] = []
-    if isinstance(model, CheckpointingModel):
-        model.enable_gradient_checkpointing(tally.run_block)
-    else:
-        blocks = find_blocks(model)
-        for block in blocks:
-            block.__dict__["forward"] = make_counted_forward(block, tally)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.__dict__["forward"]
-        stop_checkpointing(model)
-        if before and isinstance(model, CheckpointingModel):
-            model.enable_gradient_checkpointing()
-
-
-def make_counted_forward(block: nn.Module, tally: Tally) -> Callable[..., Any]:
-    """Returns a forward of a block that a tally runs."""
-    own = types.MethodType(type(block).forward, block)
-    return lambda *args, **kwargs: tally.run_block(own, *args, **kwargs)

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class RunInputs:
     """Data, scheduler and folder of one fine-tune; each as ``finetune`` describes it.
 
-    ``prints``: fingerprints of all inputs, with which alone the folder is resumed. ``settings``:
-    further files, name and text, to write into the folder once the run begins.
+    ``prints``: fingerprints of all inputs, with which alone the folder is resumed. ``known``: those
+    of "teacher" and "data", where they have been computed. ``settings``: further files, name and
+    text, to write into the folder once the run begins.
     """
 
     data: Data
@@ -30,4 +31,5 @@ class RunInputs:
     sample_grids: SampleGrids | None = None
     folder: Path | None = None
     prints: Fingerprints = field(default_factory=dict)
+    known: Fingerprints = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,10 +12,11 @@ from torch import nn
 from .. import ConfigError
 from ..diffusion import in_mode, predict
 from ..diffusion.condition import move_condition
-from ..diffusion.objective import make_objective
+from ..diffusion.objective import Objective, make_objective
 from ..meta_models import require_values
 from ..progress import watch_compilation
 from .batches import iterate_once
+from .check_call import check_call
 from .distributed import TrainingProcess
 from .ema import Ema
 from .finetune_config import FinetuneConfig
@@ -42,7 +44,8 @@ def open_run(
     if config.shard and optimizer is not None:
         raise ConfigError("shard=True replaces the parameters, and no optimizer can know the new")
     require_target(teacher, config)
-    process = TrainingProcess(student, config)
+    objective = make_objective(config.objective, inputs.scheduler, config.levels)
+    process = TrainingProcess(student, config, partial(call_once, student, objective, inputs))
     optimizer = make_student_optimizer(student, config) if optimizer is None else optimizer
     check_parameters(student, teacher, optimizer)
     process.wrap(optimizer)
@@ -52,13 +55,23 @@ def open_run(
         student,
         first_teacher=None if config.teacher == "none" else teacher,
         teacher=None,
-        objective=make_objective(config.objective, inputs.scheduler, config.levels),
+        objective=objective,
         process=process,
         stages=plan_stages(config, student),
         lrs=[group["lr"] for group in optimizer.param_groups],
         ema=None if config.ema_decay is None else Ema(student, config.ema_decay),
         masks=MaskWatch(student),
     )
+
+
+def call_once(student: nn.Module, objective: Objective, inputs: RunInputs) -> None:
+    """Calls the student with the first of the images, as it runs dense and captures nothing.
+
+    Raises DataError where it does not take them.
+    """
+    for images, condition in iterate_once(inputs.data, 1):
+        check_call(student, objective, images, condition)
+        return
 
 
 @contextmanager

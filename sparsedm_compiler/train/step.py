@@ -68,12 +68,13 @@ def compute_losses(run: Run, micro_batch: MicroBatch) -> Tensor:
     )
     y = None if condition is None else move_condition(condition, like)
     x, t, target = run.objective.prepare(x0, values.noise.to(like.device), values.u.to(like.device))
-    x = x.to(like.dtype)
     torch.manual_seed(seed_at(config.seed, "dropout", micro_batch.first))
     with run.process.autocast():
-        guess = run.process.predict(x, t, y).float()
+        guess = run.process.predict(x.to(like.dtype), t, y).float()
     noise = F.mse_loss(guess, target)
-    taught = None if config.beta == 0 else get_teacher_output(run, micro_batch.first, x, t, y)
+    taught = None
+    if config.beta != 0:
+        taught = get_teacher_output(run, micro_batch.first, x, t, condition)
     if taught is None:
         loss = config.alpha * noise
         return torch.stack([loss, noise, torch.zeros_like(noise)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .. import ConfigError, DataError, pattern_of
 from ..data import ImageData
 from ..data.row_cache import RowCache, get_free_bytes, read_cache
 from ..diffusion import predict
-from ..diffusion.condition import Condition, take_rows
+from ..diffusion.condition import Condition, move_condition, take_rows
 from ..evaluate.process_group import raising_together
 from ..progress import announce, format_bytes
 from .batches import check_batch, index_data
@@ -35,6 +34,7 @@ from .fingerprints import (
     fingerprint_values,
     fingerprint_weights,
     list_differences,
+    to_json,
 )
 from .run_inputs import RunInputs
 from .state import Run
@@ -62,17 +62,25 @@ def open_teacher_cache(run: Run, progress: bool) -> RowCache | None:
     if run.config.teacher_cache is None:
         return None
     folder, first = Path(run.config.teacher_cache), run.progress.seen
+    config, inputs, teacher = run.config, run.inputs, run.first_teacher
     with raising_together(), announce("opening the teacher cache"):
-        cache = find_cache(folder, run.config, run.inputs, run.first_teacher)
-    total = count_positions(run.config)
+        about = describe_teaching(config, inputs, teacher)
+        cache = find_cache(folder, config, inputs, about)
+    total = count_positions(config)
     with raising_together():
-        if run.first_teacher is None and (missing := cache.count_missing(first, total)):
+        if teacher is None and (missing := cache.count_missing(first, total)):
             raise ConfigError(
                 f"the teacher cache {folder} lacks {missing:,} of the {total - first:,} outputs "
                 "that are due: give the teacher, which computes them"
             )
-        if run.first_teacher is not None and run.process.is_main:
-            reserve(cache, total, progress)
+        if teacher is not None and run.process.is_main:
+            check_room(cache, total, progress)
+            cache.claim()
+    run.process.wait_for_all()
+    with raising_together():
+        cache = find_cache(folder, config, inputs, about)  # another run may have been first
+        if teacher is not None and run.process.is_main:
+            cache.reserve(total)
     run.process.wait_for_all()
     return cache
 
@@ -82,8 +90,8 @@ def count_positions(config: FinetuneConfig) -> int:
     return -(-config.images // config.batch_size) * config.batch_size
 
 
-def reserve(cache: RowCache, total: int, progress: bool) -> None:
-    """Says how much of the disk the cache takes, and takes it. Raises ConfigError, DataError."""
+def check_room(cache: RowCache, total: int, progress: bool) -> None:
+    """Says how much of the disk the cache takes. Raises ConfigError where so much is not free."""
     size, new = cache.count_bytes(total), cache.count_unreserved_bytes(total)
     if progress:
         missing = cache.count_missing(0, total)
@@ -98,30 +106,29 @@ def reserve(cache: RowCache, total: int, progress: bool) -> None:
             f"in {str(cache.dtype).removeprefix('torch.')}, and {format_bytes(free)} are free: "
             "choose another folder, fewer images, or teacher_dtype 'bf16'"
         )
-    cache.reserve(total)
 
 
 def find_cache(
-    folder: Path, config: FinetuneConfig, inputs: RunInputs, teacher: nn.Module | None
+    folder: Path, config: FinetuneConfig, inputs: RunInputs, about: Fingerprints
 ) -> RowCache:
     """Returns the cache in ``folder``, or a new one that is not written yet.
 
-    Raises ConfigError where it holds other outputs, or there is none and no teacher either.
+    ``about``: what ``describe_teaching`` returns. Raises ConfigError where it holds other outputs,
+    or there is none and no teacher either.
     """
-    about = describe_teaching(config, inputs, teacher)
-    cache = read_cache(folder)
-    if cache is None and teacher is None:
+    cache, taught = read_cache(folder), TEACHER[0] in about
+    if cache is None and not taught:
         raise ConfigError(f"the teacher cache {folder} is empty: give the teacher, which fills it")
     if cache is None:
-        record = {name: asdict(value) for name, value in about.items()}
+        record = {name: to_json(value) for name, value in about.items()}
         shape, total = find_output_shape(inputs), count_positions(config)
         return RowCache(folder, record, DTYPES[config.teacher_dtype], shape, total=total)
     try:
         theirs = {name: Fingerprint(**value) for name, value in cache.about.items()}
     except TypeError as error:
         raise DataError(f"the record of {folder} is damaged: {error}; remove {folder}") from error
-    if teacher is None:
-        about = {name: theirs[name] for name in TEACHER if name in theirs} | about
+    if not taught:
+        about = {name: theirs[name] for name in TEACHER if name in theirs} | dict(about)
     if differences := list_differences(theirs, about):
         raise ConfigError(
             f"the teacher cache {folder} holds outputs with {'; '.join(differences)}: choose "
@@ -146,12 +153,12 @@ def describe_teaching(
             f"a teacher cache needs data that are the same at every reading, tensors or an "
             f"ImageData; a {type(data).__name__} may draw images at random"
         )
-    prints: dict[str, Fingerprint] = {}
+    prints, known = dict[str, Fingerprint](), inputs.known
     if teacher is not None:
-        prints["teacher"] = fingerprint_weights(teacher)
+        prints["teacher"] = known.get("teacher") or fingerprint_weights(teacher)
         if settings := list_settings(teacher):
             prints["teacher settings"] = fingerprint_option(settings)
-    prints["data"] = fingerprint_data(data)
+    prints["data"] = known.get("data") or fingerprint_data(data)
     if inputs.null is not None:
         prints["null"] = fingerprint_condition(inputs.null)
     if inputs.scheduler is not None:
@@ -198,7 +205,8 @@ def get_teacher_output(
 ) -> Tensor | None:
     """Returns the teacher's prediction for images from position ``first`` on; None without one.
 
-    It is read where it was kept, else computed, rounded to ``teacher_dtype`` and kept.
+    It is read where it was kept, else computed, rounded to ``teacher_dtype`` and kept. ``x``: in
+    float32, whatever the student takes.
     """
     cache = run.teacher_cache
     kept = None if cache is None else cache.read(first, len(x))
@@ -214,12 +222,22 @@ def get_teacher_output(
                 "the teacher, which computes them again"
             )
         return None
-    with torch.no_grad(), run.process.autocast():
-        taught = predict(run.teacher, x, t, y)
-    taught = taught.to(DTYPES[run.config.teacher_dtype])
+    taught = compute_teacher_output(run, run.teacher, x, t, y).to(DTYPES[run.config.teacher_dtype])
     if cache is not None:
         cache.write(first, taught)
     return taught
+
+
+def compute_teacher_output(
+    run: Run, teacher: nn.Module, x: Tensor, t: Tensor, y: Condition | None
+) -> Tensor:
+    """Returns the prediction of a teacher, which gets its inputs in its own dtype."""
+    like = next(teacher.parameters(), run.process.like)
+    if like.dtype not in DTYPES.values():  # stored in 8 bits, or wider than the student
+        like = run.process.like
+    condition = None if y is None else move_condition(y, like)
+    with torch.no_grad(), run.process.autocast():
+        return predict(teacher, x.to(like), t, condition)
 
 
 def compare_output(run: Run, kept: Tensor, x: Tensor, t: Tensor, y: Condition | None) -> None:
@@ -229,8 +247,7 @@ def compare_output(run: Run, kept: Tensor, x: Tensor, t: Tensor, y: Condition | 
     """
     assert run.teacher is not None
     assert run.teacher_cache is not None
-    with torch.no_grad(), run.process.autocast():
-        taught = predict(run.teacher, x, t, y).double()
+    taught = compute_teacher_output(run, run.teacher, x, t, y).double()
     run.teacher_compared = True
     if bool((taught - kept).square().mean() > TOLERANCE * taught.square().mean()):
         raise ConfigError(

@@ -58,6 +58,14 @@ def test_prune_permuted_and_mixed_then_a_student_of_the_chosen_patterns(
     kept = {row["weight"]: row["kept_after"] for row in permutation["weights"]}
     for row in report["layers"]:
         assert row["kept_energy"] == pytest.approx(kept[row["weight"]], rel=1e-5)
+    again = (*PRUNE[:-1], "runs/b", "--mixed", "runs/a/patterns.json", "--method", "magnitude")
+    assert shell(*again).status == 0
+    report = json.loads((shell.folder / "runs/b/report.json").read_text())
+    assert {row["weight"]: row["pattern"] for row in report["layers"]} == patterns
+    for option in (("--pattern", "1:4"), ("--policy", "all"), ("--keep-dense", "mid_block")):
+        assert f"{option[0]} is chosen in --mixed runs/a" in shell(*again, *option).reason
+    (shell.folder / "runs/a/patterns.json").write_text("{}")
+    assert "is no choice of patterns: it lacks" in shell.dry(*again).reason
 
 
 def test_prune_dry_run_says_what_would_happen(shell: Shell, weights: Sequence[str]) -> None:
@@ -71,6 +79,9 @@ def test_prune_dry_run_says_what_would_happen(shell: Shell, weights: Sequence[st
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
+        ([], "--pattern is missing: give one, e.g. 2:4, or --mixed patterns.json"),
+        (["--mixed", "2:4,1:4"], "--pattern is missing"),
+        (["--mixed", "gone.json"], "cannot read gone.json"),
         (["--pattern", "5:4"], "pattern '5:4' is not 'n:m'"),
         (["--pattern", "2:4", "--method", "taylor"], "method 'taylor' is none of obs"),
         (["--pattern", "2:4", "--override", "mid_block"], "is not GLOB=PATTERN"),
@@ -86,6 +97,7 @@ def test_prune_dry_run_says_what_would_happen(shell: Shell, weights: Sequence[st
         (["--pattern", "2:4", "--mixed", "2:4", "--override", "a=1:4"], "both choose patterns"),
     ],
     ids=[
+        *("no_pattern", "mixed_alone", "no_choice"),
         *("pattern", "method", "override", "objective", "pruned", "data", "weights", "policy"),
         *("budget", "mixed", "budget_alone", "dense_mixed", "mixed_and_override"),
     ],

@@ -159,6 +159,17 @@ def test_jpeg_pack_is_decoded_once(pack: Any, tmp_path: Path) -> None:
     assert ops_of(data, range(6)) == ops_of(data, range(1))
 
 
+def test_hash_of_a_jpeg_pack_follows_every_byte_that_is_read(pack: Any, tmp_path: Path) -> None:
+    arrays, _ = pack
+    first, some = (open_data(written(tmp_path, **arrays), limit=n).hash_content() for n in (6, 5))
+    assert first == open_data(written(tmp_path, **arrays)).hash_content() != some
+    body = arrays["body"].copy()
+    body[-1] ^= 1
+    changed = written(tmp_path, **{**arrays, "body": body})
+    assert open_data(changed).hash_content() != first
+    assert open_data(changed, limit=5).hash_content() == some
+
+
 def test_jpeg_pack_with_labels_limit_and_size(pack: Any, tmp_path: Path) -> None:
     arrays, truth = pack
     path = written(tmp_path, **arrays)

@@ -51,6 +51,31 @@ def test_rows_are_read_as_they_were_written_over_parts_and_by_another_reader(
     assert other.count_missing(0, 14) == 2
 
 
+def test_record_when_two_caches_are_made_at_once_is_that_of_the_first(tmp_path: Path) -> None:
+    made = [RowCache(tmp_path, {"of": n}, torch.float32, SHAPE, per_part=n) for n in (2, 3)]
+    for cache in made:
+        cache.claim()
+    record = read_cache(tmp_path)
+    assert record is not None
+    assert (record.about, record.per_part) == ({"of": 2}, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.json"]
+
+
+def test_parts_when_another_process_finds_no_room_stay_with_their_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_late(handle: int, size: int) -> None:
+        monkeypatch.undo()
+        make_cache(tmp_path)
+        raise OSError("no room")
+
+    monkeypatch.setattr(row_cache, "reserve_bytes", fail_late)
+    with pytest.raises(DataError, match="no room"):
+        make_cache(tmp_path)
+    assert read_cache(tmp_path) is not None
+    assert len([*tmp_path.glob("*.safetensors")]) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_of_a_narrow_type_are_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
     cache = RowCache(tmp_path, {}, dtype, SHAPE, total=2)

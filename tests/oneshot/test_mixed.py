@@ -261,3 +261,73 @@ def test_choose_where_a_pruned_layer_overflows_then_its_error_is_the_worst(
     (row,) = (row for row in choice.rows if row.weight == "c.weight")
     assert row.pattern == "2:4"
     assert choice.error < min(row.errors["1:4"], row.errors["1:8"])
+
+
+def test_choice_when_it_is_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    choice = choose(make_net(), candidates=["1:1", "2:4", "1:8"], macs="2:4", keep_dense="last")
+    choice.save(tmp_path / "patterns.json")
+    again = sdm.PatternChoice.load(tmp_path / "patterns.json")
+    assert again == choice
+    assert again.within(choice.budget * 0.9) == choice.within(choice.budget * 0.9)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("choice") / "patterns.json"
+    choose(make_net(), score="layer").save(path)
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("fixed",), None, "fixed None is no number >= 0"),
+        (("colour",), 1, "it has colour, which no choice has"),
+        (("unit",), "s", "unit 's' is none of MACs, ms"),
+        (("score",), "x", "score 'x' is none of output, layer"),
+        (("policy",), ["all"], r"policy \['all'\] is none of structural"),
+        (("budget",), float("nan"), "budget nan is no number"),
+        (("cost",), True, "cost True is no number"),
+        (("cost",), 1.0, "its layers cost .* together, not 1"),
+        (("keep_dense",), "last", "keep_dense 'last' is no list of names"),
+        (("pattern",), "4:2", "pattern '4:2' is not"),
+        (("overrides",), {"b": "2:4"}, "overrides are not those of its layers"),
+        (("error",), 0.0, "error are not those of its layers"),
+        (("layers",), [], "layers is no list of weights"),
+        (("layers", 0), 5, "a layer is a int"),
+        (("layers", 0, "weight"), 5, "weight 5 is no name"),
+        (("layers", 0, "weight"), "b.weight", "a weight stands in layers twice"),
+        (("layers", 0, "pattern"), "1:16", "errors and costs of a.weight are not of the same"),
+        (("layers", 0, "costs"), 5, "costs of a.weight are no numbers"),
+        (("layers", 0, "costs", "2:4"), "5", "costs of a.weight at 2:4 '5' is no number"),
+        (("layers", 0, "errors", "2-4"), 0.5, "pattern '2-4' is not"),
+    ],
+)
+def test_choice_of_a_damaged_file_is_refused(
+    path: tuple[Any, ...], value: Any, says: str, saved: dict[str, Any], tmp_path: Path
+) -> None:
+    values = json.loads(json.dumps(saved))
+    *outer, last = path
+    inner: Any = values
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    file = tmp_path / "patterns.json"
+    file.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=says):
+        sdm.PatternChoice.load(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{", "is no JSON"), ("5", "it is a int"), ("{}", "it lacks budget, cost"), (None, "cannot")],
+)
+def test_choice_of_a_file_that_is_none_is_refused(
+    text: str | None, says: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "patterns.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        sdm.PatternChoice.load(file)

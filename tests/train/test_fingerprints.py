@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sparsedm_compiler.data import TensorData
+from sparsedm_compiler.data import TensorData, fingerprint, latents, open_data
+from sparsedm_compiler.data.fingerprint import hash_all, spread_numbers
 from sparsedm_compiler.diffusion import generator_at, make_scheduler
 from sparsedm_compiler.errors import CheckpointError
 from sparsedm_compiler.train.fingerprints import (
@@ -51,6 +55,63 @@ def test_fingerprint_data_of_images_follows_their_content() -> None:
     digests = {fingerprint_data(other).sha256 for other in others}
     assert len({first.sha256, *digests}) == len(others) + 1
     assert fingerprint_data(TensorData(images)) == fingerprint_data(TensorData(images.clone()))
+
+
+def open_tensors(folder: Path, images: Tensor) -> Any:
+    return images, torch.zeros(len(images), dtype=torch.int64)
+
+
+def open_tensor_data(folder: Path, images: Tensor) -> Any:
+    return TensorData(images)
+
+
+def open_latents(folder: Path, images: Tensor) -> Any:
+    save_file({"latents": images}, folder / "x.safetensors")
+    return open_data(folder / "x.safetensors")
+
+
+def open_files(folder: Path, images: Tensor) -> Any:
+    for number, image in enumerate(images):
+        size = 8 + int(image.sum() > 0)
+        Image.new("RGB", (size, size)).save(folder / f"{number:03d}.bmp")
+    return open_data(folder, size=8)
+
+
+@pytest.mark.parametrize("open_it", [open_tensors, open_tensor_data, open_latents, open_files])
+def test_fingerprint_data_when_one_image_beside_the_sampled_ones_changes_differs(
+    open_it: Callable[[Path, Tensor], Any], tmp_path: Path
+) -> None:
+    changed = 7
+    assert changed not in spread_numbers(200)
+    images = torch.zeros(200, 1, 2, 2)
+    first, again = (fingerprint_data(open_it(tmp_path, images)) for _ in range(2))
+    assert first.is_like(again)
+    images = images.index_fill(0, torch.tensor(changed), 1.0)
+    other = fingerprint_data(open_it(tmp_path, images))
+    assert first.sha256 == other.sha256
+    assert len(list_differences({"data": first}, {"data": other})) == 1
+    earlier = Fingerprint(first.about, first.sha256)  # a record of an earlier version
+    assert not list_differences({"data": earlier}, {"data": other})
+    assert not list_differences({"data": first}, {"data": earlier})
+
+
+def test_fingerprint_data_of_a_large_file_of_latents_samples_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_latents(tmp_path, torch.zeros(4, 1, 2, 2))
+    assert fingerprint_data(data).content is not None
+    monkeypatch.setattr(latents, "HASHED_BYTES", 4 * 16 - 1)
+    assert fingerprint_data(data).content is None
+
+
+def test_hash_of_all_values_when_they_are_cut_into_chunks_sees_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fingerprint, "CHUNK_BYTES", 8)
+    rows = torch.arange(5.0)
+    hashes = {hash_all([rows + (torch.arange(5) == changed)]) for changed in range(6)}
+    assert len(hashes) == 6
+    assert hash_all([rows[:3], rows[3:]]) != hash_all([rows])
 
 
 def test_fingerprint_data_of_any_dataset_reads_no_image() -> None:

@@ -8,13 +8,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.files import check_file
+from sparsedm_compiler.models import UViT
 from sparsedm_compiler.train import FinetuneConfig
+from sparsedm_compiler.train.optimizers import OPTIMIZERS
 from tests.oracle import assert_same, brute_mask, masked_patterns
-from tests.train.cases import data, student_of, teacher
+from tests.train.cases import data, student_of, teacher, weights
+
+EIGHT_BITS = ["bnb-adamw8bit", "torchao-adamw8bit"]
 
 BUDGET: dict[str, Any] = {"images": 32, "batch_size": 8, "lr": 1e-2, "progress": False}
 LORA: dict[str, Any] = {**BUDGET, "only": "lora", "lora_rank": 2}
@@ -118,3 +123,58 @@ def test_adapters_alone_train_alike_from_cached_outputs_with_checkpointed_blocks
     assert second.ema is not None
     for name, tensor in plain.ema.state_dict().items():
         assert_same(second.ema.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_adapters_when_their_optimizer_is_of_eight_bits_train_and_resume(
+    name: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(OPTIMIZERS[name].package)
+    torch.manual_seed(0)
+    model = UViT(img_size=4, in_chans=1, embed_dim=64, depth=0, num_heads=2, num_classes=4)
+    options: dict[str, Any] = {**LORA, "lora_rank": 64, "save_every": 16, "ema_decay": None}
+    given = {**options, "optimizer": name, "out": tmp_path}
+    plain, student = student_of(model), student_of(model)
+    losses = sdm.finetune(plain, model, data(), **options).losses
+    result = sdm.finetune(student, model, data(), **given)
+    assert result.losses == pytest.approx(losses, rel=0.1)
+    for weight, before in zip(student.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(weight, before, rtol=0, atol=0.1)
+    last = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    kept = load_file(last / "optimizer.safetensors").values()
+    assert torch.uint8 in {tensor.dtype for tensor in kept}
+    size = sum(p.numel() for n, p in model.named_parameters() if n in sdm.get_masks(student))
+    assert sum(tensor.nbytes for tensor in kept) < 8 * size  # of the adapters' moments alone
+    for later in (last, tmp_path / "results.json"):
+        for path in sorted(later.glob("*")) or [later]:
+            path.unlink()
+    last.rmdir()
+    resumed = student_of(model)
+    assert sdm.finetune(resumed, model, data(), **given).losses == result.losses
+    assert all(map(torch.equal, weights(student), weights(resumed)))
+
+
+class EightBitLinear(nn.Module):
+    """A frozen linear layer whose weight is kept as integers."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.scale = layer.weight.abs().max().item() / 127
+        codes = (layer.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.float() * self.scale).T
+
+
+def test_adapters_when_some_of_the_base_is_in_eight_bits_train_and_leave_it() -> None:
+    model = teacher()
+    model.mid_block.mlp.fc2 = EightBitLinear(model.mid_block.mlp.fc2)
+    codes = model.mid_block.mlp.fc2.weight.clone()
+    student = student_of(model)
+    result = sdm.finetune(student, teacher(), data(), **LORA)
+    assert result.ema is not None
+    for trained in (student, result.ema):
+        assert_same(trained.get_parameter("mid_block.mlp.fc2.weight"), codes)
+    before, after = (m.get_parameter("mid_block.attn.qkv.weight") for m in (model, result.ema))
+    assert not torch.equal(before * (after != 0), after)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import sparsedm_compiler as sdm
 from sparsedm_compiler.models import UViT
 from sparsedm_compiler.train import FinetuneConfig, loop
+from sparsedm_compiler.train.gradient_checkpointing import is_checkpointing, start_checkpointing
 from sparsedm_compiler.train.memory import MemoryEstimate, estimate_memory
 
 BATCH = 16
@@ -124,3 +125,31 @@ def test_memory_is_shown_by_its_parts() -> None:
         "3.0 MB: weights 2.0 MB, gradients 1.0 MB, masks 500 B, activations 3.0 kB"
     )
     assert not UViT(embed_dim=8, depth=0).use_checkpoint
+
+
+def test_memory_with_checkpointing_of_a_model_that_refuses_its_own_is_that_of_its_blocks() -> None:
+    class Refusing(UViT):
+        """Refuses as classes of diffusers do that have none."""
+
+        def enable_gradient_checkpointing(self, *_: Any) -> None:
+            raise ValueError("Refusing does not support gradient checkpointing")
+
+    model, flat = make_model(), UViT(img_size=8, in_chans=1, embed_dim=16, depth=0, num_heads=2)
+    config = FinetuneConfig(batch_size=BATCH, gradient_checkpointing=True)
+    for refusing in (model, flat):
+        refusing.__class__ = Refusing
+    assert estimate_memory(model, config, make_call).recomputed > 0
+    assert not is_checkpointing(model)
+    with pytest.raises(sdm.ConfigError, match="Refusing has no gradient checkpointing of its own"):
+        estimate_memory(flat, config, make_call)
+
+
+def test_memory_of_a_model_that_checkpoints_by_block_is_computed_and_leaves_it_so() -> None:
+    model, config = make_model(), FinetuneConfig(batch_size=BATCH, shard=True)
+    before = estimate_memory(model, config, make_call, processes=2)
+    start_checkpointing(model, by_block=True)
+    after = estimate_memory(model, config, make_call, processes=2)
+    assert after.activations < 0.9 * before.activations
+    assert after.gathered == before.gathered
+    assert is_checkpointing(model)
+    assert not model.use_checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ import torch
 import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError
 from sparsedm_compiler.masks.nm_mask import nm_mask
-from tests.train.cases import short, teacher, weights
+from tests.train.cases import CLASSES, data, short, student_of, teacher, weights
+
+ALONE: dict[str, Any] = {
+    **{"batch_size": 8, "lr": 1e-2, "flip": True, "drop_condition": 0.2, "null_label": CLASSES},
+    **{"max_grad_norm": 0.5, "progress": False},
+}
+"""Options of ``short`` for a run without a teacher."""
 
 
 @pytest.mark.parametrize("method", ["sparsedm", "dense"])
@@ -43,6 +50,41 @@ def test_finetune_twice_in_one_process_with_another_precision_works() -> None:
     before, _ = short("ste")
     short("ste", mixed_precision="bf16")
     assert short("ste")[0].losses == before.losses
+
+
+@pytest.mark.parametrize(
+    ("taught", "trained"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_finetune_when_teacher_and_student_differ_in_dtype_runs_each_in_its_own(
+    taught: torch.dtype, trained: torch.dtype, tmp_path: Path
+) -> None:
+    model, seen = teacher().to(taught), set()
+    model.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+    options: dict[str, Any] = {"images": 24, "held_out_every": None}
+    plain = short(**options)[0]
+    options |= {"teacher_cache": tmp_path}
+    result, student = short(teacher=model, student=student_of(teacher().to(trained)), **options)
+    assert seen == {taught}
+    assert result.ema is not None
+    dtypes = {weight.dtype for weight in (*weights(student), *weights(result.ema))}
+    assert dtypes == {trained}
+    assert result.losses == pytest.approx(plain.losses, rel=0.03)
+    assert result.losses != plain.losses
+    alone = sdm.finetune(student_of(teacher().to(trained)), None, data(), **ALONE, **options)
+    assert alone.losses == result.losses
+
+
+def test_outputs_of_a_teacher_when_its_first_student_is_in_bfloat16_are_those_for_any(
+    tmp_path: Path,
+) -> None:
+    options: dict[str, Any] = {"images": 8, "held_out": None, "held_out_every": None}
+    short(student=student_of(teacher().bfloat16()), teacher_cache=tmp_path, **options)
+    assert short(teacher_cache=tmp_path, **options)[0].losses == short(**options)[0].losses
 
 
 def test_finetune_in_float16_on_a_cpu_raises() -> None:

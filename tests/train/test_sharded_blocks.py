@@ -7,20 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.models import UViT
 from sparsedm_compiler.train.find_blocks import find_blocks
-from sparsedm_compiler.train.fsdp import shard_parameters
+from sparsedm_compiler.train.fsdp import list_units, shard_parameters
+from sparsedm_compiler.train.gradient_checkpointing import (
+    checkpointing_gradients,
+    start_checkpointing,
+    stop_checkpointing,
+)
 from tests.group import run_group
 from tests.train.cases import short
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sparsedm", {"accumulation": 2}),
-    ("asp", {}),
-    ("sparsedm", {"gradient_checkpointing": True}),  # the whole student is one unit
+    ("asp", {"model": "entered"}),
+    ("sparsedm", {"gradient_checkpointing": True}),
+    ("sparsedm", {"model": "tied"}),
 )
 OPTIONS: dict[str, Any] = {"images": 24, "held_out": None, "held_out_every": None, "save_every": 8}
 
@@ -32,15 +38,54 @@ def make_model() -> UViT:
     return UViT(depth=2, num_classes=4, **options)
 
 
+def make_tied_model() -> UViT:
+    """One whose blocks in lists share a weight, and one of them a module with what lies outside."""
+    model = make_model()
+    first, last, middle = model.in_blocks[0], model.out_blocks[0], model.mid_block
+    last.mlp.fc1.weight = first.mlp.fc1.weight  # type: ignore[union-attr]
+    first.attn = middle.attn
+    return model
+
+
+class Entered(UViT):
+    """A U-ViT that calls a part of a block outside of the block, as diffusers' DiT does."""
+
+    def _tokens(self, *args: Any) -> Tensor:
+        out: Tensor = self.out_blocks[0].norm1(super()._tokens(*args))  # type: ignore[operator]
+        return out
+
+
+def make_entered_model() -> UViT:
+    model = make_model()
+    model.__class__ = Entered
+    return model
+
+
+MODELS = {"plain": make_model, "tied": make_tied_model, "entered": make_entered_model}
+
+
+def train_case(number: int, out: Path, **more: Any) -> tuple[float, ...]:
+    method, options = CASES[number]
+    options = {**OPTIONS, **options, **more}
+    model = MODELS[options.pop("model", "plain")]()
+    return short(method, out, teacher=model, **options)[0].losses
+
+
 def train(rank: int, folder: Path) -> None:
     """Every case, sharded; then how much of the model is whole while a block runs."""
-    for number, (method, options) in enumerate(CASES):
-        out = folder / str(number)
-        result, _ = short(method, out, teacher=make_model(), shard=True, **OPTIONS, **options)
+    for number in range(len(CASES)):
+        losses = train_case(number, folder / str(number), shard=True)
         if rank == 0:
-            torch.save(result.losses, folder / f"{number}.pt")
+            torch.save(losses, folder / f"{number}.pt")
+    for checkpointed in (False, True):
+        whole = watch_whole(checkpointed)
+        if rank == 0:
+            torch.save(whole, folder / f"whole-{checkpointed}.pt")
+
+
+def watch_whole(checkpointed: bool) -> list[int]:
+    """Values of parameters that are whole whenever a block runs, in a call and its backward."""
     student = sdm.compile(make_model(), "2:4", backend="eager")
-    shard_parameters(student, 2)
     whole: list[int] = []
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
@@ -48,14 +93,15 @@ def train(rank: int, folder: Path) -> None:
         own = [p for p in student.parameters() if not isinstance(p, DTensor)]
         whole.append(sum(p.numel() for p in own))
 
-    for block in find_sharded(student):
-        block.norm2.register_forward_pre_hook(look)
-    student(torch.zeros(2, 1, 4, 4), torch.zeros(2), torch.zeros(2, dtype=torch.long))
-    whole.clear()
-    out = student(torch.zeros(2, 1, 4, 4), torch.zeros(2), torch.zeros(2, dtype=torch.long))
-    out.sum().backward()
-    if rank == 0:
-        torch.save(whole, folder / "whole.pt")
+    with checkpointing_gradients(student, checkpointed, by_block=True):
+        shard_parameters(student, 2)
+        for block in find_sharded(student):
+            block.register_forward_pre_hook(look)
+        for _ in range(2):
+            whole.clear()
+            out = student(torch.zeros(2, 1, 4, 4), torch.zeros(2), torch.zeros(2).long())
+            out.sum().backward()
+    return whole
 
 
 def find_sharded(student: nn.Module) -> list[Any]:
@@ -73,11 +119,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_blocks_sharded_over_two_processes_train_what_one_process_trains(
     number: int, trained: Path, tmp_path: Path
 ) -> None:
-    method, options = CASES[number]
-    result, _ = short(method, tmp_path, teacher=make_model(), **OPTIONS, **options)
-    assert torch.load(trained / f"{number}.pt") == pytest.approx(result.losses, rel=1e-5)
+    losses = train_case(number, tmp_path)
+    assert torch.load(trained / f"{number}.pt") == pytest.approx(losses, rel=1e-5)
+    model = MODELS[CASES[number][1].get("model", "plain")]
     files = [folder / "student.safetensors" for folder in (tmp_path, trained / str(number))]
-    one, two = (sdm.load(file, make_model(), backend="eager").state_dict() for file in files)
+    one, two = (sdm.load(file, model(), backend="eager").state_dict() for file in files)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
@@ -88,5 +134,24 @@ def test_one_block_is_whole_at_a_time(trained: Path) -> None:
     assert blocks == [*model.in_blocks, *model.out_blocks]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     total = sum(p.numel() for p in model.parameters())
-    whole = torch.load(trained / "whole.pt")
-    assert whole == [total - sum(sizes) + size for size in sizes]
+    whole = [total - sum(sizes) + size for size in sizes]
+    assert torch.load(trained / "whole-False.pt") == whole
+    assert torch.load(trained / "whole-True.pt") == whole
+
+
+def test_units_when_blocks_share_parameters_leave_those_blocks_to_the_rest() -> None:
+    model = make_model()
+    assert list_units(model) == [*model.in_blocks, *model.out_blocks]
+    assert list_units(make_tied_model()) == []
+    entered = make_entered_model()
+    call = (torch.zeros(1, 1, 4, 4), torch.zeros(1), torch.zeros(1).long())
+    assert list_units(entered, lambda: entered(*call)) == [*entered.in_blocks]
+    assert not entered.out_blocks[0]._forward_pre_hooks
+    start_checkpointing(model, by_block=True)
+    assert list_units(model) == [*model.in_blocks, *model.out_blocks]
+    stop_checkpointing(model)
+    tied = make_tied_model()
+    start_checkpointing(tied, by_block=True)
+    assert list_units(tied) == []  # the rest would run again between graphs
+    model.enable_gradient_checkpointing()
+    assert list_units(model) == []

@@ -15,7 +15,7 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError, DataError
 from sparsedm_compiler.data.row_cache import read_cache
 from sparsedm_compiler.models import UViT
-from sparsedm_compiler.train import FinetuneConfig, teacher_cache
+from sparsedm_compiler.train import FinetuneConfig, fingerprints, teacher_cache
 from tests.group import run_group
 from tests.train.cases import CLASSES, data, short, student_of, teacher, weights
 
@@ -191,6 +191,46 @@ def test_outputs_of_a_pruned_teacher_when_it_has_the_weights_of_a_dense_one_are_
         train(teacher=pruned, teacher_cache=tmp_path / "cache")
     train(teacher=pruned, teacher_cache=tmp_path / "other")
     train_alone(tmp_path / "other")  # without a teacher: that of the record
+
+
+def run_meanwhile(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Lets a run go to its end between the next one's look at its new cache and its first write."""
+    own = teacher_cache.check_room
+
+    def check_room(*args: Any) -> None:
+        monkeypatch.setattr(teacher_cache, "check_room", own)
+        own(*args)
+        train(**options)
+
+    monkeypatch.setattr(teacher_cache, "check_room", check_room)
+
+
+def test_two_runs_when_they_start_in_one_new_cache_share_it_or_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = ({"images": 16, "teacher_cache": tmp_path / name} for name in ("one", "two"))
+    losses = train(images=16)[1]
+    run_meanwhile(monkeypatch, **{**one, "images": 8})
+    assert train(**one)[1] == losses  # its parts would have been larger
+    cache = read_cache(tmp_path / "one")
+    assert cache is not None
+    assert (cache.per_part, cache.count_missing(0, 16)) == (8, 0)
+    run_meanwhile(monkeypatch, **two)
+    with pytest.raises(ConfigError, match="outputs with seed 0, not 1"):
+        train(**two, seed=1)
+    assert train(**two)[1] == losses
+
+
+def test_teacher_and_data_of_a_run_with_a_folder_are_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    for module in (fingerprints, teacher_cache):
+        for name in ("fingerprint_weights", "fingerprint_data"):
+            own = vars(module)[name]
+            monkeypatch.setattr(module, name, lambda *a, o=own, n=name: hashed.append(n) or o(*a))
+    train(out=tmp_path / "run", teacher_cache=tmp_path / "cache")
+    assert sorted(hashed) == ["fingerprint_data", "fingerprint_weights"]
 
 
 def test_teacher_cache_when_its_record_is_lost_or_damaged_is_refused(tmp_path: Path) -> None:

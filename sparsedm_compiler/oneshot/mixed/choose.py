@@ -25,8 +25,7 @@ from ..targets import explain_call
 from .layer_costs import count_costs, list_candidates, time_costs
 from .layer_errors import measure_errors
 from .pattern_choice import PatternChoice, choose_within, require_affordable
-
-ERRORS = ("output", "layer", "taylor")
+from .read_choice import SCORES
 
 
 def choose_patterns(
@@ -101,8 +100,8 @@ def choose_patterns(
     check_model(model)
     budget = read_budget(macs, milliseconds)
     patterns = read_candidates(candidates)
-    if score not in ERRORS:
-        raise ConfigError(f"score {score!r} is none of {', '.join(ERRORS)}")
+    if score not in SCORES:
+        raise ConfigError(f"score {score!r} is none of {', '.join(SCORES)}")
     if output_batches < 1:
         raise ConfigError(f"output_batches {output_batches} is not >= 1")
     chosen = OneShotOptions(method, None, passes=passes, memory=memory)

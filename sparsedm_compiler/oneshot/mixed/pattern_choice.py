@@ -16,6 +16,7 @@ from ...errors import ConfigError
 from ...fileio import write_atomically
 from ...patterns import Pattern
 from .layer_costs import LayerCosts
+from .read_choice import read_choice
 from .solve_budget import solve_budget
 
 
@@ -94,6 +95,7 @@ class PatternChoice:
             "unit": self.unit,
             "budget": self.budget,
             "cost": self.cost,
+            "fixed": self.fixed,
             "score": self.score,
             "error": self.error,
             "layers": [asdict(row) for row in self.rows],
@@ -131,6 +133,44 @@ class PatternChoice:
             path: The file. JSON is YAML too, so that its options can be pasted into a recipe.
         """
         write_atomically(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+
+    @staticmethod
+    def load(path: str | Path) -> PatternChoice:
+        """Reads what ``save`` wrote, exactly.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The choice.
+
+        Raises:
+            ConfigError: The file cannot be read, lacks a value, has one that no choice has, or
+                contradicts itself, e.g. since some of it was edited.
+
+        Example:
+            >>> import tempfile, torch, sparsedm_compiler as sdm
+            >>> net = torch.nn.Sequential(*[torch.nn.Linear(16, 16) for _ in range(4)])
+            >>> choice = sdm.choose_patterns(
+            ...     net, ["2:4", "1:4"], [torch.randn(8, 16)], macs="1:4", progress=False
+            ... )
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     choice.save(f"{folder}/patterns.json")
+            ...     sdm.PatternChoice.load(f"{folder}/patterns.json") == choice
+            True
+        """
+        values = read_choice(Path(path))
+        choice = PatternChoice(
+            **{name: values[name] for name in ("pattern", "unit", "budget", "cost", "score")},
+            keep_dense=tuple(values["keep_dense"]),
+            rows=tuple(LayerChoice(**row) for row in values["layers"]),
+            policy=values["policy"],
+            fixed=values["fixed"],
+        )
+        for name in ("overrides", "error"):
+            if choice.to_dict()[name] != values[name]:
+                raise ConfigError(f"{path}: {name} are not those of its layers: choose anew")
+        return choice
 
     def __str__(self) -> str:
         names = [*dict.fromkeys(text for row in self.rows for text in row.errors)]
