@@ -44,15 +44,11 @@ static inline vf phi_v(vf x) {
 
 static inline vf sigmoid_v(vf x) { return splat(1.0f) / (splat(1.0f) + exp_v(-x)); }
 
-static inline vf act_v(vf x, Act act) {
-  switch (act) {
-    case GELU:
-      return x * phi_v(x);
-    case GELU_TANH:  // tanh(u) = 2 sigmoid(2u) - 1
-      return x * sigmoid_v(x * splat(1.59576912f) * (splat(1.0f) + splat(0.044715f) * x * x));
-    case SILU:
-      return x * sigmoid_v(x);
-    default:
-      return x;
-  }
+template <Act A>
+static inline vf act_v(vf x) {
+  if constexpr (A == GELU) return x * phi_v(x);
+  if constexpr (A == GELU_TANH)  // tanh(u) = 2 sigmoid(2u) - 1
+    return x * sigmoid_v(x * splat(1.59576912f) * (splat(1.0f) + splat(0.044715f) * x * x));
+  if constexpr (A == SILU) return x * sigmoid_v(x);
+  return x;
 }
