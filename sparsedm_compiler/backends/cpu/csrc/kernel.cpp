@@ -180,12 +180,14 @@ int64_t read_cache_size() {
 }
 
 // The cut that takes least: of multiplications, and of packing x and writing y in their units.
-Plan plan(const Header& h, int64_t vectors, int limit, int threads) {
-  static const int64_t cache = read_cache_size();
+Plan plan(const Call& c, const Header& h, int64_t vectors, int limit, int threads) {
+  static const int64_t stated = read_cache_size();
+  const int64_t cache = c.cache > 0 ? c.cache : stated;
   const int64_t row_blocks = divide_up(h.rows, h.row_block);
   const int64_t at_once = std::max<int64_t>(1, 512 / h.row_block) * h.row_block;
-  // The sums of a piece take a fifth of the cache, beside x and W.
-  const int64_t most = cache / 5 / (int64_t)sizeof(float) / L / std::min<int64_t>(at_once, h.rows);
+  // The sums of a piece take a fifth of the cache, beside x and W; one tile where all of W stays.
+  int64_t most = cache / 5 / (int64_t)sizeof(float) / L / std::min<int64_t>(at_once, h.rows);
+  if (h.common - h.values < cache / 4) most = limit;
   const int64_t fewest = divide_up(vectors, std::max<int64_t>(limit, most));
   Plan best{fewest, 1, at_once};
   if (threads == 1) return best;
@@ -261,7 +263,7 @@ int32_t sdm_run(const Call* call) try {
   }
   const int64_t vectors = divide_up(c.tokens, L), row_blocks = divide_up(h.rows, h.row_block);
   const int limit = std::max(1, std::min(c.tile, h.share ? MAX_SHARED_TILE : MAX_PAIRS_TILE));
-  const Plan cut = plan(h, vectors, limit, threads);
+  const Plan cut = plan(c, h, vectors, limit, threads);
   std::vector<Tile> tiles;
   std::vector<int64_t> starts;
   for (int64_t group = 0; group < cut.groups; group++) {

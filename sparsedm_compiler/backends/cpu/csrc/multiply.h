@@ -26,14 +26,6 @@ void run_pairs(const float* x, float* c, const W* w, const uint8_t* index, const
   for (int p = 0; p < pairs; p++) {
     float* ca = c + (int64_t)rows[2 * p] * S;
     float* cb = c + (int64_t)rows[2 * p + 1] * S;
-    if (p + 1 < pairs) {
-      const float* next_a = c + (int64_t)rows[2 * p + 2] * S;
-      const float* next_b = c + (int64_t)rows[2 * p + 3] * S;
-      for (int t = 0; t < T; t++) {
-        __builtin_prefetch(next_a + t * L, 1);
-        __builtin_prefetch(next_b + t * L, 1);
-      }
-    }
     fetch(w + 2 * kept, AHEAD, 2 * kept * sizeof(W));
     fetch(index + 2 * kept, AHEAD, 2 * kept);
     vf a[T], b[T];

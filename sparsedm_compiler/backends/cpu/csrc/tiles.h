@@ -19,6 +19,7 @@ struct Call {
   int64_t images, channels, height, width, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t tile, threads, isa;
+  int64_t cache;  // bytes of the second-level cache; 0: as this CPU states it
 };
 
 // A run of output pixels that lie side by side in the padded input and in the output.
