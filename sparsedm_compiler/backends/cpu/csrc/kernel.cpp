@@ -215,15 +215,18 @@ template <class X>
 void pad_planes(const Call& c, float* dst, int64_t plane_h, int64_t plane_w, int64_t index) {
   const X* src = (const X*)c.x + index * c.height * c.width;
   dst += index * plane_h * plane_w;
-  std::fill(dst, dst + plane_h * plane_w, 0.0f);
-  for (int64_t y = 0; y < c.height; y++) {
-    float* to = dst + (y + c.pad_h) * plane_w + c.pad_w;
+  std::fill(dst, dst + c.pad_h * plane_w, 0.0f);
+  dst += c.pad_h * plane_w;
+  for (int64_t y = 0; y < c.height; y++, dst += plane_w, src += c.width) {
+    float* to = std::fill_n(dst, c.pad_w, 0.0f);
     if constexpr (sizeof(X) == sizeof(float)) {
-      std::memcpy(to, src + y * c.width, c.width * sizeof(float));
+      std::memcpy(to, src, c.width * sizeof(float));
     } else {
-      for (int64_t z = 0; z < c.width; z++) to[z] = widen(src[y * c.width + z]);
+      for (int64_t z = 0; z < c.width; z++) to[z] = widen(src[z]);
     }
+    std::fill_n(to + c.width, c.pad_w, 0.0f);
   }
+  std::fill(dst, dst + c.pad_h * plane_w, 0.0f);
 }
 
 template <class F>

@@ -91,40 +91,55 @@ inline void copy(float* to, const float* from) {
   std::memcpy(to, from, N * sizeof(float));
 }
 
+// ``count`` planes of one tap, a whole vector for each run.
+template <int T>
+void copy_vectors(const Tile& tile, const float* src, int64_t plane, int64_t count, float* dst) {
+  int64_t in[T];
+  for (int t = 0; t < T; t++) in[t] = tile.runs[t].in;
+  for (int64_t k = 0; k < count; k++, src += plane, dst += T * L) {
+    for (int t = 0; t < T; t++) store(dst + t * L, load<vf>(src + in[t]));
+  }
+}
+
+using CopyVectors = void (*)(const Tile&, const float*, int64_t, int64_t, float*);
+constexpr CopyVectors COPY_VECTORS[] = {
+    nullptr,          copy_vectors<1>, copy_vectors<2>,  copy_vectors<3>,  copy_vectors<4>,
+    copy_vectors<5>,  copy_vectors<6>, copy_vectors<7>,  copy_vectors<8>,  copy_vectors<9>,
+    copy_vectors<10>, copy_vectors<11>, copy_vectors<12>};
+
+inline void copy_runs(const Tile& tile, const float* src, int64_t stride, float* dst) {
+  for (const Run& run : tile.runs) {
+    const float* from = src + run.in;
+    float* to = dst + run.lane;
+    if (stride != 1) {
+      for (int l = 0; l < run.size; l++) to[l] = from[l * stride];
+    } else if (run.size == 16) {
+      copy<16>(to, from);
+    } else if (run.size == 8) {
+      copy<8>(to, from);
+    } else if (run.size == 4) {
+      copy<4>(to, from);
+    } else {
+      for (int l = 0; l < run.size; l++) to[l] = from[l];
+    }
+  }
+}
+
 inline void pack_planes(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
   const Call& c = work.call;
-  const int64_t stride = tile.vectors * L;
-  const int64_t plane = work.plane_h * work.plane_w;
-  int64_t tap = k0 / c.channels, channel = k0 % c.channels;
-  const auto corner = [&] {
-    return work.planes + tap / c.kernel_w * c.dil_h * work.plane_w + tap % c.kernel_w * c.dil_w;
-  };
-  const float* src = corner() + channel * plane;
-  for (int64_t k = k0; k < k1; k++, dst += stride, src += plane, channel++) {
-    if (channel == c.channels) {
-      channel = 0, tap++;
-      src = corner();
-    }
+  const int64_t stride = tile.vectors * L, plane = work.plane_h * work.plane_w;
+  for (int64_t k = k0; k < k1;) {
+    const int64_t tap = k / c.channels, channel = k % c.channels;
+    const int64_t count = std::min(c.channels - channel, k1 - k);
+    const float* src = work.planes + channel * plane +
+                       tap / c.kernel_w * c.dil_h * work.plane_w + tap % c.kernel_w * c.dil_w;
     if (tile.whole) {
-      for (int t = 0; t < tile.vectors; t++)
-        store(dst + t * L, load<vf>(src + tile.runs[t].in));
-      continue;
+      COPY_VECTORS[tile.vectors](tile, src, plane, count, dst);
+    } else {
+      for (int64_t i = 0; i < count; i++) copy_runs(tile, src + i * plane, c.stride_w, dst + i * stride);
     }
-    for (const Run& run : tile.runs) {
-      const float* from = src + run.in;
-      float* to = dst + run.lane;
-      if (c.stride_w != 1) {
-        for (int l = 0; l < run.size; l++) to[l] = from[l * c.stride_w];
-      } else if (run.size == 16) {
-        copy<16>(to, from);
-      } else if (run.size == 8) {
-        copy<8>(to, from);
-      } else if (run.size == 4) {
-        copy<4>(to, from);
-      } else {
-        for (int l = 0; l < run.size; l++) to[l] = from[l];
-      }
-    }
+    k += count;
+    dst += count * stride;
   }
 }
 
