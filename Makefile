@@ -58,11 +58,14 @@ types: env ## mypy --strict on the package
 
 check: lint types test ## everything CI runs
 
-bench: env ## all benchmarks, about 45 minutes; writes out/bench
+# Options: make bench BENCH="--only models"
+BENCH ?=
+
+bench: env ## the CPU benchmarks; writes out/bench. BENCH="--only models" runs a part of the longest
 	@mkdir -p out/bench
 	$(BIN)/python benchmarks/masks.py --out out/bench/masks.json
 	$(BIN)/python benchmarks/mask_ste.py --out out/bench/mask_ste.json
-	$(BIN)/python benchmarks/sparse.py --out out/bench/sparse.json --chart out/bench/sparse.png
+	$(BIN)/python benchmarks/sparse.py --out out/bench/sparse.json --chart out/bench/sparse.png $(BENCH)
 	$(BIN)/python benchmarks/train_step.py --out out/bench/train_step.json
 
 # A Python whose torch has CUDA; nothing is installed. Options: make gpu GPU="--only models"

@@ -1,9 +1,10 @@
 """Sparse against dense inference on a CPU: ops, one block, whole models, a sampled image.
 
-    python benchmarks/sparse.py --out out/bench/sparse.json --chart docs/cpu.png
+    python benchmarks/sparse.py --only models --out out/bench/sparse.json --chart out/cpu.png
 
 Everything compared runs in turns in one process; a ratio is the median of the rounds' ratios with
-its quartiles. Weights are random: the time of a kernel does not depend on their values.
+its quartiles. Weights are random: the time of a kernel does not depend on their values. A file
+holds a section for each CPU and number of threads; what a run measures replaces its parts alone.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from sparsedm_compiler.autotune.side_by_side import (
 )
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from sparsedm_compiler.backends.packing import fold_weight
+from sparsedm_compiler.backends.processor import read_cpu_name
 from sparsedm_compiler.backends.registry import find_families
 from sparsedm_compiler.models import preset
 from sparsedm_compiler.patterns import Pattern
@@ -224,12 +226,13 @@ def chart(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    ops = [r for r in results["ops"] if r["dtype"] == "fp32" and "x" not in r["pattern"]]
+    ops = [r for r in results.get("ops", ()) if r["dtype"] == "fp32" and "x" not in r["pattern"]]
+    models = [row for part in ("block", "models", "sampling") for row in results.get(part, ())]
     panels = {
         "one layer, over torch": [(r["what"], r["pattern"], r["ratio"][1]) for r in ops],
         "whole model, over frozen Inductor": [
             (r["what"], r["pattern"], r["inductor frozen"][1])
-            for r in [*results["models"], *results["sampling"]]
+            for r in models
             if "x" not in r["pattern"]
         ],
     }
@@ -256,44 +259,65 @@ def commit() -> str:
     return result.stdout.strip()
 
 
+PARTS = ("ops", "block", "models", "bf16", "sampling")
+PATTERNS = ("31:32", "2:4", "1:4", "1:8", "1:16", "2:4x4", "1:8x4")
+WIDE = ("2:4", "1:8", "2:4x64", "1:4x64", "1:8x64")
+
+
+def run_part(part: str, rounds: int, batches: list[int]) -> list[dict[str, Any]]:
+    """One of PARTS."""
+    if part == "ops":
+        return bench_ops(2 * rounds)
+    if part == "block":
+        return bench_model("one U-ViT-S block", *uvit_block(), PATTERNS, 2 * rounds, policy="all")
+    if part == "bf16":
+        model, call = whole("uvit-cifar10-small", 1)
+        title = "U-ViT-S CIFAR10, batch 1"
+        return bench_model(title, model.bfloat16(), cast_half(call), WIDE, rounds)
+    if part == "sampling":
+        return bench_sampling(("2:4", "1:4", "1:8", "1:16"), 3)
+    rows = []
+    for batch in batches:
+        some = rounds if batch == 1 else max(3, rounds // 2)
+        for name, title in (("uvit-cifar10-small", "U-ViT-S"), ("ddpm-cifar10", "DDPM UNet")):
+            title = f"{title} CIFAR10, batch {batch}"
+            rows += bench_model(title, *whole(name, batch), PATTERNS, some)
+            torch._dynamo.reset()
+    return rows
+
+
+def keep(path: Path, section: dict[str, Any]) -> None:
+    """Writes the parts that have run into this machine's section of the file, and keeps others."""
+    held = json.loads(path.read_text()) if path.exists() else {}
+    name = f"{read_cpu_name()}, {section['machine']['threads']} threads"
+    held[name] = held.get(name, {}) | section
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(held, indent=1) + "\n")
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/bench/sparse.json"))
-    parser.add_argument("--chart", type=Path, default=Path("out/bench/sparse.png"))
+    parser.add_argument("--chart", type=Path)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--only", choices=PARTS, action="append", help="repeatable; default: all")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    patterns = ("31:32", "2:4", "1:4", "1:8", "1:16", "2:4x4", "1:8x4")
-    results: dict[str, Any] = {
-        "machine": describe_machine(),
-        "commit": commit(),
-        "argv": sys.argv[1:],
-    }
-    results["ops"] = bench_ops(2 * args.rounds)
-    results["models"] = bench_model(
-        "one U-ViT-S block", *uvit_block(), patterns, 2 * args.rounds, policy="all"
-    )
-    for batch in args.batches:
-        rounds = args.rounds if batch == 1 else max(3, args.rounds // 2)
-        for name, title in (("uvit-cifar10-small", "U-ViT-S"), ("ddpm-cifar10", "DDPM UNet")):
-            title = f"{title} CIFAR10, batch {batch}"
-            results["models"] += bench_model(title, *whole(name, batch), patterns, rounds)
-            torch._dynamo.reset()
-    model, call = whole("uvit-cifar10-small", 1)
-    wide = ("2:4", "1:8", "2:4x64", "1:4x64", "1:8x64")
-    results["bf16"] = bench_model(
-        "U-ViT-S CIFAR10, batch 1", model.bfloat16(), cast_half(call), wide, args.rounds
-    )
-    results["sampling"] = bench_sampling(("2:4", "1:4", "1:8", "1:16"), 3)
-    for path in (args.out, args.chart):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1))
-    chart(results, args.chart)
-    print(f"wrote {args.out} and {args.chart}")
+    section: dict[str, Any] = {}
+    for part in args.only or PARTS:
+        torch.manual_seed(0)
+        section[part] = run_part(part, args.rounds, args.batches)
+        ran = {"machine": describe_machine(), "commit": commit(), "argv": sys.argv[1:]}
+        keep(args.out, ran | {part: section[part]})  # a part that has run is not lost
+        torch._dynamo.reset()
+    print(f"wrote {args.out}")
+    if args.chart is not None:
+        args.chart.parent.mkdir(parents=True, exist_ok=True)
+        chart(section, args.chart)
+        print(f"wrote {args.chart}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from ctypes import c_int32, c_int64, c_void_p
 
 # Mirrored by kernel.cpp: change them together.
 class KernelArguments(ctypes.Structure):
-    """Arguments of ``sdm_run``."""
+    """Arguments of ``sdm_run``; ``cache``: bytes of the second-level cache, 0 for this CPU's."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "x", "out", "bias")),
@@ -19,4 +19,5 @@ class KernelArguments(ctypes.Structure):
         *((name, c_int64) for name in ("stride_h", "stride_w", "pad_h", "pad_w")),
         *((name, c_int64) for name in ("dil_h", "dil_w")),
         *((name, c_int32) for name in ("tile", "threads", "isa")),
+        ("cache", c_int64),
     )

@@ -53,12 +53,16 @@ class CpuFamily(KernelFamily):
             wide = dtype == torch.bfloat16 and accepted.rows % 16 == 0 and select_isa() != "plain"
             return (
                 *(KernelConfig("cpu_wide", (2048, 1), (tile,)) for tile in (3, 6) if wide),
-                *_list_settings("cpu_shared", (512, 4), (512, 5), (2048, 2)),
+                *_list_settings("cpu_shared", (128, 6), (192, 6), (512, 4), (512, 5)),
             )
-        settings = (((64, 6), (96, 5)), ((96, 5), (128, 5)), ((128, 5), (192, 4)))
-        sparsest = ((192, 5), (256, 4))
+        settings = (
+            ((64, 6), (64, 9), (96, 5)),
+            ((96, 5), (96, 6), (128, 5)),
+            ((128, 5), (192, 4)),
+            ((128, 5), (192, 5), (256, 4)),
+        )
         level = sum(accepted.density < bound for bound in (0.4, 0.2, 0.1))
-        return _list_settings("cpu_free", *(*settings, sparsest)[level])
+        return _list_settings("cpu_free", *settings[level])
 
     def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
         width, wide = kernel.layout

@@ -31,6 +31,8 @@ from .build import load_library, why_unavailable
 from .format import HEADER_BYTES, TYPES, unpack
 from .isa import ISAS, select_isa
 
+CACHE_BYTES = 0
+"""The second-level cache that work is cut for, in bytes; 0 is this CPU's. Tests cut for others."""
 _TYPE_CODES = {dtype: code for code, dtype in enumerate(TYPES)}
 
 
@@ -153,6 +155,7 @@ def _describe_call(
         ACTS.index(act),
     )
     call.tile, call.threads, call.isa = tile, torch.get_num_threads(), _find_isa_code()
+    call.cache = CACHE_BYTES
     return call
 
 

@@ -121,6 +121,6 @@ def check_conv(
 patterns = st.sampled_from(PATTERNS)
 dtypes = st.sampled_from(DTYPES)
 acts = st.sampled_from(ACTS)
-tiles = st.integers(1, 8)
+tiles = st.integers(1, 12)
 biases = st.sampled_from((None, *DTYPES))
 seeds = st.integers(0, 2**31)

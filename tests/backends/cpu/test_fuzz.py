@@ -50,6 +50,7 @@ def check_product(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(number)
     isa = rng.randrange(1 + ISAS.index(select_isa()))
     monkeypatch.setattr(ops, "_find_isa_code", lambda: isa)
+    monkeypatch.setattr(ops, "CACHE_BYTES", rng.choice((0, 1, 30_000, 200_000, 2**40)))
     try:
         check_random_product(rng)
     except Exception as error:
@@ -72,7 +73,7 @@ def check_random_product(rng: random.Random) -> None:
     width = rng.choice((None, None, rng.randint(1, 200)))
     held = case(str(pattern), groups, rows, dtype, kernel, width=width, wide=wide)
     bias = bias_of(len(held.masked), rng.choice((None, *DTYPES)))
-    act, tile = rng.choice(ACTS), rng.randint(1, 8)
+    act, tile = rng.choice(ACTS), rng.randint(1, 13)
     if kernel:
         geometry = [(rng.randint(1, 3), rng.randint(1, 3)) for _ in range(3)]
         geometry[1] = rng.randint(0, 3), rng.randint(0, 3)

@@ -14,6 +14,7 @@ from sparsedm_compiler.backends.cpu import ops
 from sparsedm_compiler.backends.cpu.build import why_unavailable
 from sparsedm_compiler.backends.cpu.ops import nm_linear_op
 from tests.backends.cpu.cases import (
+    DTYPES,
     acts,
     bias_of,
     biases,
@@ -111,7 +112,38 @@ def test_nm_linear_splits_row_blocks_among_threads(text: str) -> None:
             check_conv(kernel, y, bias, ((1, 1), (1, 1), (1, 1)), "none", 2)
 
 
-@pytest.mark.parametrize("tile", [-3, 0, 9, 2**31 - 1])
+def cut_for(monkeypatch: pytest.MonkeyPatch, vectors: int, rows: int) -> None:
+    """Has pieces of work hold the sums of ``rows`` rows and so many vectors of 16 tokens."""
+    monkeypatch.setattr(ops, "CACHE_BYTES", 5 * 4 * 16 * rows * vectors)
+
+
+@pytest.mark.parametrize("text", ["1:2", "3:4x4", "3:4x3", "3:4x600", "1:2x32"])
+@pytest.mark.parametrize("rows", [600, 1100])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_nm_linear_of_several_tiles_and_blocks_of_rows_at_once_matches_float64(
+    text: str, rows: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(threads)
+    torch.set_num_threads(threads)
+    cut_for(monkeypatch, 5, 512)
+    for dtype in DTYPES:
+        held = case(text, 97, rows, dtype, width=100, wide="x32" in text and dtype != DTYPES[0])
+        check_linear(held, torch.randn(170, held.masked.shape[1]).to(dtype), None, "none", 2)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("rows", [60, 520])
+def test_nm_conv2d_of_several_tiles_at_once_matches_float64(
+    form: torch.memory_format, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    cut_for(monkeypatch, 7, min(rows, 512))
+    held = case("1:2", 33, rows, torch.float32, (3, 3), width=60)
+    x = torch.randn(2, 66, 11, 9).to(memory_format=form)
+    check_conv(held, x, bias_of(rows, torch.float32), ((1, 2), (1, 0), (1, 1)), "silu", 3)
+
+
+@pytest.mark.parametrize("tile", [-3, 0, 13, 2**31 - 1])
 def test_nm_linear_rounds_unknown_tiles(tile: int) -> None:
     held = case("2:4", 9, 20, torch.float32)
     check_linear(held, torch.randn(300, 36), None, "none", tile)

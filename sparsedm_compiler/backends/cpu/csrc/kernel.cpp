@@ -7,279 +7,17 @@
 //           both: those are loaded once for two rows. For masks that are free per row.
 //   shared  R rows with one column list: every column is loaded once for R rows.
 //   wide    shared by 16 rows or more, bfloat16: see wide.h.
-#include <algorithm>
+#include <unistd.h>
+
 #include <new>
 #include <vector>
 
-#include "act.h"
 #include "format.h"
-#include "vec.h"
+#include "multiply.h"
+#include "tiles.h"
 #include "wide.h"
 
 namespace {
-
-// Mirrored by abi.py: change them together.
-struct Call {
-  const uint8_t* weight;
-  const void* x;
-  void* out;
-  const void* bias;
-  int32_t x_type, bias_type, act, conv;  // conv: 0 row-major tokens, 1 NCHW planes, 2 NHWC rows
-  int64_t tokens, x_stride, out_stride;
-  int64_t images, channels, height, width, out_height, out_width;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
-  int32_t tile, threads, isa;
-};
-
-constexpr int MAX_PAIRS_TILE = VEC_REGISTERS == 32 ? 8 : 6;
-constexpr int MAX_SHARED_TILE = VEC_REGISTERS == 32 ? 6 : 3;
-
-template <int T>
-constexpr int lanes() {
-  return T * L;
-}
-
-// ---------------------------------------------------------------- micro kernels
-
-template <int T, class W>
-void run_pairs(const float* x, float* c, const W* w, const uint8_t* index, const uint16_t* rows,
-               const uint8_t* common, int pairs, int kept, bool first) {
-  constexpr int S = lanes<T>();
-  for (int p = 0; p < pairs; p++) {
-    float* ca = c + (int64_t)rows[2 * p] * S;
-    float* cb = c + (int64_t)rows[2 * p + 1] * S;
-    vf a[T], b[T];
-    for (int t = 0; t < T; t++) {
-      a[t] = first ? vf{} : load<vf>(ca + t * L);
-      b[t] = first ? vf{} : load<vf>(cb + t * L);
-    }
-    const int both = common[p];
-    int i = 0;
-    for (; i < both; i++) {
-      const float* q = x + index[2 * i] * S;
-      const vf wa = splat(widen(w[2 * i])), wb = splat(widen(w[2 * i + 1]));
-      for (int t = 0; t < T; t++) {
-        const vf v = in_register(load<vf>(q + t * L));
-        a[t] += wa * v;
-        b[t] += wb * v;
-      }
-    }
-    for (; i < kept; i++) {
-      const float* q = x + index[2 * i] * S;
-      const float* r = x + index[2 * i + 1] * S;
-      const vf wa = splat(widen(w[2 * i])), wb = splat(widen(w[2 * i + 1]));
-      for (int t = 0; t < T; t++) a[t] += wa * load<vf>(q + t * L);
-      for (int t = 0; t < T; t++) b[t] += wb * load<vf>(r + t * L);
-    }
-    for (int t = 0; t < T; t++) {
-      store(ca + t * L, a[t]);
-      store(cb + t * L, b[t]);
-    }
-    w += 2 * kept;
-    index += 2 * kept;
-  }
-}
-
-template <int R, int T, class W>
-void run_shared(const float* x, float* c, const W* w, const uint16_t* index, int units, int kept,
-                bool first) {
-  constexpr int S = lanes<T>();
-  for (int u = 0; u < units; u++, c += R * S) {
-    vf a[R][T];
-    for (int r = 0; r < R; r++)
-      for (int t = 0; t < T; t++) a[r][t] = first ? vf{} : load<vf>(c + r * S + t * L);
-    for (int i = 0; i < kept; i++, w += R) {
-      const float* q = x + (int64_t)index[i] * S;
-      vf wide[R];
-      for (int r = 0; r < R; r++) wide[r] = splat(widen(w[r]));
-      for (int t = 0; t < T; t++) {
-        const vf v = in_register(load<vf>(q + t * L));
-        for (int r = 0; r < R; r++) a[r][t] += wide[r] * v;
-      }
-    }
-    for (int r = 0; r < R; r++)
-      for (int t = 0; t < T; t++) store(c + r * S + t * L, a[r][t]);
-  }
-}
-
-// ---------------------------------------------------------------- tiles of x
-
-// A run of output pixels that lie side by side in the padded input and in the output.
-struct Run {
-  int lane, size;
-  int64_t in, out;
-};
-
-struct Tile {
-  int64_t first;  // token
-  int vectors;
-  std::vector<Run> runs;  // planes
-  bool whole;             // each run is a vector
-};
-
-struct Work {
-  const Call& call;
-  const Header& h;
-  const float* planes;  // padded input of a conv on planes
-  int64_t plane_h, plane_w;
-};
-
-template <class X>
-inline const X* pixel(const Call& c, int64_t token, int64_t i, int64_t j) {
-  const int64_t pixels = c.out_height * c.out_width;
-  const int64_t image = token / pixels, y = token % pixels / c.out_width, z = token % c.out_width;
-  const int64_t row = y * c.stride_h - c.pad_h + i * c.dil_h;
-  const int64_t col = z * c.stride_w - c.pad_w + j * c.dil_w;
-  if (row < 0 || row >= c.height || col < 0 || col >= c.width) return nullptr;
-  return (const X*)c.x + ((image * c.height + row) * c.width + col) * c.channels;
-}
-
-// Columns [k0, k1) of the tile from rows in memory; columns of one tap lie side by side.
-template <class X>
-void pack_rows(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
-  const Call& c = work.call;
-  const int64_t stride = tile.vectors * L, per_tap = c.conv ? c.channels : work.h.cols;
-  for (int64_t k = k0; k < k1;) {
-    const int64_t tap = k / per_tap, from = k % per_tap;
-    const int64_t size = std::min(per_tap - from, k1 - k);
-    for (int t = 0; t < tile.vectors; t++) {
-      const X* rows[L];
-      for (int l = 0; l < L; l++) {
-        const int64_t token = tile.first + t * L + l;
-        rows[l] = token >= c.tokens ? nullptr
-                  : c.conv          ? pixel<X>(c, token, tap / c.kernel_w, tap % c.kernel_w)
-                                    : (const X*)c.x + token * c.x_stride;
-        if (rows[l]) rows[l] += from;
-      }
-      float* to = dst + (k - k0) * stride + t * L;
-      int64_t j = 0;
-      for (; j + L <= size; j += L) {
-        vf block[L];
-        for (int l = 0; l < L; l++) block[l] = rows[l] ? load_wide(rows[l] + j) : vf{};
-        transpose(block);
-        for (int l = 0; l < L; l++) store(to + (j + l) * stride, block[l]);
-      }
-      for (; j < size; j++)
-        for (int l = 0; l < L; l++) to[j * stride + l] = rows[l] ? widen(rows[l][j]) : 0.0f;
-    }
-    k += size;
-  }
-}
-
-template <int N>
-inline void copy(float* to, const float* from) {
-  std::memcpy(to, from, N * sizeof(float));
-}
-
-void pack_planes(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
-  const Call& c = work.call;
-  const int64_t stride = tile.vectors * L;
-  for (int64_t k = k0; k < k1; k++, dst += stride) {
-    const int64_t tap = k / c.channels, i = tap / c.kernel_w, j = tap % c.kernel_w;
-    const float* src = work.planes + (k % c.channels) * work.plane_h * work.plane_w +
-                       i * c.dil_h * work.plane_w + j * c.dil_w;
-    if (tile.whole) {
-      for (int t = 0; t < tile.vectors; t++)
-        store(dst + t * L, load<vf>(src + tile.runs[t].in));
-      continue;
-    }
-    for (const Run& run : tile.runs) {
-      const float* from = src + run.in;
-      float* to = dst + run.lane;
-      if (c.stride_w != 1) {
-        for (int l = 0; l < run.size; l++) to[l] = from[l * c.stride_w];
-      } else if (run.size == 16) {
-        copy<16>(to, from);
-      } else if (run.size == 8) {
-        copy<8>(to, from);
-      } else if (run.size == 4) {
-        copy<4>(to, from);
-      } else {
-        for (int l = 0; l < run.size; l++) to[l] = from[l];
-      }
-    }
-  }
-}
-
-// The runs of a tile; each lies within one row of pixels and one vector of at most 16 lanes.
-void find_runs(const Work& work, Tile& tile) {
-  const Call& c = work.call;
-  const int64_t pixels = c.out_height * c.out_width;
-  const int64_t end = std::min<int64_t>(c.tokens, tile.first + tile.vectors * L);
-  for (int64_t token = tile.first; token < end;) {
-    const int lane = (int)(token - tile.first);
-    const int64_t image = token / pixels, pixel = token % pixels;
-    const int64_t y = pixel / c.out_width, z = pixel % c.out_width;
-    const int64_t size = std::min({c.out_width - z, end - token, (int64_t)(L - lane % L)});
-    const int64_t in = image * c.channels * work.plane_h * work.plane_w +
-                       y * c.stride_h * work.plane_w + z * c.stride_w;
-    tile.runs.push_back({lane, (int)size, in, image * work.h.rows * pixels + pixel});
-    token += size;
-  }
-  tile.whole = c.stride_w == 1 && (int)tile.runs.size() == tile.vectors && end % L == 0;
-}
-
-// ---------------------------------------------------------------- tiles of y
-
-// Where the accumulators of output row ``row`` of a block lie: groups are padded to whole units.
-inline int64_t tile_row(const Header& h, int64_t row) {
-  return h.share ? row / h.share * h.group + row % h.share : row;
-}
-
-inline float bias_of(const Call& c, int64_t row) {
-  if (!c.bias) return 0.0f;
-  return c.bias_type == BF16 ? widen(((const bf16*)c.bias)[row]) : ((const float*)c.bias)[row];
-}
-
-template <class Y>
-void unpack_rows(const Work& work, const Tile& tile, const float* acc, int64_t row0, int64_t size) {
-  const Call& c = work.call;
-  const int64_t stride = tile.vectors * L;
-  for (int64_t r = 0; r < size; r += L) {
-    const int count = (int)std::min<int64_t>(L, size - r);
-    vf bias[L];
-    const float* from[L];
-    for (int l = 0; l < L; l++) {
-      bias[l] = splat(l < count ? bias_of(c, row0 + r + l) : 0.0f);
-      from[l] = acc + tile_row(work.h, r + std::min(l, count - 1)) * stride;
-    }
-    for (int t = 0; t < tile.vectors; t++) {
-      vf block[L];
-      for (int l = 0; l < L; l++) block[l] = act_v(load<vf>(from[l] + t * L) + bias[l], (Act)c.act);
-      transpose(block);
-      const int64_t token0 = tile.first + t * L;
-      for (int l = 0; l < L && token0 + l < c.tokens; l++) {
-        Y* to = (Y*)c.out + (token0 + l) * c.out_stride + row0 + r;
-        if (count == L) {
-          store_as(to, block[l]);
-        } else {
-          for (int i = 0; i < count; i++) put(to + i, block[l][i]);
-        }
-      }
-    }
-  }
-}
-
-template <class Y>
-void unpack_planes(const Work& work, const Tile& tile, const float* acc, int64_t row0,
-                   int64_t size) {
-  const Call& c = work.call;
-  const int64_t pixels = c.out_height * c.out_width;
-  for (int64_t r = 0; r < size; r++) {
-    const float* from = acc + tile_row(work.h, r) * tile.vectors * L;
-    const vf bias = splat(bias_of(c, row0 + r));
-    for (const Run& run : tile.runs) {
-      Y* to = (Y*)c.out + run.out + (row0 + r) * pixels;
-      const int start = run.lane / L * L;  // a run lies within one vector
-      const vf v = act_v(load<vf>(from + start) + bias, (Act)c.act);
-      if (run.size == L) {
-        store_as(to, v);
-      } else {
-        for (int l = 0; l < run.size; l++) put(to + l, v[run.lane - start + l]);
-      }
-    }
-  }
-}
 
 // ---------------------------------------------------------------- one piece of work
 
@@ -302,20 +40,6 @@ struct Scratch {
 int64_t padded_rows(const Header& h, int64_t rows) {
   if (h.share) return (rows + h.share - 1) / h.share * h.group;
   return rows + 1;  // an odd last row is paired with one nobody reads
-}
-
-void pack(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
-  if (work.call.conv == 1) return pack_planes(work, tile, k0, k1, dst);
-  if (work.call.x_type == BF16) return pack_rows<bf16>(work, tile, k0, k1, dst);
-  pack_rows<float>(work, tile, k0, k1, dst);
-}
-
-void unpack(const Work& work, const Tile& tile, const float* acc, int64_t row0, int64_t size) {
-  const bool planes = work.call.conv == 1, wide = work.call.x_type == F32;
-  if (planes && wide) return unpack_planes<float>(work, tile, acc, row0, size);
-  if (planes) return unpack_planes<bf16>(work, tile, acc, row0, size);
-  if (wide) return unpack_rows<float>(work, tile, acc, row0, size);
-  unpack_rows<bf16>(work, tile, acc, row0, size);
 }
 
 // Values of a group of rows in the wide layout before column k, padded block by block.
@@ -375,9 +99,9 @@ void multiply(const Work& work, const float* x, float* acc, int64_t row0, int64_
       const uint16_t* index = (const uint16_t*)(blob + h.index) + (group0 + g) * density_cols + before;
       const W* w = values + (group0 + g) * h.group * density_cols + before * h.group;
       float* c = acc + g * h.group * lanes<T>();
-      if (h.layout == 4) run_shared<4, T, W>(x, c, w, index, units, kept, first);
-      if (h.layout == 3) run_shared<3, T, W>(x, c, w, index, units, kept, first);
-      if (h.layout == 2) run_shared<2, T, W>(x, c, w, index, units, kept, first);
+      if (h.layout == 4) run_shared<4, T, W>(x, c, w, index, units, kept, first, h.group * density_cols);
+      if (h.layout == 3) run_shared<3, T, W>(x, c, w, index, units, kept, first, h.group * density_cols);
+      if (h.layout == 2) run_shared<2, T, W>(x, c, w, index, units, kept, first, h.group * density_cols);
     }
   }
 }
@@ -388,29 +112,102 @@ template <class W>
 Multiply multiply_of(int vectors) {
   static const Multiply table[] = {nullptr,        multiply<1, W>, multiply<2, W>, multiply<3, W>,
                                    multiply<4, W>, multiply<5, W>, multiply<6, W>, multiply<7, W>,
-                                   multiply<8, W>};
+                                   multiply<8, W>, multiply<9, W>, multiply<10, W>, multiply<11, W>,
+                                   multiply<12, W>};
   return table[vectors];
 }
 
-// Output rows [row0, row1) of one tile.
-void run_item(const Work& work, const Tile& tile, int64_t row0, int64_t row1) {
+// How a call is cut: tokens into ``groups`` and blocks of rows into ``parts``, each pair of which is a
+// piece of work for one thread, that multiplies ``at_once`` rows before it writes them.
+struct Plan {
+  int64_t groups, parts, at_once;
+};
+
+// Output rows [row0, row1) of the tiles of a group. A block of W comes from far once: for the tiles
+// after the first it lies in the second-level cache, as the sums of all tiles do.
+void run_piece(const Work& work, const Tile* tiles, int64_t count, int64_t row0, int64_t row1,
+               int64_t at_once) {
   thread_local Scratch x_scratch, acc_scratch;
   const Header& h = work.h;
-  const int64_t stride = tile.vectors * L;
-  const bool pack_once = row1 - row0 > h.row_block;
-  float* x = x_scratch.need((pack_once ? h.cols : h.col_block) * stride);
-  float* acc = acc_scratch.need(padded_rows(h, std::min<int64_t>(h.row_block, h.rows)) * stride);
-  const Multiply mul = h.type == BF16 ? multiply_of<bf16>(tile.vectors) : multiply_of<float>(tile.vectors);
-  if (pack_once) pack(work, tile, 0, h.cols, x);
-  for (int64_t row = row0; row < row1; row += h.row_block) {
-    const int64_t size = std::min<int64_t>(h.row_block, row1 - row);
+  const Tile *end = tiles + count, *last = end - 1;
+  const int64_t lanes = last->first + last->vectors * L - tiles->first;
+  const bool pack_once = row1 - row0 > at_once;
+  const int64_t acc_rows = padded_rows(h, std::min<int64_t>(h.row_block, h.rows));
+  const int64_t blocks = (std::min(at_once, row1 - row0) + h.row_block - 1) / h.row_block;
+  // All of x is packed once, or what a tile needs next, time and again in the first-level cache.
+  float* x = x_scratch.need(pack_once ? h.cols * lanes : h.col_block * MAX_PAIRS_TILE * L);
+  float* acc = acc_scratch.need(acc_rows * blocks * lanes);
+  const auto x_of = [&](const Tile& tile) { return x + (tile.first - tiles->first) * h.cols; };
+  const auto acc_of = [&](const Tile& tile, int64_t block) {
+    return acc + ((tile.first - tiles->first) * blocks + block * tile.vectors * L) * acc_rows;
+  };
+  if (pack_once)
+    for (const Tile* tile = tiles; tile < end; tile++) pack(work, *tile, 0, h.cols, x_of(*tile));
+  for (int64_t first = row0; first < row1; first += at_once) {
+    const int64_t stop = std::min(row1, first + at_once);
+    const auto each_block = [&](const Tile& tile, auto body) {
+      for (int64_t row = first, i = 0; row < stop; row += h.row_block, i++)
+        body(acc_of(tile, i), row, std::min<int64_t>(h.row_block, stop - row));
+    };
     for (int64_t k0 = 0; k0 < h.cols; k0 += h.col_block) {
       const int64_t k1 = std::min<int64_t>(h.cols, k0 + h.col_block);
-      if (!pack_once) pack(work, tile, k0, k1, x);
-      mul(work, pack_once ? x + k0 * stride : x, acc, row, size, k0, k1);
+      for (const Tile* tile = tiles; tile < end; tile++) {
+        const float* from = pack_once ? x_of(*tile) + k0 * tile->vectors * L : x;
+        if (!pack_once) pack(work, *tile, k0, k1, x);
+        const Multiply multiply = h.type == BF16 ? multiply_of<bf16>(tile->vectors)
+                                                 : multiply_of<float>(tile->vectors);
+        each_block(*tile, [&](float* sums, int64_t row, int64_t size) {
+          multiply(work, from, sums, row, size, k0, k1);
+        });
+      }
     }
-    unpack(work, tile, acc, row, size);
+    for (const Tile* tile = tiles; tile < end; tile++)
+      each_block(*tile, [&](const float* sums, int64_t row, int64_t size) {
+        work.call.x_type == F32 ? unpack<float>(work, *tile, sums, row, size)
+                                : unpack<bf16>(work, *tile, sums, row, size);
+      });
   }
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t read_cache_size() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return 1 << 20;
+}
+
+// The cut that takes least: of multiplications, and of packing x and writing y in their units.
+Plan plan(const Call& c, const Header& h, int64_t vectors, int limit, int threads) {
+  static const int64_t stated = read_cache_size();
+  const int64_t cache = c.cache > 0 ? c.cache : stated;
+  const int64_t row_blocks = divide_up(h.rows, h.row_block);
+  const int64_t at_once = std::max<int64_t>(1, 512 / h.row_block) * h.row_block;
+  // The sums of a piece take a fifth of the cache, beside x and W; one tile where all of W stays.
+  int64_t most = cache / 5 / (int64_t)sizeof(float) / L / std::min<int64_t>(at_once, h.rows);
+  if (h.common - h.values < cache / 4) most = limit;
+  const int64_t fewest = divide_up(vectors, std::max<int64_t>(limit, most));
+  Plan best{fewest, 1, at_once};
+  if (threads == 1) return best;
+  double least = 0;
+  const double kept = (double)h.cols * h.n / h.m;
+  for (int64_t parts = 1; parts <= row_blocks; parts++)
+    for (int64_t groups : {fewest, divide_up(fewest, threads) * threads,
+                           divide_up(fewest, threads) * threads * 2}) {
+      if (groups > vectors) continue;
+      const double rows = (double)std::min<int64_t>(h.rows, divide_up(row_blocks, parts) * h.row_block);
+      const int64_t size = divide_up(vectors, groups), tiles = divide_up(size, limit);
+      const double multiplied = rows * kept * ((double)size + 1.5 * (double)tiles);
+      const double moved = (double)size * (4.0 * h.cols + 8.0 * rows);
+      const double cost = (double)divide_up(groups * parts, threads) * (multiplied + moved);
+      if (least == 0 || cost < 0.98 * least) {
+        best = {groups, parts, at_once};
+        least = cost;
+      }
+    }
+  return best;
 }
 
 // Copy of x with its zero padding, as fp32: [images, channels, plane_h, plane_w].
@@ -418,11 +215,18 @@ template <class X>
 void pad_planes(const Call& c, float* dst, int64_t plane_h, int64_t plane_w, int64_t index) {
   const X* src = (const X*)c.x + index * c.height * c.width;
   dst += index * plane_h * plane_w;
-  std::fill(dst, dst + plane_h * plane_w, 0.0f);
-  for (int64_t y = 0; y < c.height; y++) {
-    float* to = dst + (y + c.pad_h) * plane_w + c.pad_w;
-    for (int64_t z = 0; z < c.width; z++) to[z] = widen(src[y * c.width + z]);
+  std::fill(dst, dst + c.pad_h * plane_w, 0.0f);
+  dst += c.pad_h * plane_w;
+  for (int64_t y = 0; y < c.height; y++, dst += plane_w, src += c.width) {
+    float* to = std::fill_n(dst, c.pad_w, 0.0f);
+    if constexpr (sizeof(X) == sizeof(float)) {
+      std::memcpy(to, src, c.width * sizeof(float));
+    } else {
+      for (int64_t z = 0; z < c.width; z++) to[z] = widen(src[z]);
+    }
+    std::fill_n(to + c.width, c.pad_w, 0.0f);
   }
+  std::fill(dst, dst + c.pad_h * plane_w, 0.0f);
 }
 
 template <class F>
@@ -446,46 +250,45 @@ int32_t sdm_run(const Call* call) try {
   if (c.tokens == 0 || h.rows == 0) return 0;
   const int threads = std::max(1, c.threads);
   Work work{c, h, nullptr, c.height + 2 * c.pad_h, c.width + 2 * c.pad_w};
-  std::vector<float> padded;
+  thread_local Scratch padded;
   if (c.conv == 1) {
     if (c.x_type == F32 && c.pad_h == 0 && c.pad_w == 0) {
       work.planes = (const float*)c.x;
     } else {
       const int64_t planes = c.images * c.channels;
-      padded.resize(planes * work.plane_h * work.plane_w);
-      work.planes = padded.data();
+      float* to = padded.need(planes * work.plane_h * work.plane_w);
+      work.planes = to;
       parallel(planes, threads, [&](int64_t i) {
-        if (c.x_type == BF16) return pad_planes<bf16>(c, padded.data(), work.plane_h, work.plane_w, i);
-        pad_planes<float>(c, padded.data(), work.plane_h, work.plane_w, i);
+        if (c.x_type == BF16) return pad_planes<bf16>(c, to, work.plane_h, work.plane_w, i);
+        pad_planes<float>(c, to, work.plane_h, work.plane_w, i);
       });
     }
   }
-  const int64_t vectors = (c.tokens + L - 1) / L;
+  const int64_t vectors = divide_up(c.tokens, L), row_blocks = divide_up(h.rows, h.row_block);
   const int limit = std::max(1, std::min(c.tile, h.share ? MAX_SHARED_TILE : MAX_PAIRS_TILE));
-  const int64_t tiles = (vectors + limit - 1) / limit;
-  const int64_t row_blocks = (h.rows + h.row_block - 1) / h.row_block;
-  // Split rows too, where tiles alone do not keep all threads busy; each part packs x again.
-  int64_t parts = 1;
-  auto waste = [&](int64_t p) {
-    const int64_t items = tiles * p;
-    return (double)((items + threads - 1) / threads * threads) / (double)items;
-  };
-  for (int64_t p = 2; p <= row_blocks; p++)
-    if (waste(p) < 0.9 * waste(parts)) parts = p;
-  std::vector<Tile> all(tiles);
-  for (int64_t i = 0; i < tiles; i++) {
-    const int64_t from = vectors * i / tiles, to = vectors * (i + 1) / tiles;
-    all[i].first = from * L;
-    all[i].vectors = (int)(to - from);
-    if (c.conv == 1) find_runs(work, all[i]);
+  const Plan cut = plan(c, h, vectors, limit, threads);
+  std::vector<Tile> tiles;
+  std::vector<int64_t> starts;
+  for (int64_t group = 0; group < cut.groups; group++) {
+    starts.push_back((int64_t)tiles.size());
+    const int64_t from = vectors * group / cut.groups,
+                  size = vectors * (group + 1) / cut.groups - from;
+    const int64_t count = divide_up(size, limit);
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t begin = size * i / count;
+      tiles.push_back({(from + begin) * L, (int)(size * (i + 1) / count - begin), {}, false});
+      if (c.conv == 1) find_runs(work, tiles.back());
+    }
   }
+  starts.push_back((int64_t)tiles.size());
   int failed = 0;
-  parallel(tiles * parts, threads, [&](int64_t item) {
+  parallel(cut.groups * cut.parts, threads, [&](int64_t item) {
     try {
-      const int64_t part = item % parts;
-      const int64_t from = row_blocks * part / parts, to = row_blocks * (part + 1) / parts;
-      run_item(work, all[item / parts], from * h.row_block,
-               std::min<int64_t>(h.rows, to * h.row_block));
+      const int64_t part = item % cut.parts, group = item / cut.parts;
+      const int64_t row0 = row_blocks * part / cut.parts * h.row_block;
+      const int64_t row1 = row_blocks * (part + 1) / cut.parts * h.row_block;
+      run_piece(work, &tiles[starts[group]], starts[group + 1] - starts[group], row0,
+                std::min<int64_t>(h.rows, row1), cut.at_once);
     } catch (const std::bad_alloc&) {
       failed = 1;
     }

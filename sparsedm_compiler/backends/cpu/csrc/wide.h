@@ -2,10 +2,6 @@
 // panel of pairs, [pair][token] of two bfloat16, and multiplied as dense. The panel suits both
 // vdpbf16ps (AVX512-BF16) and the tiles of AMX, and plain vector code stands in for them.
 #pragma once
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include "format.h"
 #include "vec.h"
 

@@ -1,0 +1,264 @@
+// Tiles of x and y: a few vectors of tokens (output pixels), feature-major, and how they are filled
+// from tensors and written to them.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "act.h"
+#include "format.h"
+#include "vec.h"
+
+// Mirrored by abi.py: change them together.
+struct Call {
+  const uint8_t* weight;
+  const void* x;
+  void* out;
+  const void* bias;
+  int32_t x_type, bias_type, act, conv;  // conv: 0 row-major tokens, 1 NCHW planes, 2 NHWC rows
+  int64_t tokens, x_stride, out_stride;
+  int64_t images, channels, height, width, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
+  int32_t tile, threads, isa;
+  int64_t cache;  // bytes of the second-level cache; 0: as this CPU states it
+};
+
+// A run of output pixels that lie side by side in the padded input and in the output.
+struct Run {
+  int lane, size;
+  int64_t in, out;
+};
+
+struct Tile {
+  int64_t first;  // token
+  int vectors;
+  std::vector<Run> runs;  // planes
+  bool whole;             // each run is a vector
+};
+
+struct Work {
+  const Call& call;
+  const Header& h;
+  const float* planes;  // padded input of a conv on planes
+  int64_t plane_h, plane_w;
+};
+
+template <class X>
+inline const X* pixel(const Call& c, int64_t token, int64_t i, int64_t j) {
+  const int64_t pixels = c.out_height * c.out_width;
+  const int64_t image = token / pixels, y = token % pixels / c.out_width, z = token % c.out_width;
+  const int64_t row = y * c.stride_h - c.pad_h + i * c.dil_h;
+  const int64_t col = z * c.stride_w - c.pad_w + j * c.dil_w;
+  if (row < 0 || row >= c.height || col < 0 || col >= c.width) return nullptr;
+  return (const X*)c.x + ((image * c.height + row) * c.width + col) * c.channels;
+}
+
+// Columns [k0, k1) of the tile from rows in memory; columns of one tap lie side by side.
+template <class X>
+void pack_rows(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
+  const Call& c = work.call;
+  const int64_t stride = tile.vectors * L, per_tap = c.conv ? c.channels : work.h.cols;
+  for (int64_t k = k0; k < k1;) {
+    const int64_t tap = k / per_tap, from = k % per_tap;
+    const int64_t size = std::min(per_tap - from, k1 - k);
+    for (int t = 0; t < tile.vectors; t++) {
+      const X* rows[L];
+      for (int l = 0; l < L; l++) {
+        const int64_t token = tile.first + t * L + l;
+        rows[l] = token >= c.tokens ? nullptr
+                  : c.conv          ? pixel<X>(c, token, tap / c.kernel_w, tap % c.kernel_w)
+                                    : (const X*)c.x + token * c.x_stride;
+        if (rows[l]) rows[l] += from;
+      }
+      float* to = dst + (k - k0) * stride + t * L;
+      const bool whole = std::find(rows, rows + L, nullptr) == rows + L;
+      int64_t j = 0;
+      for (; j + L <= size; j += L) {
+        vf block[L];
+        for (int l = 0; l < L; l++)
+          block[l] = whole || rows[l] ? load_wide(rows[l] + j) : vf{};
+        transpose(block);
+        for (int l = 0; l < L; l++) store(to + (j + l) * stride, block[l]);
+      }
+      for (; j < size; j++)
+        for (int l = 0; l < L; l++) to[j * stride + l] = rows[l] ? widen(rows[l][j]) : 0.0f;
+    }
+    k += size;
+  }
+}
+
+template <int N>
+inline void copy(float* to, const float* from) {
+  std::memcpy(to, from, N * sizeof(float));
+}
+
+// ``count`` planes of one tap, a whole vector for each run.
+template <int T>
+void copy_vectors(const Tile& tile, const float* src, int64_t plane, int64_t count, float* dst) {
+  int64_t in[T];
+  for (int t = 0; t < T; t++) in[t] = tile.runs[t].in;
+  for (int64_t k = 0; k < count; k++, src += plane, dst += T * L) {
+    for (int t = 0; t < T; t++) store(dst + t * L, load<vf>(src + in[t]));
+  }
+}
+
+using CopyVectors = void (*)(const Tile&, const float*, int64_t, int64_t, float*);
+constexpr CopyVectors COPY_VECTORS[] = {
+    nullptr,          copy_vectors<1>, copy_vectors<2>,  copy_vectors<3>,  copy_vectors<4>,
+    copy_vectors<5>,  copy_vectors<6>, copy_vectors<7>,  copy_vectors<8>,  copy_vectors<9>,
+    copy_vectors<10>, copy_vectors<11>, copy_vectors<12>};
+
+inline void copy_runs(const Tile& tile, const float* src, int64_t stride, float* dst) {
+  for (const Run& run : tile.runs) {
+    const float* from = src + run.in;
+    float* to = dst + run.lane;
+    if (stride != 1) {
+      for (int l = 0; l < run.size; l++) to[l] = from[l * stride];
+    } else if (run.size == 16) {
+      copy<16>(to, from);
+    } else if (run.size == 8) {
+      copy<8>(to, from);
+    } else if (run.size == 4) {
+      copy<4>(to, from);
+    } else {
+      for (int l = 0; l < run.size; l++) to[l] = from[l];
+    }
+  }
+}
+
+inline void pack_planes(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
+  const Call& c = work.call;
+  const int64_t stride = tile.vectors * L, plane = work.plane_h * work.plane_w;
+  for (int64_t k = k0; k < k1;) {
+    const int64_t tap = k / c.channels, channel = k % c.channels;
+    const int64_t count = std::min(c.channels - channel, k1 - k);
+    const float* src = work.planes + channel * plane +
+                       tap / c.kernel_w * c.dil_h * work.plane_w + tap % c.kernel_w * c.dil_w;
+    if (tile.whole) {
+      COPY_VECTORS[tile.vectors](tile, src, plane, count, dst);
+    } else {
+      for (int64_t i = 0; i < count; i++) copy_runs(tile, src + i * plane, c.stride_w, dst + i * stride);
+    }
+    k += count;
+    dst += count * stride;
+  }
+}
+
+// The runs of a tile; each lies within one row of pixels and one vector of at most 16 lanes.
+inline void find_runs(const Work& work, Tile& tile) {
+  const Call& c = work.call;
+  const int64_t pixels = c.out_height * c.out_width;
+  const int64_t end = std::min<int64_t>(c.tokens, tile.first + tile.vectors * L);
+  for (int64_t token = tile.first; token < end;) {
+    const int lane = (int)(token - tile.first);
+    const int64_t image = token / pixels, pixel = token % pixels;
+    const int64_t y = pixel / c.out_width, z = pixel % c.out_width;
+    const int64_t size = std::min({c.out_width - z, end - token, (int64_t)(L - lane % L)});
+    const int64_t in = image * c.channels * work.plane_h * work.plane_w +
+                       y * c.stride_h * work.plane_w + z * c.stride_w;
+    tile.runs.push_back({lane, (int)size, in, image * work.h.rows * pixels + pixel});
+    token += size;
+  }
+  tile.whole = c.stride_w == 1 && (int)tile.runs.size() == tile.vectors && end % L == 0;
+}
+
+// ---------------------------------------------------------------- tiles of y
+
+// Where the accumulators of output row ``row`` of a block lie: groups are padded to whole units.
+inline bool is_straight(const Header& h) { return !h.share || h.share == h.group; }
+inline int64_t tile_row(const Header& h, int64_t row) {
+  return is_straight(h) ? row : row / h.share * h.group + row % h.share;
+}
+
+inline float bias_of(const Call& c, int64_t row) {
+  if (!c.bias) return 0.0f;
+  return c.bias_type == BF16 ? widen(((const bf16*)c.bias)[row]) : ((const float*)c.bias)[row];
+}
+
+// The biases of up to L rows.
+inline vf biases_of(const Call& c, int64_t row, int count) {
+  vf bias{};
+  if (!c.bias) return bias;
+  if (count == L)
+    return c.bias_type == BF16 ? load_wide((const bf16*)c.bias + row) : load_wide((const float*)c.bias + row);
+  for (int l = 0; l < count; l++) bias[l] = bias_of(c, row + l);
+  return bias;
+}
+
+// A vector of tokens at a time, so that few lines and pages of the output are open at once.
+template <class Y, Act A>
+void unpack_rows(const Work& work, const Tile& tile, const float* acc, int64_t row0, int64_t size) {
+  const Call& c = work.call;
+  const int64_t stride = tile.vectors * L, out_stride = c.out_stride;
+  const bool straight = is_straight(work.h);
+  for (int t = 0; t < tile.vectors; t++) {
+    const int64_t token0 = tile.first + t * L;
+    const int tokens = (int)std::min<int64_t>(L, c.tokens - token0);
+    Y* to = (Y*)c.out + token0 * out_stride + row0;
+    for (int64_t r = 0; r < size; r += L, to += L) {
+      const int count = (int)std::min<int64_t>(L, size - r);
+      const vf bias = biases_of(c, row0 + r, count);
+      vf block[L];
+      if (straight && tokens == L && count == L) {
+        const float* from = acc + r * stride + t * L;
+        for (int l = 0; l < L; l++) block[l] = load<vf>(from + l * stride);
+        transpose(block);
+        for (int l = 0; l < L; l++) store_as(to + l * out_stride, act_v<A>(block[l] + bias));
+        continue;
+      }
+      for (int l = 0; l < L; l++)
+        block[l] = load<vf>(acc + tile_row(work.h, r + std::min(l, count - 1)) * stride + t * L);
+      transpose(block);
+      for (int l = 0; l < tokens; l++) {
+        const vf y = act_v<A>(block[l] + bias);
+        for (int i = 0; i < count; i++) put(to + l * out_stride + i, y[i]);
+      }
+    }
+  }
+}
+
+template <class Y, Act A>
+void unpack_planes(const Work& work, const Tile& tile, const float* acc, int64_t row0,
+                   int64_t size) {
+  const Call& c = work.call;
+  const int64_t pixels = c.out_height * c.out_width;
+  for (int64_t r = 0; r < size; r++) {
+    const float* from = acc + tile_row(work.h, r) * tile.vectors * L;
+    const vf bias = splat(bias_of(c, row0 + r));
+    for (const Run& run : tile.runs) {
+      Y* to = (Y*)c.out + run.out + (row0 + r) * pixels;
+      const int start = run.lane / L * L;  // a run lies within one vector
+      const vf v = act_v<A>(load<vf>(from + start) + bias);
+      if (run.size == L) {
+        store_as(to, v);
+      } else {
+        for (int l = 0; l < run.size; l++) put(to + l, v[run.lane - start + l]);
+      }
+    }
+  }
+}
+
+inline void pack(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
+  if (work.call.conv == 1) return pack_planes(work, tile, k0, k1, dst);
+  if (work.call.x_type == BF16) return pack_rows<bf16>(work, tile, k0, k1, dst);
+  pack_rows<float>(work, tile, k0, k1, dst);
+}
+
+template <class Y, Act A>
+void unpack_as(const Work& work, const Tile& tile, const float* acc, int64_t row0, int64_t size) {
+  if (work.call.conv == 1) return unpack_planes<Y, A>(work, tile, acc, row0, size);
+  unpack_rows<Y, A>(work, tile, acc, row0, size);
+}
+
+template <class Y>
+void unpack(const Work& work, const Tile& tile, const float* acc, int64_t row0, int64_t size) {
+  switch ((Act)work.call.act) {
+    case GELU:
+      return unpack_as<Y, GELU>(work, tile, acc, row0, size);
+    case GELU_TANH:
+      return unpack_as<Y, GELU_TANH>(work, tile, acc, row0, size);
+    case SILU:
+      return unpack_as<Y, SILU>(work, tile, acc, row0, size);
+    default:
+      return unpack_as<Y, NONE>(work, tile, acc, row0, size);
+  }
+}
