@@ -13,11 +13,11 @@ from ..errors import DenseRunError
 from ..graph.capture import GRAPH_BREAK_ERRORS, copy_method, raise_own_error
 from ..graph.diagnostics import describe_graph_break
 from ..graph.dynamo_settings import compile_method
-from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
+from ..graph.eager_watch import EagerMask, run_undone
 from ..graph.module_guards import HookWatch, pin_modules_without_hooks
+from ..graph.recorded_run import RunRecorder
 from ..graph.stateful_hooks import StatefulHooksError, isolate_stateful_hooks
 from ..meta_models import require_values
-from ..passes import Site, find_eager_sites
 from ..progress import COMPILING, announce
 from .masked_model import MaskedModel
 
@@ -78,21 +78,9 @@ class EntryPoint:
         """Returns the method as a function of (self, ...)."""
         return copy_method(self._forward.module, self._name, self._override)
 
-    def record_sites(
-        self,
-        into: list[Site],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        also: Callable[[EagerProduct], None] | None = None,
-    ) -> None:
-        """Runs the method eagerly, undone, and appends its products; tells ``also`` of each."""
-
-        def note(product: EagerProduct) -> None:
-            into.extend(site.without_tensors() for site in find_eager_sites((product,), len(into)))
-            if also is not None:
-                also(product)
-
-        watch_eager(self._forward.module, self.copy(), note, args, kwargs)
+    def record(self, recorder: RunRecorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the method eagerly under a recorder, undone, and returns its result."""
+        return run_undone(recorder, self._forward.module, self.copy(), args, kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         own = getattr(type(self._forward.module), self._name)
@@ -123,9 +111,8 @@ class EntryPoint:
 
     def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
         """Runs as several graphs from now on, decided by an eager run, since none holds it all."""
-        sites: list[Site] = []
-        self.record_sites(sites, args, kwargs)
-        self._forward.decide_eagerly(sites)
+        recorder = RunRecorder(self._forward.module)
+        self._forward.decide_eagerly(recorder.finish(self.record(recorder, args, kwargs)))
         self.broken, self._guards_hooks = reason, True
         self._compiled = self._compile(fullgraph=False)
 

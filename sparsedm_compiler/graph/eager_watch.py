@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
 from torch.overrides import TorchFunctionMode
 
-from .capture import Names, copy_forward, map_parameter_names
+from .capture import Names, map_parameter_names
 from .flat_graph import classify_step
 from .op_table import OP_TABLE, OpEntry
 from .python_state import undo_after
@@ -52,7 +52,7 @@ def _leave_to_python(function: Run) -> Run:
     return disabled
 
 
-class _EagerMode(TorchFunctionMode):
+class EagerMode(TorchFunctionMode):
     """Base of modes that see the ops that run eagerly; ops inside compiled graphs are not seen.
 
     It knows the parameters of a module, also those that the call brings in (offloaded weights),
@@ -104,7 +104,7 @@ class _EagerMode(TorchFunctionMode):
         return values, {k: names for k, names in named.items() if names}
 
 
-def _name_read(function: Any) -> Any:
+def name_read(function: Any) -> Any:
     """Returns the name of the attribute that a function reads, ``T`` of ``w.T``; else itself."""
     return function.__self__.__name__ if function.__name__ == "__get__" else function
 
@@ -119,9 +119,9 @@ _NO_MODES = nullcontext()
 
 @contextmanager
 def _leave_modes() -> Iterator[None]:
-    modes: list[_EagerMode] = []
+    modes: list[EagerMode] = []
     while depth := torch._C._len_torch_function_stack():
-        if not isinstance(torch._C._get_function_stack_at(depth - 1), _EagerMode):
+        if not isinstance(torch._C._get_function_stack_at(depth - 1), EagerMode):
             break
         modes.append(torch.overrides._pop_mode())  # type: ignore[no-untyped-call]
     try:
@@ -131,7 +131,7 @@ def _leave_modes() -> Iterator[None]:
             torch.overrides._push_mode(mode)  # type: ignore[no-untyped-call]
 
 
-class EagerWatch(_EagerMode):
+class EagerWatch(EagerMode):
     """A mode that reports every op of the table that runs eagerly while it is on."""
 
     def __init__(self, module: nn.Module, report: Callable[[EagerProduct], None]) -> None:
@@ -147,13 +147,13 @@ class EagerWatch(_EagerMode):
         if entry is not None:
             values, names = self._bind(entry, args, kwargs or {})
             self._report(EagerProduct(entry, values, out, names))
-        elif args and classify_step(_name_read(func)) and (names := self._find_names(args[0])):
+        elif args and classify_step(name_read(func)) and (names := self._find_names(args[0])):
             self._kept.append(out)
             self._note_step(out, names)
         return out
 
 
-class EagerMask(_EagerMode):
+class EagerMask(EagerMode):
     """A mode that replaces parameters by their masked form in every op that runs eagerly.
 
     ``mask``: takes a parameter, its names, and the product it is a factor of (None for a cast or
@@ -184,7 +184,7 @@ class EagerMask(_EagerMode):
             }
             args = tuple(masked.get(id(value), value) for value in args)
             kwargs = {key: masked.get(id(value), value) for key, value in kwargs.items()}
-        elif args and classify_step(func) and (names := self._find_names(args[0])):
+        elif args and classify_step(name_read(func)) and (names := self._find_names(args[0])):
             masked_weight = self._mask(args[0], names, None)
             if masked_weight is args[0]:
                 out = func(*args, **kwargs)
@@ -255,16 +255,6 @@ skip_code(EagerMask.__torch_function__.__code__)
 skip_code(EagerMask._run_other.__code__)
 
 
-def record_eager_products(module: nn.Module, *args: Any, **kwargs: Any) -> list[EagerProduct]:
-    """Runs the module's own forward eagerly and returns its calls of ops of the table, in order.
-
-    The run leaves no trace: no gradients, and random states and Python objects are put back.
-    """
-    products: list[EagerProduct] = []
-    watch_eager(module, copy_forward(module), products.append, args, kwargs)
-    return products
-
-
 def watch_eager(
     module: nn.Module,
     method: Callable[..., Any],
@@ -273,6 +263,20 @@ def watch_eager(
     kwargs: Mapping[str, Any],
 ) -> None:
     """Runs ``method(module, *args, **kwargs)`` eagerly, reports its products, and undoes it."""
+    run_undone(EagerWatch(module, report), module, method, args, kwargs)
+
+
+def run_undone(
+    mode: EagerMode,
+    module: nn.Module,
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Runs ``method(module, *args, **kwargs)`` eagerly under a mode and undoes it.
+
+    The run leaves no trace: no gradients, and random states and Python objects are put back.
+    """
     run: Any = torch._dynamo.disable(method)  # type: ignore[no-untyped-call]
-    with undo_after(module, args, kwargs), torch.no_grad(), EagerWatch(module, report):
-        run(module, *args, **kwargs)
+    with undo_after(module, args, kwargs), torch.no_grad(), mode:
+        return run(module, *args, **kwargs)
