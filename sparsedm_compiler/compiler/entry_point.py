@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from ..errors import DenseRunError
 from ..graph.capture import GRAPH_BREAK_ERRORS, copy_method, raise_own_error
 from ..graph.diagnostics import describe_graph_break
 from ..graph.dynamo_settings import compile_method
-from ..graph.eager_watch import EagerMask, run_undone
+from ..graph.eager_mask import EagerMask
+from ..graph.eager_watch import run_undone
 from ..graph.module_guards import HookWatch, pin_modules_without_hooks
 from ..graph.recorded_run import RunRecorder
 from ..graph.stateful_hooks import StatefulHooksError, isolate_stateful_hooks
@@ -40,6 +42,8 @@ class EntryPoint:
         self._override = override
         self._own: Callable[..., Any] | None = None
         self._compiled: Callable[..., Any] | None = None
+        self._graphs = 0  # how many have been made
+        self._masks = threading.local()
         self._hooks = HookWatch(forward.module)
         self._guards_hooks = forward.config.mode == "train"  # of which one comparison is no part
 
@@ -71,7 +75,7 @@ class EntryPoint:
         """Calls the method uncompiled, with its weights masked op by op."""
         method: Any = torch._dynamo.disable(self.copy())  # type: ignore[no-untyped-call]
         module = self._forward.module
-        with EagerMask(module, self._forward.mask_eagerly):
+        with self._mask_eagerly():
             return method(module, *args, **kwargs)
 
     def copy(self) -> Callable[..., Any]:
@@ -100,8 +104,16 @@ class EntryPoint:
                     raise
                 reason = str(failed.inner_exception)
             self._go_partial(reason, *args, **kwargs)
-        with EagerMask(module, self._forward.mask_eagerly):
+        with self._mask_eagerly():
             return self._compiled(module, *args, **kwargs)
+
+    def _mask_eagerly(self) -> EagerMask:
+        """Returns this thread's mode for what runs between graphs; anew after each new graph."""
+        kept: tuple[int, EagerMask] | None = self._masks.__dict__.get("kept")
+        if kept is None or kept[0] != self._graphs:
+            mask = EagerMask(self._forward.module, self._forward.mask_eagerly)
+            kept = self._masks.kept = self._graphs, mask
+        return kept[1]
 
     def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
         isolate_stateful_hooks(self._forward.module)
@@ -118,6 +130,7 @@ class EntryPoint:
 
     @announce("compiling the model", COMPILING)
     def _lower(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        self._graphs += 1
         if isolate_stateful_hooks(self._forward.module) and self.broken is None:
             raise StatefulHooksError("hooks of a cache carry state from call to call")
         if not self._guards_hooks:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..graph.capture import KEY, Names
 from ..graph.closures import list_closure
-from ..graph.eager_watch import EagerMask, EagerProduct
+from ..graph.eager_mask import EagerMask
+from ..graph.eager_watch import EagerProduct
 from ..graph.python_state import PythonState
 from ..graph.recorded_run import RunRecorder
 from .entry_point import EntryPoint
