@@ -316,3 +316,43 @@ def test_explained_rows_when_blocks_break_the_graph_are_those_of_the_one_graph(
     refusals = [refusal for _, refusal in rows[0].values()]
     assert refusals.count("first op of the graph") == (2 if blocks != 2 else 1)
     assert refusals.count("last op of the graph") == 1
+
+
+class Stack(nn.Module):
+    """Equal blocks of a norm and a layer; the graph breaks in each block, between the two."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(blocks))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = add_layer(x, norm, layer)
+        return x
+
+
+def add_layer(x: Tensor, norm: nn.Module, layer: nn.Module) -> Tensor:
+    """Returns one block's output; a frame that TorchDynamo compiles on its own."""
+    y = torch.relu(norm(x))
+    torch._dynamo.graph_break()
+    return x + layer(y)  # type: ignore[no-any-return]
+
+
+def count_graphs(blocks: int) -> int:
+    """Returns how many graphs a Stack takes, and asserts that it runs masked."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    student = sdm.compile(Stack(blocks).eval(), "2:4", backend="eager", **OPTIONS["infer"])
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        out = student(x)
+        graphs = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert_same(out, oracle_of(student)(x))
+        assert not torch.equal(out, hand_masked(student, {})(x))
+    return graphs
+
+
+def test_graphs_of_norms_when_blocks_are_equal_are_shared_and_those_of_layers_are_not() -> None:
+    """A graph that holds a weight stays with its layer: one may be dense, the next pruned."""
+    assert count_graphs(6) - count_graphs(4) == 2
