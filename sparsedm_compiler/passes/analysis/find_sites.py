@@ -47,7 +47,14 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Sites:
-    """A captured graph, or a recorded run, as analyses see it."""
+    """A captured graph, or a recorded run, as analyses see it.
+
+    Attributes:
+        ops: All of its ops, in execution order.
+        parameters: Those that are parameters, with their names.
+        inputs: Those that are inputs of the call.
+        sites: Every product.
+    """
 
     ops: tuple[Op, ...]
     parameters: dict[Op, Names]
@@ -127,7 +134,14 @@ def _explain_misread(product: Product, reading: ParameterRead, index: int) -> st
 
 
 def find_product_sites(call: EagerProduct) -> tuple[Site, ...]:
-    """Finds the products of one op that runs eagerly, of which nothing around it is known."""
+    """Finds the products of one op that runs eagerly, of which nothing around it is known.
+
+    Args:
+        call: The call of the op.
+
+    Returns:
+        The products, in order.
+    """
     return tuple(
         _eager_site(product, call) for product in call.entry.products(call.values, call.out)
     )
