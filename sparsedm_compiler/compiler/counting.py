@@ -11,8 +11,8 @@ from torch import nn
 from ..config import CompileConfig
 from ..errors import CaptureError, ConfigError
 from ..graph.capture import CapturedGraph, capture, map_parameter_names
-from ..graph.eager_watch import EagerProduct, record_eager_products
-from ..passes import Site, find_eager_sites, find_sites, mark_eager, mark_prunable, trace_topology
+from ..graph.recorded_run import record_run
+from ..passes import Site, Sites, find_recorded_sites, find_sites, mark_prunable, trace_topology
 from ..passes import count_macs as count_sites
 from ..patterns import Pattern
 from ..reports import Decision, MacsReport, Topology
@@ -93,16 +93,14 @@ def decide_weights(
             sites = find_sites(graph)
             if all(isinstance(site.product.macs(), int) for site in sites.sites):
                 return sites.sites, mark_prunable(sites, config)
-        eager = find_eager_sites(_record_products(model, args, kwargs))
-    return eager, mark_eager(eager, config)
+        sites = _record_sites(model, args, kwargs)
+    return sites.sites, mark_prunable(sites, config)
 
 
-def _record_products(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[EagerProduct]:
+def _record_sites(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sites:
     """Returns the products of an eager run, for a model of which no one graph shows all sizes."""
     try:
-        return record_eager_products(model, *args, **kwargs)
+        return find_recorded_sites(record_run(model, *args, **kwargs))
     except NotImplementedError as error:  # of meta tensors
         raise CaptureError(
             f"the sizes in {type(model).__name__} depend on the data, so it cannot be counted on "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,12 @@ from ..errors import DenseRunError
 from ..graph.capture import GRAPH_BREAK_ERRORS, copy_method, raise_own_error
 from ..graph.diagnostics import describe_graph_break
 from ..graph.dynamo_settings import compile_method
-from ..graph.eager_watch import EagerMask, EagerProduct, watch_eager
+from ..graph.eager_mask import EagerMask
+from ..graph.eager_watch import run_undone
 from ..graph.module_guards import HookWatch, pin_modules_without_hooks
+from ..graph.recorded_run import RunRecorder
 from ..graph.stateful_hooks import StatefulHooksError, isolate_stateful_hooks
 from ..meta_models import require_values
-from ..passes import Site, find_eager_sites
 from ..progress import COMPILING, announce
 from .masked_model import MaskedModel
 
@@ -40,6 +42,8 @@ class EntryPoint:
         self._override = override
         self._own: Callable[..., Any] | None = None
         self._compiled: Callable[..., Any] | None = None
+        self._graphs = 0  # how many have been made
+        self._masks = threading.local()
         self._hooks = HookWatch(forward.module)
         self._guards_hooks = forward.config.mode == "train"  # of which one comparison is no part
 
@@ -71,28 +75,16 @@ class EntryPoint:
         """Calls the method uncompiled, with its weights masked op by op."""
         method: Any = torch._dynamo.disable(self.copy())  # type: ignore[no-untyped-call]
         module = self._forward.module
-        with EagerMask(module, self._forward.mask_eagerly):
+        with self._mask_eagerly():
             return method(module, *args, **kwargs)
 
     def copy(self) -> Callable[..., Any]:
         """Returns the method as a function of (self, ...)."""
         return copy_method(self._forward.module, self._name, self._override)
 
-    def record_sites(
-        self,
-        into: list[Site],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        also: Callable[[EagerProduct], None] | None = None,
-    ) -> None:
-        """Runs the method eagerly, undone, and appends its products; tells ``also`` of each."""
-
-        def note(product: EagerProduct) -> None:
-            into.extend(site.without_tensors() for site in find_eager_sites((product,), len(into)))
-            if also is not None:
-                also(product)
-
-        watch_eager(self._forward.module, self.copy(), note, args, kwargs)
+    def record(self, recorder: RunRecorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the method eagerly under a recorder, undone, and returns its result."""
+        return run_undone(recorder, self._forward.module, self.copy(), args, kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         own = getattr(type(self._forward.module), self._name)
@@ -112,8 +104,16 @@ class EntryPoint:
                     raise
                 reason = str(failed.inner_exception)
             self._go_partial(reason, *args, **kwargs)
-        with EagerMask(module, self._forward.mask_eagerly):
+        with self._mask_eagerly():
             return self._compiled(module, *args, **kwargs)
+
+    def _mask_eagerly(self) -> EagerMask:
+        """Returns this thread's mode for what runs between graphs; anew after each new graph."""
+        kept: tuple[int, EagerMask] | None = self._masks.__dict__.get("kept")
+        if kept is None or kept[0] != self._graphs:
+            mask = EagerMask(self._forward.module, self._forward.mask_eagerly)
+            kept = self._masks.kept = self._graphs, mask
+        return kept[1]
 
     def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
         isolate_stateful_hooks(self._forward.module)
@@ -123,14 +123,14 @@ class EntryPoint:
 
     def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
         """Runs as several graphs from now on, decided by an eager run, since none holds it all."""
-        sites: list[Site] = []
-        self.record_sites(sites, args, kwargs)
-        self._forward.decide_eagerly(sites)
+        recorder = RunRecorder(self._forward.module)
+        self._forward.decide_eagerly(recorder.finish(self.record(recorder, args, kwargs)))
         self.broken, self._guards_hooks = reason, True
         self._compiled = self._compile(fullgraph=False)
 
     @announce("compiling the model", COMPILING)
     def _lower(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        self._graphs += 1
         if isolate_stateful_hooks(self._forward.module) and self.broken is None:
             raise StatefulHooksError("hooks of a cache carry state from call to call")
         if not self._guards_hooks:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..config import CompileConfig
-from ..errors import CaptureError, DenseRunError
+from ..errors import CaptureError, ConfigError, DenseRunError
 from ..graph.capture import OwnForward, wraps_forward
 from ..graph.diagnostics import find_user_line
 from ..passes import COMPUTED
@@ -66,17 +66,18 @@ def explain_unexported(module: nn.Module) -> CaptureError:
 
 
 def explain_nothing_pruned(
-    name: str, config: CompileConfig, decisions: Mapping[str, Decision]
-) -> str:
-    """Returns the sentence for a model of which every weight stays dense."""
+    module: nn.Module, config: CompileConfig, decisions: Mapping[str, Decision]
+) -> ConfigError:
+    """Returns the error for a model of which every weight stays dense."""
+    name = type(module).__name__
     if decisions and {row.refusal for row in decisions.values()} == {COMPUTED}:
-        return (
+        return ConfigError(
             f"no weight of {name} is pruned to {config.pattern}: all are computed in the forward "
             "by parametrizations; make them parameters first, by torch.nn.utils.parametrize."
             "remove_parametrizations(layer, 'weight')"
         )
     reasons = "; ".join(f"{d.weight}: {d.refusal}" for d in list(decisions.values())[:3])
-    return (
+    return ConfigError(
         f"no weight of {name} is pruned to {config.pattern} ({reasons or 'it multiplies by none'});"
         " choose a smaller m, or policy='all' to prune the first and last layer too"
     )

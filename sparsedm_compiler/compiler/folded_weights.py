@@ -64,6 +64,7 @@ class FoldedWeights:
         self._folded: dict[tuple[int, WeightFormat], _FoldedWeight] = {}
         self.generation = 0  # counts what makes folded forms out of date
         self._watcher = EditWatcher()
+        self._asks = False  # whether some weights lie on a device that has to be asked
         self._pending: list[tuple[Tensor, str, WeightFormat, KernelConfig | None]] = []
         self._checkers: weakref.WeakSet[HoldsCheck] = weakref.WeakSet()
 
@@ -134,7 +135,7 @@ class FoldedWeights:
 
     def detect_edits(self) -> None:
         """Forgets everything folded if a device has reported an edit since the last call."""
-        if self._watcher.take_report():
+        if self._asks and self._watcher.take_report():
             self.generation += 1
             self._folded.clear()
             warnings.warn(
@@ -149,7 +150,7 @@ class FoldedWeights:
 
         It takes a few launches, so a quick model asks once in edit_watch.ASK_SECONDS.
         """
-        if self._watcher.is_due(self.generation):
+        if self._asks and self._watcher.is_due(self.generation):
             samples = [held.samples for held in self._folded.values()]
             self._watcher.ask([sample for sample in samples if _is_asynchronous(sample.now)])
 
@@ -171,6 +172,7 @@ class FoldedWeights:
             source = weight.detach() if packed is None else packed.unpack()
             folded = fold_weight(source, weight_format, name)
             release_after_packing(weight)
+            self._asks |= _is_asynchronous(weight)
             now = sample_values(weight.detach(), spread=_is_asynchronous(weight))
             now = now if packed is None else packed.data[:0]
             samples = WeightSample(now, now.clone())

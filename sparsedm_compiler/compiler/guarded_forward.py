@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,20 +24,20 @@ from ..autotune.measure import AutotuneBudget
 from ..backends.kernel_family import WeightFormat
 from ..backends.packing import PackedWeight
 from ..config import CompileConfig
-from ..errors import CaptureError, ConfigError
+from ..errors import CaptureError
 from ..graph.added_inputs import copy_graph
 from ..graph.capture import KEY, Names, OwnForward, bind_parameters
 from ..graph.eager_watch import EagerProduct, leave_eager_modes
 from ..graph.module_guards import pin_modules
 from ..graph.names import strip_adapter_prefix
+from ..graph.recorded_run import RecordedRun
 from ..passes import (
     Plan,
-    Site,
     Status,
     decide_weight,
-    find_eager_sites,
+    find_product_sites,
+    find_recorded_sites,
     find_sites,
-    mark_eager,
     mark_prunable,
     may_be_pruned,
 )
@@ -229,14 +229,15 @@ class SparseForward(OwnForward):
         return self.weights.get(weight, WeightFormat(decision.pattern), name)
 
     def _decide_product(self, product: EagerProduct, names: Names) -> None:
-        sites = [site for site in find_eager_sites((product,)) if site.names == names]
-        config = self.config
-        self._adopt(tuple(decide_weight(s, s.refusal, config, self.known) for s in sites))
+        sites = (site for site in find_product_sites(product) if site.names == names)
+        self._adopt(tuple(decide_weight(s, s.refusal, self.config, self.known) for s in sites))
 
-    def decide_eagerly(self, sites: Sequence[Site]) -> None:
-        """Decides on the weights of the products of an eager run."""
+    def decide_eagerly(self, run: RecordedRun) -> None:
+        """Decides on the weights of an eager run as on those of a graph that holds it all."""
         require_present_weights(self.module, self.decisions)
-        self._adopt(mark_eager(sites, self.config, self.known))
+        self._adopt(mark_prunable(find_recorded_sites(run), self.config, self.known))
+        if not any(decision.accepted for decision in self.decisions.values()):
+            raise explain_nothing_pruned(self.module, self.config, self.decisions)
 
     def _adopt(self, decisions: tuple[Decision, ...]) -> None:
         for decision in decisions:
@@ -263,8 +264,7 @@ class SparseForward(OwnForward):
         with self.clock.measure("search"):
             plan = plan_weights(graph, example_inputs, *state)
         if whole and not plan:
-            name = type(self.module).__name__
-            raise ConfigError(explain_nothing_pruned(name, self.config, self.decisions))
+            raise explain_nothing_pruned(self.module, self.config, self.decisions)
         run, rows = lower(graph, example_inputs, plan, self.config, self.weights, self.clock)
         self._remember(rows)
 

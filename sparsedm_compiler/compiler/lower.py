@@ -69,7 +69,7 @@ def lower(
             arguments[row.position] = form
             _set_example_value(row.placeholder, form)
     run = compile_blocks(graph.gm, arguments, config, clock)
-    return FoldedGraph(run, plan, weights), plan
+    return FoldedGraph(run, plan, weights) if plan else run, plan
 
 
 def _compile_masked(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from ..config import CompileConfig
 from ..graph.capture import Names
 from ..graph.eager_watch import EagerProduct
-from ..passes import Site
+from ..graph.recorded_run import RecordedRun
 from ..reports import Decision
 from .folded_weights import FoldedWeights
 from .read_guard import ReadGuard
@@ -45,8 +45,8 @@ class MaskedModel(Protocol):
     def mask_eagerly(self, weight: Tensor, names: Names, product: EagerProduct | None) -> Tensor:
         """Returns a weight as Python that no graph holds shall use it: masked, if it is pruned."""
 
-    def decide_eagerly(self, sites: Sequence[Site]) -> None:
-        """Decides on the weights of the products of an eager run."""
+    def decide_eagerly(self, run: RecordedRun) -> None:
+        """Decides on the weights of an eager run."""
 
     def lower(
         self, gm: fx.GraphModule, example_inputs: list[Any], *, whole: bool

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..graph.capture import KEY, Names
 from ..graph.closures import list_closure
-from ..graph.eager_watch import EagerMask, EagerProduct
+from ..graph.eager_mask import EagerMask
+from ..graph.eager_watch import EagerProduct
 from ..graph.python_state import PythonState
-from ..passes import Site
+from ..graph.recorded_run import RunRecorder
 from .entry_point import EntryPoint
 from .masked_model import MaskedModel
 from .read_guard import ReadGuard
@@ -118,19 +119,19 @@ class SparseMethod:
 
     def _decide(self, forward: MaskedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Returns whether the method can be one graph; if not, decides on its weights."""
-        sites: list[Site] = []
         uses: Counter[str] = Counter()
 
-        def count(product: EagerProduct) -> None:
-            uses.update(names[0] for names in product.names.values())
-            if max(uses.values(), default=0) > _REPEATS:
+        def count(names: Names) -> None:
+            uses[names[0]] += 1
+            if uses[names[0]] > _REPEATS:
                 raise _Loops
 
+        recorder = RunRecorder(self.module, count)
         try:
             with forward.refuse_calls(_Loops):
-                self.entry.record_sites(sites, args, kwargs, also=count)
+                self.entry.record(recorder, args, kwargs)
         except _Loops:
-            forward.decide_eagerly(sites)
+            forward.decide_eagerly(recorder.finish())
             return False
         return True
 

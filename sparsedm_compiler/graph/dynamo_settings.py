@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch._dynamo.eval_frame import OptimizeContext
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.types import GuardFilterEntry
 
 RECOMPILE_LIMIT = 4096
 """Graphs one model may have: shapes, dtypes, train/eval, autocast. Beyond it a call raises."""
@@ -41,12 +43,26 @@ def compile_method(
         fullgraph: Whether a second graph is an error.
         guard_hooks: Whether graphs hold only while modules without hooks get none.
     """
-    context: Any = torch._dynamo.optimize(backend, nopython=fullgraph)
+    context: Any = torch._dynamo.optimize(
+        backend, nopython=fullgraph, guard_filter_fn=_filter_guards
+    )
     if isinstance(context, OptimizeContext):  # else Dynamo is switched off
         settings = {**SETTINGS, "skip_nnmodule_hook_guards": not guard_hooks}
         context.callback = _apply_settings(settings, context.callback)
     compiled: Callable[..., Any] = context(method)
     return compiled
+
+
+def _filter_guards(guards: Sequence[GuardFilterEntry]) -> list[bool]:
+    """Returns which guards of a graph to keep: without gradients nothing is saved for backward.
+
+    That guard runs in Python, for every graph that a call looks at until one fits.
+    """
+    keeps_hooks = torch.is_grad_enabled()
+    return [keeps_hooks or guard.guard_type != _SAVED_HOOKS for guard in guards]
+
+
+_SAVED_HOOKS = GuardBuilder.AUTOGRAD_SAVED_TENSORS_HOOKS.__name__
 
 
 def _apply_settings(settings: dict[str, Any], convert_frame: Any) -> Callable[..., Any]:

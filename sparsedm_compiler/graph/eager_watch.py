@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,13 +13,10 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
 from torch.overrides import TorchFunctionMode
 
-from .capture import Names, copy_forward, map_parameter_names
+from .capture import Names, map_parameter_names
 from .flat_graph import classify_step
 from .op_table import OP_TABLE, OpEntry
 from .python_state import undo_after
-
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-
 
 Run = TypeVar("Run", bound=Callable[..., Any])
 
@@ -42,7 +38,7 @@ class EagerProduct:
     names: Mapping[str, Names]
 
 
-def _leave_to_python(function: Run) -> Run:
+def leave_to_python(function: Run) -> Run:
     """Returns a function that TorchDynamo does not compile, nor what it calls.
 
     Where a call breaks its graph, TorchDynamo compiles every frame of Python that the call reaches,
@@ -52,7 +48,7 @@ def _leave_to_python(function: Run) -> Run:
     return disabled
 
 
-class _EagerMode(TorchFunctionMode):
+class EagerMode(TorchFunctionMode):
     """Base of modes that see the ops that run eagerly; ops inside compiled graphs are not seen.
 
     It knows the parameters of a module, also those that the call brings in (offloaded weights),
@@ -73,7 +69,7 @@ class _EagerMode(TorchFunctionMode):
     def _note(self, tensor: Tensor, names: Names) -> None:
         self._known[id(tensor)] = weakref.ref(tensor), names
 
-    @_leave_to_python
+    @leave_to_python
     def _find_names(self, value: Any, *, multiplied: bool = False) -> Names:
         """Returns the names of a parameter, or of the one that a tensor is a cast or view of."""
         reference, names = self._known.get(id(value), (None, ()))
@@ -85,14 +81,14 @@ class _EagerMode(TorchFunctionMode):
         self._refresh()
         return self._known[id(value)][1]
 
-    @_leave_to_python
+    @leave_to_python
     def _note_step(self, out: Any, names: Names) -> None:
         """Gives a cast or view of a parameter the names of that parameter."""
         for part in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(part, Tensor):
                 self._note(part, names)
 
-    @_leave_to_python
+    @leave_to_python
     def _bind(self, entry: OpEntry, args: Any, kwargs: Any) -> tuple[dict[str, Any], Any]:
         """Returns the arguments of an op by name, and the names of those that are parameters."""
         values = entry.bind(args, kwargs)
@@ -104,34 +100,29 @@ class _EagerMode(TorchFunctionMode):
         return values, {k: names for k, names in named.items() if names}
 
 
-def _name_read(function: Any) -> Any:
+def name_read(function: Any) -> Any:
     """Returns the name of the attribute that a function reads, ``T`` of ``w.T``; else itself."""
     return function.__self__.__name__ if function.__name__ == "__get__" else function
 
 
-def leave_eager_modes() -> AbstractContextManager[None]:
+class leave_eager_modes:  # noqa: N801
     """Takes the modes of this module off the top of torch's stack while the block runs."""
-    return _leave_modes() if torch._C._len_torch_function_stack() else _NO_MODES
+
+    __slots__ = ("_modes",)
+
+    def __enter__(self) -> None:
+        self._modes: list[EagerMode] = []
+        while depth := torch._C._len_torch_function_stack():
+            if not isinstance(torch._C._get_function_stack_at(depth - 1), EagerMode):
+                break
+            self._modes.append(torch._C._pop_torch_function_stack())
+
+    def __exit__(self, *_: object) -> None:
+        for mode in reversed(self._modes):
+            torch._C._push_on_torch_function_stack(mode)
 
 
-_NO_MODES = nullcontext()
-
-
-@contextmanager
-def _leave_modes() -> Iterator[None]:
-    modes: list[_EagerMode] = []
-    while depth := torch._C._len_torch_function_stack():
-        if not isinstance(torch._C._get_function_stack_at(depth - 1), _EagerMode):
-            break
-        modes.append(torch.overrides._pop_mode())  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        for mode in reversed(modes):
-            torch.overrides._push_mode(mode)  # type: ignore[no-untyped-call]
-
-
-class EagerWatch(_EagerMode):
+class EagerWatch(EagerMode):
     """A mode that reports every op of the table that runs eagerly while it is on."""
 
     def __init__(self, module: nn.Module, report: Callable[[EagerProduct], None]) -> None:
@@ -147,122 +138,14 @@ class EagerWatch(_EagerMode):
         if entry is not None:
             values, names = self._bind(entry, args, kwargs or {})
             self._report(EagerProduct(entry, values, out, names))
-        elif args and classify_step(_name_read(func)) and (names := self._find_names(args[0])):
+        elif args and classify_step(name_read(func)) and (names := self._find_names(args[0])):
             self._kept.append(out)
             self._note_step(out, names)
         return out
 
 
-class EagerMask(_EagerMode):
-    """A mode that replaces parameters by their masked form in every op that runs eagerly.
-
-    ``mask``: takes a parameter, its names, and the product it is a factor of (None for a cast or
-    view, which masks what it casts), and returns what to use in its place: the parameter itself
-    where it stays dense.
-    """
-
-    def __init__(
-        self, module: nn.Module, mask: Callable[[Tensor, Names, EagerProduct | None], Tensor]
-    ) -> None:
-        super().__init__(module)
-        self._mask = _leave_to_python(mask)
-        self._casts: dict[int, tuple[weakref.ref[Tensor], Callable[[], Any]]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            return func(*args, **kwargs)
-        entry = OP_TABLE.get(func)
-        if entry is not None:
-            values, named = self._bind(entry, args, kwargs)
-            if not named:
-                return func(*args, **kwargs)
-            product = EagerProduct(entry, values, None, named)
-            masked = {
-                id(values[key]): self._mask(values[key], names, product)
-                for key, names in named.items()
-            }
-            args = tuple(masked.get(id(value), value) for value in args)
-            kwargs = {key: masked.get(id(value), value) for key, value in kwargs.items()}
-        elif args and classify_step(func) and (names := self._find_names(args[0])):
-            masked_weight = self._mask(args[0], names, None)
-            if masked_weight is args[0]:
-                out = func(*args, **kwargs)
-                self._note_step(out, names)
-                return out
-            out = func(masked_weight, *args[1:], **kwargs)
-            self._note_cast(out, func, args, kwargs)
-            return out
-        elif func == _SET_DATA:
-            args = (args[0], self._undo_mask(args[1]))
-        else:
-            return self._run_other(func, args, kwargs)
-        return func(*args, **kwargs)
-
-    @_leave_to_python
-    def _note_cast(self, out: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Notes how to make a cast or view of a masked weight without its mask."""
-        weight = weakref.ref(args[0])
-        if isinstance(out, Tensor):
-            self._casts[id(out)] = weakref.ref(out), lambda: func(weight(), *args[1:], **kwargs)
-
-    @_leave_to_python
-    def _undo_mask(self, value: Any) -> Any:
-        """Returns a value that becomes the data of a parameter, as ``Module.to`` sets it.
-
-        The cast of a masked weight is made anew without the mask, which would stay for good.
-        """
-        reference, cast = self._casts.get(id(value), (None, None))
-        return value if cast is None or reference() is not value else cast()  # type: ignore
-
-    def _run_other(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Runs an op that is no product: one that makes a tensor of a weight gets it masked."""
-        out = func(*args, **kwargs)
-        if func.__name__ in ("__get__", "__set__") or not isinstance(out, Tensor):
-            return out
-        if any(out is arg for arg in args):  # in place
-            return out
-        masked = {
-            id(arg): self._mask(arg, names, None)
-            for arg in _iterate_tensors((args, tuple(kwargs.values())))
-            if (names := self._find_names(arg))
-        }
-        if all(key == id(weight) for key, weight in masked.items()):
-            return out
-        replaced, values = _replace((args, tuple(kwargs.values())), masked)
-        return func(*replaced, **dict(zip(kwargs, values, strict=True)))
-
-
-def _iterate_tensors(tree: Any) -> Iterator[Tensor]:
-    """Yields the tensors in nested tuples and lists."""
-    if isinstance(tree, (tuple, list)):
-        for part in tree:
-            yield from _iterate_tensors(part)
-    elif isinstance(tree, Tensor):
-        yield tree
-
-
-def _replace(tree: Any, by_id: Mapping[int, Tensor]) -> Any:
-    """Returns nested tuples and lists with some tensors replaced."""
-    if isinstance(tree, (tuple, list)):
-        return [_replace(part, by_id) for part in tree]
-    return by_id.get(id(tree), tree)
-
-
 # Dynamo may inline a mode into a graph it captures, but must not make a graph of the mode itself.
 skip_code(EagerWatch.__torch_function__.__code__)
-skip_code(EagerMask.__torch_function__.__code__)
-skip_code(EagerMask._run_other.__code__)
-
-
-def record_eager_products(module: nn.Module, *args: Any, **kwargs: Any) -> list[EagerProduct]:
-    """Runs the module's own forward eagerly and returns its calls of ops of the table, in order.
-
-    The run leaves no trace: no gradients, and random states and Python objects are put back.
-    """
-    products: list[EagerProduct] = []
-    watch_eager(module, copy_forward(module), products.append, args, kwargs)
-    return products
 
 
 def watch_eager(
@@ -273,6 +156,20 @@ def watch_eager(
     kwargs: Mapping[str, Any],
 ) -> None:
     """Runs ``method(module, *args, **kwargs)`` eagerly, reports its products, and undoes it."""
+    run_undone(EagerWatch(module, report), module, method, args, kwargs)
+
+
+def run_undone(
+    mode: EagerMode,
+    module: nn.Module,
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Runs ``method(module, *args, **kwargs)`` eagerly under a mode and undoes it.
+
+    The run leaves no trace: no gradients, and random states and Python objects are put back.
+    """
     run: Any = torch._dynamo.disable(method)  # type: ignore[no-untyped-call]
-    with undo_after(module, args, kwargs), torch.no_grad(), EagerWatch(module, report):
-        run(module, *args, **kwargs)
+    with undo_after(module, args, kwargs), torch.no_grad(), mode:
+        return run(module, *args, **kwargs)

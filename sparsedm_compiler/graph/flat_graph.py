@@ -22,8 +22,8 @@ _VIEWS = {
     *("squeeze", "unsqueeze", "view", "reshape", "flatten", "chunk", "split", "narrow", "unbind"),
     *("getitem", "__getitem__", "select", "view_as", "reshape_as", "tensor_split", "unflatten"),
 }
-_WRITES = {"setitem", "__setitem__", "iadd", "isub", "imul", "itruediv"}
-"""In-place ops whose names do not end with an underscore."""
+_WRITES = {"setitem", "iadd", "isub", "imul", "itruediv"}
+"""In-place operators, which eager code calls by names like ``__iadd__``."""
 _TURNS = {"t", "transpose", "permute", "mT", "T", "swapaxes", "movedim"}
 
 
@@ -78,10 +78,15 @@ def get_example_value(node: fx.Node) -> Any:
 def flatten(gm: fx.GraphModule) -> tuple[Op, ...]:
     """Returns all ops of ``gm`` and its sub-graphs in execution order; the last is the output."""
     ops = tuple(_inline(gm, "", None)[0])
+    link_users(ops)
+    return ops
+
+
+def link_users(ops: Iterable[Op]) -> None:
+    """Tells every op which of these ops have it among their arguments."""
     for op in ops:
         for source in op.inputs:
             source.users.append(op)
-    return ops
 
 
 def _inline(
@@ -257,19 +262,17 @@ def iterate_written(op: Op) -> Iterator[Op]:
     """
     if op.node.op not in ("call_function", "call_method"):
         return
-    target = op.node.target
-    name = target if isinstance(target, str) else _name_target(target)
-    inplace = name.endswith("_") and not name.endswith("__") and name not in dir(operator)
-    writes = inplace or name in _WRITES
-    written = op.inputs[0] if writes and op.inputs else None
+    written = op.inputs[0] if may_write(op.node.target) and op.inputs else None
     while written is not None:
         yield written
         written = written.inputs[0] if _name_step(written) else None
 
 
-def _name_target(target: Any) -> str:
-    name: str = target._opname if isinstance(target, torch._ops.OpOverload) else target.__name__
-    return name
+def may_write(target: Any) -> bool:
+    """Returns whether a target, by its name, writes to its first input in place."""
+    name = name_target(target)
+    inplace = name.endswith("_") and not name.endswith("__") and name not in dir(operator)
+    return inplace or name.strip("_") in _WRITES
 
 
 def find_readers(parameter: Op) -> Iterator[tuple[Op, Op]]:

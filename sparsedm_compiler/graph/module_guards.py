@@ -14,13 +14,14 @@ def pin_modules(gm: fx.GraphModule) -> None:
 
     A backend calls it. Where a call breaks into several graphs, the frames of layers are compiled
     on their own, and TorchDynamo would else run the graph of one layer for all others of its
-    shape: a dense one for a pruned one.
+    shape: a dense one for a pruned one. Biases and norms, of one dimension, are never pruned.
     """
     for node in gm.graph.find_nodes(op="placeholder"):
         argument = node.meta.get("grapharg")
-        if argument is not None and isinstance(argument.example, nn.Parameter):
-            source = _find_owner(argument.source)
-            install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+        example = None if argument is None else argument.example
+        if isinstance(example, nn.Parameter) and example.dim() > 1:
+            for source in _find_owners(argument.source):
+                install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
 def pin_modules_without_hooks() -> None:
@@ -66,11 +67,18 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _find_owner(parameter: Source) -> Source:
-    """Returns the source of the module that owns a parameter, or of the parameter if none does."""
+def _find_owners(parameter: Source) -> set[Source]:
+    """Returns the sources of the module that owns a parameter and of the one that the frame knows.
+
+    The latter, compared first, tells graphs of equal blocks apart at the price of one address. The
+    source of the parameter itself stands in for an owner.
+    """
+    owner, outermost = parameter, None
     source = parameter
     while isinstance(source, ChainedSource):
         if isinstance(source, AttrSource) and source.member == "_parameters":
-            return source.base
+            owner = source.base
+        if isinstance(source, AttrSource) and source.member in ("_parameters", "_modules"):
+            outermost = source.base
         source = source.base
-    return parameter
+    return {owner, outermost or owner}

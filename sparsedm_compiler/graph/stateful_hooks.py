@@ -29,13 +29,18 @@ def isolate_stateful_hooks(model: nn.Module) -> bool:
     """Makes TorchDynamo skip the stateful hooks of a model; returns whether there were new ones.
 
     A hook's ``new_forward`` is exchanged for a copy with a code object of its own: others' hooks
-    of the class stay as they are.
+    of the class stay as they are. So is the forward that it stands in for, since TorchDynamo keeps
+    the graphs of equal layers in one list by their code, through which every call would look.
     """
     hooks = [hook for hook in _list_hooks(model) if not _is_isolated(hook)]
     for hook in hooks:
         function = copy_function(type(hook).new_forward)
         skipped = torch._dynamo.disable(function, recursive=False)  # type: ignore[no-untyped-call]
         (module,) = hook.fn_ref.forward.args
+        original = hook.fn_ref.original_forward
+        if _is_plain_method(original, module):
+            own = types.MethodType(copy_function(original.__func__), module)
+            hook.fn_ref.original_forward = own
         hook.fn_ref.forward = functools.partial(types.MethodType(skipped, hook), module)
     return bool(hooks)
 
@@ -54,6 +59,13 @@ def _stands_in(hook: Any) -> bool:
     return isinstance(forward, functools.partial) and isinstance(
         vars(type(hook)).get("new_forward"), types.FunctionType
     )
+
+
+def _is_plain_method(forward: Any, module: nn.Module) -> bool:
+    """Returns whether a forward is the module's method, and nothing that a decorator has made."""
+    if not isinstance(forward, types.MethodType) or forward.__self__ is not module:
+        return False
+    return isinstance(forward.__func__, types.FunctionType) and not vars(forward.__func__)
 
 
 def _is_isolated(hook: Any) -> bool:

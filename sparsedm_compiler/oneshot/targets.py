@@ -76,8 +76,7 @@ def find_targets(
         if row.pattern is not None
     ]
     if not targets:
-        name = type(model).__name__
-        raise ConfigError(explain_nothing_pruned(name, config, rows))
+        raise explain_nothing_pruned(model, config, rows)
     _require_called(model, config, rows)
     return targets
 

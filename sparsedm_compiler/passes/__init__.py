@@ -9,9 +9,16 @@ from .analysis.find_repeated_blocks import (
     find_repeated_blocks,
     make_block,
 )
-from .analysis.find_sites import COMPUTED, Site, find_eager_sites, find_sites
+from .analysis.find_sites import (
+    COMPUTED,
+    Site,
+    Sites,
+    find_product_sites,
+    find_recorded_sites,
+    find_sites,
+)
 from .analysis.find_uses import find_uses
-from .analysis.mark_prunable import decide_weight, mark_eager, mark_prunable, may_be_pruned
+from .analysis.mark_prunable import decide_weight, mark_prunable, may_be_pruned
 from .analysis.topology import trace_topology
 from .outline_blocks import extract_graph, outline_blocks
 from .pipeline import INFER, TRAIN, run_passes
@@ -28,17 +35,18 @@ __all__ = [
     "PlannedWeight",
     "Refusal",
     "Site",
+    "Sites",
     "Status",
     "WeightUse",
     "count_macs",
     "decide_weight",
     "extract_graph",
-    "find_eager_sites",
+    "find_product_sites",
+    "find_recorded_sites",
     "find_repeated_blocks",
     "find_sites",
     "find_uses",
     "make_block",
-    "mark_eager",
     "mark_prunable",
     "may_be_pruned",
     "outline_blocks",

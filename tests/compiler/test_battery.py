@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.graph.recorded_run import record_run
+from sparsedm_compiler.passes import find_recorded_sites, mark_prunable
 from tests.oracle import (
     OPTIONS,
     ROUNDING,
@@ -87,6 +89,16 @@ def check(
     assert not torch.equal(out, run(hand_masked(model, {}), call))
 
 
+@torch.no_grad()
+def assert_decided_as_in_pieces(student: nn.Module, dense: nn.Module, call: Call) -> None:
+    """One graph decides on every weight as the eager run would that decides for several graphs."""
+    sites = find_recorded_sites(record_run(dense, *call[0], **call[1]))
+    rows = mark_prunable(sites, student._sparsedm.config)
+    assert student._sparsedm.decisions == {row.weight: row for row in rows}
+    refusals = {row.refusal for row in rows}
+    assert {"first op of the graph", "last op of the graph"} <= refusals
+
+
 @situation(0)
 def test_plain_call_matches_oracle_and_leaves_class_and_state_alone(
     family: Family, mode: str
@@ -95,6 +107,7 @@ def test_plain_call_matches_oracle_and_leaves_class_and_state_alone(
     before = copy.deepcopy(dense.state_dict())
     student = sdm.compile(dense, "2:4", backend="eager", **OPTIONS[mode])
     check(student, call, mode=mode)
+    assert_decided_as_in_pieces(student, dense, call)
     assert type(student) is type(dense)
     assert list(student.state_dict()) == list(before)
     latent = before if mode == "train" else oracle_of(student).state_dict()

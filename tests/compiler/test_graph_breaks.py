@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.config import CompileConfig
 from sparsedm_compiler.graph import dynamo_settings
+from sparsedm_compiler.graph.capture import capture, map_parameter_names
+from sparsedm_compiler.graph.recorded_run import record_run
+from sparsedm_compiler.passes import Sites, find_recorded_sites, find_sites, mark_prunable
 from tests.oracle import OPTIONS, assert_gradients, assert_same, hand_masked, oracle_of
+from tests.passes.analysis.test_mark_prunable import INPUTS, Net
+from tests.zoo import FAMILIES
 
 LENGTHS = torch.tensor([1, 2, 3])
 
@@ -127,21 +133,61 @@ def test_uncaptured_product_when_trained_has_the_oracles_gradients(kind: Any) ->
     assert_gradients(student, oracle_of(student), ((torch.randn(3, 16), LENGTHS), {}), unread)
 
 
-class UncoveredFusion(Ragged):
-    """Multiplies by a tensor made of two weights where Dynamo cannot see it."""
+class Fused(Ragged):
+    """Multiplies by a tensor made of two weights, where Dynamo sees it."""
 
-    @torch.compiler.disable
     def middle(self, x: Tensor) -> Tensor:
         fused = torch.cat([self.b.weight, 2 * self.c.weight])
         return nn.functional.linear(self.b(x) + self.c(x), fused)[:, :16]
 
 
+class UncoveredFusion(Fused):
+    """Does so where Dynamo cannot see it, and only once ``taken``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = False
+
+    @torch.compiler.disable
+    def middle(self, x: Tensor) -> Tensor:
+        return super().middle(x) if self.taken else self.b(x)
+
+
 def test_uncaptured_op_when_it_makes_a_tensor_of_a_pruned_weight_gets_it_masked() -> None:
+    """A weight that is read so from the first call on stays dense, as in one graph."""
     student = sdm.compile(UncoveredFusion(), "2:4", backend="eager")
+    call(student)
+    student.taken = True
     out = call(student)
     assert set(sdm.explain(student).eager) == {"b.weight", "c.weight"}
     assert_same(out, call(oracle_of(student)))
+    assert not torch.equal(out, call(hand_masked(student, {})))
     assert_gradients(student, oracle_of(student), ((torch.randn(3, 16), LENGTHS), {}))
+
+
+class TurnedByHand(Ragged):
+    """Multiplies by the turned weight where Dynamo cannot see it."""
+
+    @torch.compiler.disable
+    def middle(self, x: Tensor) -> Tensor:
+        return x @ self.b.weight.T + self.b.bias
+
+
+def test_uncaptured_product_by_a_turned_weight_runs_masked() -> None:
+    student = sdm.compile(TurnedByHand(), "2:4", backend="eager")
+    out = call(student)
+    assert sdm.explain(student).eager == ("b.weight",)
+    assert_same(out, call(oracle_of(student)))
+    assert not torch.equal(out, call(hand_masked(student, {"c.weight": "2:4"})))
+
+
+@pytest.mark.parametrize("kind", [Fused, UncoveredFusion])
+def test_partial_graphs_when_no_weight_can_be_pruned_are_an_error(kind: Any) -> None:
+    net = kind()
+    net.taken = True
+    student = sdm.compile(net, "2:4", backend="eager")
+    with pytest.raises(sdm.ConfigError, match=f"no weight of {kind.__name__} is pruned.*read by"):
+        call(student)
 
 
 class Branches(Ragged):
@@ -178,3 +224,135 @@ def test_macs_of_a_model_with_graph_breaks_are_counted() -> None:
     assert reasons == {"a": "first op of the graph", "d": "last op of the graph"}
     with pytest.raises(sdm.ConfigError, match="takes several graphs"):
         sdm.topology(Ragged(), torch.randn(3, 16), LENGTHS)
+
+
+def decide(sites: Sites, model: nn.Module, policy: str) -> dict[str, tuple[Any, ...]]:
+    """Returns the decisions on the weights of a model: pattern, refusal, op and shape by name."""
+    config = CompileConfig.create("2:4", policy=policy)
+    rows = mark_prunable(sites, config.bind([*map_parameter_names(model).values()]))
+    return {row.weight: (str(row.pattern), row.refusal, row.op, row.shape) for row in rows}
+
+
+class Rules(Net):
+    """One layer per rule, and one weight that is read in a view, turned, or beside its product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned_by_hand, self.reshaped, self.normalized = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        x = super().forward(x, label)
+        x = torch.cat([x, x], 1)
+        x = x @ self.turned_by_hand.weight.T
+        x += nn.functional.linear(x, self.reshaped.weight.view(4, 16).view(8, 8))
+        x[:, :4] = self.normalized(x)[:, 4:] / self.normalized.weight.norm()
+        return x
+
+
+@pytest.mark.parametrize("policy", ["structural", "all"])
+def test_every_rule_decides_on_an_eager_run_as_on_a_graph(policy: str) -> None:
+    def read(decisions: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+        return {
+            name: (pattern, re.sub(r"by \w+,", "by it,", str(refusal)), *rest)
+            for name, (pattern, refusal, *rest) in decisions.items()
+            if "." in name  # a computed weight is named by its node
+        }
+
+    model = Rules()
+    captured = capture(model, *INPUTS)
+    assert captured is not None
+    graph = read(decide(find_sites(captured), model, policy))
+    assert len(graph) == 12
+    run = find_recorded_sites(record_run(model, *INPUTS))
+    assert read(decide(run, model, policy)) == graph
+
+
+class Mixer(nn.Module):
+    """Blocks that read one context: a first layer only where it is the context's sole reader."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.inp, self.middle, self.out = (nn.Linear(8, 8) for _ in range(3))
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(blocks))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.blocks:
+            x = x + block(context)
+        return self.out(self.middle(x))  # type: ignore[no-any-return]
+
+
+def break_graph(module: nn.Module, args: Any) -> None:
+    """A hook that breaks the graph."""
+    torch._dynamo.graph_break()
+
+
+def explain_rows(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, split: bool
+) -> dict[str, tuple[str, str | None]]:
+    """Returns the rows of ``explain``; of a model whose blocks break the graph where ``split``."""
+    for blocks in (m for m in model.modules() if isinstance(m, nn.ModuleList) and split):
+        blocks[0].register_forward_pre_hook(break_graph)
+    student = sdm.compile(model, "2:4", backend="eager", **OPTIONS["infer"])
+    with torch.no_grad():
+        student(*args, **kwargs)
+    report = sdm.explain(student)
+    assert (report.broken is not None) == split
+    return {row.weight: (str(row.pattern), row.refusal) for row in report.rows}
+
+
+@pytest.mark.parametrize("blocks", [1, 2, None], ids=["sole", "shared", "uvit"])
+def test_explained_rows_when_blocks_break_the_graph_are_those_of_the_one_graph(
+    blocks: int | None,
+) -> None:
+    rows = []
+    for split in (False, True):
+        model: nn.Module = Mixer(blocks or 1)
+        args, kwargs = (torch.randn(1, 8), torch.randn(1, 8)), {}
+        if blocks is None:
+            model, args, kwargs = FAMILIES[0].make()
+        rows.append(explain_rows(model, args, kwargs, split=split))
+    assert rows[0] == rows[1]
+    refusals = [refusal for _, refusal in rows[0].values()]
+    assert refusals.count("first op of the graph") == (2 if blocks != 2 else 1)
+    assert refusals.count("last op of the graph") == 1
+
+
+class Stack(nn.Module):
+    """Equal blocks of a norm and a layer; the graph breaks in each block, between the two."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(blocks))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = add_layer(x, norm, layer)
+        return x
+
+
+def add_layer(x: Tensor, norm: nn.Module, layer: nn.Module) -> Tensor:
+    """Returns one block's output; a frame that TorchDynamo compiles on its own."""
+    y = torch.relu(norm(x))
+    torch._dynamo.graph_break()
+    return x + layer(y)  # type: ignore[no-any-return]
+
+
+def count_graphs(blocks: int) -> int:
+    """Returns how many graphs a Stack takes, and asserts that it runs masked."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    student = sdm.compile(Stack(blocks).eval(), "2:4", backend="eager", **OPTIONS["infer"])
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        out = student(x)
+        graphs = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert_same(out, oracle_of(student)(x))
+        assert not torch.equal(out, hand_masked(student, {})(x))
+    return graphs
+
+
+def test_graphs_of_norms_when_blocks_are_equal_are_shared_and_those_of_layers_are_not() -> None:
+    """A graph that holds a weight stays with its layer: one may be dense, the next pruned."""
+    assert count_graphs(6) - count_graphs(4) == 2

@@ -10,6 +10,7 @@ from ...graph.eager_watch import EagerProduct
 from ...graph.flat_graph import Op, ParameterRead, flatten, trace_parameter
 from ...graph.op_table import OP_TABLE, Product
 from ...graph.packed_tensors import explain_packed
+from ...graph.recorded_run import RecordedRun
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,8 +25,8 @@ class Site:
         names: Of the parameter that is the weight; () for none.
         shape: The weight's shape.
         refusal: Why this use of the weight cannot be pruned, whatever its size.
-        op: The op; None for a product seen in an eager run.
-        parameter: The parameter; None for a product seen in an eager run.
+        op: The op; None where only its call is known.
+        parameter: The parameter; None where only its name is known.
     """
 
     node: str
@@ -43,18 +44,17 @@ class Site:
         """The parameter's name, or the node's where the weight is not a parameter."""
         return self.names[0] if self.names else self.node
 
-    def without_tensors(self) -> Site:
-        """Returns the same site without its number of MACs, which holds on to tensors."""
-        return replace(self, product=replace(self.product, macs=_uncounted))
-
-
-def _uncounted() -> int:
-    raise AssertionError("the MACs of this product were dropped")
-
 
 @dataclass(frozen=True, slots=True)
 class Sites:
-    """A captured graph as analyses see it."""
+    """A captured graph, or a recorded run, as analyses see it.
+
+    Attributes:
+        ops: All of its ops, in execution order.
+        parameters: Those that are parameters, with their names.
+        inputs: Those that are inputs of the call.
+        sites: Every product.
+    """
 
     ops: tuple[Op, ...]
     parameters: dict[Op, Names]
@@ -75,12 +75,27 @@ def find_sites(captured: CapturedGraph) -> Sites:
     parameters = captured.map_parameters(ops)
     placeholders = (op for op in ops if op.node.op == "placeholder" and op not in parameters)
     inputs = frozenset(op for op in placeholders if op.node not in captured.buffers)
-    sites = [
+    return Sites(ops, parameters, inputs, _list_sites(ops, parameters))
+
+
+def find_recorded_sites(run: RecordedRun) -> Sites:
+    """Finds every product of an eager run, of a forward that no single graph holds.
+
+    Args:
+        run: The run.
+
+    Returns:
+        As ``find_sites``.
+    """
+    return Sites(run.ops, run.parameters, run.inputs, _list_sites(run.ops, run.parameters))
+
+
+def _list_sites(ops: Sequence[Op], parameters: dict[Op, Names]) -> tuple[Site, ...]:
+    return tuple(
         _site(op, product, factors, parameters)
         for op in ops
         for product, factors in op.list_products()
-    ]
-    return Sites(ops, parameters, inputs, tuple(sites))
+    )
 
 
 def _site(op: Op, product: Product, factors: tuple[Op, ...], parameters: dict[Op, Names]) -> Site:
@@ -118,25 +133,22 @@ def _explain_misread(product: Product, reading: ParameterRead, index: int) -> st
     return "it is a factor of a matrix product other than x @ weight.T"
 
 
-def find_eager_sites(seen: Sequence[EagerProduct], start: int = 0) -> tuple[Site, ...]:
-    """Finds the products of an eager run, for models with graph breaks.
+def find_product_sites(call: EagerProduct) -> tuple[Site, ...]:
+    """Finds the products of one op that runs eagerly, of which nothing around it is known.
 
     Args:
-        seen: The ops of the run, in order.
-        start: The number of the first op, which names products without a parameter.
+        call: The call of the op.
 
     Returns:
         The products, in order.
     """
     return tuple(
-        _eager_site(number, product, call)
-        for number, call in enumerate(seen, start)
-        for product in call.entry.products(call.values, call.out)
+        _eager_site(product, call) for product in call.entry.products(call.values, call.out)
     )
 
 
-def _eager_site(number: int, product: Product, call: EagerProduct) -> Site:
-    site = Site(f"{call.entry.name}_{number}", call.entry.name, product, product.kind)
+def _eager_site(product: Product, call: EagerProduct) -> Site:
+    site = Site(call.entry.name, call.entry.name, product, product.kind)
     for factor in product.factors:
         if factor in call.names:
             refusal = None if product.fixed else "its weight is a factor of a plain matrix product"

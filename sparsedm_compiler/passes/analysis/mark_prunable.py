@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from ...config import CompileConfig, matches
 from ...graph.capture import Names
@@ -20,52 +20,22 @@ UVIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 def mark_prunable(
     sites: Sites, config: CompileConfig, known: Collection[str] | None = None, *, whole: bool = True
 ) -> tuple[Decision, ...]:
-    """Decides on every weight of a captured graph (a tied weight has one decision).
+    """Decides on every weight of a graph or run (a tied weight has one decision).
 
     Args:
         sites: Every product of the graph.
         config: The user's options.
         known: Names of the parameters that were in the model when it was compiled; weights added
             since (adapters) stay dense. None: all are known.
-        whole: Whether the graph is the whole model, so that its first and last ops are the
-            model's.
+        whole: Whether it is the whole model, so that its first and last ops are the model's.
 
     Returns:
         One decision per weight, in execution order.
     """
     first, last = find_ends(sites) if whole else (frozenset[Op](), frozenset[Op]())
-    at_end = {**dict.fromkeys(last, "last"), **dict.fromkeys(first, "first")}
-    return _decide_all(
-        sites.sites, config, known, {s: at_end[s.op] for s in sites.sites if s.op in at_end}
-    )
-
-
-def mark_eager(
-    sites: Sequence[Site], config: CompileConfig, known: Collection[str] | None = None
-) -> tuple[Decision, ...]:
-    """Decides on every weight of an eager run, whose first and last ops ran first and last.
-
-    Args:
-        sites: The products of the run, in order.
-        config: The user's options.
-        known: As in ``mark_prunable``.
-
-    Returns:
-        One decision per weight, in execution order.
-    """
-    weighted = [site for site in sites if site.kind != "attention"]
-    at_end = {weighted[0]: "first", weighted[-1]: "last"} if weighted else {}
-    return _decide_all(sites, config, known, at_end)
-
-
-def _decide_all(
-    sites: Sequence[Site],
-    config: CompileConfig,
-    known: Collection[str] | None,
-    at_end: Mapping[Site, str],
-) -> tuple[Decision, ...]:
+    at_end: dict[Op | None, str] = {**dict.fromkeys(last, "last"), **dict.fromkeys(first, "first")}
     grouped: dict[str, list[Site]] = {}
-    for site in sites:
+    for site in sites.sites:
         if site.kind != "attention":
             grouped.setdefault(site.label, []).append(site)
     return tuple(
@@ -139,7 +109,7 @@ def _refuse_by_options(
 
 
 def _refuse_by_use(
-    uses: list[Site], at_end: Mapping[Site, str], config: CompileConfig
+    uses: list[Site], at_end: Mapping[Op | None, str], config: CompileConfig
 ) -> str | None:
     """Returns why a use of the weight keeps it dense, or None; one such use is enough."""
     for site in uses:
@@ -147,8 +117,8 @@ def _refuse_by_use(
             return site.refusal
     if config.policy == "structural" and config.pattern is not None:
         for site in uses:
-            if site in at_end:
-                return f"{at_end[site]} op of the graph"
+            if site.op in at_end:
+                return f"{at_end[site.op]} op of the graph"
     return _refuse_other_readers(uses)
 
 

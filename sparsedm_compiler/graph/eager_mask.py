@@ -1,0 +1,161 @@
+"""Masks in Python that no graph holds: between the graphs of a forward that breaks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
+
+from .capture import Names
+from .eager_watch import EagerMode, EagerProduct, leave_to_python, name_read
+from .flat_graph import classify_step
+from .op_table import OP_TABLE
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class EagerMask(EagerMode):
+    """A mode that replaces parameters by their masked form in every op that runs eagerly.
+
+    ``mask``: takes a parameter, its names, and the product it is a factor of (None for a cast or
+    view, which masks what it casts), and returns what to use in its place: the parameter itself
+    where it stays dense.
+
+    One mode serves many calls, in one thread: to learn the names of all parameters at each would
+    cost more than a block of a small model. An op that reads nothing but plain tensors that are no
+    cast or view of a parameter costs a look at its arguments.
+    """
+
+    def __init__(
+        self, module: nn.Module, mask: Callable[[Tensor, Names, EagerProduct | None], Tensor]
+    ) -> None:
+        super().__init__(module)
+        self._mask = leave_to_python(mask)
+        self._casts: dict[int, tuple[weakref.ref[Tensor], Callable[[], Any]]] = {}
+        self._depth = 0
+
+    def __enter__(self) -> Any:
+        if not self._depth:  # what earlier calls have cast, and parameters of other models
+            self._casts.clear()
+            if len(self._known) > len(self._own):
+                self._known = dict(self._own)
+        self._depth += 1
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        self._depth -= 1
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        names = map(id, self._module.parameters())
+        self._own = {key: self._known[key] for key in names}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling() or not (
+            self._touches(args) or (kwargs and self._touches(kwargs.values()))
+        ):
+            return func(*args, **(kwargs or {}))
+        return self._run_masked(func, args, kwargs or {})
+
+    def _touches(self, values: Any) -> bool:
+        """Returns whether one of some arguments may be a parameter, or a cast or view of one."""
+        for value in values:
+            if isinstance(value, Tensor):
+                key = id(value)
+                if type(value) is not Tensor or key in self._known or key in self._casts:
+                    return True
+            elif isinstance(value, (tuple, list)) and self._touches(value):
+                return True
+        return False
+
+    def _run_masked(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        entry = OP_TABLE.get(func)
+        if entry is not None:
+            values, named = self._bind(entry, args, kwargs)
+            if not named:
+                return func(*args, **kwargs)
+            product = EagerProduct(entry, values, None, named)
+            masked = {
+                id(values[key]): self._mask(values[key], names, product)
+                for key, names in named.items()
+            }
+            args = tuple(masked.get(id(value), value) for value in args)
+            kwargs = {key: masked.get(id(value), value) for key, value in kwargs.items()}
+        elif args and classify_step(name_read(func)) and (names := self._find_names(args[0])):
+            masked_weight = self._mask(args[0], names, None)
+            if masked_weight is args[0]:
+                out = func(*args, **kwargs)
+                self._note_step(out, names)
+                return out
+            out = func(masked_weight, *args[1:], **kwargs)
+            self._note_cast(out, func, args, kwargs)
+            return out
+        elif func == _SET_DATA:
+            args = (args[0], self._undo_mask(args[1]))
+        else:
+            return self._run_other(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    @leave_to_python
+    def _note_cast(self, out: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Notes how to make a cast or view of a masked weight without its mask."""
+        weight = weakref.ref(args[0])
+        if isinstance(out, Tensor):
+            self._casts[id(out)] = weakref.ref(out), lambda: func(weight(), *args[1:], **kwargs)
+
+    @leave_to_python
+    def _undo_mask(self, value: Any) -> Any:
+        """Returns a value that becomes the data of a parameter, as ``Module.to`` sets it.
+
+        The cast of a masked weight is made anew without the mask, which would stay for good.
+        """
+        reference, cast = self._casts.get(id(value), (None, None))
+        return value if cast is None or reference() is not value else cast()  # type: ignore
+
+    def _run_other(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Runs an op that is no product: one that makes a tensor of a weight gets it masked."""
+        out = func(*args, **kwargs)
+        if func.__name__ in ("__get__", "__set__") or not isinstance(out, Tensor):
+            return out
+        if any(out is arg for arg in args):  # in place
+            return out
+        masked = {
+            id(arg): self._mask(arg, names, None)
+            for arg in _iterate_tensors((args, tuple(kwargs.values())))
+            if (names := self._find_names(arg))
+        }
+        if all(key == id(weight) for key, weight in masked.items()):
+            return out
+        replaced, values = _replace((args, tuple(kwargs.values())), masked)
+        return func(*replaced, **dict(zip(kwargs, values, strict=True)))
+
+
+def _iterate_tensors(tree: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested tuples and lists."""
+    if isinstance(tree, (tuple, list)):
+        for part in tree:
+            yield from _iterate_tensors(part)
+    elif isinstance(tree, Tensor):
+        yield tree
+
+
+def _replace(tree: Any, by_id: Mapping[int, Tensor]) -> Any:
+    """Returns nested tuples and lists with some tensors replaced."""
+    if isinstance(tree, (tuple, list)):
+        return [_replace(part, by_id) for part in tree]
+    return by_id.get(id(tree), tree)
+
+
+# Dynamo may inline a mode into a graph it captures, but must not make a graph of the mode itself.
+for _method in (
+    EagerMask.__torch_function__,
+    EagerMask._touches,
+    EagerMask._run_masked,
+    EagerMask._run_other,
+):
+    skip_code(_method.__code__)
