@@ -6,7 +6,7 @@ import ctypes
 from ctypes import c_int32, c_int64, c_void_p
 
 
-# Mirrored by kernel.cpp: change them together.
+# Mirrored by tiles.h: change them together.
 class KernelArguments(ctypes.Structure):
     """Arguments of ``sdm_run``; ``cache``: bytes of the second-level cache, 0 for this CPU's."""
 
