@@ -21,6 +21,8 @@ namespace {
 
 // ---------------------------------------------------------------- one piece of work
 
+constexpr int64_t KEPT = 1 << 20;  // floats of padded planes that stay allocated between calls
+
 struct Scratch {
   float* data = nullptr;
   size_t size = 0;
@@ -250,13 +252,15 @@ int32_t sdm_run(const Call* call) try {
   if (c.tokens == 0 || h.rows == 0) return 0;
   const int threads = std::max(1, c.threads);
   Work work{c, h, nullptr, c.height + 2 * c.pad_h, c.width + 2 * c.pad_w};
-  thread_local Scratch padded;
+  thread_local Scratch small;
+  Scratch large;  // not kept
   if (c.conv == 1) {
     if (c.x_type == F32 && c.pad_h == 0 && c.pad_w == 0) {
       work.planes = (const float*)c.x;
     } else {
       const int64_t planes = c.images * c.channels;
-      float* to = padded.need(planes * work.plane_h * work.plane_w);
+      const int64_t size = planes * work.plane_h * work.plane_w;
+      float* to = (size < KEPT ? small : large).need(size);
       work.planes = to;
       parallel(planes, threads, [&](int64_t i) {
         if (c.x_type == BF16) return pad_planes<bf16>(c, to, work.plane_h, work.plane_w, i);
