@@ -363,9 +363,13 @@ def test_prune_with_a_failure_in_a_later_pass_leaves_the_model_untouched() -> No
         """Its third layer's inputs are infinite once its second layer is pruned."""
 
         def forward(self, x: Tensor) -> Tensor:
-            bad = torch.inf if bool((self.b.weight == 0).any()) else 0.0
+            bad = torch.inf if is_pruned(self.b) else 0.0
             out: Tensor = self.d(self.c(self.b(self.a(x)) + bad))
             return out
+
+    def is_pruned(layer: nn.Module) -> bool:  # unseen: what other ops read is not pruned
+        with torch._C.DisableTorchFunction():
+            return bool((layer.weight == 0).any())
 
     model = Breaking()
     before = list_weights(model)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler import ConfigError
+from sparsedm_compiler import ConfigError, optional_deps
 from sparsedm_compiler.models import UViT
 from sparsedm_compiler.optimizer_state import clear_where
 from sparsedm_compiler.optional_deps import is_installed
@@ -44,7 +44,7 @@ def test_optimizer_of_a_package_that_is_missing_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = OPTIMIZERS[name].package
-    monkeypatch.setattr("sparsedm_compiler.optional_deps.is_installed", lambda _: False)
+    monkeypatch.setattr(optional_deps, "is_installed", lambda name: name != package)
     says = f"optimizer '{name}' is one of {package}, which is not installed: pip install {package}"
     with pytest.raises(ConfigError, match=says):
         short("sparsedm", optimizer=name)
