@@ -95,6 +95,12 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "own_factories"
 
 
+def test_call_without_arguments_shows_a_model_of_the_paper(run: Runner) -> None:
+    shown = run.text("--model", "uvit-cifar10-small", "--pattern", "2:4", "--pattern", "1:8")
+    assert run.text() == shown
+    assert "1:8" in shown
+
+
 def test_count_macs_as_a_program_counts_the_papers_model() -> None:
     command = [sys.executable, str(SCRIPT), "--json", "--pattern", "2:4", "--policy", "uvit"]
     done = subprocess.run(
@@ -273,6 +279,6 @@ def test_count_macs_of_files_that_are_no_model_raises(run: Runner, tmp_path: Pat
     assert "is a whole pipeline" in run.refused("--model", str(tmp_path))
 
 
-def test_count_macs_without_arguments_is_a_usage_error(script: ModuleType) -> None:
+def test_count_macs_with_options_and_no_model_is_a_usage_error(script: ModuleType) -> None:
     with pytest.raises(SystemExit, match="2"):
-        script.main([])
+        script.main(["--pattern", "2:4"])
