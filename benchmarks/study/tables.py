@@ -89,7 +89,7 @@ def summarize_run(folder: Path) -> dict[str, Any]:
         "loss": held["student"] if held["ema"] is None else held["ema"],
         "distance": distances[0] if distances else None,
         "last_flips": flips[-1] if flips else None,
-        "macs": values.get("macs", {}).get("sparse"),
+        "macs": (values.get("macs") or {}).get("sparse"),
         "curve": [
             [entry["images"], entry["ema"] or entry["student"]] for entry in values["held_out"]
         ],
