@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -74,9 +75,13 @@ def execute(names: dict[str, Any], code: str, folder: str) -> int:
     for descriptor in (1, 2):
         with open(Path(folder) / str(descriptor), "wb") as file:
             os.dup2(file.fileno(), descriptor)
+    return find_status(lambda: exec(code, names))
+
+
+def find_status(action: Callable[[], int | None]) -> int:
+    """Returns the exit status of a forked process that does this: 0 for None, 1 for an error."""
     try:
-        exec(code, names)
-        return 0
+        return action() or 0
     except BaseException:
         traceback.print_exc()
         return 1

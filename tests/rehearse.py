@@ -12,7 +12,6 @@ import runpy
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ import benchmarks.gpu.charts
 import benchmarks.gpu.main
 import benchmarks.gpu.sections
 from benchmarks.gpu import child
+from tests.forked import find_status
 
 CHILD = [sys.executable, "-m", "benchmarks.gpu.child"]
 STARTED = "warm"
@@ -60,14 +60,7 @@ def run_section(command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> in
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    try:
-        return child.main([*command[len(CHILD) :]])
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    return find_status(lambda: child.main([*command[len(CHILD) :]]))
 
 
 def start(

@@ -17,6 +17,11 @@ from .targets import explain_call
 
 @torch.no_grad()
 def run_once(model: nn.Module, batch: CalibrationBatch) -> list[Tensor]:
+    """Returns what ``call_once`` does, without gradients."""
+    return call_once(model, batch)
+
+
+def call_once(model: nn.Module, batch: CalibrationBatch) -> list[Tensor]:
     """Returns the floating-point outputs of one call, the same for the same weights.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,10 @@ class Target:
     name: str
     weight: nn.Parameter
     pattern: Pattern
+
+
+Candidates = Mapping[str, Sequence[Target]]
+"""By weight, the weight at every pattern that may be chosen for it."""
 
 
 def find_targets(

@@ -25,16 +25,17 @@ class Ema:
         self._weights = [*model.parameters()]
         self._values = [weight.detach().clone() for weight in self._weights]
         self._names = [name for name, _ in model.named_parameters()]
+        moving = [k for k, weight in enumerate(self._weights) if weight.is_floating_point()]
+        self._moving_weights = [self._weights[k] for k in moving]
+        self._moving_values = [self._values[k] for k in moving]
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the model's current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        pairs = zip(self._values, self._weights, strict=True)
-        moving = [(value, w.detach()) for value, w in pairs if w.is_floating_point()]
-        values, weights = map(list, zip(*moving, strict=True))
-        torch._foreach_lerp_(values, weights, 1 - decay)
+        weights = [weight.detach() for weight in self._moving_weights]
+        torch._foreach_lerp_(self._moving_values, weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

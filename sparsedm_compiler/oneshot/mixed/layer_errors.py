@@ -18,14 +18,11 @@ from ..options import OneShotOptions
 from ..outputs import require_finite, run_once
 from ..solve_layer import PrunedLayer, solve_layer, solve_unseen
 from ..statistics import LayerStatistics
-from ..targets import Target
+from ..targets import Candidates, Target
 from .taylor import measure_taylor
 
 WORST = 1e12
 """The error where a pruned layer makes the outputs of the model NaN or Inf."""
-
-Candidates = Mapping[str, Sequence[Target]]
-"""By weight, the weight at every candidate that fits it."""
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ whose gradient is small in a trained model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from ...errors import DataError
 from ...progress import show_progress_bar
 from ..batches import CalibrationBatch
-from ..outputs import iterate_outputs, require_finite
-from ..targets import Target, explain_call
-
-Candidates = Mapping[str, Sequence[Target]]
+from ..outputs import call_once, require_finite
+from ..targets import Candidates
 
 
 def measure_taylor(
@@ -66,27 +64,14 @@ def differentiate(
 
     None stands for a weight that the call did not use.
     """
-    device = next(p.device for p in model.parameters())
     frozen = [weight for weight in weights if not weight.requires_grad]
-    moved = batch.to(device)
     try:
         for weight in frozen:
             weight.requires_grad_(True)
-        with (
-            torch.enable_grad(),
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        ):
-            torch.manual_seed(seed)
-            try:
-                outputs = [*iterate_outputs(model(*moved.args, **moved.kwargs))]
-            except Exception as error:
-                raise explain_call(model, batch, error) from error
-            outputs = [x.float() for x in outputs]
+        with torch.enable_grad():
+            outputs = [x.float() for x in call_once(model, batch)]
             require_finite(model, outputs)
-            signs = [torch.randint_like(x, 2) * 2 - 1 for x in outputs]
-            total = torch.stack(
-                [(x * v).sum() for x, v in zip(outputs, signs, strict=True)] or [torch.zeros(())]
-            ).sum()
+            total = torch.stack([(x * v).sum() for x, v in draw_signs(outputs, seed)]).sum()
             if not total.requires_grad:
                 raise DataError(
                     f"no gradient of the outputs of {type(model).__name__} reaches a weight, so "
@@ -98,3 +83,11 @@ def differentiate(
             weight.requires_grad_(False)
     energy = math.fsum(float(x.detach().double().square().sum()) for x in outputs)
     return gradients, energy
+
+
+def draw_signs(tensors: Sequence[Tensor], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields every tensor with random signs of its shape, the same for the same seed."""
+    source = torch.Generator().manual_seed(seed)
+    for x in tensors:
+        signs = torch.randint(2, x.shape, generator=source, dtype=x.dtype, device="cpu") * 2 - 1
+        yield x, signs.to(x.device)

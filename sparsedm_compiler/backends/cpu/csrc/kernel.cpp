@@ -19,6 +19,8 @@
 
 namespace {
 
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // ---------------------------------------------------------------- one piece of work
 
 constexpr int64_t KEPT = 1 << 20;  // floats of padded planes that stay allocated between calls
@@ -40,7 +42,7 @@ struct Scratch {
 };
 
 int64_t padded_rows(const Header& h, int64_t rows) {
-  if (h.share) return (rows + h.share - 1) / h.share * h.group;
+  if (h.share) return divide_up(rows, h.share) * h.group;
   return rows + 1;  // an odd last row is paired with one nobody reads
 }
 
@@ -59,7 +61,7 @@ void multiply_wide(const Work& work, const float* x, float* acc, int64_t row0, i
   const int64_t before = k0 * h.n / h.m, all = (int64_t)h.cols * h.n / h.m;
   const int kept = (int)((k1 - k0) * h.n / h.m);
   uint32_t* panel = (uint32_t*)panel_scratch.need((size_t)blocks_of(kept) * PAIRS * lanes<T>());
-  const int64_t group0 = row0 / h.share, groups = (size + h.share - 1) / h.share;
+  const int64_t group0 = row0 / h.share, groups = divide_up(size, h.share);
   for (int64_t g = 0; g < groups; g++) {
     const uint16_t* index =
         (const uint16_t*)(work.call.weight + h.index) + (group0 + g) * all + before;
@@ -83,7 +85,7 @@ void multiply(const Work& work, const float* x, float* acc, int64_t row0, int64_
   const bool first = k0 == 0;
   if (!h.share) {
     const int pairs = (int)((size + 1) / 2);
-    const int64_t blocks = (h.cols + h.col_block - 1) / h.col_block;
+    const int64_t blocks = divide_up(h.cols, h.col_block);
     const int64_t at = row0 * density_cols + 2 * pairs * before;  // row blocks are even
     const int64_t unit = row0 / 2 * blocks + k0 / h.col_block * pairs;
     run_pairs<T, W>(x, acc, values + at, blob + h.index + at,
@@ -95,7 +97,7 @@ void multiply(const Work& work, const float* x, float* acc, int64_t row0, int64_
     if (h.wide) return multiply_wide<T>(work, x, acc, row0, size, k0, k1);
   }
   if constexpr (T <= MAX_SHARED_TILE) {
-    const int64_t group0 = row0 / h.share, groups = (size + h.share - 1) / h.share;
+    const int64_t group0 = row0 / h.share, groups = divide_up(size, h.share);
     const int units = h.group / h.layout;
     for (int64_t g = 0; g < groups; g++) {
       const uint16_t* index = (const uint16_t*)(blob + h.index) + (group0 + g) * density_cols + before;
@@ -135,7 +137,7 @@ void run_piece(const Work& work, const Tile* tiles, int64_t count, int64_t row0,
   const int64_t lanes = last->first + last->vectors * L - tiles->first;
   const bool pack_once = row1 - row0 > at_once;
   const int64_t acc_rows = padded_rows(h, std::min<int64_t>(h.row_block, h.rows));
-  const int64_t blocks = (std::min(at_once, row1 - row0) + h.row_block - 1) / h.row_block;
+  const int64_t blocks = divide_up(std::min(at_once, row1 - row0), h.row_block);
   // All of x is packed once, or what a tile needs next, time and again in the first-level cache.
   float* x = x_scratch.need(pack_once ? h.cols * lanes : h.col_block * MAX_PAIRS_TILE * L);
   float* acc = acc_scratch.need(acc_rows * blocks * lanes);
@@ -170,8 +172,6 @@ void run_piece(const Work& work, const Tile* tiles, int64_t count, int64_t row0,
       });
   }
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t read_cache_size() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
