@@ -77,7 +77,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     steps = {"dense": build_step(dense, calls, sr_ste=False)}
     shares = {}
     for pattern in args.patterns:
-        for kind in KINDS:
+        for kind in args.kinds:
             student = sdm.compile(model, pattern=pattern, mode="train", backend="inductor")
             steps[f"{pattern} {kind}"] = build_step(student, calls, sr_ste=kind == "sr-ste")
         student(*calls[0], **calls[1])
@@ -87,8 +87,9 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     samples = sample_in_turns(steps, rounds=args.rounds)
     times = {key: sample.of(args.clock) for key, sample in samples.items()}
     for pattern in args.patterns:
-        held, choice = times[f"{pattern} every 10"], times.pop(f"{pattern} choice")
-        times[f"{pattern} every 10"] = [a + b / 10 for a, b in zip(held, choice, strict=True)]
+        choice = times.pop(f"{pattern} choice")
+        if (held := times.get(f"{pattern} every 10")) is not None:
+            times[f"{pattern} every 10"] = [a + b / 10 for a, b in zip(held, choice, strict=True)]
     return {
         "model": name,
         "batch": args.batch,
@@ -101,7 +102,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def format_table(rows: list[dict[str, Any]], patterns: list[str]) -> str:
+def format_table(rows: list[dict[str, Any]], patterns: list[str], kinds: list[str]) -> str:
     """Returns one line per model and pattern."""
     body = [
         (
@@ -109,12 +110,12 @@ def format_table(rows: list[dict[str, Any]], patterns: list[str]) -> str:
             row["batch"],
             pattern,
             f"{row['masked_share'][pattern]:.3f}",
-            *(format_ratio(row["step_over_dense"][f"{pattern} {kind}"]) for kind in KINDS),
+            *(format_ratio(row["step_over_dense"][f"{pattern} {kind}"]) for kind in kinds),
         )
         for row in rows
         for pattern in patterns
     ]
-    headers = ("model", "batch", "pattern", "masked", *(f"{kind} / dense" for kind in KINDS))
+    headers = ("model", "batch", "pattern", "masked", *(f"{kind} / dense" for kind in kinds))
     return tabulate(body, headers, disable_numparse=True)
 
 
@@ -129,13 +130,14 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     started = time.perf_counter()
     for name in args.models:
         rows.append(compare(name, args))
-        print(format_table(rows[-1:], args.patterns), flush=True)
+        print(format_table(rows[-1:], args.patterns, args.kinds), flush=True)
     print(f"{time.perf_counter() - started:.0f} s; {args.clock} clock; medians [quartiles]")
     if args.out:
         plain = {key: value for key, value in vars(args).items() if key != "out"}

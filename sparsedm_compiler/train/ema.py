@@ -16,14 +16,17 @@ class Ema:
     """``ema <- decay ema + (1 - decay) weights``, starting from the current weights.
 
     ``decay`` warms up: after n updates it is ``min(decay, (1 + n) / (10 + n))``. One tensor per
-    parameter, laid out (and sharded) as the parameter; buffers are those of the model. Integers,
-    of frozen weights in 8 bits, stay.
+    parameter, laid out (and sharded) as the parameter; that of one in 16 bits which trains is in
+    float32, as it would lose what an update adds. Buffers are those of the model. Integers, of
+    frozen weights in 8 bits, stay.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
         self._weights = [*model.parameters()]
-        self._values = [weight.detach().clone() for weight in self._weights]
+        self._values = [
+            weight.detach().to(get_average_dtype(weight), copy=True) for weight in self._weights
+        ]
         self._names = [name for name, _ in model.named_parameters()]
         moving = [k for k, weight in enumerate(self._weights) if weight.is_floating_point()]
         self._moving_weights = [self._weights[k] for k in moving]
@@ -34,7 +37,10 @@ class Ema:
         """Moves the average towards the model's current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [weight.detach() for weight in self._moving_weights]
+        weights = [
+            weight.detach().to(value.dtype)
+            for weight, value in zip(self._moving_weights, self._moving_values, strict=True)
+        ]
         torch._foreach_lerp_(self._moving_values, weights, 1 - decay)
 
     @contextmanager
@@ -86,3 +92,9 @@ class Ema:
         for name, value in zip(self._names, self._values, strict=True):
             copy_rows_into(value, state[name])
         self.updates = updates
+
+
+def get_average_dtype(weight: Tensor) -> torch.dtype:
+    """Returns the dtype in which a parameter is averaged."""
+    narrow = weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if narrow else weight.dtype

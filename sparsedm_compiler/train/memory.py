@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import MacsReport
 from ..progress import format_bytes
+from .ema import get_average_dtype
 from .finetune_config import FinetuneConfig
 from .fsdp import list_units
 from .gradient_checkpointing import is_checkpointing, running_blocks_by
@@ -95,6 +96,7 @@ def estimate_memory(
     added = list_adapter_weights(model, config.lora_rank) if config.only == "lora" else []
     trained = added or [p for p in parameters.values() if p.requires_grad]
     extra = count_bytes(added)
+    widening = sum(w.numel() * (get_average_dtype(w).itemsize - w.itemsize) for w in trained)
     masked = sum(parameters[name].numel() for name in pruned)
     kept_masks = masked * (2 if chooses_masks(config) else 1)  # one to compare with, for the log
     split = processes if config.shard else 1
@@ -105,7 +107,7 @@ def estimate_memory(
         weights=(weights + extra) // split + buffers,
         gradients=count_bytes(trained) // split,
         optimizer=count_state_bytes(trained, config.optimizer) // split,
-        ema=0 if config.ema_decay is None else (weights + extra) // split,
+        ema=0 if config.ema_decay is None else (weights + extra + widening) // split,
         masks=kept_masks // split,
         teacher=weights + buffers if taught else 0,
         activations=activations + count_loss_bytes(call[0][0], taught=taught),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -113,8 +114,23 @@ def make_student_optimizer(student: nn.Module, config: FinetuneConfig) -> torch.
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not parameters:
         raise ConfigError(f"{type(student).__name__} has no parameter with requires_grad to train")
+    _warn_of_narrow_weights(parameters)
     options = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     return make_optimizer(config.optimizer, parameters, options)
+
+
+def _warn_of_narrow_weights(parameters: list[nn.Parameter]) -> None:
+    """Warns of parameters of which 16 bits train, which keep no small step."""
+    lost = {torch.bfloat16: "1/256", torch.float16: "1/2048"}
+    narrow = [parameter.dtype for parameter in parameters if parameter.dtype in lost]
+    if narrow:
+        name = str(narrow[0]).removeprefix("torch.")
+        warnings.warn(
+            f"{len(narrow)} weights train in {name}, where a step below about {lost[narrow[0]]} of "
+            f"a value is lost: load the model in float32 and set mixed_precision="
+            f"'{'bf16' if narrow[0] == torch.bfloat16 else 'fp16'}'",
+            stacklevel=2,
+        )
 
 
 def require_target(teacher: nn.Module | None, config: FinetuneConfig) -> None:

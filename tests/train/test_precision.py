@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError
 from sparsedm_compiler.masks.nm_mask import nm_mask
+from sparsedm_compiler.train.ema import Ema
 from tests.train.cases import CLASSES, data, short, student_of, teacher, weights
 
 ALONE: dict[str, Any] = {
@@ -68,22 +71,53 @@ def test_finetune_when_teacher_and_student_differ_in_dtype_runs_each_in_its_own(
     options: dict[str, Any] = {"images": 24, "held_out_every": None}
     plain = short(**options)[0]
     options |= {"teacher_cache": tmp_path}
-    result, student = short(teacher=model, student=student_of(teacher().to(trained)), **options)
+    warned = pytest.warns(UserWarning, match="1/256 of a value")
+    with warned if trained.itemsize == 2 else nullcontext():
+        result, student = short(teacher=model, student=student_of(teacher().to(trained)), **options)
+        alone = sdm.finetune(student_of(teacher().to(trained)), None, data(), **ALONE, **options)
     assert seen == {taught}
     assert result.ema is not None
     dtypes = {weight.dtype for weight in (*weights(student), *weights(result.ema))}
     assert dtypes == {trained}
     assert result.losses == pytest.approx(plain.losses, rel=0.03)
     assert result.losses != plain.losses
-    alone = sdm.finetune(student_of(teacher().to(trained)), None, data(), **ALONE, **options)
     assert alone.losses == result.losses
+
+
+def test_average_of_bfloat16_weights_keeps_what_bfloat16_would_round_away() -> None:
+    model = nn.Linear(4, 4).bfloat16()
+    average = Ema(model, decay=0.9999)
+    average.updates = 10**6  # past the warm-up
+    exact = [weight.detach().double() for weight in model.parameters()]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+        for _ in range(200):
+            average.update()
+            now = [weight.double() for weight in model.parameters()]
+            exact = [value.lerp(own, 1e-4) for value, own in zip(exact, now, strict=True)]
+    state = average.state_dict()
+    for value, right in zip(state.values(), exact, strict=True):
+        torch.testing.assert_close(value.double(), right, rtol=1e-5, atol=0)
+    assert {weight.dtype for weight in average.copy_model(model).parameters()} == {torch.bfloat16}
+
+
+def test_average_of_frozen_bfloat16_weights_takes_no_more_memory_than_they() -> None:
+    model = nn.Linear(4, 4).bfloat16()
+    model.weight.requires_grad_(False)
+    state = Ema(model, decay=0.9999).state_dict()
+    assert {name: value.dtype for name, value in state.items()} == {
+        "weight": torch.bfloat16,
+        "bias": torch.float32,
+    }
 
 
 def test_outputs_of_a_teacher_when_its_first_student_is_in_bfloat16_are_those_for_any(
     tmp_path: Path,
 ) -> None:
     options: dict[str, Any] = {"images": 8, "held_out": None, "held_out_every": None}
-    short(student=student_of(teacher().bfloat16()), teacher_cache=tmp_path, **options)
+    with pytest.warns(UserWarning, match=r"weights train in bfloat16.*mixed_precision='bf16'"):
+        short(student=student_of(teacher().bfloat16()), teacher_cache=tmp_path, **options)
     assert short(teacher_cache=tmp_path, **options)[0].losses == short(**options)[0].losses
 
 
