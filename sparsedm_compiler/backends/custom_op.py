@@ -77,6 +77,28 @@ def register(
     return overload
 
 
+def register_without_gradient(
+    name: str, schema: str, runs: Mapping[str, Op], *, fake: Op
+) -> Callable[..., Tensor]:
+    """Registers the op ``sparsedm::name`` for graphs that were captured without gradients.
+
+    Args:
+        name: Name of the op in the namespace "sparsedm".
+        schema: Schema of all its arguments.
+        runs: The functions that run it, by dispatch key.
+        fake: Returns an empty output of the right shape, strides and dtype.
+
+    Returns:
+        The op, for calls and for FX graphs.
+    """
+    _lib.define(f"{name}({schema}) -> Tensor", tags=_TAGS)  # type: ignore[no-untyped-call]
+    for key, run in runs.items():
+        _lib.impl(name, run, key)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"sparsedm::{name}", fake, lib=_lib)
+    overload: Callable[..., Tensor] = getattr(torch.ops.sparsedm, name).default
+    return overload
+
+
 def _is_plain() -> bool:
     """Returns whether no mode or transform waits below the autograd key."""
     return not (

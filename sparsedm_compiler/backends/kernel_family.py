@@ -50,6 +50,9 @@ class KernelFamily(ABC):
             memory, the latter by its keyword argument ``feature_major``; None without one.
         rounding_ops: The linear ops that round the rows of x to 8 bits, so that rows which several
             of them read can be rounded once, together with what comes before.
+        norm_ops: The conv ops that can compute a GroupNorm and an activation in front of them, by
+            the op that does, called as ``op(x, weight, bias, rows, offset, norm_weight, norm_bias,
+            groups, epsilon, pre_act, **arguments)``. It has no gradient.
         call_ms: Milliseconds that a call costs more in a model than timed alone, where its Python
             and its objects stay in the cache.
         training_op: The op of sparse products in training, called as
@@ -69,6 +72,7 @@ class KernelFamily(ABC):
     token_ops: tuple[Op, ...] = ()
     feature_major_op: Op | None = None
     rounding_ops: Mapping[Op, RowRounding] = MappingProxyType({})
+    norm_ops: Mapping[Op, Op] = MappingProxyType({})
     call_ms: float = 0.0
     training_op: Op | None = None
     layout_op: Op | None = None

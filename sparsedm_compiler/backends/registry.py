@@ -73,6 +73,11 @@ def find_rounding_ops() -> dict[Op, RowRounding]:
     return {op: parts for family in _families for op, parts in family.rounding_ops.items()}
 
 
+def find_norm_ops() -> dict[Op, Op]:
+    """Returns the conv ops that can compute a norm in front of them, by the op that does."""
+    return {op: fused for family in _families for op, fused in family.norm_ops.items()}
+
+
 def find_feature_major_ops() -> frozenset[Op]:
     """Returns the ops that read and write feature-major activations."""
     ops = (family.feature_major_op for family in _families)

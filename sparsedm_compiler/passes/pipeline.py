@@ -9,6 +9,7 @@ from torch import fx
 from ..masks.mask_ste import mask_ste_op
 from .planned_weight import Plan
 from .rewrite.carry_features import carry_features
+from .rewrite.fuse_norms import fuse_norms
 from .rewrite.insert_frozen_masks import insert_frozen_masks
 from .rewrite.insert_held_masks import insert_held_masks
 from .rewrite.insert_mask_ste import insert_mask_ste
@@ -29,7 +30,7 @@ TRAIN: tuple[Rewrite, ...] = (
 )
 """The rewrites of mode "train", in order."""
 
-INFER: tuple[Rewrite, ...] = (lower_sparse, round_rows, carry_features, pad_tokens)
+INFER: tuple[Rewrite, ...] = (lower_sparse, fuse_norms, round_rows, carry_features, pad_tokens)
 """The rewrites of mode "infer", in order."""
 
 

@@ -90,6 +90,7 @@ def verify_folded(plan: Plan) -> None:
         }
         parts = family.rounding_ops
         ops |= {parts[op].multiply: 3 for op in [*ops] if op in parts}
+        ops |= {family.norm_ops[op]: 1 for op in [*ops] if op in family.norm_ops}
         if not weight.users:
             raise GraphError(f"no {row.kernel.name} reads the packed weight {weight.name}")
         for reader in weight.users:

@@ -66,6 +66,14 @@ def cpu_case() -> Case:
     return Case(graph, plan_kernel(plan, first_kernel("cpu_free", "2:4")), (x,))
 
 
+def norm_case() -> Case:
+    x = torch.randn(2, 8, 5, 5)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3))
+    graph = capture_model(model.requires_grad_(requires_grad=False), x)
+    plan = plan_masks(graph, "3.weight")
+    return Case(graph, plan_kernel(plan, first_kernel("cpu_free", "2:4")), (x,))
+
+
 def vnm_case() -> Case:
     class Wide(nn.Module):
         def __init__(self) -> None:
@@ -104,6 +112,7 @@ FIRES: dict[str, tuple[str, Callable[[], Case], int]] = {
     "insert_mask_ste": ("train", masked_case, 2),
     "train_sparse": ("train", trained_case, 2),
     "lower_sparse": ("infer", cpu_case, 2),
+    "fuse_norms": ("infer", norm_case, 1),
     "round_rows": ("infer", fp8_case, 1),
     "carry_features": ("infer", vnm_case, 1),
     "pad_tokens": ("infer", semi_case, 2),

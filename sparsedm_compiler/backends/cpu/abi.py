@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_double, c_int32, c_int64, c_void_p
 
 
 # Mirrored by tiles.h: change them together.
 class KernelArguments(ctypes.Structure):
-    """Arguments of ``sdm_run``; ``cache``: bytes of the second-level cache, 0 for this CPU's."""
+    """Arguments of ``sdm_run``; ``cache``: bytes of the second-level cache, 0 for this CPU's.
+
+    From ``offset`` on they describe a GroupNorm in front of a convolution; ``groups``: 0 for none.
+    """
 
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "x", "out", "bias")),
@@ -20,4 +23,8 @@ class KernelArguments(ctypes.Structure):
         *((name, c_int64) for name in ("dil_h", "dil_w")),
         *((name, c_int32) for name in ("tile", "threads", "isa")),
         ("cache", c_int64),
+        *((name, c_void_p) for name in ("offset", "norm_weight", "norm_bias")),
+        *((name, c_int64) for name in ("groups", "offset_stride")),
+        ("epsilon", c_double),
+        ("pre_act", c_int32),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..processor import read_cpu_name
 from .build import hash_sources, why_unavailable
 from .format import check, read_layout, why_refused
 from .isa import select_isa
+from .norm_conv import nm_norm_conv2d_op
 from .ops import nm_conv2d_op, nm_linear_op, unpack_weight
 from .pack import pack
 
@@ -30,6 +32,7 @@ class CpuFamily(KernelFamily):
     device = "cpu"
     names = ("cpu_free", "cpu_shared", "cpu_wide")
     accepts = (NM, SharedNM)
+    norm_ops = MappingProxyType({nm_conv2d_op: nm_norm_conv2d_op})
     call_ms = 0.015  # its Python, cold: benchmarks/call_cost.py
 
     def why_unavailable(self) -> str | None:

@@ -51,10 +51,10 @@ def run_linear(
         stride = flat.stride(0)
     out = x.new_empty((*sizes, rows))
     _check(packed, rows, cols)
-    bias = _lay_out_bias(bias, rows)
+    bias = lay_out_bias(bias, rows)
     call = _describe_call(flat, packed, bias, out, act, tile)
     call.tokens, call.x_stride, call.out_stride = math.prod(sizes), stride, rows
-    _run(call)
+    run_call(call)
     return out
 
 
@@ -74,27 +74,11 @@ def run_conv2d(
     geometry = kernel, stride, padding, dilation
     if why_unavailable() is not None:
         return reference_conv2d(x, packed, bias, rows, *geometry, act, tile)
-    channels_last = is_channels_last(x)
-    form = torch.channels_last if channels_last else torch.contiguous_format
+    form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     x = x.contiguous(memory_format=form)
-    shape = compute_conv_shape(x, rows, *geometry)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
-    images, channels, height, width = x.shape
-    out_height, out_width = out.shape[2:]
-    _check(packed, rows, channels * kernel[0] * kernel[1])
-    bias = _lay_out_bias(bias, rows)
-    call = _describe_call(x, packed, bias, out, act, tile)
-    call.conv = 2 if channels_last else 1
-    call.tokens, call.out_stride = images * out_height * out_width, rows
-    if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0):  # a plane is one long row
-        height, width = out_height, out_width = 1, height * width
-    call.images, call.channels, call.height, call.width = images, channels, height, width
-    call.out_height, call.out_width = out_height, out_width
-    call.kernel_h, call.kernel_w = kernel
-    call.stride_h, call.stride_w = stride
-    call.pad_h, call.pad_w = padding
-    call.dil_h, call.dil_w = dilation
-    _run(call)
+    bias = lay_out_bias(bias, rows)
+    call, out = describe_conv(x, packed, bias, rows, geometry, act, tile)
+    run_call(call)
     return out
 
 
@@ -128,7 +112,7 @@ def unpack_weight(packed: Tensor, kernel: Sequence[int]) -> Tensor:
     return from_matrix(unpack(packed), kernel)
 
 
-def _lay_out_bias(bias: Tensor | None, rows: int) -> Tensor | None:
+def lay_out_bias(bias: Tensor | None, rows: int) -> Tensor | None:
     """Returns the bias as a kernel reads it: one value per row, side by side."""
     if bias is None:
         return None
@@ -159,6 +143,38 @@ def _describe_call(
     return call
 
 
+def describe_conv(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    geometry: tuple[Sequence[int], ...],
+    act: str,
+    tile: int,
+) -> tuple[KernelArguments, Tensor]:
+    """Returns the call of a conv, and its output, which is laid out as x is."""
+    kernel, stride, padding, dilation = geometry
+    channels_last = is_channels_last(x)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    shape = compute_conv_shape(x, rows, *geometry)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+    images, channels, height, width = x.shape
+    out_height, out_width = out.shape[2:]
+    _check(packed, rows, channels * kernel[0] * kernel[1])
+    call = _describe_call(x, packed, bias, out, act, tile)
+    call.conv = 2 if channels_last else 1
+    call.tokens, call.out_stride = images * out_height * out_width, rows
+    if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0):  # a plane is one long row
+        height, width = out_height, out_width = 1, height * width
+    call.images, call.channels, call.height, call.width = images, channels, height, width
+    call.out_height, call.out_width = out_height, out_width
+    call.kernel_h, call.kernel_w = kernel
+    call.stride_h, call.stride_w = stride
+    call.pad_h, call.pad_w = padding
+    call.dil_h, call.dil_w = dilation
+    return call, out
+
+
 @cache
 def _find_isa_code() -> int:
     return ISAS.index(select_isa())
@@ -187,7 +203,8 @@ class _Sizes(ctypes.Structure):
     )
 
 
-def _run(call: KernelArguments) -> None:
+def run_call(call: KernelArguments) -> None:
+    """Runs the kernel. Raises KernelError where it cannot."""
     failed = load_library().sdm_run(ctypes.byref(call))
     if failed:
         raise KernelError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsedm_compiler import Pattern
 from sparsedm_compiler.backends.cpu.family import CpuFamily
+from sparsedm_compiler.backends.cpu.norm_conv import nm_norm_conv2d_op
 from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
 from sparsedm_compiler.backends.cpu.pack import pack
 from sparsedm_compiler.masks.nm_mask import nm_mask
@@ -124,3 +125,52 @@ acts = st.sampled_from(ACTS)
 tiles = st.integers(1, 12)
 biases = st.sampled_from((None, *DTYPES))
 seeds = st.integers(0, 2**31)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What lies in front of a conv: ``act(group_norm(x + offset))``; None for what is left out."""
+
+    groups: int
+    offset: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    act: str = "silu"
+    epsilon: float = 1e-5
+
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the result in float64, and what its float32 computation may be off by."""
+        moved = x.double() if self.offset is None else x.double() + self.offset.double()
+        weight, bias = (None if v is None else v.double() for v in (self.weight, self.bias))
+        normal = F.group_norm(moved, self.groups, weight, bias, self.epsilon)
+        grouped = moved.reshape(len(x), self.groups, -1)
+        scale = (grouped.var(-1, unbiased=False) + self.epsilon).rsqrt()
+        size = (scale * grouped.abs().amax(-1)).repeat_interleave(x.shape[1] // self.groups, 1)
+        size = size * (1 if weight is None else weight.abs())
+        size = size + (1 if bias is None else 1 + bias.abs())
+        off = 3e-6 * (size[..., None, None] + normal.abs())
+        return activated(normal, self.act), off
+
+
+def check_norm_conv(
+    held: Case,
+    x: Tensor,
+    norm: Norm,
+    bias: Tensor | None,
+    geometry: tuple[tuple[int, int], ...],
+    act: str,
+    tile: int,
+) -> None:
+    rows, channels, *kernel = held.masked.shape
+    sizes = [*map(list, geometry)]
+    before = norm.offset, norm.weight, norm.bias, norm.groups, norm.epsilon, norm.act
+    out = nm_norm_conv2d_op(x, held.packed, bias, rows, *before, kernel, *sizes, act, tile)
+    assert out.is_contiguous()
+    assert out.dtype == x.dtype
+    b, weight = None if bias is None else bias.double(), held.masked.double()
+    z, off = norm.compute(x)
+    exact = F.conv2d(z, weight, b, *sizes)
+    kept = int(channels * kernel[0] * kernel[1] * held.pattern.density)
+    sums = F.conv2d(z.abs(), weight.abs(), None if b is None else b.abs(), *sizes)
+    moved = F.conv2d(off, weight.abs(), None, *sizes)
+    assert_rounded(out, exact, sums + moved / ((kept + 2) * 2.0**-24), kept, act)

@@ -26,7 +26,7 @@ CHECK = """
 import torch, torch.nn.functional as F
 from sparsedm_compiler.backends.cpu import build, ops
 from tests.backends.cpu.cases import case
-from tests.backends.cpu.test_kernels import check_linear, check_conv
+from tests.backends.cpu.cases import Norm, check_conv, check_linear, check_norm_conv
 """
 MANY = (
     CHECK
@@ -55,6 +55,8 @@ for text in ("2:4", "1:8", "1:4x6", "1:8x16"):
         for form in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, held.masked.shape[1], 9, 12).to(dtype).to(memory_format=form)
             check_conv(held, x, None, ((1, 2), (1, 1), (1, 1)), "none", 8)
+        norm = Norm(2, torch.randn(2, x.shape[1], 1, 1).to(dtype), torch.randn(x.shape[1]), None)
+        check_norm_conv(held, x, norm, None, ((1, 2), (1, 1), (1, 1)), "none", 8)
 """
 )
 WITHOUT = """

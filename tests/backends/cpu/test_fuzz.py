@@ -22,7 +22,16 @@ from sparsedm_compiler.backends.cpu.build import why_unavailable
 from sparsedm_compiler.backends.cpu.family import CpuFamily
 from sparsedm_compiler.backends.cpu.isa import ISAS, select_isa
 from sparsedm_compiler.patterns import Pattern, SharedNM
-from tests.backends.cpu.cases import ACTS, DTYPES, bias_of, case, check_conv, check_linear
+from tests.backends.cpu.cases import (
+    ACTS,
+    DTYPES,
+    Norm,
+    bias_of,
+    case,
+    check_conv,
+    check_linear,
+    check_norm_conv,
+)
 
 PARTS = 20
 NUMBERS = os.environ.get("SPARSEDM_FUZZ", "2000")
@@ -79,6 +88,8 @@ def check_random_product(rng: random.Random) -> None:
         geometry[1] = rng.randint(0, 3), rng.randint(0, 3)
         x = draw_images(rng, held.masked.shape[1], kernel, geometry, dtype)
         check_conv(held, x, bias, tuple(geometry), act, tile)
+        if x.numel() and not wide:
+            check_norm_conv(held, x, draw_norm(rng, x), bias, tuple(geometry), act, tile)
     else:
         check_linear(held, draw_tokens(rng, held.masked.shape[1], dtype), bias, act, tile)
 
@@ -96,6 +107,16 @@ def draw_pattern(rng: random.Random) -> Pattern:
         *("2:4t", f"{16 * rng.randint(1, 3)}:2:{rng.choice((8, 16))}"),
     )
     return Pattern.parse(rng.choice(kinds))
+
+
+def draw_norm(rng: random.Random, x: Tensor) -> Norm:
+    """A GroupNorm that fits x [N, channels, H, W]."""
+    images, channels = x.shape[:2]
+    groups = rng.choice([k for k in range(1, channels + 1) if channels % k == 0])
+    offset = rng.choice((None, torch.randn(rng.choice((1, images)), channels, 1, 1)))
+    affine = (rng.choice((None, torch.randn(channels).to(x.dtype))) for _ in range(2))
+    moved = None if offset is None else offset.to(x.dtype)
+    return Norm(groups, moved, *affine, rng.choice(("none", "silu")), rng.choice((1e-6, 1e-2)))
 
 
 def draw_tokens(rng: random.Random, cols: int, dtype: torch.dtype) -> Tensor:

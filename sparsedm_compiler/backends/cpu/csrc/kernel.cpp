@@ -14,6 +14,7 @@
 
 #include "format.h"
 #include "multiply.h"
+#include "norm.h"
 #include "tiles.h"
 #include "wide.h"
 
@@ -212,30 +213,24 @@ Plan plan(const Call& c, const Header& h, int64_t vectors, int limit, int thread
   return best;
 }
 
-// Copy of x with its zero padding, as fp32: [images, channels, plane_h, plane_w].
-template <class X>
-void pad_planes(const Call& c, float* dst, int64_t plane_h, int64_t plane_w, int64_t index) {
-  const X* src = (const X*)c.x + index * c.height * c.width;
-  dst += index * plane_h * plane_w;
-  std::fill(dst, dst + c.pad_h * plane_w, 0.0f);
-  dst += c.pad_h * plane_w;
-  for (int64_t y = 0; y < c.height; y++, dst += plane_w, src += c.width) {
-    float* to = std::fill_n(dst, c.pad_w, 0.0f);
-    if constexpr (sizeof(X) == sizeof(float)) {
-      std::memcpy(to, src, c.width * sizeof(float));
-    } else {
-      for (int64_t z = 0; z < c.width; z++) to[z] = widen(src[z]);
-    }
-    std::fill_n(to + c.width, c.pad_w, 0.0f);
-  }
-  std::fill(dst, dst + c.pad_h * plane_w, 0.0f);
-}
-
 template <class F>
 void parallel(int64_t count, int threads, F body) {
   (void)threads;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && count > 1)
   for (int64_t i = 0; i < count; i++) body(i);
+}
+
+// Writes the padded planes of a conv.
+template <class X>
+void fill_planes(const Work& work, int threads) {
+  const Call& c = work.call;
+  const int64_t count = c.images * c.channels;
+  float* to = const_cast<float*>(work.planes);
+  if (c.groups == 0) return parallel(count, threads, [&](int64_t i) { pad_plain<X>(c, to, i); });
+  thread_local Scratch factors;
+  float *scale = factors.need(2 * count), *shift = scale + count;
+  parallel(c.images * c.groups, threads, [&](int64_t i) { find_scale<X>(c, i, scale, shift); });
+  parallel(count, threads, [&](int64_t i) { pad_normalized<X>(c, to, i, scale[i], shift[i]); });
 }
 
 }  // namespace
@@ -255,18 +250,10 @@ int32_t sdm_run(const Call* call) try {
   thread_local Scratch small;
   Scratch large;  // not kept
   if (c.conv == 1) {
-    if (c.x_type == F32 && c.pad_h == 0 && c.pad_w == 0) {
-      work.planes = (const float*)c.x;
-    } else {
-      const int64_t planes = c.images * c.channels;
-      const int64_t size = planes * work.plane_h * work.plane_w;
-      float* to = (size < KEPT ? small : large).need(size);
-      work.planes = to;
-      parallel(planes, threads, [&](int64_t i) {
-        if (c.x_type == BF16) return pad_planes<bf16>(c, to, work.plane_h, work.plane_w, i);
-        pad_planes<float>(c, to, work.plane_h, work.plane_w, i);
-      });
-    }
+    const bool as_is = c.x_type == F32 && c.pad_h == 0 && c.pad_w == 0 && c.groups == 0;
+    const int64_t size = c.images * c.channels * work.plane_h * work.plane_w;
+    work.planes = as_is ? (const float*)c.x : (size < KEPT ? small : large).need(size);
+    if (!as_is) c.x_type == BF16 ? fill_planes<bf16>(work, threads) : fill_planes<float>(work, threads);
   }
   const int64_t vectors = divide_up(c.tokens, L), row_blocks = divide_up(h.rows, h.row_block);
   const int limit = std::max(1, std::min(c.tile, h.share ? MAX_SHARED_TILE : MAX_PAIRS_TILE));

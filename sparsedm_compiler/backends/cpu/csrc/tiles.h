@@ -20,6 +20,11 @@ struct Call {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
   int32_t tile, threads, isa;
   int64_t cache;  // bytes of the second-level cache; 0: as this CPU states it
+  // A GroupNorm(x + offset) and an activation in front of a conv on planes; no groups: neither.
+  const float *offset, *norm_weight, *norm_bias;
+  int64_t groups, offset_stride;  // offset: [images or 1, channels], stride 0 for 1
+  double epsilon;
+  int32_t pre_act;
 };
 
 // A run of output pixels that lie side by side in the padded input and in the output.
