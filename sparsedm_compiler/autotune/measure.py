@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from ..errors import KernelError
 from ..fileio import cache_folder, write_atomically
 from ..patterns import Pattern
 from ..progress import announce
+
+COLD_BYTES = 4 << 20
+"""What is read between two calls of one kernel on a CPU: more than a second-level cache holds."""
 
 
 @dataclass(slots=True)
@@ -94,46 +98,64 @@ def reproduces_dense(trial: KernelTrial, kernel: KernelConfig) -> bool:
 
 
 def _measure(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, float]:
-    calls, device = bind_calls(trial, kernels), trial.weight.device
+    calls, device = bind_calls(trial, kernels, cold=True), trial.weight.device
     if trial.fused and any(problem.act != "none" for problem in trial.problems):
         bare = tuple(replace(problem, act="none") for problem in trial.problems)
         sound = [kernel for kernel in kernels if str(kernel) in calls]
-        calls = bind_calls(replace(trial, problems=bare), sound)
+        calls = bind_calls(replace(trial, problems=bare), sound, cold=True)
     family = find_family(kernels[0].name)
     times = family.time_calls(calls, device, graphs=trial.graphs)
     return {**{str(kernel): math.inf for kernel in kernels}, **times}
 
 
-def bind_calls(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> dict[str, Callable[[], Any]]:
+def bind_calls(
+    trial: KernelTrial, kernels: Sequence[KernelConfig], *, cold: bool = False
+) -> dict[str, Callable[[], Any]]:
     """Returns the call of "dense", and of every kernel that reproduces it but for rounding.
 
     Not every kernel takes every size, which only running it tells, and none is believed before it
     has multiplied on this machine.
+
+    cold: On a CPU, a small weight comes from far in every call, as in a model, where the other
+    layers have run in between: calls take turns on copies.
     """
     weight, problems = trial.weight.detach(), trial.problems
     dtype = problems[0].dtype
     inputs = [make_input(problem, weight.device) for problem in problems]
+    copies = _count_copies(weight, len(kernels) + 1) if cold else 1
 
     @cache
     def folded(kernel: KernelConfig | None) -> Tensor:
         return fold_weight(weight, WeightFormat(trial.pattern, dtype, kernel), trial.name)
 
+    def copied(kernel: KernelConfig | None) -> Iterator[Tensor]:
+        own = folded(kernel)
+        return cycle([own] if copies == 1 else [own.clone() for _ in range(copies)])
+
+    turns = copied(None)
+
     def dense() -> list[Tensor]:
-        return [
-            run_dense(problem, x, folded(None)) for problem, x in zip(problems, inputs, strict=True)
-        ]
+        own = next(turns)
+        return [run_dense(problem, x, own) for problem, x in zip(problems, inputs, strict=True)]
 
     expected, calls = dense(), {"dense": dense}
     refusals = KernelError if weight.device.type == "cpu" else Exception  # drivers' and Triton's
     _prepare(trial, kernels)
     for kernel in kernels:
         with suppress(refusals):
-            call = _sparse_calls(trial, inputs, folded(kernel.untiled), kernel)
+            call = _sparse_calls(trial, inputs, copied(kernel.untiled), kernel)
             inexact = bool(find_family(kernel.name).inexact)
             pairs = zip(call(), expected, strict=True)
             if all(_agree(out, wanted, inexact=inexact) for out, wanted in pairs):
                 calls[str(kernel)] = call
     return calls
+
+
+def _count_copies(weight: Tensor, calls: int) -> int:
+    """Returns the copies with which calls in turns read more than stays in a cache."""
+    if weight.device.type != "cpu":
+        return 1
+    return max(1, math.ceil(COLD_BYTES / max(1, weight.nbytes * calls // 4)))
 
 
 def _prepare(trial: KernelTrial, kernels: Sequence[KernelConfig]) -> None:
@@ -154,16 +176,21 @@ def _agree(out: Tensor, dense: Tensor, *, inexact: bool) -> bool:
 
 
 def _sparse_calls(
-    trial: KernelTrial, inputs: list[Tensor], packed: Tensor, kernel: KernelConfig
+    trial: KernelTrial, inputs: list[Tensor], packed: Iterator[Tensor], kernel: KernelConfig
 ) -> Callable[[], Any]:
     rows = trial.weight.shape[0]
     form = WeightFormat(trial.pattern, trial.problems[0].dtype, kernel.untiled)
     family = find_family(kernel.name)
     calls = [family.call(problem, form, kernel.tile) for problem in trial.problems]
-    return lambda: [
-        op(x, packed, None, rows, **arguments)
-        for (op, arguments), x in zip(calls, inputs, strict=True)
-    ]
+
+    def call() -> list[Tensor]:
+        own = next(packed)
+        return [
+            op(x, own, None, rows, **arguments)
+            for (op, arguments), x in zip(calls, inputs, strict=True)
+        ]
+
+    return call
 
 
 def run_dense(problem: MatmulProblem, x: Tensor, weight: Tensor) -> Tensor:
@@ -190,7 +217,8 @@ def _digest(trial: KernelTrial) -> str:
     weight = trial.weight
     machine = [family.describe_machine() for family in find_families(weight.device.type)]
     shape = tuple(weight.shape)
-    about = (machine, shape, str(trial.pattern), trial.problems, trial.graphs, trial.fused)
+    pattern, cold = str(trial.pattern), _count_copies(weight, 1) > 1
+    about = (machine, shape, pattern, trial.problems, trial.graphs, trial.fused, cold)
     return hashlib.sha256(repr(about).encode()).hexdigest()[:24]
 
 
