@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def bench_model(
         )
     for text in patterns:
         calls[text] = bind(sdm.compile(model, text, mode="infer", policy=policy), args, kwargs)
-    samples = sample_in_turns(calls, rounds=rounds)
+    samples = sample_in_turns(calls, rounds=rounds, again=True)
     return over_baselines(name, dtype, samples, patterns)
 
 
@@ -309,7 +310,9 @@ def main() -> None:
     section: dict[str, Any] = {}
     for part in args.only or PARTS:
         torch.manual_seed(0)
+        started = time.perf_counter()
         section[part] = run_part(part, args.rounds, args.batches)
+        print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
         ran = {"machine": describe_machine(), "commit": commit(), "argv": sys.argv[1:]}
         keep(args.out, ran | {part: section[part]})  # a part that has run is not lost
         torch._dynamo.reset()
