@@ -7,6 +7,7 @@ activates as well, so that no normalized tensor is written and read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ def reference_norm_conv2d(
     groups: int,
     epsilon: float,
     pre_act: str,
-    *rest: object,
+    *rest: Any,
 ) -> Tensor:
     """Returns the result of ``run_norm_conv2d``, by the dense ops."""
     _check_norm(x, offset, norm_weight, norm_bias, groups, pre_act)
@@ -110,27 +111,12 @@ def reference_norm_conv2d(
     normal = F.group_norm(
         moved, groups, cast_bias(x, norm_weight), cast_bias(x, norm_bias), epsilon
     )
-    return reference_conv2d(apply_activation(normal, pre_act), packed, bias, rows, *rest)  # type: ignore[arg-type]
+    return reference_conv2d(apply_activation(normal, pre_act), packed, bias, rows, *rest)
 
 
-def _fake(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    offset: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    groups: int,
-    epsilon: float,
-    pre_act: str,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    *rest: object,
-) -> Tensor:
-    return x.new_empty(compute_conv_shape(x, rows, kernel, stride, padding, dilation))
+def _fake(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, *rest: Any) -> Tensor:
+    geometry = rest[6:10]  # behind the six arguments of the norm
+    return x.new_empty(compute_conv_shape(x, rows, *geometry))
 
 
 nm_norm_conv2d_op = register_without_gradient(
