@@ -43,7 +43,8 @@ def brute_mask(weight: Tensor, pattern: str | Pattern) -> Tensor:
     squares are in double precision. A mask of equal bytes is computed once.
     """
     parsed = Pattern.parse(pattern)
-    content = weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    whole = weight.detach().cpu().clone(memory_format=torch.contiguous_format)
+    content = whole.view(torch.uint8).numpy().tobytes()
     key = (parsed, weight.dtype, tuple(weight.shape), hashlib.sha256(content).digest())
     if key not in _MASKS:
         _MASKS[key] = compute_brute_mask(weight, parsed).cpu()
