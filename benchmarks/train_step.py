@@ -80,15 +80,16 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
         for kind in args.kinds:
             student = sdm.compile(model, pattern=pattern, mode="train", backend="inductor")
             steps[f"{pattern} {kind}"] = build_step(student, calls, sr_ste=kind == "sr-ste")
-        student(*calls[0], **calls[1])
-        steps[f"{pattern} choice"] = partial(sdm.hold_masks, student)  # that of "every 10"
+            student(*calls[0], **calls[1])
+            if kind == "every 10":
+                steps[f"{pattern} choice"] = partial(sdm.hold_masks, student)
         masked = sum(w.numel() for w, _ in sdm.masked_parameters(student).values())
         shares[pattern] = masked / sum(w.numel() for w in student.parameters())
     samples = sample_in_turns(steps, rounds=args.rounds)
     times = {key: sample.of(args.clock) for key, sample in samples.items()}
     for pattern in args.patterns:
-        choice = times.pop(f"{pattern} choice")
-        if (held := times.get(f"{pattern} every 10")) is not None:
+        if (choice := times.pop(f"{pattern} choice", None)) is not None:
+            held = times[f"{pattern} every 10"]
             times[f"{pattern} every 10"] = [a + b / 10 for a, b in zip(held, choice, strict=True)]
     return {
         "model": name,

@@ -217,8 +217,8 @@ def _digest(trial: KernelTrial) -> str:
     weight = trial.weight
     machine = [family.describe_machine() for family in find_families(weight.device.type)]
     shape = tuple(weight.shape)
-    pattern, cold = str(trial.pattern), _count_copies(weight, 1) > 1
-    about = (machine, shape, pattern, trial.problems, trial.graphs, trial.fused, cold)
+    pattern = str(trial.pattern)
+    about = (machine, shape, pattern, trial.problems, trial.graphs, trial.fused, COLD_BYTES)
     return hashlib.sha256(repr(about).encode()).hexdigest()[:24]
 
 

@@ -39,10 +39,6 @@ def register(
         The op, for calls and for FX graphs.
     """
     full = f"Tensor x, Tensor packed, Tensor? bias, int rows, {arguments}"
-    _lib.define(f"{name}({full}) -> Tensor", tags=_TAGS)  # type: ignore[no-untyped-call]
-    _lib.define(f"{name}_grad(Tensor grad, {full}) -> Tensor", tags=_TAGS)  # type: ignore[no-untyped-call]
-    for key, run in runs.items():
-        _lib.impl(name, run, key)  # type: ignore[no-untyped-call]
 
     def compute_x_gradient(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
         with torch.enable_grad():
@@ -50,20 +46,20 @@ def register(
             (x_grad,) = torch.autograd.grad(reference(x, *rest), x, grad)
         return x_grad
 
-    _lib.impl(f"{name}_grad", compute_x_gradient, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"sparsedm::{name}", fake, lib=_lib)
-    torch.library.register_fake(
-        f"sparsedm::{name}_grad", lambda grad, x, *_: torch.empty_like(x), lib=_lib
+    op = register_without_gradient(name, full, runs, fake=fake)
+    grad_op = register_without_gradient(
+        f"{name}_grad",
+        f"Tensor grad, {full}",
+        {"CompositeExplicitAutograd": compute_x_gradient},
+        fake=lambda grad, x, *_: torch.empty_like(x),
     )
-    grad_op = getattr(torch.ops.sparsedm, f"{name}_grad").default
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x_grad = grad_op(grad, *ctx.saved_tensors, *ctx.options)
         return (x_grad, *[None] * (2 + len(ctx.options)))
 
-    op: Any = getattr(torch.ops.sparsedm, name).default
-    info = Info(backward, _save_for_backward)
-    differentiate = make_autograd_impl(op, info)
+    overload: Any = op
+    differentiate = make_autograd_impl(overload, Info(backward, _save_for_backward))
 
     def choose(keyset: torch.DispatchKeySet, x: Tensor, *rest: Any) -> Tensor:
         if type(x) is Tensor and not torch.is_grad_enabled() and _is_plain():
@@ -73,8 +69,7 @@ def register(
         return differentiate(keyset, x, *rest)  # type: ignore[no-any-return]
 
     _lib.impl(name, choose, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
-    overload: Callable[..., Tensor] = op
-    return overload
+    return op
 
 
 def register_without_gradient(

@@ -96,5 +96,5 @@ class Ema:
 
 def get_average_dtype(weight: Tensor) -> torch.dtype:
     """Returns the dtype in which a parameter is averaged."""
-    narrow = weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if narrow else weight.dtype
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return wide if weight.requires_grad else weight.dtype

@@ -21,6 +21,7 @@ from .check_call import check_call
 from .distributed import TrainingProcess
 from .ema import Ema
 from .finetune_config import FinetuneConfig
+from .memory import AUTOCAST
 from .optimizers import make_optimizer
 from .randomness import draw_values
 from .run_inputs import RunInputs
@@ -121,14 +122,14 @@ def make_student_optimizer(student: nn.Module, config: FinetuneConfig) -> torch.
 
 def _warn_of_narrow_weights(parameters: list[nn.Parameter]) -> None:
     """Warns of parameters of which 16 bits train, which keep no small step."""
-    lost = {torch.bfloat16: "1/256", torch.float16: "1/2048"}
-    narrow = [parameter.dtype for parameter in parameters if parameter.dtype in lost]
+    precisions = {dtype: precision for precision, dtype in AUTOCAST.items()}
+    narrow = [parameter.dtype for parameter in parameters if parameter.dtype in precisions]
     if narrow:
-        name = str(narrow[0]).removeprefix("torch.")
+        dtype, steps = narrow[0], round(2 / torch.finfo(narrow[0]).eps)
         warnings.warn(
-            f"{len(narrow)} weights train in {name}, where a step below about {lost[narrow[0]]} of "
-            f"a value is lost: load the model in float32 and set mixed_precision="
-            f"'{'bf16' if narrow[0] == torch.bfloat16 else 'fp16'}'",
+            f"{len(narrow)} weights train in {str(dtype).removeprefix('torch.')}, where a step "
+            f"below about 1/{steps} of a value is lost: load the model in float32 and set "
+            f"mixed_precision={precisions[dtype]!r}",
             stacklevel=2,
         )
 

@@ -6,8 +6,7 @@ activates as well, so that no normalized tensor is written and read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,44 +24,62 @@ from .build import why_unavailable
 from .ops import describe_conv, lay_out_bias, reference_conv2d, run_call
 
 
-def run_norm_conv2d(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    offset: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    groups: int,
-    epsilon: float,
-    pre_act: str,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    act: str,
-    tile: int,
-) -> Tensor:
-    """Returns act(W * pre_act(GroupNorm(x + offset)) + b): [N, C, H, W] -> [N, rows, H', W'].
+class _Norm(NamedTuple):
+    """What lies in front of a convolution of x [N, C, H, W]: ``act(GroupNorm(x + offset))``.
 
-    The norm is computed in float32. ``offset`` is [N, C, 1, 1] or [1, C, 1, 1], ``norm_weight`` and
-    ``norm_bias`` [C]; None for nothing, 1 and 0. ``pre_act``: "none" or "silu". Raises KernelError
-    for a norm that does not fit x.
+    Attributes:
+        offset: [N, C, 1, 1] or [1, C, 1, 1]; None for nothing.
+        weight: The norm's scale, [C]; None for 1.
+        bias: The norm's shift, [C]; None for 0.
+        groups: Number of groups.
+        epsilon: What is added to the variance.
+        act: "none" or "silu".
     """
-    norm = offset, norm_weight, norm_bias, groups, epsilon, pre_act
-    geometry = kernel, stride, padding, dilation
+
+    offset: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    groups: int
+    epsilon: float
+    act: str
+
+    def require_fit(self, x: Tensor) -> None:
+        """Raises KernelError for a norm that does not fit x."""
+        images, channels = x.shape[:2]
+        shapes = ((channels,), (channels, 1, 1))
+        affine = all(v is None or v.shape == shapes[0] for v in (self.weight, self.bias))
+        offset = self.offset
+        moved = offset is None or (
+            offset.dim() == 4 and offset.shape[1:] == shapes[1] and len(offset) in (1, images)
+        )
+        whole = self.groups >= 1 and channels % self.groups == 0
+        if not (affine and moved and whole and self.act in ("none", "silu")):
+            raise KernelError(
+                f"a norm of {self.groups} groups and {self.act!r} does not fit x of {list(x.shape)}"
+            )
+
+
+def run_norm_conv2d(
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, *rest: Any
+) -> Tensor:
+    """Returns act(W * norm(x) + b): [N, C, H, W] -> [N, rows, H', W']; the norm is in float32.
+
+    rest: The norm, then geometry, activation and tile, as in the schema. Raises KernelError for a
+    norm that does not fit x.
+    """
     if why_unavailable() is not None:
-        return reference_norm_conv2d(x, packed, bias, rows, *norm, *geometry, act, tile)
-    _check_norm(x, offset, norm_weight, norm_bias, groups, pre_act)
+        return reference_norm_conv2d(x, packed, bias, rows, *rest)
+    norm, geometry, (act, tile) = _Norm(*rest[:6]), rest[6:10], rest[10:]
+    norm.require_fit(x)
     x, bias = x.contiguous(), lay_out_bias(bias, rows)
     call, out = describe_conv(x, packed, bias, rows, geometry, act, tile)
-    kept = [_read(values) for values in (offset, norm_weight, norm_bias)]
+    kept = [_read(values) for values in norm[:3]]
     call.offset, call.norm_weight, call.norm_bias = (
         None if values is None else values.data_ptr() for values in kept
     )
-    if offset is not None and len(offset) > 1:
-        call.offset_stride = offset.shape[1]
-    call.groups, call.epsilon, call.pre_act = groups, epsilon, ACTS.index(pre_act)
+    if norm.offset is not None and len(norm.offset) > 1:
+        call.offset_stride = x.shape[1]
+    call.groups, call.epsilon, call.pre_act = norm.groups, norm.epsilon, ACTS.index(norm.act)
     run_call(call)
     return out
 
@@ -72,51 +89,20 @@ def _read(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.to(torch.float32).contiguous()
 
 
-def _check_norm(
-    x: Tensor,
-    offset: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    groups: int,
-    pre_act: str,
-) -> None:
-    images, channels = x.shape[:2]
-    sizes = {1, images}
-    fits = offset is None or (
-        offset.shape[1:] == (channels, 1, 1) and offset.dim() == 4 and len(offset) in sizes
-    )
-    affine = all(v is None or v.shape == (channels,) for v in (norm_weight, norm_bias))
-    if not fits or not affine or groups < 1 or channels % groups or pre_act not in ("none", "silu"):
-        raise KernelError(
-            f"a norm of {groups} groups and {pre_act!r} does not fit x of {list(x.shape)}"
-        )
-
-
 def reference_norm_conv2d(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    offset: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    groups: int,
-    epsilon: float,
-    pre_act: str,
-    *rest: Any,
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, *rest: Any
 ) -> Tensor:
     """Returns the result of ``run_norm_conv2d``, by the dense ops."""
-    _check_norm(x, offset, norm_weight, norm_bias, groups, pre_act)
-    moved = x if offset is None else x + offset
-    normal = F.group_norm(
-        moved, groups, cast_bias(x, norm_weight), cast_bias(x, norm_bias), epsilon
-    )
-    return reference_conv2d(apply_activation(normal, pre_act), packed, bias, rows, *rest)
+    norm = _Norm(*rest[:6])
+    norm.require_fit(x)
+    moved = x if norm.offset is None else x + norm.offset
+    affine = cast_bias(x, norm.weight), cast_bias(x, norm.bias)
+    normal = F.group_norm(moved, norm.groups, *affine, norm.epsilon)
+    return reference_conv2d(apply_activation(normal, norm.act), packed, bias, rows, *rest[6:])
 
 
 def _fake(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, *rest: Any) -> Tensor:
-    geometry = rest[6:10]  # behind the six arguments of the norm
-    return x.new_empty(compute_conv_shape(x, rows, *geometry))
+    return x.new_empty(compute_conv_shape(x, rows, *rest[6:10]))
 
 
 nm_norm_conv2d_op = register_without_gradient(

@@ -72,8 +72,8 @@ void pad_plane(const Call& c, float* dst, int64_t index, bool together, F fill) 
   const X* src = (const X*)c.x + index * size;
   dst += index * plane_h * plane_w;
   if (c.pad_h == 0 && c.pad_w == 0) return fill(src, dst, size);
-  const float* waiting = dst + plane_h * plane_w - size;
-  if (together) fill(src, dst + plane_h * plane_w - size, size);
+  float* waiting = dst + plane_h * plane_w - size;
+  if (together) fill(src, waiting, size);
   std::fill(dst, dst + c.pad_h * plane_w, 0.0f);
   dst += c.pad_h * plane_w;
   for (int64_t y = 0; y < c.height; y++, dst += plane_w) {
