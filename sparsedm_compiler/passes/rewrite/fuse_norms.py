@@ -18,6 +18,7 @@ from ...backends.registry import find_norm_ops
 from ...graph.effects import may_draw, may_write_in_place
 from ...graph.flat_graph import get_example_value
 from ..planned_weight import Plan
+from .match import commute, share_dtype
 
 _NORM_NAMES = ("input", "num_groups", "weight", "bias", "eps")
 
@@ -70,7 +71,9 @@ def _fuse(conv: fx.Node, prologue: _Prologue, op: Any) -> None:
 def _find_prologue(conv: fx.Node) -> _Prologue | None:
     """Returns what a conv can compute of what lies in front of it; None for nothing."""
     out: Any = get_example_value(conv)
-    if not isinstance(out, Tensor) or out.requires_grad or not isinstance(conv.args[0], fx.Node):
+    if not isinstance(out, Tensor) or out.dim() != 4 or out.requires_grad:
+        return None
+    if not isinstance(conv.args[0], fx.Node):
         return None
     nodes = list(_walk_back(conv.args[0]))
     norm = nodes[-1] if nodes else conv
@@ -80,7 +83,7 @@ def _find_prologue(conv: fx.Node) -> _Prologue | None:
     source, offset = _split_offset(values["input"])
     if offset is not None:
         nodes.append(values["input"])
-    if not _is_alone(nodes, conv) or not _share_dtype(source, (*nodes, conv)):
+    if not _is_alone(nodes, conv) or not share_dtype(source, *nodes, conv):
         return None
     act = "silu" if any(node.target is F.silu for node in nodes) else "none"
     affine = values.get("weight"), values.get("bias")
@@ -102,11 +105,10 @@ def _walk_back(node: fx.Node) -> Iterator[fx.Node]:
 
 def _split_offset(summed: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """Returns (x, t) of x + t, t one number for each channel; else the node and None."""
-    if summed.target is operator.add and len(summed.args) == 2 and len(summed.users) == 1:
-        first, second = summed.args
-        for x, t in ((first, second), (second, first)):
+    if len(summed.users) == 1:
+        for x, t in commute(summed, operator.add):
             if _is_per_channel(t, x):
-                return x, t  # type: ignore[return-value]
+                return x, t
     return summed, None
 
 
@@ -134,11 +136,3 @@ def _is_alone(nodes: list[fx.Node], conv: fx.Node) -> bool:
             return False
         node = node.next
     return True
-
-
-def _share_dtype(source: fx.Node, nodes: tuple[fx.Node, ...]) -> bool:
-    """Returns whether all are tensors of the dtype of ``source``, [N, C, H, W]."""
-    values = [get_example_value(node) for node in (source, *nodes)]
-    if not all(isinstance(value, Tensor) and value.dim() == 4 for value in values):
-        return False
-    return len({value.dtype for value in values}) == 1

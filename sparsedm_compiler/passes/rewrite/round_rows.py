@@ -22,6 +22,7 @@ from ...backends.row_rounding import RowRounding
 from ...graph.effects import may_write_in_place
 from ...graph.flat_graph import get_example_value
 from ..planned_weight import Plan
+from .match import commute, share_dtype
 
 _NORMS = {F.layer_norm: "layer", F.rms_norm: "rms", torch.rms_norm: "rms"}
 _NORM_NAMES = {
@@ -110,9 +111,9 @@ def _find_prologue(rows: fx.Node, parts: Mapping[Op, RowRounding]) -> _Prologue:
 
 def _match_modulation(rows: fx.Node) -> tuple[fx.Node, dict[str, Any]]:
     """Returns (y, scale and shift) of y * (1 + scale) + shift, both [batch, 1, cols]."""
-    for product, shift in _commute(rows, operator.add):
-        for y, factor in _commute(product, operator.mul):
-            for scale, one in _commute(factor, operator.add):
+    for product, shift in commute(rows, operator.add):
+        for y, factor in commute(product, operator.mul):
+            for scale, one in commute(factor, operator.add):
                 if one == 1 and _is_per_batch(scale, y) and _is_per_batch(shift, y):
                     return y, {"scale": scale, "shift": shift}
     return rows, {}
@@ -126,7 +127,7 @@ def _match_norm(y: fx.Node) -> _Prologue | None:
     names = _NORM_NAMES[_NORMS[target]]
     values: dict[str, Any] = {**dict(zip(names, y.args, strict=False)), **y.kwargs}
     source, epsilon = values["input"], values.get("eps", 1e-5 if "bias" in names else None)
-    if len(values["normalized_shape"]) != 1 or epsilon is None or not _share_dtype(source, y):
+    if len(values["normalized_shape"]) != 1 or epsilon is None or not share_dtype(source, y):
         return None
     affine = {name: values[name] for name in ("weight", "bias") if values.get(name) is not None}
     return _Prologue(source, {"norm": _NORMS[target], **affine, "epsilon": epsilon})
@@ -135,7 +136,7 @@ def _match_norm(y: fx.Node) -> _Prologue | None:
 def _match_activation(rows: fx.Node, parts: Mapping[Op, RowRounding]) -> _Prologue | None:
     """Returns an activation of its own, or one taken from a linear in 8 bits, where rows are it."""
     source: Any = rows.args[0] if rows.args else None
-    if rows.target in (F.gelu, F.silu) and _share_dtype(source, rows):
+    if rows.target in (F.gelu, F.silu) and share_dtype(source, rows):
         form = rows.kwargs.get("approximate", "none")
         name = "silu" if rows.target is F.silu else "gelu_tanh" if form == "tanh" else "gelu"
         return _Prologue(source, {"act": name})
@@ -149,14 +150,6 @@ def _match_activation(rows: fx.Node, parts: Mapping[Op, RowRounding]) -> _Prolog
     return None
 
 
-def _commute(node: Any, target: Any) -> tuple[tuple[Any, Any], ...]:
-    """Returns the operands of a binary op in both orders; nothing for another node."""
-    if not isinstance(node, fx.Node) or node.target is not target or len(node.args) != 2:
-        return ()
-    first, second = node.args
-    return (first, second), (second, first)
-
-
 def _is_per_batch(node: Any, y: Any) -> bool:
     """Returns whether a node is one row of numbers for each batch of y [batch, tokens, cols]."""
     if not isinstance(node, fx.Node) or not isinstance(y, fx.Node):
@@ -165,12 +158,3 @@ def _is_per_batch(node: Any, y: Any) -> bool:
     if not isinstance(value, Tensor) or not isinstance(like, Tensor) or like.dim() != 3:
         return False
     return value.shape == (like.shape[0], 1, like.shape[2]) and value.dtype == like.dtype
-
-
-def _share_dtype(source: Any, y: fx.Node) -> bool:
-    """Returns whether both are tensors of one dtype."""
-    if not isinstance(source, fx.Node):
-        return False
-    first, last = get_example_value(source), get_example_value(y)
-    both = isinstance(first, Tensor) and isinstance(last, Tensor)
-    return both and first.dtype == last.dtype
