@@ -68,7 +68,7 @@ def test_small_weights_are_timed_out_of_the_cache_and_large_ones_as_they_lie() -
         kernels = FAMILY.list_candidates(pattern, torch.float32)[:2]
         small = rows == 32
         for cold in (False, True):
-            read = read_between_calls(trial, kernels, cold=cold)
+            read = count_read_copies(trial, kernels, cold=cold)
             assert read.keys() == {"dense", *map(str, kernels)}
             # Between two calls that read one copy, all copies of all calls have been read.
             assert all((count > 1) == (small and cold) for count in read.values())
@@ -80,7 +80,7 @@ def test_small_weights_are_timed_out_of_the_cache_and_large_ones_as_they_lie() -
                 assert torch.equal(call()[0], first[name])
 
 
-def read_between_calls(
+def count_read_copies(
     trial: KernelTrial, kernels: tuple[KernelConfig, ...], *, cold: bool
 ) -> dict[str, int]:
     """Returns the copies of the weight that each call takes turns on."""

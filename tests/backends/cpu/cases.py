@@ -97,6 +97,16 @@ def check_linear(held: Case, x: Tensor, bias: Tensor | None, act: str, tile: int
     assert_rounded(out, exact, sums, int(cols * held.pattern.density), act)
 
 
+def convolve(
+    held: Case, x: Tensor, bias: Tensor | None, *sizes: list[int]
+) -> tuple[Tensor, Tensor, int]:
+    """Returns W * x + b in float64, |W| * |x| + |b|, and the values kept in a row of W."""
+    b, weight = None if bias is None else bias.double(), held.masked.double()
+    exact = F.conv2d(x, weight, b, *sizes)
+    sums = F.conv2d(x.abs(), weight.abs(), None if b is None else b.abs(), *sizes)
+    return exact, sums, int(weight[0].numel() * held.pattern.density)
+
+
 def check_conv(
     held: Case,
     x: Tensor,
@@ -105,15 +115,11 @@ def check_conv(
     act: str,
     tile: int,
 ) -> None:
-    rows, channels, *kernel = held.masked.shape
+    rows, _, *kernel = held.masked.shape
     stride, padding, dilation = map(list, geometry)
     arguments = (rows, kernel, stride, padding, dilation, act, tile)
     out = nm_conv2d_op(x, held.packed, bias, *arguments)
-    b = None if bias is None else bias.double()
-    exact = F.conv2d(x.double(), held.masked.double(), b, stride, padding, dilation)
-    size = None if b is None else b.abs()
-    sums = F.conv2d(x.double().abs(), held.masked.double().abs(), size, stride, padding, dilation)
-    kept = int(channels * kernel[0] * kernel[1] * held.pattern.density)
+    exact, sums, kept = convolve(held, x.double(), bias, stride, padding, dilation)
     assert_rounded(out, exact, sums, kept, act)
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         assert out.is_contiguous(memory_format=torch.channels_last)
@@ -161,16 +167,13 @@ def check_norm_conv(
     act: str,
     tile: int,
 ) -> None:
-    rows, channels, *kernel = held.masked.shape
+    rows, _, *kernel = held.masked.shape
     sizes = [*map(list, geometry)]
     before = norm.offset, norm.weight, norm.bias, norm.groups, norm.epsilon, norm.act
     out = nm_norm_conv2d_op(x, held.packed, bias, rows, *before, kernel, *sizes, act, tile)
     assert out.is_contiguous()
     assert out.dtype == x.dtype
-    b, weight = None if bias is None else bias.double(), held.masked.double()
     z, off = norm.compute(x)
-    exact = F.conv2d(z, weight, b, *sizes)
-    kept = int(channels * kernel[0] * kernel[1] * held.pattern.density)
-    sums = F.conv2d(z.abs(), weight.abs(), None if b is None else b.abs(), *sizes)
-    moved = F.conv2d(off, weight.abs(), None, *sizes)
+    exact, sums, kept = convolve(held, z, bias, *sizes)
+    moved = F.conv2d(off, held.masked.double().abs(), None, *sizes)
     assert_rounded(out, exact, sums + moved / ((kept + 2) * 2.0**-24), kept, act)
