@@ -5,8 +5,8 @@
 A step is forward, squared error, backward and AdamW, with everything but the optimizer compiled by
 Inductor. "mask" is the student alone, "sr-ste" has the decayed pruned weights too, in the paper's
 form, "every 10" chooses the masks in one of ten steps (``mask_every=10``): a step with held masks
-and a tenth of a choice. All of a row run in turns in one process; a ratio is the median of the
-rounds' ratios with its quartiles.
+and a tenth of a choice. Freed memory is kept from step to step, as ``finetune`` does. All of a row run
+in turns in one process; a ratio is the median of the rounds' ratios with its quartiles.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from sparsedm_compiler.autotune.side_by_side import (
     sample_in_turns,
 )
 from sparsedm_compiler.models import preset
+from sparsedm_compiler.train.allocator import keep_freed_memory
 
 MODELS = ("uvit-cifar10-small", "ddpm-cifar10")
 PATTERNS = ("2:4", "1:4", "1:8", "2:4x4")
@@ -85,7 +86,8 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 steps[f"{pattern} choice"] = partial(sdm.hold_masks, student)
         masked = sum(w.numel() for w, _ in sdm.masked_parameters(student).values())
         shares[pattern] = masked / sum(w.numel() for w in student.parameters())
-    samples = sample_in_turns(steps, rounds=args.rounds)
+    with keep_freed_memory():
+        samples = sample_in_turns(steps, rounds=args.rounds)
     times = {key: sample.of(args.clock) for key, sample in samples.items()}
     for pattern in args.patterns:
         if (choice := times.pop(f"{pattern} choice", None)) is not None:

@@ -6,14 +6,23 @@ import platform
 from functools import cache
 from pathlib import Path
 
+_NUMBERS = ("cpu family", "model", "CPU implementer", "CPU part")
+
 
 @cache
 def read_cpu_name() -> str:
-    """Returns the model of this CPU."""
+    """Returns the name of this CPU with its numbers, since hosts call several kinds by one name."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "CPU part")):
-                return line.partition(":")[2].strip()
+        facts = _parse(Path("/proc/cpuinfo").read_text())
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        facts = {}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in _NUMBERS if key in facts]
+    return ", ".join((name, *numbers))
+
+
+def _parse(text: str) -> dict[str, str]:
+    """Returns the facts of the first processor of Linux's cpuinfo."""
+    lines = text.partition("\n\n")[0].splitlines()
+    pairs = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -16,6 +16,7 @@ from ..diffusion.condition import move_condition
 from ..diffusion.objective import Objective, make_objective
 from ..meta_models import require_values
 from ..progress import watch_compilation
+from .allocator import keep_freed_memory
 from .batches import iterate_once
 from .check_call import check_call
 from .distributed import TrainingProcess
@@ -80,11 +81,13 @@ def call_once(student: nn.Module, objective: Objective, inputs: RunInputs) -> No
 def session(run: Run) -> Iterator[ExitStack]:
     """Sets the student to train mode, teachers to eval mode, and SR-STE on, for the block.
 
-    Afterwards modes and random seeds are what they were before.
+    Afterwards modes and random seeds are what they were before. On a CPU freed memory is kept.
     """
     config, devices = run.config, {parameter.device for parameter in run.student.parameters()}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
+        if any(device.type == "cpu" for device in devices):
+            stack.enter_context(keep_freed_memory())
         stack.enter_context(in_mode(run.student, training=True))
         if run.first_teacher is not None:
             stack.enter_context(in_mode(run.first_teacher, training=False))

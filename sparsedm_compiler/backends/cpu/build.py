@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ _ISA_FLAGS = {
     ),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
+_MACHINE_FLAGS = {"aarch64": ("-fno-schedule-insns",)}  # it would load more than registers hold
 HERE = Path(__file__).parent / "csrc"
 
 
@@ -72,12 +74,18 @@ def hash_sources() -> str:
     return digest.hexdigest()[:16]
 
 
+def list_flags(machine: str, capability: str) -> tuple[str, ...]:
+    """Returns the compiler's flags for a machine, as ``platform`` names it, with those vectors."""
+    return (*_FLAGS, *_MACHINE_FLAGS.get(machine, ()), *_ISA_FLAGS.get(capability, ()))
+
+
 def _find_or_build() -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise KernelError("no C++ compiler here to build CPU kernels with; install g++ or set CXX")
     user_flags = os.environ.get("SPARSEDM_CXXFLAGS", "").split()
-    flags = (*_FLAGS, *_ISA_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()), *user_flags)
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = (*list_flags(platform.machine(), capability), *user_flags)
     key = hashlib.sha256(repr((hash_sources(), compiler, flags, torch.__version__)).encode())
     target = cache_folder("kernels") / f"nm-{key.hexdigest()[:16]}.so"
     if not target.exists():

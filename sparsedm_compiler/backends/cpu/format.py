@@ -14,8 +14,9 @@ from ...errors import PackError
 from ...patterns import Pattern, SharedNM
 
 # Mirrored by format.h: change them together.
-_HEADER: Final = struct.Struct("<12iq3q")
-HEADER_BYTES: Final = _HEADER.size
+HEADER: Final = struct.Struct("<12iq3q")
+"""The fields of the header, in its order."""
+HEADER_BYTES: Final = HEADER.size
 _MAGIC: Final = 0x314D4E53
 TYPES: Final = (torch.float32, torch.bfloat16)
 """Dtypes of values and activations; their index is their code in vec.h."""
@@ -95,7 +96,7 @@ class Layout:
             pairs = sum(ceil(size / 2) for _, size in self.split_rows())
             units = pairs * len(self.split_columns())
             sizes = [2 * pairs * self.kept * value, 2 * pairs * self.kept, 4 * units, units]
-        starts, end = [], _round_up(_HEADER.size)
+        starts, end = [], _round_up(HEADER.size)
         for size in sizes:
             starts.append(end)
             end += _round_up(size)
@@ -107,7 +108,7 @@ class Layout:
         type_ = TYPES.index(self.dtype)
         sizes = (self.rows, self.cols, self.n, self.m)
         blocks = (self.share, self.group, self.col_block, self.row_block)
-        return _HEADER.pack(_MAGIC, type_, self.unit, *sizes, *blocks, self.wide, *starts)
+        return HEADER.pack(_MAGIC, type_, self.unit, *sizes, *blocks, self.wide, *starts)
 
 
 def why_refused(pattern: Pattern, rows: int, cols: int, dtype: torch.dtype) -> str | None:
@@ -150,9 +151,9 @@ def plan_layout(
 
 def read_layout(packed: Tensor) -> Layout:
     """Returns the layout that a packed weight states. Raises PackError for other bytes."""
-    if packed.dtype is not torch.uint8 or packed.dim() != 1 or packed.numel() < _HEADER.size:
+    if packed.dtype is not torch.uint8 or packed.dim() != 1 or packed.numel() < HEADER.size:
         raise PackError(f"a tensor {tuple(packed.shape)} of {packed.dtype} is no packed weight")
-    fields = _HEADER.unpack(bytes(packed[: _HEADER.size].tolist()))
+    fields = HEADER.unpack(bytes(packed[: HEADER.size].tolist()))
     magic, type_, _, rows, cols, n, m, share, _, col_block, row_block, wide = fields[:12]
     if magic != _MAGIC or type_ not in range(len(TYPES)) or not 0 < n < m or cols % m:
         raise PackError("the bytes do not begin as a packed weight does")
@@ -165,7 +166,7 @@ def read_layout(packed: Tensor) -> Layout:
         raise PackError("the packed weight states a layout that cannot be")
     layout = Layout(TYPES[type_], rows, cols, n, m, share, col_block, row_block, bool(wide))
     if (
-        layout.encode_header() != _HEADER.pack(*fields)
+        layout.encode_header() != HEADER.pack(*fields)
         or layout.locate_sections()[1] != packed.numel()
     ):
         raise PackError("the packed weight is cut short or was written by another version")

@@ -15,6 +15,10 @@
 #define VEC_BYTES 32
 #define VEC_REGISTERS 16
 #define ISA_NAME "avx2"
+#elif defined(__aarch64__)
+#define VEC_BYTES 16
+#define VEC_REGISTERS 32
+#define ISA_NAME "neon"
 #else
 #define VEC_BYTES 16
 #define VEC_REGISTERS 16
@@ -47,6 +51,8 @@ static inline void store(void* p, T v) {
 static inline vf in_register(vf v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
 #endif
   return v;
 }
