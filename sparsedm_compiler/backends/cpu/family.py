@@ -16,10 +16,36 @@ from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, W
 from ..processor import read_cpu_name
 from .build import hash_sources, why_unavailable
 from .format import check, read_layout, why_refused
-from .isa import select_isa
+from .isa import read_isa, select_isa
 from .norm_conv import nm_norm_conv2d_op
 from .ops import nm_conv2d_op, nm_linear_op, unpack_weight
 from .pack import pack
+
+_Settings = tuple[tuple[int, int], ...]
+"""(columns of a block, vectors of tokens) of each kernel to try."""
+_LEVELS = (0.4, 0.2, 0.1)
+"""Densities at which masks that are free per row get other settings."""
+# Of 16 registers a tile fills the most that it can, of 32 as many as loads keep up with.
+_FREE_OF_16: tuple[_Settings, ...] = (
+    ((64, 6), (96, 6), (128, 6)),
+    ((96, 6), (128, 6)),
+    ((128, 6), (192, 6)),
+    ((192, 6), (256, 6)),
+)
+_SHARED_OF_16: _Settings = ((128, 6), (192, 6), (256, 4), (512, 5))
+_FREE: dict[str, tuple[_Settings, ...]] = {
+    "avx512": (
+        ((64, 6), (64, 9), (96, 5)),
+        ((96, 5), (96, 6), (128, 5)),
+        ((128, 5), (192, 4)),
+        ((128, 5), (192, 5), (256, 4)),
+    ),
+    "neon": tuple(tuple((width, 12) for width, _ in level) for level in _FREE_OF_16),
+}
+_SHARED: dict[str, _Settings] = {
+    "avx512": ((128, 6), (192, 6), (512, 4), (512, 5)),
+    "neon": ((192, 6), (512, 5), (512, 6)),
+}
 
 
 class CpuFamily(KernelFamily):
@@ -56,16 +82,10 @@ class CpuFamily(KernelFamily):
             wide = dtype == torch.bfloat16 and accepted.rows % 16 == 0 and select_isa() != "plain"
             return (
                 *(KernelConfig("cpu_wide", (2048, 1), (tile,)) for tile in (3, 6) if wide),
-                *_list_settings("cpu_shared", (128, 6), (192, 6), (512, 4), (512, 5)),
+                *_list_settings("cpu_shared", _SHARED.get(read_isa(), _SHARED_OF_16)),
             )
-        settings = (
-            ((64, 6), (64, 9), (96, 5)),
-            ((96, 5), (96, 6), (128, 5)),
-            ((128, 5), (192, 4)),
-            ((128, 5), (192, 5), (256, 4)),
-        )
-        level = sum(accepted.density < bound for bound in (0.4, 0.2, 0.1))
-        return _list_settings("cpu_free", *settings[level])
+        level = sum(accepted.density < bound for bound in _LEVELS)
+        return _list_settings("cpu_free", _FREE.get(read_isa(), _FREE_OF_16)[level])
 
     def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
         width, wide = kernel.layout
@@ -96,5 +116,5 @@ class CpuFamily(KernelFamily):
         return read_cpu_name(), torch.__version__, sources, isa, threads, capability
 
 
-def _list_settings(name: str, *settings: tuple[int, int]) -> tuple[KernelConfig, ...]:
+def _list_settings(name: str, settings: _Settings) -> tuple[KernelConfig, ...]:
     return tuple(KernelConfig(name, (width, 0), (tile,)) for width, tile in settings)

@@ -1,6 +1,6 @@
-"""Selects the bfloat16 instruction set for widely shared masks: AMX, AVX512-BF16 or plain vectors.
+"""The vectors of this CPU, and its bfloat16 instructions for widely shared masks.
 
-Each is used only once it has computed a small exact product on this machine.
+Those, AMX or AVX512-BF16, are used only once they have computed a small exact product here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,18 @@ ISAS = ("plain", "dpbf16", "amx")
 
 
 @cache
+def read_isa() -> str:
+    """Returns the vectors that the kernels use: avx512, avx2, neon, or portable for any others."""
+    if why_unavailable() is not None:
+        return "portable"
+    name: bytes = load_library().sdm_isa()
+    return name.decode()
+
+
+@cache
 def select_isa() -> str:
     """Returns the fastest of ISAS that this CPU has and that computes a small product exactly."""
-    if why_unavailable() is not None or load_library().sdm_isa() != b"avx512":
+    if read_isa() != "avx512":
         return "plain"
     if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() and multiplies_exactly("amx"):
         return "amx"

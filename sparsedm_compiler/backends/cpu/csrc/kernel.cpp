@@ -256,7 +256,7 @@ int32_t sdm_run(const Call* call) try {
     if (!as_is) c.x_type == BF16 ? fill_planes<bf16>(work, threads) : fill_planes<float>(work, threads);
   }
   const int64_t vectors = divide_up(c.tokens, L), row_blocks = divide_up(h.rows, h.row_block);
-  const int limit = std::max(1, std::min(c.tile, h.share ? MAX_SHARED_TILE : MAX_PAIRS_TILE));
+  const int limit = std::max(1, std::min(c.tile, widest_tile(h.share ? h.layout : 0)));
   const Plan cut = plan(c, h, vectors, limit, threads);
   std::vector<Tile> tiles;
   std::vector<int64_t> starts;

@@ -3,7 +3,13 @@
 #include "vec.h"
 
 constexpr int MAX_PAIRS_TILE = VEC_REGISTERS == 32 ? 12 : 6;
-constexpr int MAX_SHARED_TILE = VEC_REGISTERS == 32 ? 6 : 3;
+constexpr int MAX_SHARED_TILE = 6;
+
+// The widest tile for units of so many rows with one mask; 0: of pairs.
+inline int widest_tile(int unit) {
+  if (!unit) return MAX_PAIRS_TILE;
+  return VEC_REGISTERS == 16 && unit == 3 ? 4 : MAX_SHARED_TILE;
+}
 
 template <int T>
 constexpr int lanes() {
@@ -60,18 +66,23 @@ void run_pairs(const float* x, float* c, const W* w, const uint8_t* index, const
   }
 }
 
-// ``next``: values between two blocks of rows, as those are read one after the other.
-template <int R, int T, class W>
-void run_shared(const float* x, float* c, const W* w, const uint16_t* index, int units, int kept,
-                bool first, int64_t next) {
+// R rows of a unit of U, whose values lie together: as many as have their sums in registers.
+template <int U, int R, int T, class W>
+void run_rows(const float* x, float* c, const W* w, const uint16_t* index, int kept, bool first) {
   constexpr int S = lanes<T>();
-  for (int u = 0; u < units; u++, c += R * S) {
-    vf a[R][T];
-    fetch(w, next * sizeof(W), R * kept * sizeof(W));
-    for (int r = 0; r < R; r++)
-      for (int t = 0; t < T; t++) a[r][t] = first ? vf{} : load<vf>(c + r * S + t * L);
-    for (int i = 0; i < kept; i++, w += R) {
-      const float* q = x + (int64_t)index[i] * S;
+  vf a[R][T];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) a[r][t] = first ? vf{} : load<vf>(c + r * S + t * L);
+  for (int i = 0; i < kept; i++, w += U) {
+    const float* q = x + (int64_t)index[i] * S;
+    if constexpr (T < R) {  // the shorter of x and W waits in registers, the other comes one by one
+      vf v[T];
+      for (int t = 0; t < T; t++) v[t] = in_register(load<vf>(q + t * L));
+      for (int r = 0; r < R; r++) {
+        const vf wide = in_register(splat(widen(w[r])));
+        for (int t = 0; t < T; t++) a[r][t] += wide * v[t];
+      }
+    } else {
       vf wide[R];
       for (int r = 0; r < R; r++) wide[r] = splat(widen(w[r]));
       for (int t = 0; t < T; t++) {
@@ -79,7 +90,18 @@ void run_shared(const float* x, float* c, const W* w, const uint16_t* index, int
         for (int r = 0; r < R; r++) a[r][t] += wide[r] * v;
       }
     }
-    for (int r = 0; r < R; r++)
-      for (int t = 0; t < T; t++) store(c + r * S + t * L, a[r][t]);
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) store(c + r * S + t * L, a[r][t]);
+}
+
+// ``next``: values between two blocks of rows, as those are read one after the other.
+template <int U, int T, class W>
+void run_shared(const float* x, float* c, const W* w, const uint16_t* index, int units, int kept,
+                bool first, int64_t next) {
+  constexpr int R = VEC_REGISTERS == 16 && U == 4 && T > 3 ? 2 : U;
+  for (int u = 0; u < units; u++, c += U * lanes<T>(), w += (int64_t)U * kept) {
+    fetch(w, next * sizeof(W), U * kept * sizeof(W));
+    for (int r = 0; r < U; r += R) run_rows<U, R, T>(x, c + r * lanes<T>(), w + r, index, kept, first);
   }
 }
