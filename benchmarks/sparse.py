@@ -69,6 +69,8 @@ def dense_op(x: Tensor, weight: Tensor) -> Call:
     if weight.dim() == 2:
         return lambda: F.linear(x, weight)
     last = x.to(memory_format=torch.channels_last)
+    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return lambda: F.conv2d(last, weight, padding=1)
     ones = [1, 1]
     packed = torch.ops.mkldnn._reorder_convolution_weight(
         weight, ones, ones, ones, 1, list(x.shape)
