@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick core kills sanitize fuzz lint types check bench gpu study study-gpu docs clean
+.PHONY: help env demo test test-quick core kills sanitize neon fuzz lint types check bench gpu study study-gpu docs clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -42,6 +42,9 @@ sanitize: env ## the kernel tests under AddressSanitizer and UBSan
 	ASAN_OPTIONS=detect_leaks=0 SPARSEDM_CXXFLAGS="$(SANITIZE)" \
 	$(BIN)/python -m pytest -n0 tests/backends/cpu/test_kernels.py tests/backends/cpu/test_format.py
 
+neon: env ## the CPU kernels for ARM, emulated; needs qemu-user and g++-aarch64-linux-gnu
+	SPARSEDM_FUZZ=2000 $(BIN)/python -m pytest -n2 tests/backends/cpu/test_neon.py
+
 FUZZ ?= 100000
 
 fuzz: env ## 100,000 random products under AddressSanitizer and UBSan, about half an hour
@@ -64,7 +67,7 @@ BENCH ?=
 bench: env ## the CPU benchmarks; writes out/bench. BENCH="--only models" runs a part of the longest
 	@mkdir -p out/bench
 	$(BIN)/python benchmarks/masks.py --out out/bench/masks.json
-	$(BIN)/python benchmarks/mask_ste.py --out out/bench/mask_ste.json
+	$(BIN)/python benchmarks/mask_ste.py --only op --patterns 2:4 --out out/bench/mask_ste.json
 	$(BIN)/python benchmarks/sparse.py --out out/bench/sparse.json --chart out/bench/sparse.png $(BENCH)
 	$(BIN)/python benchmarks/train_step.py --patterns 2:4 --rounds 5 --out out/bench/train_step.json
 

@@ -5,8 +5,8 @@
 A step is forward, squared error, backward and AdamW, with everything but the optimizer compiled by
 Inductor. "mask" is the student alone, "sr-ste" has the decayed pruned weights too, in the paper's
 form, "every 10" chooses the masks in one of ten steps (``mask_every=10``): a step with held masks
-and a tenth of a choice. Freed memory is kept from step to step, as ``finetune`` does. All of a row run
-in turns in one process; a ratio is the median of the rounds' ratios with its quartiles.
+and a tenth of a choice. Freed memory is kept from step to step, as by ``finetune``. All of a row
+run in turns in one process; a ratio is the median of the rounds' ratios with its quartiles.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "test_readme.py": ("",),
     # Builds of kernels, and code for cards that are not here.
     "backends/cpu/test_build.py": ("",),
+    "backends/cpu/test_neon.py": ("",),
     "backends/cuda/test_compiling.py": ("",),
     "backends/cuda/test_nvrtc.py": (r"\[",),
     "backends/vnm/test_kernel.py": (r"emulator.*\[(?!128:2:16)", r"activation\[(?!gelu\])"),

@@ -267,8 +267,9 @@ int32_t sdm_run(const Call* call) try {
     const int64_t count = divide_up(size, limit);
     for (int64_t i = 0; i < count; i++) {
       const int64_t begin = size * i / count;
-      tiles.push_back({(from + begin) * L, (int)(size * (i + 1) / count - begin), {}, false});
+      tiles.push_back({(from + begin) * L, (int)(size * (i + 1) / count - begin), {}, false, {}});
       if (c.conv == 1) find_runs(work, tiles.back());
+      if (c.conv == 2) find_places(c, tiles.back());
     }
   }
   starts.push_back((int64_t)tiles.size());

@@ -33,11 +33,17 @@ struct Run {
   int64_t in, out;
 };
 
+// Where the kernel lies over the input for an output pixel: the first row and column, before padding.
+struct Place {
+  int64_t image, row, col;
+};
+
 struct Tile {
   int64_t first;  // token
   int vectors;
-  std::vector<Run> runs;  // planes
-  bool whole;             // each run is a vector
+  std::vector<Run> runs;      // planes
+  bool whole;                 // each run is a vector
+  std::vector<Place> places;  // NHWC rows
 };
 
 struct Work {
@@ -47,14 +53,21 @@ struct Work {
   int64_t plane_h, plane_w;
 };
 
+// The channels under tap (i, j) of a place; null in the padding.
 template <class X>
-inline const X* pixel(const Call& c, int64_t token, int64_t i, int64_t j) {
-  const int64_t pixels = c.out_height * c.out_width;
-  const int64_t image = token / pixels, y = token % pixels / c.out_width, z = token % c.out_width;
-  const int64_t row = y * c.stride_h - c.pad_h + i * c.dil_h;
-  const int64_t col = z * c.stride_w - c.pad_w + j * c.dil_w;
+inline const X* pixel(const Call& c, const Place& place, int64_t i, int64_t j) {
+  const int64_t row = place.row + i * c.dil_h, col = place.col + j * c.dil_w;
   if (row < 0 || row >= c.height || col < 0 || col >= c.width) return nullptr;
-  return (const X*)c.x + ((image * c.height + row) * c.width + col) * c.channels;
+  return (const X*)c.x + ((place.image * c.height + row) * c.width + col) * c.channels;
+}
+
+inline void find_places(const Call& c, Tile& tile) {
+  const int64_t pixels = c.out_height * c.out_width;
+  const int64_t end = std::min<int64_t>(c.tokens, tile.first + tile.vectors * L);
+  for (int64_t token = tile.first; token < end; token++) {
+    const int64_t y = token % pixels / c.out_width, z = token % c.out_width;
+    tile.places.push_back({token / pixels, y * c.stride_h - c.pad_h, z * c.stride_w - c.pad_w});
+  }
 }
 
 // Columns [k0, k1) of the tile from rows in memory; columns of one tap lie side by side.
@@ -65,27 +78,28 @@ void pack_rows(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float
   for (int64_t k = k0; k < k1;) {
     const int64_t tap = k / per_tap, from = k % per_tap;
     const int64_t size = std::min(per_tap - from, k1 - k);
+    const int64_t i = c.conv ? tap / c.kernel_w : 0, j = c.conv ? tap % c.kernel_w : 0;
     for (int t = 0; t < tile.vectors; t++) {
       const X* rows[L];
       for (int l = 0; l < L; l++) {
         const int64_t token = tile.first + t * L + l;
         rows[l] = token >= c.tokens ? nullptr
-                  : c.conv          ? pixel<X>(c, token, tap / c.kernel_w, tap % c.kernel_w)
+                  : c.conv          ? pixel<X>(c, tile.places[t * L + l], i, j)
                                     : (const X*)c.x + token * c.x_stride;
         if (rows[l]) rows[l] += from;
       }
       float* to = dst + (k - k0) * stride + t * L;
       const bool whole = std::find(rows, rows + L, nullptr) == rows + L;
-      int64_t j = 0;
-      for (; j + L <= size; j += L) {
+      int64_t s = 0;
+      for (; s + L <= size; s += L) {
         vf block[L];
         for (int l = 0; l < L; l++)
-          block[l] = whole || rows[l] ? load_wide(rows[l] + j) : vf{};
+          block[l] = whole || rows[l] ? load_wide(rows[l] + s) : vf{};
         transpose(block);
-        for (int l = 0; l < L; l++) store(to + (j + l) * stride, block[l]);
+        for (int l = 0; l < L; l++) store(to + (s + l) * stride, block[l]);
       }
-      for (; j < size; j++)
-        for (int l = 0; l < L; l++) to[j * stride + l] = rows[l] ? widen(rows[l][j]) : 0.0f;
+      for (; s < size; s++)
+        for (int l = 0; l < L; l++) to[s * stride + l] = rows[l] ? widen(rows[l][s]) : 0.0f;
     }
     k += size;
   }
