@@ -15,11 +15,11 @@ _LARGEST_TRIM_THRESHOLD = 2**31 - 1
 
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """Has glibc keep freed memory for the block, which it else hands back to the system and clears.
+    """Has glibc keep freed memory for the block, which it otherwise hands back to the system.
 
-    A training step frees all that it took: the gradients, and the masked copy of every weight. Taken
-    anew in the next step, each page of it costs a page fault. The peak stays what it is. Afterwards
-    free memory is given back. Without glibc nothing happens.
+    A training step frees all that it took: the gradients, and the masked copy of every weight.
+    Taken anew in the next step, each page of it costs a page fault. The peak stays what it is.
+    Afterwards free memory is given back. Without glibc nothing happens.
     """
     if platform.libc_ver()[0] != "glibc":
         yield

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_double, c_int32, c_int64, c_void_p
 
+ROWS, PLANES, NHWC, MIXED = range(4)
+"""How x and y lie in memory; MIXED: x as the planes of a 1x1 conv, y as rows."""
+
 
 # Mirrored by tiles.h: change them together.
 class KernelArguments(ctypes.Structure):
@@ -15,7 +18,7 @@ class KernelArguments(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "x", "out", "bias")),
-        *((name, c_int32) for name in ("x_type", "bias_type", "act", "conv")),
+        *((name, c_int32) for name in ("x_type", "bias_type", "act", "form")),
         *((name, c_int64) for name in ("tokens", "x_stride", "out_stride")),
         *((name, c_int64) for name in ("images", "channels", "height", "width")),
         *((name, c_int64) for name in ("out_height", "out_width", "kernel_h", "kernel_w")),

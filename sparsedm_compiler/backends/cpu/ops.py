@@ -26,13 +26,14 @@ from ..custom_op import (
     register,
 )
 from ..weight_matrix import from_matrix
-from .abi import KernelArguments
+from .abi import MIXED, NHWC, PLANES, KernelArguments
 from .build import load_library, why_unavailable
 from .format import HEADER_BYTES, TYPES, unpack
 from .isa import ISAS, select_isa
 
 CACHE_BYTES = 0
 """The second-level cache that work is cut for, in bytes; 0 is this CPU's. Tests cut for others."""
+_POINT = ((1, 1), (1, 1), (0, 0), (1, 1))  # the geometry of a 1x1 conv
 _TYPE_CODES = {dtype: code for code, dtype in enumerate(TYPES)}
 
 
@@ -43,19 +44,34 @@ def run_linear(
     if why_unavailable() is not None:
         return reference_linear(x, packed, bias, rows, act, tile)
     *sizes, cols = x.shape
-    flat, stride = x, cols
+    flat, stride, images = x, cols, None
     if not x.is_contiguous():
-        flat = x.reshape(-1, cols)
-        if flat.stride(-1) != 1 or flat.stride(0) < cols:
-            flat = flat.contiguous()
-        stride = flat.stride(0)
+        images = count_images(x)
+        if images is None:
+            flat = x.reshape(-1, cols)
+            if flat.stride(-1) != 1 or flat.stride(0) < cols:
+                flat = flat.contiguous()
+            stride = flat.stride(0)
     out = x.new_empty((*sizes, rows))
     _check(packed, rows, cols)
     bias = lay_out_bias(bias, rows)
     call = _describe_call(flat, packed, bias, out, act, tile)
     call.tokens, call.x_stride, call.out_stride = math.prod(sizes), stride, rows
+    if images is not None:
+        call.form = MIXED
+        size = (1, call.tokens // images)
+        _describe_geometry(call, (images, cols, *size), size, _POINT)
     run_call(call)
     return out
+
+
+def count_images(x: Tensor) -> int | None:
+    """Returns n if x [..., cols] lies in memory as [n, cols, tokens], as attention reads images."""
+    *sizes, _ = x.shape
+    for dims in range(min(2, len(sizes))):
+        if x.movedim(-1, dims).is_contiguous():
+            return math.prod(sizes[:dims])
+    return None
 
 
 def run_conv2d(
@@ -153,26 +169,37 @@ def describe_conv(
     tile: int,
 ) -> tuple[KernelArguments, Tensor]:
     """Returns the call of a conv, and its output, which is laid out as x is."""
-    kernel, stride, padding, dilation = geometry
+    kernel, stride, padding, _ = geometry
     channels_last = is_channels_last(x)
     form = torch.channels_last if channels_last else torch.contiguous_format
     shape = compute_conv_shape(x, rows, *geometry)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
     images, channels, height, width = x.shape
-    out_height, out_width = out.shape[2:]
+    size: Sequence[int] = out.shape[2:]
     _check(packed, rows, channels * kernel[0] * kernel[1])
     call = _describe_call(x, packed, bias, out, act, tile)
-    call.conv = 2 if channels_last else 1
-    call.tokens, call.out_stride = images * out_height * out_width, rows
+    call.form = NHWC if channels_last else PLANES
+    call.tokens, call.out_stride = images * math.prod(size), rows
     if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0):  # a plane is one long row
-        height, width = out_height, out_width = 1, height * width
-    call.images, call.channels, call.height, call.width = images, channels, height, width
-    call.out_height, call.out_width = out_height, out_width
+        height, width = size = 1, height * width
+    _describe_geometry(call, (images, channels, height, width), size, geometry)
+    return call, out
+
+
+def _describe_geometry(
+    call: KernelArguments,
+    shape: Sequence[int],
+    out_size: Sequence[int],
+    geometry: tuple[Sequence[int], ...],
+) -> None:
+    """Writes the shape of the images, height and width of the output, and the kernel's sizes."""
+    call.images, call.channels, call.height, call.width = shape
+    call.out_height, call.out_width = out_size
+    kernel, stride, padding, dilation = geometry
     call.kernel_h, call.kernel_w = kernel
     call.stride_h, call.stride_w = stride
     call.pad_h, call.pad_w = padding
     call.dil_h, call.dil_w = dilation
-    return call, out
 
 
 @cache

@@ -103,7 +103,7 @@ def read_header(address: int) -> Layout:
 def find_output_size(call: KernelArguments) -> int:
     """Returns the bytes of the output of a call."""
     rows, item = read_header(call.weight).rows, TYPES[call.x_type].itemsize
-    if call.conv:
+    if call.form:
         return call.images * rows * call.out_height * call.out_width * item
     return max(0, (call.tokens - 1) * call.out_stride + rows) * item
 
@@ -116,7 +116,7 @@ def list_inputs(call: KernelArguments) -> list[tuple[int | None, int]]:
     offsets = max(0, (call.images - 1) * call.offset_stride + call.channels)
     return [
         (call.weight, layout.locate_sections()[1]),
-        (call.x, (whole if call.conv else rows) * item),
+        (call.x, (whole if call.form else rows) * item),
         (call.bias, layout.rows * TYPES[call.bias_type].itemsize),
         (call.offset, 4 * offsets),
         (call.norm_weight, 4 * call.channels),

@@ -123,13 +123,16 @@ def draw_tokens(rng: random.Random, cols: int, dtype: torch.dtype) -> Tensor:
     """x [..., cols]: by itself, so that a read beyond it is seen, or a view of more."""
     lead = rng.choice(((), (0,), (1,), (rng.randint(1, 5), rng.randint(0, 40)), (300,)))
     lead = rng.choice((lead, (rng.randint(1, 140),)))
-    kind = rng.choice(("whole", "whole", "slice", "every other", "transposed", "expanded"))
+    kinds = ("whole", "whole", "slice", "every other", "transposed", "planes", "expanded")
+    kind = rng.choice(kinds)
     if kind == "slice":
         return torch.randn(*lead, cols + 7).to(dtype)[..., rng.randint(0, 7) :][..., :cols]
     if kind == "every other":
         return torch.randn(*lead, 2 * cols).to(dtype)[..., ::2]
     if kind == "transposed" and lead:
         return torch.randn(cols, *lead).to(dtype).movedim(0, -1)
+    if kind == "planes" and lead:
+        return torch.randn(lead[0], cols, *lead[1:]).to(dtype).movedim(1, -1)
     if kind == "expanded" and lead:
         return torch.randn(cols).to(dtype).expand(*lead, cols)
     return torch.randn(*lead, cols).to(dtype)

@@ -99,6 +99,28 @@ def test_nm_linear_takes_views(way: str) -> None:
     check_linear(held, x, None, "none", 4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "channel", "images"),
+    [((36, 7), 0, 1), ((36, 3, 7), 0, 1), ((3, 36, 50), 1, 3), ((2, 36, 5, 11), 1, 2)],
+)
+def test_nm_linear_reads_images_as_they_lie(
+    shape: tuple[int, ...], channel: int, images: int, dtype: torch.dtype
+) -> None:
+    """x is a view of [images, channels, pixels], as attention reads them."""
+    held = case("2:4", 9, 20, dtype)
+    x = torch.randn(shape).to(dtype).movedim(channel, -1)
+    assert ops.count_images(x) == images
+    check_linear(held, x, torch.randn(20), "gelu", 4)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 36, 5), (3, 36, 5, 2)])
+def test_count_images_of_other_orders_is_none(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    assert ops.count_images(x.movedim(2, -1)) is None
+    assert ops.count_images(x[..., ::2].movedim(1, -1)) is None
+
+
 @pytest.mark.parametrize("text", ["1:4", "1:8x16", "2:4x5", "1:4x3", "16:2:8"])
 def test_nm_linear_splits_row_blocks_among_threads(text: str) -> None:
     held, kernel = case(text, 40, 701, torch.float32), case(text, 5, 301, torch.bfloat16, (3, 3))

@@ -249,7 +249,7 @@ int32_t sdm_run(const Call* call) try {
   Work work{c, h, nullptr, c.height + 2 * c.pad_h, c.width + 2 * c.pad_w};
   thread_local Scratch small;
   Scratch large;  // not kept
-  if (c.conv == 1) {
+  if (reads_planes(c)) {
     const bool as_is = c.x_type == F32 && c.pad_h == 0 && c.pad_w == 0 && c.groups == 0;
     const int64_t size = c.images * c.channels * work.plane_h * work.plane_w;
     work.planes = as_is ? (const float*)c.x : (size < KEPT ? small : large).need(size);
@@ -268,8 +268,8 @@ int32_t sdm_run(const Call* call) try {
     for (int64_t i = 0; i < count; i++) {
       const int64_t begin = size * i / count;
       tiles.push_back({(from + begin) * L, (int)(size * (i + 1) / count - begin), {}, false, {}});
-      if (c.conv == 1) find_runs(work, tiles.back());
-      if (c.conv == 2) find_places(c, tiles.back());
+      if (reads_planes(c)) find_runs(work, tiles.back());
+      if (c.form == NHWC) find_places(c, tiles.back());
     }
   }
   starts.push_back((int64_t)tiles.size());

@@ -8,13 +8,16 @@
 #include "format.h"
 #include "vec.h"
 
+// How x and y lie in memory. MIXED: x as the planes of a 1x1 conv, y as rows.
+enum Form : int32_t { ROWS = 0, PLANES = 1, NHWC = 2, MIXED = 3 };
+
 // Mirrored by abi.py: change them together.
 struct Call {
   const uint8_t* weight;
   const void* x;
   void* out;
   const void* bias;
-  int32_t x_type, bias_type, act, conv;  // conv: 0 row-major tokens, 1 NCHW planes, 2 NHWC rows
+  int32_t x_type, bias_type, act, form;
   int64_t tokens, x_stride, out_stride;
   int64_t images, channels, height, width, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
@@ -26,6 +29,8 @@ struct Call {
   double epsilon;
   int32_t pre_act;
 };
+
+inline bool reads_planes(const Call& c) { return c.form == PLANES || c.form == MIXED; }
 
 // A run of output pixels that lie side by side in the padded input and in the output.
 struct Run {
@@ -74,17 +79,17 @@ inline void find_places(const Call& c, Tile& tile) {
 template <class X>
 void pack_rows(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
   const Call& c = work.call;
-  const int64_t stride = tile.vectors * L, per_tap = c.conv ? c.channels : work.h.cols;
+  const int64_t stride = tile.vectors * L, per_tap = c.form == NHWC ? c.channels : work.h.cols;
   for (int64_t k = k0; k < k1;) {
     const int64_t tap = k / per_tap, from = k % per_tap;
     const int64_t size = std::min(per_tap - from, k1 - k);
-    const int64_t i = c.conv ? tap / c.kernel_w : 0, j = c.conv ? tap % c.kernel_w : 0;
+    const int64_t i = c.form == NHWC ? tap / c.kernel_w : 0, j = c.form == NHWC ? tap % c.kernel_w : 0;
     for (int t = 0; t < tile.vectors; t++) {
       const X* rows[L];
       for (int l = 0; l < L; l++) {
         const int64_t token = tile.first + t * L + l;
         rows[l] = token >= c.tokens ? nullptr
-                  : c.conv          ? pixel<X>(c, tile.places[t * L + l], i, j)
+                  : c.form == NHWC  ? pixel<X>(c, tile.places[t * L + l], i, j)
                                     : (const X*)c.x + token * c.x_stride;
         if (rows[l]) rows[l] += from;
       }
@@ -257,14 +262,14 @@ void unpack_planes(const Work& work, const Tile& tile, const float* acc, int64_t
 }
 
 inline void pack(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
-  if (work.call.conv == 1) return pack_planes(work, tile, k0, k1, dst);
+  if (reads_planes(work.call)) return pack_planes(work, tile, k0, k1, dst);
   if (work.call.x_type == BF16) return pack_rows<bf16>(work, tile, k0, k1, dst);
   pack_rows<float>(work, tile, k0, k1, dst);
 }
 
 template <class Y, Act A>
 void unpack_as(const Work& work, const Tile& tile, const float* acc, int64_t row0, int64_t size) {
-  if (work.call.conv == 1) return unpack_planes<Y, A>(work, tile, acc, row0, size);
+  if (work.call.form == PLANES) return unpack_planes<Y, A>(work, tile, acc, row0, size);
   unpack_rows<Y, A>(work, tile, acc, row0, size);
 }
 
