@@ -196,14 +196,14 @@ Plan plan(const Call& c, const Header& h, int64_t vectors, int limit, int thread
   if (threads == 1) return best;
   double least = 0;
   const double kept = (double)h.cols * h.n / h.m;
+  const int64_t last = std::min(vectors, divide_up(fewest, threads) * threads * 2);
   for (int64_t parts = 1; parts <= row_blocks; parts++)
-    for (int64_t groups : {fewest, divide_up(fewest, threads) * threads,
-                           divide_up(fewest, threads) * threads * 2}) {
-      if (groups > vectors) continue;
+    for (int64_t groups = fewest; groups <= last; groups++) {
       const double rows = (double)std::min<int64_t>(h.rows, divide_up(row_blocks, parts) * h.row_block);
-      const int64_t size = divide_up(vectors, groups), tiles = divide_up(size, limit);
-      const double multiplied = rows * kept * ((double)size + 1.5 * (double)tiles);
-      const double moved = (double)size * (4.0 * h.cols + 8.0 * rows);
+      const double size = (double)vectors / (double)groups;  // threads take turns: the mean counts
+      const double tiles = (double)divide_up(divide_up(vectors, groups), limit);
+      const double multiplied = rows * kept * (size + 1.5 * tiles);
+      const double moved = size * (4.0 * h.cols + 8.0 * rows);
       const double cost = (double)divide_up(groups * parts, threads) * (multiplied + moved);
       if (least == 0 || cost < 0.98 * least) {
         best = {groups, parts, at_once};
