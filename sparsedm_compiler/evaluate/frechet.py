@@ -110,4 +110,4 @@ def gaussian_distance(a: Statistics, b: Statistics) -> float:
                 f"the covariances of {len(a.mean)} features have no real root ({error}): give "
                 "more images than features"
             ) from error
-    return float(distance)
+    return max(float(distance), 0.0)  # that of equal statistics is rounded to either side

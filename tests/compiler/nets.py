@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.models.presets import from_diffusers
-from tests.oracle import OPTIONS, assert_same, hand_masked, oracle_of
+from tests.oracle import OPTIONS, align, assert_same, hand_masked, oracle_of
 from tests.zoo import Call, Family, sample_of
 
 UNET = Family(
@@ -63,6 +63,8 @@ def compiled_unet(mode: str = "train", **options: Any) -> nn.Module:
 @torch.no_grad()
 def run_unet(model: Callable[..., Any], call: Call | None = None) -> Tensor:
     """Returns the prediction of a UNet on fixed inputs."""
+    if isinstance(model, nn.Module):
+        align(model)
     args, kwargs = call or UNET.inputs(UNET.build())
     return sample_of(model(*args, **kwargs))
 

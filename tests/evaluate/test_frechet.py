@@ -69,3 +69,11 @@ def test_frechet_distance_in_a_fresh_process_leaves_diffusers_importable() -> No
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_frechet_distance_of_equal_features_is_never_below_zero() -> None:
+    for seed in range(20):
+        features = torch.randn(60, 48, generator=torch.Generator().manual_seed(seed))
+        distance = frechet_distance(features, features)
+        assert 0 <= distance < 1e-4
+        assert f"{distance:.3f}" == "0.000"
