@@ -197,9 +197,9 @@ Plan plan(const Call& c, const Header& h, int64_t vectors, int limit, int thread
   double least = 0;
   const double kept = (double)h.cols * h.n / h.m;
   const int64_t last = std::min(vectors, divide_up(fewest, threads) * threads * 2);
-  for (int64_t parts = 1; parts <= row_blocks; parts++)
+  for (int64_t parts = 1; parts <= row_blocks; parts++) {
+    const double rows = (double)std::min<int64_t>(h.rows, divide_up(row_blocks, parts) * h.row_block);
     for (int64_t groups = fewest; groups <= last; groups++) {
-      const double rows = (double)std::min<int64_t>(h.rows, divide_up(row_blocks, parts) * h.row_block);
       const double size = (double)vectors / (double)groups;  // threads take turns: the mean counts
       const double tiles = (double)divide_up(divide_up(vectors, groups), limit);
       const double multiplied = rows * kept * (size + 1.5 * tiles);
@@ -210,6 +210,7 @@ Plan plan(const Call& c, const Header& h, int64_t vectors, int limit, int thread
         least = cost;
       }
     }
+  }
   return best;
 }
 

@@ -79,17 +79,18 @@ inline void find_places(const Call& c, Tile& tile) {
 template <class X>
 void pack_rows(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
   const Call& c = work.call;
-  const int64_t stride = tile.vectors * L, per_tap = c.form == NHWC ? c.channels : work.h.cols;
+  const bool images = c.form == NHWC;
+  const int64_t stride = tile.vectors * L, per_tap = images ? c.channels : work.h.cols;
   for (int64_t k = k0; k < k1;) {
     const int64_t tap = k / per_tap, from = k % per_tap;
     const int64_t size = std::min(per_tap - from, k1 - k);
-    const int64_t i = c.form == NHWC ? tap / c.kernel_w : 0, j = c.form == NHWC ? tap % c.kernel_w : 0;
+    const int64_t i = images ? tap / c.kernel_w : 0, j = images ? tap % c.kernel_w : 0;
     for (int t = 0; t < tile.vectors; t++) {
       const X* rows[L];
       for (int l = 0; l < L; l++) {
         const int64_t token = tile.first + t * L + l;
         rows[l] = token >= c.tokens ? nullptr
-                  : c.form == NHWC  ? pixel<X>(c, tile.places[t * L + l], i, j)
+                  : images          ? pixel<X>(c, tile.places[t * L + l], i, j)
                                     : (const X*)c.x + token * c.x_stride;
         if (rows[l]) rows[l] += from;
       }
