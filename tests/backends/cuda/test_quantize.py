@@ -26,7 +26,7 @@ from sparsedm_compiler.backends.cuda.quantize import (
 )
 from sparsedm_compiler.backends.registry import list_families
 from sparsedm_compiler.triton_support import is_interpreted
-from tests.backends.cpu.cases import ACTS
+from tests.backends.cpu.cases import ACTS, activated
 from tests.backends.cuda.running import moved, on_device, run_interpreted
 from tests.oracle import assert_same
 
@@ -182,7 +182,8 @@ def test_run_quantize_rows_normalizes_as_torch_does(kind: str, norm: str, affine
 def test_run_quantize_rows_activates(kind: str, act: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(7, 100) * 3
-    y = normalize(x, act, "none", None, None, None, None, 0.0)
+    y = activated(x.double(), act).float()  # torch's float32 gelu loses its tail under AVX2
+    assert_same(normalize(x, act, "none", None, None, None, None, 0.0), y, tolerance=1e-5)
     assert_near(run_quantize_rows(moved(x), kind, act, *PLAIN[1:]), y, kind)
 
 
@@ -195,7 +196,7 @@ def assert_near(ours: tuple[Tensor, Tensor], y: Tensor, kind: str) -> None:
     step = theirs if kind == "int8" else (y.abs() / 8).clamp_min(theirs / 2**9)
     assert bool(((dequantized - y).abs() <= 0.505 * step + 1e-6).all())
     same = rounded[: len(y)].view(torch.uint8) == expected.view(torch.uint8)
-    assert same.float().mean() > 0.95
+    assert same.float().mean() > 0.99
 
 
 @on_device
