@@ -102,6 +102,12 @@ class Layout:
             end += _round_up(size)
         return starts, end
 
+    @classmethod
+    def from_fields(cls, fields: tuple[int, ...]) -> Layout:
+        """Returns the layout of the fields of a header, which may contradict each other."""
+        _, type_, _, rows, cols, n, m, share, _, col_block, row_block, wide = fields[:12]
+        return cls(TYPES[type_], rows, cols, n, m, share, col_block, row_block, bool(wide))
+
     def encode_header(self) -> bytes:
         """Returns the bytes of the header."""
         starts, _ = self.locate_sections()
@@ -164,7 +170,7 @@ def read_layout(packed: Tensor) -> Layout:
         raise PackError("the packed weight states blocks that cannot be")
     if wide not in (0, 1) or (wide and (share % _UNIT or not share or not type_ or rows % share)):
         raise PackError("the packed weight states a layout that cannot be")
-    layout = Layout(TYPES[type_], rows, cols, n, m, share, col_block, row_block, bool(wide))
+    layout = Layout.from_fields(fields)
     if (
         layout.encode_header() != HEADER.pack(*fields)
         or layout.locate_sections()[1] != packed.numel()

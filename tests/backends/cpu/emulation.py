@@ -95,9 +95,7 @@ class EmulatedLibrary:
 
 def read_header(address: int) -> Layout:
     """Reads what the packed weight at an address is laid out as; its size is not known yet."""
-    fields = HEADER.unpack(ctypes.string_at(address, HEADER.size))
-    _, type_, _, rows, cols, n, m, share, _, col_block, row_block, wide = fields[:12]
-    return Layout(TYPES[type_], rows, cols, n, m, share, col_block, row_block, bool(wide))
+    return Layout.from_fields(HEADER.unpack(ctypes.string_at(address, HEADER.size)))
 
 
 def find_output_size(call: KernelArguments) -> int:
