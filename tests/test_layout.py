@@ -24,7 +24,8 @@ SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.
 IMPORTS = read_imports(SOURCES)
 
 # Every folder (or module at the root; "" is the root itself) with all it may import from others.
-BASE = "errors fileio optional_deps triton_support progress meta_models optimizer_state"
+BASE = "errors fileio optional_deps triton_support progress meta_models"
+BASE += " optimizer_state packed_tensors"
 MAY_IMPORT = {
     "errors": "",
     "fileio": "errors",
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "progress": "errors optional_deps",
     "meta_models": "errors",
     "optimizer_state": "",
+    "packed_tensors": "",
     "selection": f"{BASE}",
     "patterns": f"{BASE} selection",
     "graph": f"{BASE} selection patterns",

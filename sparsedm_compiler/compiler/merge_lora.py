@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..graph.names import strip_adapter_prefix
 from ..masks.nm_mask import apply_mask, nm_mask
 from ..optional_deps import is_installed, mend_torchvision
+from ..packed_tensors import explain_packed
 from ..patterns import Pattern
 from .held_masks import SoftMasks
 from .lookup import masked_parameters, require_compiled
@@ -141,6 +142,8 @@ def _check_layers(layers: Sequence[tuple[str, Any]]) -> None:
         reason = None
         if not isinstance(base, (nn.Linear, nn.modules.conv._ConvNd)):
             reason = f"wraps a {type(base).__name__}, which is neither linear nor a convolution"
+        elif explain_packed(base.weight) is not None:
+            reason = f"is for a weight that is packed or quantized ({type(base.weight).__name__})"
         elif base.weight.is_meta:
             reason = "is offloaded: its weight is on the meta device"
         elif layer.merged:

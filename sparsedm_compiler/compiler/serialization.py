@@ -27,6 +27,7 @@ from ..files.container import (
 )
 from ..graph.names import strip_adapter_prefix
 from ..meta_models import require_values
+from ..packed_tensors import fill_packed, take_apart
 from ..patterns import Pattern
 from .api import check_model, install
 from .frozen_masks import FrozenMasks, mask_frozen, read_frozen, write_frozen
@@ -129,7 +130,8 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
 
     Args:
         path: A file that ``save`` wrote.
-        model: A plain dense model of the class that was saved; its weights are replaced.
+        model: A plain dense model of the class that was saved; its weights are replaced. Weights
+            that a library had packed or quantized must be so in it, too.
         backend: What compiles the rewritten graph, as in ``compile``.
 
     Returns:
@@ -168,8 +170,9 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
     student = copy.deepcopy(model)
     try:
         _hollow_out(student, packed)
+        filled = fill_packed(student.state_dict(), tensors)
         missing, unknown = student.load_state_dict(tensors, strict=False)
-        absent = {*missing} - _list_names(student, packed)
+        absent = {*missing} - _list_names(student, packed) - filled
         if absent or unknown:
             raise RuntimeError(f"missing {sorted(absent)}, unknown {sorted(unknown)}")
     except (RuntimeError, AttributeError) as error:
@@ -200,7 +203,7 @@ def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    for name, tensor in state.items():
+    for name, tensor in take_apart(state).items():
         where = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and where in seen:
             aliases[name] = seen[where]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..graph.packed_tensors import explain_packed
+from ..packed_tensors import explain_packed
 from ..patterns import NM, BlockNM, NestedNM, Pattern, SharedNM
 
 _GROUP_SIZES = (2, 4, 8, 16, 32, 64)

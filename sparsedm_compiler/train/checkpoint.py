@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .. import CheckpointError, ConfigError, masked_parameters, save
 from ..fileio import flush_to_disk, replace_atomically
+from ..packed_tensors import take_apart
 from .fsdp import copy_rows_into, gather_rows, get_local_rows
 from .optimizers import join_quantized, split_quantized
 
@@ -167,10 +168,13 @@ def remove_old_checkpoints(run: Path, keep: int, best: int | None) -> None:
 
 
 def get_unique_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the state_dict of ``model`` with every tensor once, under its first name."""
+    """Returns the state_dict of ``model`` with every tensor once, under its first name.
+
+    Of a packed or quantized one it has the plain tensors that it holds.
+    """
     first_names: dict[tuple[Any, ...], str] = {}
     unique = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in take_apart(model.state_dict()).items():
         where = (get_local_rows(tensor).data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if not tensor.numel() or where not in first_names:
             first_names[where] = name

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..packed_tensors import explain_packed
 from .fsdp import copy_rows_into
 
 
@@ -17,17 +18,17 @@ class Ema:
 
     ``decay`` warms up: after n updates it is ``min(decay, (1 + n) / (10 + n))``. One tensor per
     parameter, laid out (and sharded) as the parameter; that of one in 16 bits which trains is in
-    float32, as it would lose what an update adds. Buffers are those of the model. Integers, of
-    frozen weights in 8 bits, stay.
+    float32, as it would lose what an update adds. Buffers are those of the model, as are weights
+    that a library has packed or quantized; integers, of frozen weights in 8 bits, stay.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self._weights = [*model.parameters()]
+        plain = {n: w for n, w in model.named_parameters() if explain_packed(w) is None}
+        self._names, self._weights = [*plain], [*plain.values()]
         self._values = [
             weight.detach().to(get_average_dtype(weight), copy=True) for weight in self._weights
         ]
-        self._names = [name for name, _ in model.named_parameters()]
         moving = [k for k, weight in enumerate(self._weights) if weight.is_floating_point()]
         self._moving_weights = [self._weights[k] for k in moving]
         self._moving_values = [self._values[k] for k in moving]

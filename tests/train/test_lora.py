@@ -15,7 +15,6 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler.files import check_file
 from sparsedm_compiler.models import UViT
 from sparsedm_compiler.train import FinetuneConfig
-from sparsedm_compiler.train.optimizers import OPTIMIZERS
 from tests.oracle import assert_same, brute_mask, masked_patterns
 from tests.train.cases import data, student_of, teacher, weights
 
@@ -129,7 +128,6 @@ def test_adapters_alone_train_alike_from_cached_outputs_with_checkpointed_blocks
 def test_adapters_when_their_optimizer_is_of_eight_bits_train_and_resume(
     name: str, tmp_path: Path
 ) -> None:
-    pytest.importorskip(OPTIMIZERS[name].package)
     torch.manual_seed(0)
     model = UViT(img_size=4, in_chans=1, embed_dim=64, depth=0, num_heads=2, num_classes=4)
     options: dict[str, Any] = {**LORA, "lora_rank": 64, "save_every": 16, "ema_decay": None}

@@ -9,8 +9,8 @@ from ...graph.capture import CapturedGraph, Names
 from ...graph.eager_watch import EagerProduct
 from ...graph.flat_graph import Op, ParameterRead, flatten, trace_parameter
 from ...graph.op_table import OP_TABLE, Product
-from ...graph.packed_tensors import explain_packed
 from ...graph.recorded_run import RecordedRun
+from ...packed_tensors import explain_packed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
