@@ -52,9 +52,7 @@ def list_units(student: nn.Module, call: Callable[[], None] | None = None) -> li
 
     A parameter belongs to one unit, so blocks that share one with anything else are left out.
     ``call``: calls the student, to see blocks whose parts are called from outside, when they are
-    not gathered; these are left out too. None takes it that there are none. Where blocks are
-    checkpointed it is all of them or none: between graphs, one that is no graph of its own would
-    run again without its masks.
+    not gathered; these are left out too. None takes it that there are none.
     """
     if checkpoints_by_itself(student):
         return []
@@ -64,8 +62,7 @@ def list_units(student: nn.Module, call: Callable[[], None] | None = None) -> li
     owners = Counter([*owned, *list_outside_parameters(student, blocks)])
     alone = [block for block in blocks if all(owners[own] == 1 for own in block.parameters())]
     entered = set() if call is None else find_entered_blocks(alone, call)
-    units = [block for block in alone if block not in entered]
-    return [] if wrapped and len(units) < len(blocks) else units
+    return [block for block in alone if block not in entered]
 
 
 def find_entered_blocks(blocks: Iterable[nn.Module], call: Callable[[], None]) -> set[nn.Module]:

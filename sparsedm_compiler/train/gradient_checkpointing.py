@@ -34,6 +34,9 @@ class CheckpointingModel(Protocol):
         """Ends it."""
 
 
+Forward: TypeAlias = Callable[..., Any]
+"""The forward of a class, which is called with a module and its inputs."""
+
 RunBlock: TypeAlias = Callable[..., Any]
 """A function that is called with the forward of a block and its inputs, as torch's checkpoint."""
 
@@ -97,12 +100,10 @@ def start_checkpointing(
     """Begins to checkpoint the blocks of ``model``. Raises ConfigError where it has none.
 
     ``run``: runs a block; None is torch's checkpoint. ``by_block``: inside of blocks, where there
-    are any, rather than by the model's own means, which call a block with its hooks once more;
-    diffusers' models keep theirs, since TorchDynamo leaves some of their blocks to Python inside.
+    are any, rather than by the model's own means, which call a block with its hooks once more.
     """
     blocks = find_blocks(model)
-    inside = by_block and blocks and not is_of_diffusers(model)
-    if isinstance(model, CheckpointingModel) and not inside:
+    if isinstance(model, CheckpointingModel) and not (by_block and blocks):
         try:
             model.enable_gradient_checkpointing(*(() if run is None else (run,)))
         except ValueError:  # diffusers: this class has none
@@ -115,13 +116,10 @@ def start_checkpointing(
             "blocks that could be checkpointed one by one: leave gradient_checkpointing off"
         )
     for block in blocks:
-        forward = run_checkpointed if run is None else partial(run_block_by, run)
+        # TorchDynamo reads no method of a class that diffusers allows in graphs.
+        own: Forward = type(block).forward
+        forward = partial(run_checkpointed, own) if run is None else partial(run_block_by, run, own)
         block.__dict__["forward"] = types.MethodType(forward, block)
-
-
-def is_of_diffusers(model: nn.Module) -> bool:
-    """Returns whether a model's class is one of diffusers, or derived from one."""
-    return any(base.__module__.startswith("diffusers.") for base in type(model).__mro__)
 
 
 def stop_checkpointing(model: nn.Module) -> None:
@@ -145,12 +143,11 @@ def is_wrapped(block: nn.Module) -> bool:
     if not isinstance(forward, types.MethodType):
         return False
     function: Any = forward.__func__
-    return (function.func if isinstance(function, partial) else function) in WRAPPERS
+    return isinstance(function, partial) and function.func in WRAPPERS
 
 
-def run_checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def run_checkpointed(own: Forward, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Runs the own forward of a block, which keeps its inputs alone for the backward pass."""
-    own: Callable[..., Any] = type(block).forward
     if not torch.is_grad_enabled():
         return own(block, *args, **kwargs)
 
@@ -160,9 +157,9 @@ def run_checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
-def run_block_by(run: RunBlock, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def run_block_by(run: RunBlock, own: Forward, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Lets ``run`` run the own forward of a block."""
-    return run(types.MethodType(type(block).forward, block), *args, **kwargs)
+    return run(types.MethodType(own, block), *args, **kwargs)
 
 
 WRAPPERS = (run_checkpointed, run_block_by)
