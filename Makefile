@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick core kills sanitize neon fuzz lint types check bench gpu study study-gpu docs clean
+.PHONY: help env demo test test-quick core kills sanitize emulate fuzz lint types check bench gpu study study-gpu docs clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -42,8 +42,8 @@ sanitize: env ## the kernel tests under AddressSanitizer and UBSan
 	ASAN_OPTIONS=detect_leaks=0 SPARSEDM_CXXFLAGS="$(SANITIZE)" \
 	$(BIN)/python -m pytest -n0 tests/backends/cpu/test_kernels.py tests/backends/cpu/test_format.py
 
-neon: env ## the CPU kernels for ARM, emulated; needs qemu-user and g++-aarch64-linux-gnu
-	SPARSEDM_FUZZ=2000 $(BIN)/python -m pytest -n2 tests/backends/cpu/test_neon.py
+emulate: env ## the CPU kernels for ARM (by qemu-user) and AMX, emulated
+	SPARSEDM_FUZZ=2000 $(BIN)/python -m pytest -n2 tests/backends/cpu/test_neon.py tests/backends/cpu/test_emulated_bf16.py
 
 FUZZ ?= 100000
 

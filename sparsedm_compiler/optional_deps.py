@@ -29,6 +29,7 @@ EXTRAS = {
     ),
     "datasets": ("datasets",),
     "demo": ("scikit-learn",),
+    "eightbit": ("bitsandbytes", "torchao"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
 }
 """What pip installs for the extras of this package, but for other extras; as in pyproject.toml."""

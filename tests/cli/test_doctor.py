@@ -115,7 +115,7 @@ def test_doctor_without_compiler_and_card_says_so_and_exits_with_1(
     result = shell("doctor")
     assert result.status == 1
     sentence = "no C++ compiler here to build CPU kernels with"
-    assert f"  no  cpu_free, cpu_shared, cpu_wide (cpu): {sentence}\n" in result.out
+    assert f"  no  cpu_free, cpu_shared, cpu_wide, cpu_block (cpu): {sentence}\n" in result.out
     assert re.search(r"C\+\+ compiler +not there\n", result.out)
     assert re.search(r"card +none that torch can use\n", result.out)
     assert re.search(r"NVIDIA driver +not there", result.out)

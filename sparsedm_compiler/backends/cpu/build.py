@@ -23,7 +23,10 @@ from ..cpp_compiler import find_compiler
 from .abi import KernelArguments
 
 _SOURCES = ("kernel.cpp", "pack.cpp")
-_HEADERS = ("act.h", "format.h", "multiply.h", "norm.h", "tiles.h", "vec.h", "wide.h")
+_HEADERS = (
+    *("act.h", "blocks.h", "format.h", "multiply.h", "norm.h", "pieces.h", "tiles.h", "vec.h"),
+    "wide.h",
+)
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-Wall", "-Wextra")
 _ISA_FLAGS = {
     "AVX512": (

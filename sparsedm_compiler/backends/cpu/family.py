@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 
 from ...errors import PackError
-from ...patterns import NM, Pattern, SharedNM
+from ...patterns import NM, BlockNM, Pattern, SharedNM
 from ..cpp_compiler import describe_compiler
 from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, WeightFormat
 from ..processor import read_cpu_name
 from .build import hash_sources, why_unavailable
-from .format import check, read_layout, why_refused
-from .isa import read_isa, select_isa
+from .format import BLOCKS, DEPTH, NARROW, UNIT, WIDE, check, read_layout, why_refused
+from .isa import multiplies_blocks, read_isa, select_isa
 from .norm_conv import nm_norm_conv2d_op
 from .ops import nm_conv2d_op, nm_linear_op, unpack_weight
 from .pack import pack
 
 _Settings = tuple[tuple[int, int], ...]
 """(columns of a block, vectors of tokens) of each kernel to try."""
+_ALL = 65535
+"""More columns than a block of them can have: all are one."""
 _LEVELS = (0.4, 0.2, 0.1)
 """Densities at which masks that are free per row get other settings."""
 # Of 16 registers a tile fills the most that it can, of 32 as many as loads keep up with.
@@ -49,14 +51,14 @@ _SHARED: dict[str, _Settings] = {
 
 
 class CpuFamily(KernelFamily):
-    """Kernels for per-row masks, shared masks, and widely shared masks in bfloat16.
+    """Kernels for per-row masks and shared masks, and in bfloat16 widely shared ones and blocks.
 
-    Layout of a KernelConfig: (columns of a block, whether it is the layout of wide.h). Tile:
-    (vectors of tokens).
+    Layout of a KernelConfig: (columns of a block; NARROW, WIDE or BLOCKS). Tile: (vectors of
+    tokens), which BLOCKS does without.
     """
 
     device = "cpu"
-    names = ("cpu_free", "cpu_shared", "cpu_wide")
+    names = ("cpu_free", "cpu_shared", "cpu_wide", "cpu_block")
     accepts = (NM, SharedNM)
     norm_ops = MappingProxyType({nm_conv2d_op: nm_norm_conv2d_op})
     call_ms = 0.015  # its Python, cold: benchmarks/call_cost.py
@@ -79,9 +81,11 @@ class CpuFamily(KernelFamily):
         """Returns the kernels in the settings that won somewhere (benchmarks/sparse.py)."""
         accepted = self.require_accepted(pattern)
         if isinstance(accepted, SharedNM):
-            wide = dtype == torch.bfloat16 and accepted.rows % 16 == 0 and select_isa() != "plain"
+            wide = dtype == torch.bfloat16 and accepted.rows % UNIT == 0 and select_isa() != "plain"
+            blocks = wide and _has_deep_blocks(pattern) and multiplies_blocks()
             return (
-                *(KernelConfig("cpu_wide", (2048, 1), (tile,)) for tile in (3, 6) if wide),
+                *([KernelConfig("cpu_block", (_ALL, BLOCKS), (1,))] if blocks else []),
+                *(KernelConfig("cpu_wide", (2048, WIDE), (tile,)) for tile in (3, 6) if wide),
                 *_list_settings("cpu_shared", _SHARED.get(read_isa(), _SHARED_OF_16)),
             )
         level = sum(accepted.density < bound for bound in _LEVELS)
@@ -90,7 +94,7 @@ class CpuFamily(KernelFamily):
     def pack(self, weight: Tensor, mask: Tensor, pattern: Pattern, kernel: KernelConfig) -> Tensor:
         width, wide = kernel.layout
         accepted = self.require_accepted(pattern)
-        return pack(weight, mask, accepted, width=width, wide=bool(wide))
+        return pack(weight, mask, accepted, width=width, wide=wide)
 
     def unpack(self, packed: Tensor, shape: tuple[int, ...], weight_format: WeightFormat) -> Tensor:
         return unpack_weight(packed, shape[2:])
@@ -116,5 +120,10 @@ class CpuFamily(KernelFamily):
         return read_cpu_name(), torch.__version__, sources, isa, threads, capability
 
 
+def _has_deep_blocks(pattern: Pattern) -> bool:
+    """Returns whether whole blocks of a multiple of DEPTH columns are kept."""
+    return isinstance(pattern, BlockNM) and pattern.columns % DEPTH == 0
+
+
 def _list_settings(name: str, settings: _Settings) -> tuple[KernelConfig, ...]:
-    return tuple(KernelConfig(name, (width, 0), (tile,)) for width, tile in settings)
+    return tuple(KernelConfig(name, (width, NARROW), (tile,)) for width, tile in settings)

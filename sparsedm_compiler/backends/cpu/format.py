@@ -21,7 +21,9 @@ _MAGIC: Final = 0x314D4E53
 TYPES: Final = (torch.float32, torch.bfloat16)
 """Dtypes of values and activations; their index is their code in vec.h."""
 _ALIGN: Final = 64
-_UNIT, _DEPTH = 16, 32  # rows and kept columns of a block of the wide layout
+UNIT, DEPTH = 16, 32  # rows and kept columns of a block of the layouts WIDE and BLOCKS
+NARROW, WIDE, BLOCKS = range(3)
+"""Layouts by their codes: that of all dtypes, and those of wide.h and of blocks.h in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Layout:
         share: Rows that have one mask; 0 where each has its own.
         col_block: Columns of a block.
         row_block: Rows of a block.
-        wide: Whether it is the layout of wide.h.
+        wide: NARROW, WIDE or BLOCKS.
     """
 
     dtype: torch.dtype
@@ -48,13 +50,13 @@ class Layout:
     share: int
     col_block: int
     row_block: int
-    wide: bool = False
+    wide: int = NARROW
 
     @property
     def unit(self) -> int:
         """The rows that a kernel works on at once."""
         if self.wide:
-            return _UNIT
+            return UNIT
         if not self.share:
             return 2
         return next((size for size in (4, 3, 2) if self.share % size == 0), 4)
@@ -82,7 +84,7 @@ class Layout:
         blocks = []
         for col, cols in self.split_columns():
             kept = cols * self.n // self.m
-            blocks.append((col, kept, ceil(kept / _DEPTH) * _DEPTH if self.wide else kept))
+            blocks.append((col, kept, ceil(kept / DEPTH) * DEPTH if self.wide else kept))
         return blocks
 
     def locate_sections(self) -> tuple[list[int], int]:
@@ -106,7 +108,7 @@ class Layout:
     def from_fields(cls, fields: tuple[int, ...]) -> Layout:
         """Returns the layout of the fields of a header, which may contradict each other."""
         _, type_, _, rows, cols, n, m, share, _, col_block, row_block, wide = fields[:12]
-        return cls(TYPES[type_], rows, cols, n, m, share, col_block, row_block, bool(wide))
+        return cls(TYPES[type_], rows, cols, n, m, share, col_block, row_block, wide)
 
     def encode_header(self) -> bytes:
         """Returns the bytes of the header."""
@@ -142,7 +144,7 @@ def plan_layout(
     dtype: torch.dtype,
     *,
     width: int | None = None,
-    wide: bool = False,
+    wide: int = NARROW,
 ) -> Layout:
     """Returns the layout for a mask of ``pattern``; width: columns of a block, if not the usual."""
     share = pattern.rows if isinstance(pattern, SharedNM) else 0
@@ -168,8 +170,12 @@ def read_layout(packed: Tensor) -> Layout:
         raise PackError("the packed weight states sizes that cannot be")
     if col_block % m or not m <= col_block <= cols or row_block < 1 or row_block % (share or 2):
         raise PackError("the packed weight states blocks that cannot be")
-    if wide not in (0, 1) or (wide and (share % _UNIT or not share or not type_ or rows % share)):
+    if wide not in (NARROW, WIDE, BLOCKS) or (
+        wide and (share % UNIT or not share or not type_ or rows % share)
+    ):
         raise PackError("the packed weight states a layout that cannot be")
+    if wide == BLOCKS and (n % DEPTH or m % DEPTH):
+        raise PackError("the packed weight states blocks that are no blocks")
     layout = Layout.from_fields(fields)
     if (
         layout.encode_header() != HEADER.pack(*fields)
@@ -226,6 +232,8 @@ def check(packed: Tensor) -> None:
         ]
         if bool((columns >= torch.tensor(bounds, device="cpu")).any()):
             raise PackError("the packed weight points outside of its columns")
+        if layout.wide == BLOCKS and not lie_side_by_side(columns):
+            raise PackError("the columns of a block in the packed weight lie apart")
         return
     rows_of, at, unit = units.view(torch.int16), 0, 0
     for _, rows in layout.split_rows():
@@ -238,6 +246,12 @@ def check(packed: Tensor) -> None:
             if bool((where > rows).any() or (columns >= cols).any() or (shared > kept).any()):
                 raise PackError("the packed weight points outside of its rows or columns")
             at, unit = at + 2 * pairs * kept, unit + pairs
+
+
+def lie_side_by_side(columns: Tensor) -> bool:
+    """Returns whether every 32 of the kept columns [groups, kept] are neighbours."""
+    blocks = columns.view(len(columns), -1, DEPTH)
+    return bool((blocks.diff(dim=-1) == 1).all())
 
 
 def _align(packed: Tensor) -> Tensor:
@@ -257,7 +271,11 @@ def _unpack_shared(layout: Layout, values: Tensor, index: Tensor) -> Tensor:
     for col, kept, padded in blocks:
         block = values[:, at : at + padded * layout.group]
         if layout.wide:
-            block = block.reshape(groups, units, -1, _UNIT, _DEPTH).transpose(2, 3)
+            shape = (UNIT, DEPTH) if layout.wide == WIDE else (DEPTH // 2, UNIT, 2)
+            block = block.reshape(groups, units, -1, *shape)
+            if layout.wide == BLOCKS:
+                block = block.transpose(3, 4).flatten(4)
+            block = block.transpose(2, 3)
             block = block.reshape(groups, layout.group, padded)[:, :, :kept]
         else:
             block = block.reshape(groups, units, kept, layout.unit).transpose(2, 3).flatten(1, 2)

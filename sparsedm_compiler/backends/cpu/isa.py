@@ -1,4 +1,4 @@
-"""The vectors of this CPU, and its bfloat16 instructions for widely shared masks.
+"""The vectors of this CPU, and its bfloat16 instructions for widely shared masks and blocks.
 
 Those, AMX or AVX512-BF16, are used only once they have computed a small exact product here.
 """
@@ -13,6 +13,7 @@ import torch
 from ...patterns import SharedNM
 from .abi import KernelArguments
 from .build import load_library, why_unavailable
+from .format import BLOCKS, WIDE
 from .pack import pack
 
 ISAS = ("plain", "dpbf16", "amx")
@@ -40,15 +41,25 @@ def select_isa() -> str:
     return "plain"
 
 
-def multiplies_exactly(isa: str) -> bool:
-    """Returns whether one of ISAS gives the product of a small case whose sums are all exact."""
-    rows, cols, tokens = 64, 160, 33
-    mask = (torch.arange(cols, device="cpu") % 4 < 2).expand(rows, cols)
+@cache
+def multiplies_blocks() -> bool:
+    """Returns whether the kernel of blocks computes a small product exactly by ``select_isa``."""
+    return multiplies_exactly(select_isa(), BLOCKS)
+
+
+def multiplies_exactly(isa: str, wide: int = WIDE) -> bool:
+    """Returns whether one of ISAS gives the product of a small case whose sums are all exact.
+
+    ``wide``: the layout of the weight.
+    """
+    rows, cols, tokens = 64, 192, 77
+    n, m, width = (2, 4, 96) if wide == WIDE else (32, 64, cols)
+    mask = (torch.arange(cols, device="cpu") % m < n).expand(rows, cols)
     weight = (
         torch.arange(rows * cols, device="cpu").view(rows, cols) * 37 % 17 - 8
     ).bfloat16() * mask
     x = (torch.arange(tokens * cols, device="cpu").view(tokens, cols) * 29 % 5 - 2).bfloat16()
-    packed = pack(weight, mask, SharedNM(2, 4, rows), width=96, wide=True)
+    packed = pack(weight, mask, SharedNM(n, m, rows), width=width, wide=wide)
     out = torch.empty(tokens, rows, dtype=torch.bfloat16, device="cpu")
     call = KernelArguments(
         weight=packed.data_ptr(),

@@ -9,7 +9,7 @@ from ...errors import KernelError, PackError
 from ...patterns import Pattern, SharedNM
 from ..weight_matrix import to_matrix
 from .build import load_library
-from .format import allocate, plan_layout, why_refused
+from .format import BLOCKS, DEPTH, NARROW, allocate, lie_side_by_side, plan_layout, why_refused
 
 
 def pack(
@@ -18,13 +18,13 @@ def pack(
     pattern: Pattern,
     *,
     width: int | None = None,
-    wide: bool = False,
+    wide: int = NARROW,
 ) -> Tensor:
     """Returns the packed form (uint8, 1-D) of ``weight * mask``.
 
     weight, mask: [rows, cols] or [rows, channels, kh, kw]; ``mask`` is one of ``pattern``.
-    ``width``: columns of a block. ``wide``: the layout for bfloat16 and masks shared by a multiple
-    of 16 rows.
+    ``width``: columns of a block. ``wide``: WIDE for bfloat16 and masks shared by a multiple of 16
+    rows; BLOCKS if besides all columns are kept or pruned in blocks of a multiple of 32.
 
     Raises:
         PackError: A weight that cannot be packed, or a mask that is not one of ``pattern``.
@@ -39,6 +39,8 @@ def pack(
     mask = mask.to(torch.bool).contiguous()
     if not _keeps_n(mask, pattern):  # the packer trusts it, and would write out of bounds
         raise PackError(f"the mask is not one of {pattern}")
+    if wide == BLOCKS and not _keeps_blocks(mask, pattern):
+        raise PackError(f"the mask of {pattern} does not keep 32 neighbours each")
     if load_library().sdm_pack(weight.data_ptr(), mask.data_ptr(), packed.data_ptr()) != 0:
         raise KernelError("packing a weight ran out of memory")
     return packed
@@ -53,3 +55,11 @@ def _keeps_n(mask: Tensor, pattern: Pattern) -> bool:
         return True
     blocks = torch.split(mask, pattern.rows)
     return all(torch.equal(block, block[:1].expand_as(block)) for block in blocks)
+
+
+def _keeps_blocks(mask: Tensor, pattern: Pattern) -> bool:
+    """Returns whether the columns that every group of rows keeps are blocks of 32 neighbours."""
+    if not isinstance(pattern, SharedNM) or pattern.n % DEPTH or pattern.m % DEPTH:
+        return False
+    rows = mask[:: pattern.rows]
+    return lie_side_by_side(rows.nonzero()[:, 1].view(len(rows), -1))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsedm_compiler import Pattern
 from sparsedm_compiler.backends.cpu.family import CpuFamily
+from sparsedm_compiler.backends.cpu.format import NARROW
 from sparsedm_compiler.backends.cpu.norm_conv import nm_norm_conv2d_op
 from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
 from sparsedm_compiler.backends.cpu.pack import pack
@@ -44,7 +45,7 @@ def case(
     kernel: tuple[int, ...] = (),
     width: int | None = None,
     *,
-    wide: bool = False,
+    wide: int = NARROW,
 ) -> Case:
     """A random weight of ``groups`` groups of channels; rows are rounded up to whole masks."""
     pattern = Pattern.parse(text)

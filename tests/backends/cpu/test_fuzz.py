@@ -20,8 +20,9 @@ from torch import Tensor
 from sparsedm_compiler.backends.cpu import ops
 from sparsedm_compiler.backends.cpu.build import why_unavailable
 from sparsedm_compiler.backends.cpu.family import CpuFamily
+from sparsedm_compiler.backends.cpu.format import BLOCKS, NARROW, WIDE
 from sparsedm_compiler.backends.cpu.isa import ISAS, select_isa
-from sparsedm_compiler.patterns import Pattern, SharedNM
+from sparsedm_compiler.patterns import BlockNM, Pattern, SharedNM
 from tests.backends.cpu.cases import (
     ACTS,
     DTYPES,
@@ -72,8 +73,7 @@ def check_random_product(rng: random.Random) -> None:
     torch.set_num_threads(rng.choice((1, 1, 2, 3, 5)))
     pattern, dtype = draw_pattern(rng), rng.choice(DTYPES)
     accepted = CpuFamily().require_accepted(pattern)
-    may_be_wide = isinstance(accepted, SharedNM) and accepted.rows % 16 == 0
-    wide = may_be_wide and dtype == torch.bfloat16 and rng.random() < 0.7
+    wide = draw_layout(rng, pattern, accepted) if dtype == torch.bfloat16 else NARROW
     kernel = () if rng.random() < 0.6 else (rng.randint(1, 4), rng.randint(1, 4))
     taps = kernel[0] * kernel[1] if kernel else 1
     cols = rng.choice((40, 40, 300)) // taps
@@ -94,14 +94,25 @@ def check_random_product(rng: random.Random) -> None:
         check_linear(held, draw_tokens(rng, held.masked.shape[1], dtype), bias, act, tile)
 
 
+def draw_layout(rng: random.Random, pattern: Pattern, accepted: Pattern) -> int:
+    """One of the layouts that a weight of the pattern may have in bfloat16."""
+    layouts = [NARROW]
+    if isinstance(accepted, SharedNM) and accepted.rows % 16 == 0:
+        layouts += [WIDE, WIDE]
+        if isinstance(pattern, BlockNM) and pattern.columns % 32 == 0:
+            layouts += [BLOCKS] * 4
+    return rng.choice(layouts)
+
+
 def draw_pattern(rng: random.Random) -> Pattern:
     """Any kind of pattern that a CPU kernel runs, itself or as one that it implies."""
     m = rng.choice((2, 3, 4, 4, 5, 8, 8, 16, 32, rng.randint(2, 64)))
     n = rng.choice((1, m - 1, rng.randint(1, m - 1)))
     rows = rng.choice((rng.randint(2, 20), 16, 32, 48))
     block = f"1:{rng.randint(2, 4)}@{rows}x{rng.randint(1, 9)}"
+    deep = f"{rng.randint(1, 2)}:3@{16 * rng.randint(1, 4)}x{rng.choice((32, 64))}"
     kinds = (
-        *(f"{n}:{m}", f"{n}:{m}"),
+        *(f"{n}:{m}", f"{n}:{m}", deep),
         *(f"{n}:{m}x{rows}", f"{n}:{m}x{rows}"),
         *(block, f"1:2@{rows}x8+2:4"),
         *("2:4t", f"{16 * rng.randint(1, 3)}:2:{rng.choice((8, 16))}"),

@@ -1,46 +1,29 @@
 // y = act(W x + b) with W pruned to n of m, for Linear and Conv2d.
 //
 // Activations are packed feature-major into tiles of T vectors of tokens (output pixels), so that
-// a kept weight is one broadcast and T fused multiply-adds on its column of the tile. Three
+// a kept weight is one broadcast and T fused multiply-adds on its column of the tile. Four
 // layouts of W, all written by pack.cpp:
 //   pairs   rows in twos, matched anew for every block of columns so that many columns are kept by
 //           both: those are loaded once for two rows. For masks that are free per row.
 //   shared  R rows with one column list: every column is loaded once for R rows.
 //   wide    shared by 16 rows or more, bfloat16: see wide.h.
-#include <unistd.h>
-
+//   blocks  the same in whole blocks of columns: see blocks.h, which packs no activations.
 #include <new>
 #include <vector>
 
+#include "blocks.h"
 #include "format.h"
 #include "multiply.h"
 #include "norm.h"
+#include "pieces.h"
 #include "tiles.h"
 #include "wide.h"
 
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // ---------------------------------------------------------------- one piece of work
 
 constexpr int64_t KEPT = 1 << 20;  // floats of padded planes that stay allocated between calls
-
-struct Scratch {
-  float* data = nullptr;
-  size_t size = 0;
-  float* need(size_t floats) {
-    if (floats > size) {
-      ::operator delete[](data, std::align_val_t(64));
-      data = nullptr;  // what follows may throw
-      size = 0;
-      data = (float*)::operator new[](floats * sizeof(float), std::align_val_t(64));
-      size = floats;
-    }
-    return data;
-  }
-  ~Scratch() { ::operator delete[](data, std::align_val_t(64)); }
-};
 
 int64_t padded_rows(const Header& h, int64_t rows) {
   if (h.share) return divide_up(rows, h.share) * h.group;
@@ -174,18 +157,9 @@ void run_piece(const Work& work, const Tile* tiles, int64_t count, int64_t row0,
   }
 }
 
-int64_t read_cache_size() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (size > 0) return size;
-#endif
-  return 1 << 20;
-}
-
 // The cut that takes least: of multiplications, and of packing x and writing y in their units.
 Plan plan(const Call& c, const Header& h, int64_t vectors, int limit, int threads) {
-  static const int64_t stated = read_cache_size();
-  const int64_t cache = c.cache > 0 ? c.cache : stated;
+  const int64_t cache = cache_of(c);
   const int64_t row_blocks = divide_up(h.rows, h.row_block);
   const int64_t at_once = std::max<int64_t>(1, 512 / h.row_block) * h.row_block;
   // The sums of a piece take a fifth of the cache, beside x and W; one tile where all of W stays.
@@ -212,13 +186,6 @@ Plan plan(const Call& c, const Header& h, int64_t vectors, int limit, int thread
     }
   }
   return best;
-}
-
-template <class F>
-void parallel(int64_t count, int threads, F body) {
-  (void)threads;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && count > 1)
-  for (int64_t i = 0; i < count; i++) body(i);
 }
 
 // Writes the padded planes of a conv.
@@ -256,6 +223,11 @@ int32_t sdm_run(const Call* call) try {
     work.planes = as_is ? (const float*)c.x : (size < KEPT ? small : large).need(size);
     if (!as_is) c.x_type == BF16 ? fill_planes<bf16>(work, threads) : fill_planes<float>(work, threads);
   }
+  int failed = 0;
+  if (h.wide == BLOCKS) {
+    run_all_blocks(work, cache_of(c), threads, &failed);
+    return failed;
+  }
   const int64_t vectors = divide_up(c.tokens, L), row_blocks = divide_up(h.rows, h.row_block);
   const int limit = std::max(1, std::min(c.tile, widest_tile(h.share ? h.layout : 0)));
   const Plan cut = plan(c, h, vectors, limit, threads);
@@ -274,7 +246,6 @@ int32_t sdm_run(const Call* call) try {
     }
   }
   starts.push_back((int64_t)tiles.size());
-  int failed = 0;
   parallel(cut.groups * cut.parts, threads, [&](int64_t item) {
     try {
       const int64_t part = item % cut.parts, group = item / cut.parts;

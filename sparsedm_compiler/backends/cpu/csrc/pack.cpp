@@ -126,9 +126,12 @@ void pack_wide(const Matrix& in, const Header& h, uint8_t* blob) {
       const int kept = (int)(index - first);
       for (int u = 0; u < h.group; u += UNIT)
         for (int b = 0; b < blocks_of(kept); b++)
-          for (int r = u; r < u + UNIT; r++)
-            for (int i = b * DEPTH; i < (b + 1) * DEPTH; i++)
-              *value++ = i < kept ? weight[(g0 + r) * h.cols + k0 + first[i]] : bf16(0);
+          for (int v = 0; v < UNIT * DEPTH; v++) {
+            const bool paired = h.wide == BLOCKS;
+            const int row = paired ? v / 2 % UNIT : v / DEPTH;
+            const int i = b * DEPTH + (paired ? v / (2 * UNIT) * 2 + v % 2 : v % DEPTH);
+            *value++ = i < kept ? weight[(g0 + u + row) * h.cols + k0 + first[i]] : bf16(0);
+          }
     }
 }
 

@@ -7,7 +7,7 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(EMULATED_BF16)
 #define VEC_BYTES 64
 #define VEC_REGISTERS 32
 #define ISA_NAME "avx512"
@@ -49,7 +49,8 @@ static inline void store(void* p, T v) {
 
 // The value, loaded once: compilers else fold the load into every multiplication that reads it.
 static inline vf in_register(vf v) {
-#if defined(__x86_64__)
+#if defined(EMULATED_BF16)  // its vectors are several registers
+#elif defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));

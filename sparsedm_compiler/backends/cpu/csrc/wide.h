@@ -51,26 +51,41 @@ void wide_plain(const uint32_t* panel, const bf16* w, float* c, int blocks, bool
 }
 
 #if defined(__AVX512F__)
+#define BF16_TARGETS
+#define DPBF16_TARGET __attribute__((target("avx512bf16")))
+#define AMX_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f")))
+#endif
+
+#if defined(BF16_TARGETS)
+
+typedef float v16f __attribute__((vector_size(64)));
+typedef int32_t v16i __attribute__((vector_size(64)));
+
+#if defined(__AVX512F__)
+// a + x.even y.even + x.odd y.odd
+DPBF16_TARGET inline v16f dot(v16f a, v16i x, v16i y) {
+  return (v16f)_mm512_dpbf16_ps((__m512)a, (__m512bh)x, (__m512bh)y);
+}
+#endif
 
 template <int R, int T>
-__attribute__((target("avx512bf16"))) inline void dpbf16_rows(const uint32_t* panel, const bf16* w,
-                                                              float* c, int blocks, bool first) {
+DPBF16_TARGET inline void dpbf16_rows(const uint32_t* panel, const bf16* w, float* c, int blocks,
+                                      bool first) {
   constexpr int S = T * L;
-  __m512 a[R][T];
+  v16f a[R][T];
   for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++)
-      a[r][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * S + t * L);
+    for (int t = 0; t < T; t++) a[r][t] = first ? v16f{} : load<v16f>(c + r * S + t * L);
   for (int b = 0; b < blocks; b++, w += UNIT * DEPTH)
     for (int p = 0; p < PAIRS; p++, panel += S) {
-      __m512i x[T];
-      for (int t = 0; t < T; t++) x[t] = _mm512_loadu_si512(panel + t * L);
+      v16i x[T];
+      for (int t = 0; t < T; t++) x[t] = load<v16i>(panel + t * L);
       for (int r = 0; r < R; r++) {
-        const __m512bh pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(w + r * DEPTH + 2 * p));
-        for (int t = 0; t < T; t++) a[r][t] = _mm512_dpbf16_ps(a[r][t], pair, (__m512bh)x[t]);
+        const v16i pair = load<int32_t>(w + r * DEPTH + 2 * p) - v16i{};
+        for (int t = 0; t < T; t++) a[r][t] = dot(a[r][t], pair, x[t]);
       }
     }
   for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) _mm512_storeu_ps(c + r * S + t * L, a[r][t]);
+    for (int t = 0; t < T; t++) store(c + r * S + t * L, a[r][t]);
 }
 
 template <int T>
@@ -89,7 +104,7 @@ struct alignas(64) TileConfig {
 
 // ``two``: a second unit of 16 rows, w2 and c2, shares the loads of the panel.
 template <int T>
-__attribute__((target("amx-tile,amx-bf16,avx512f"))) void wide_amx(
+AMX_TARGET void wide_amx(
     const uint32_t* panel, const bf16* w, const bf16* w2, float* c, float* c2, int blocks,
     bool first) {
   constexpr int S = T * L;
@@ -147,7 +162,7 @@ void run_wide(const float* x, float* c, const bf16* w, const uint16_t* index, in
   for (int u = 0; u < units; u++) {
     float* cu = c + (int64_t)u * UNIT * S;
     const bf16* wu = w + u * step;
-#if defined(__AVX512F__)
+#if defined(BF16_TARGETS)
     if (isa == AMX) {
       const bool two = u + 1 < units;
       wide_amx<T>(panel, wu, two ? wu + step : nullptr, cu, two ? cu + UNIT * S : cu, blocks, first);
