@@ -213,6 +213,7 @@ class Explanation:
             weights ("pack") and in the inner compiler ("compile").
         frozen: Names of the weights whose masks ``freeze_masks`` has frozen.
         regions: The repeated modules that were compiled once (``regional=True``), as sentences.
+        notes: What is known of this machine against the times, as sentences.
     """
 
     rows: tuple[Decision, ...]
@@ -225,6 +226,7 @@ class Explanation:
     timings: Mapping[str, float] = field(default_factory=dict, repr=False)
     frozen: tuple[str, ...] = ()
     regions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.rows:
@@ -247,7 +249,7 @@ class Explanation:
                 f"{len(self.eager)} of the weights run masked in Python that cannot be captured, "
                 f"without a kernel: {', '.join(self.eager)}"
             )
-        parts += self.regions
+        parts += [*self.regions, *self.notes]
         if sum(self.timings.values()) >= SLOW:
             spent = ", ".join(f"{phase} {spent:.1f} s" for phase, spent in self.timings.items())
             parts.append(f"first calls spent: {spent}")

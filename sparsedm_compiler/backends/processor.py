@@ -6,6 +6,8 @@ import platform
 from functools import cache
 from pathlib import Path
 
+import torch
+
 _NUMBERS = ("cpu family", "model", "CPU implementer", "CPU part")
 
 
@@ -19,6 +21,13 @@ def read_cpu_name() -> str:
     name = facts.get("model name") or platform.processor() or platform.machine()
     numbers = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in _NUMBERS if key in facts]
     return ", ".join((name, *numbers))
+
+
+def lacks_bfloat16() -> bool:
+    """Returns whether this is an x86 CPU without instructions that multiply bfloat16."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _parse(text: str) -> dict[str, str]:

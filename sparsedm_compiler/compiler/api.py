@@ -37,11 +37,11 @@ from ..masks.detect import detect_patterns
 from ..meta_models import require_values
 from ..patterns import Pattern
 from ..reports import Decision, Explanation
+from .describe_compiled import describe_compiled
 from .frozen_masks import FrozenMasks, write_frozen_masks
 from .guarded_forward import SparseForward
 from .inner_backend import resolve_backend
-from .lookup import masked_parameters, require_compiled
-from .phase_clock import PHASES
+from .lookup import require_compiled
 from .recompile import copy_model, find_compiled, inherit_choice, warn_of_changes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -259,35 +259,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         ConfigError: If ``model`` was not compiled.
     """
-    forwards = require_compiled(model)
+    require_compiled(model)
     if args or kwargs:
         with torch.no_grad():
             model(*args, **kwargs)
-    rows = [
-        decision.prefixed(prefix)
-        for prefix, forward in forwards
-        for decision in forward.decisions.values()
-    ]
-    choices = [
-        choice.prefixed(prefix)
-        for prefix, forward in forwards
-        for choice in forward.choices.values()
-    ]
-    config = forwards[0][1].config
-    backend = config.backend
-    return Explanation(
-        rows=tuple(rows),
-        choices=tuple(choices),
-        masked=tuple(masked_parameters(model)),
-        mode=config.mode,
-        backend=resolve_backend(backend) if isinstance(backend, str) else backend.__name__,
-        broken=next((forward.broken for _, forward in forwards if forward.broken), None),
-        eager=tuple(prefix + name for prefix, forward in forwards for name in forward.eager),
-        frozen=tuple(
-            prefix + name for prefix, forward in forwards for name in forward.frozen.frozen_names
-        ),
-        regions=tuple(dict.fromkeys(text for _, own in forwards for text in own.clock.regions)),
-        timings={
-            phase: sum(forward.clock.seconds[phase] for _, forward in forwards) for phase in PHASES
-        },
-    )
+    return describe_compiled(model)
