@@ -52,6 +52,12 @@ def load_library() -> ctypes.CDLL:
         raise KernelError(f"the CPU kernels do not load: {error}") from error
     loaded.sdm_run.argtypes = [ctypes.POINTER(KernelArguments)]
     loaded.sdm_run.restype = ctypes.c_int32
+    loaded.sdm_time.argtypes = [
+        ctypes.POINTER(KernelArguments),
+        *[ctypes.c_void_p] * 2,
+        ctypes.c_int64,
+    ]
+    loaded.sdm_time.restype = ctypes.c_int64
     loaded.sdm_pack.argtypes = [ctypes.c_void_p] * 3
     loaded.sdm_pack.restype = ctypes.c_int32
     loaded.sdm_isa.restype = ctypes.c_char_p

@@ -145,10 +145,16 @@ def plan_layout(
     *,
     width: int | None = None,
     wide: int = NARROW,
+    threads: int = 1,
 ) -> Layout:
-    """Returns the layout for a mask of ``pattern``; width: columns of a block, if not the usual."""
+    """Returns the layout for a mask of ``pattern``.
+
+    width: Columns of a block, if not the usual. threads: Those that will run it: where they are
+    many for the rows, blocks are of fewer rows, in which a pair shares fewer columns.
+    """
     share = pattern.rows if isinstance(pattern, SharedNM) else 0
-    row_block = 256 if not share else max(1, 256 // share) * share
+    height = 64 if rows < 32 * threads else 256  # benchmarks/threads.py
+    row_block = height if not share else max(1, height // share) * share
     target = width or (2048 if share else 128)
     groups = cols // pattern.m
     per_block = ceil(groups / max(1, ceil(cols / target)))

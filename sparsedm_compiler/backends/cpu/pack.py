@@ -35,7 +35,9 @@ def pack(
     why = why_refused(pattern, rows, cols, weight.dtype)
     if why is not None:
         raise PackError(f"a weight of {list(weight.shape)} cannot be packed to {pattern}: {why}")
-    packed = allocate(plan_layout(pattern, rows, cols, weight.dtype, width=width, wide=wide))
+    threads = torch.get_num_threads()
+    layout = plan_layout(pattern, rows, cols, weight.dtype, width=width, wide=wide, threads=threads)
+    packed = allocate(layout)
     mask = mask.to(torch.bool).contiguous()
     if not _keeps_n(mask, pattern):  # the packer trusts it, and would write out of bounds
         raise PackError(f"the mask is not one of {pattern}")

@@ -171,7 +171,7 @@ Plan plan(const Call& c, const Header& h, int64_t vectors, int limit, int thread
   double least = 0;
   const double kept = (double)h.cols * h.n / h.m;
   const int64_t last = std::min(vectors, divide_up(fewest, threads) * threads * 2);
-  for (int64_t parts = 1; parts <= row_blocks; parts++) {
+  for (int64_t parts = 1; parts <= std::min<int64_t>(row_blocks, 2 * threads); parts++) {
     const double rows = (double)std::min<int64_t>(h.rows, divide_up(row_blocks, parts) * h.row_block);
     for (int64_t groups = fewest; groups <= last; groups++) {
       const double size = (double)vectors / (double)groups;  // threads take turns: the mean counts
@@ -260,5 +260,15 @@ int32_t sdm_run(const Call* call) try {
   return failed;
 } catch (const std::bad_alloc&) {
   return 1;
+}
+
+// Runs a call as it is cut for its threads, on one; the number of its pieces, of which ``room`` are
+// written, or -1 where sdm_run fails.
+int64_t sdm_time(const Call* call, double* seconds, int32_t* loops, int64_t room) {
+  PieceTimes times{seconds, loops, room, 0, 0};
+  piece_times = &times;
+  const int32_t failed = sdm_run(call);
+  piece_times = nullptr;
+  return failed ? -1 : times.count;
 }
 }
