@@ -37,7 +37,7 @@ from sparsedm_compiler.autotune.side_by_side import (
 )
 from sparsedm_compiler.backends.kernel_family import KernelConfig, MatmulProblem, WeightFormat
 from sparsedm_compiler.backends.packing import fold_weight
-from sparsedm_compiler.backends.processor import read_cpu_name
+from sparsedm_compiler.backends.processor import lacks_bfloat16, read_cpu_name
 from sparsedm_compiler.backends.registry import find_families
 from sparsedm_compiler.models import preset
 from sparsedm_compiler.patterns import Pattern
@@ -123,7 +123,7 @@ def bench_model(
     args, kwargs = call
     calls = {key: bind(run, args, kwargs) for key, run in baselines(model).items()}
     dtype = short(next(model.parameters()).dtype)
-    if dtype == "fp32":
+    if dtype == "fp32" and not lacks_bfloat16():
         calls["inductor bf16"] = bind(
             compile_frozen(copy.deepcopy(model).bfloat16()), *cast_half(call)
         )
@@ -306,11 +306,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", choices=PARTS, action="append", help="repeatable; default: all")
+    usual = [part for part in PARTS if part != "bf16" or not lacks_bfloat16()]
+    parser.add_argument("--only", choices=PARTS, action="append", help=f"repeatable; {usual}")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     section: dict[str, Any] = {}
-    for part in args.only or PARTS:
+    for part in args.only or usual:
         torch.manual_seed(0)
         started = time.perf_counter()
         section[part] = run_part(part, args.rounds, args.batches)
