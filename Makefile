@@ -69,6 +69,7 @@ bench: env ## the CPU benchmarks; writes out/bench. BENCH="--only models" runs a
 	$(BIN)/python benchmarks/masks.py --out out/bench/masks.json
 	$(BIN)/python benchmarks/mask_ste.py --only op --patterns 2:4 --out out/bench/mask_ste.json
 	$(BIN)/python benchmarks/sparse.py --out out/bench/sparse.json --chart out/bench/sparse.png $(BENCH)
+	$(BIN)/python benchmarks/threads.py --out out/bench/threads.json
 	$(BIN)/python benchmarks/train_step.py --patterns 2:4 --rounds 5 --out out/bench/train_step.json
 
 # A Python whose torch has CUDA; nothing is installed. Options: make gpu GPU="--only models"
