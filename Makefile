@@ -40,7 +40,7 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: env ## the kernel tests under AddressSanitizer and UBSan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 SPARSEDM_CXXFLAGS="$(SANITIZE)" \
-	$(BIN)/python -m pytest -n0 tests/backends/cpu/test_kernels.py tests/backends/cpu/test_format.py
+	$(BIN)/python -m pytest -n0 $(addprefix tests/backends/cpu/,test_kernels.py test_format.py test_emulated_bf16.py)
 
 emulate: env ## the CPU kernels for ARM (by qemu-user) and AMX, emulated
 	SPARSEDM_FUZZ=2000 $(BIN)/python -m pytest -n2 tests/backends/cpu/test_neon.py tests/backends/cpu/test_emulated_bf16.py

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     out = tmp_path_factory.mktemp("bf16") / "emulated.so"
     flags = [*list_flags("", "DEFAULT"), "-O1", "-ffp-contract=off", "-Wno-psabi"]
+    flags += os.environ.get("SPARSEDM_CXXFLAGS", "").split()  # make sanitize
     given = ["-include", str(Path(__file__).with_name("emulated_bf16.h")), "-fopenmp"]
     sources = [str(HERE / name) for name in ("kernel.cpp", "pack.cpp")]
     subprocess.run([str(COMPILER), *flags, *given, *sources, "-o", str(out)], check=True)
