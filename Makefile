@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 demo: env ## prune, fine-tune and sample a digit model; writes out/demo
 	$(BIN)/python examples/demo.py
 
-test: env ## run all tests, about 19 minutes on two cores
+test: env ## run all tests, 23 to 33 minutes on two cores
 	$(BIN)/python -m pytest
 
 test-quick: env ## the tests to run before each commit, about 3 minutes
