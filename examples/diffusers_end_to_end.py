@@ -5,7 +5,7 @@
 Makes a tiny DDPM pipeline with random weights, loads its UNet with a SparseConfig, fine-tunes it on
 handwritten digits, saves it and loads it again without an argument, samples, trains a LoRA adapter
 with peft and merges it, and exports the result to ONNX, where onnxruntime must equal eager and
-every pruned weight must still be 2:4. Needs the extras "train", "demo" and "export", and peft.
+every pruned weight must still be 2:4. Needs pip install "sparsedm-compiler[demo,lora,export]".
 Writes into out/diffusers; less than a minute on two cores, and --quick less than half of that.
 """
 

@@ -28,6 +28,7 @@ EXTRAS = {
         *("tensorboard", "tqdm"),
     ),
     "datasets": ("datasets",),
+    "lora": ("peft",),
     "demo": ("scikit-learn",),
     "eightbit": ("bitsandbytes", "torchao"),
     "export": ("onnx", "onnxruntime", "onnxscript"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..optional_deps import is_installed
 from .attach import attach
 from .config import SparseConfig
-from .registration import follow_single_files, register, register_backend
+from .registration import follow_configs, follow_single_files, register, register_backend
 
 __all__ = ["SparseConfig", "attach"]
 
@@ -15,3 +15,4 @@ if is_installed("diffusers"):  # without it there is nothing to plug in
     register(SparseConfig, SparseQuantizer)
     register_backend(SparseConfig)
     follow_single_files(adopt_by_config)
+    follow_configs(adopt_by_config)

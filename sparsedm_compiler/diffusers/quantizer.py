@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..files.container import KEY
 from ..graph.capture import map_parameter_names
 from .config import SparseConfig
-from .registration import import_private
+from .registration import METHOD, import_private
 
 _Base: Any = import_private("diffusers.quantizers.base", "DiffusersQuantizer")
 
@@ -106,8 +106,16 @@ class SparseQuantizer(_Base):  # type: ignore[misc]
 
 
 def adopt_by_config(model: Any) -> None:
-    """Compiles a loaded model in place as the config that was saved with it says."""
-    config = SparseConfig.from_dict(model.config["quantization_config"])
+    """Compiles a model in place as its config says, if that has one of this plugin's.
+
+    Raises ConfigError where masks are frozen that the weights do not tell, as of a new model.
+    """
+    saved = model.config.get("quantization_config")
+    if isinstance(saved, dict) and saved.get("quant_method") == METHOD:
+        saved = SparseConfig.from_dict(saved)
+    if not isinstance(saved, SparseConfig) or find_compiled(model) is not None:
+        return
+    config = saved.copy()
     quantizer = SparseQuantizer(config, pre_quantized=True)
     quantizer._process_model_before_weight_loading(model)
     quantizer._process_model_after_weight_loading(model)

@@ -12,6 +12,8 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
+from torch import nn
+
 from ..errors import ConfigError
 from ..optional_deps import import_diffusers, is_installed, read_version
 
@@ -74,7 +76,7 @@ def follow_single_files(adopt: Callable[[Any], None]) -> None:
     """Makes ``from_single_file`` prune a model whose config says that it is pruned.
 
     ``from_pretrained`` asks the config; ``from_single_file`` ignores it, and the model would run
-    dense. ``adopt``: compiles such a model in place.
+    dense. ``adopt``: compiles such a model in place, and leaves others alone.
     """
     mixin = import_private("diffusers.loaders.single_file_model", "FromOriginalModelMixin")
     load = mixin.from_single_file.__func__
@@ -82,12 +84,30 @@ def follow_single_files(adopt: Callable[[Any], None]) -> None:
     @wraps(load)
     def from_single_file(cls: type, *args: Any, **kwargs: Any) -> Any:
         model = load(cls, *args, **kwargs)
-        saved = model.config.get("quantization_config")
-        if isinstance(saved, dict) and saved.get("quant_method") == METHOD:
-            adopt(model)
+        adopt(model)
         return model
 
     mixin.from_single_file = classmethod(from_single_file)
+
+
+def follow_configs(adopt: Callable[[Any], None]) -> None:
+    """Makes ``from_config`` prune a new model whose config says that it is pruned.
+
+    Else it would run dense, and be saved as pruned. ``from_pretrained`` makes its model so, too,
+    but without values yet: it is compiled once it is loaded.
+    """
+    mixin = import_private("diffusers.configuration_utils", "ConfigMixin")  # of schedulers, too
+    make = mixin.from_config.__func__
+
+    @wraps(make)
+    def from_config(cls: type, *args: Any, **kwargs: Any) -> Any:
+        made = make(cls, *args, **kwargs)
+        model = made[0] if isinstance(made, tuple) else made
+        if isinstance(model, nn.Module) and not any(p.is_meta for p in model.parameters()):
+            adopt(model)
+        return made
+
+    mixin.from_config = classmethod(from_config)
 
 
 def list_tables() -> tuple[MutableMapping[str, type], MutableMapping[str, type]]:

@@ -14,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.quantizers import PipelineQuantizationConfig, auto
 from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -195,6 +196,30 @@ def test_single_file_is_loaded_pruned_by_the_argument_and_by_its_config(tmp_path
     assert_same(again.conv_in.weight, student.conv_in.weight)
     half = load_single_file(tmp_path / "student", torch_dtype=torch.bfloat16)
     assert (half.dtype, masked_patterns(half)) == (torch.bfloat16, masked_patterns(student))
+
+
+def test_new_model_from_the_config_of_a_pruned_one_is_pruned(
+    folder: Path, student: Any, tmp_path: Path
+) -> None:
+    assert "forward" not in vars(UNet2DModel.from_config(UNet2DModel.load_config(folder)))
+    student.save_pretrained(tmp_path / "student")
+    saved = UNet2DModel.load_config(tmp_path / "student")
+    for config in (student.config, saved):
+        made, _ = UNet2DModel.from_config(config, return_unused_kwargs=True)
+        made = made if config is student.config else sdm.compile(made, backend="eager")
+        run(made)
+        assert masked_patterns(made) == masked_patterns(student)
+        assert not torch.equal(made.conv_in.weight, student.conv_in.weight)
+
+
+def test_average_that_diffusers_keeps_of_a_student_is_saved_pruned(
+    student: Any, tmp_path: Path
+) -> None:
+    average = EMAModel(student.parameters(), model_cls=UNet2DModel, model_config=student.config)
+    average.save_pretrained(tmp_path)
+    again = UNet2DModel.from_pretrained(tmp_path)
+    assert masked_patterns(again) == masked_patterns(student)
+    assert_same(run_eagerly(again), run(student))
 
 
 def test_one_config_for_two_models_keeps_them_apart(folder: Path, student: Any) -> None:
