@@ -15,6 +15,8 @@ from ..backends.packing import PackedWeight
 from ..backends.registry import find_family
 from ..config import Backend, CompileConfig
 from ..errors import CheckpointError, ConfigError, KernelError
+from ..files.check_file import satisfies
+from ..files.compact import find_kept
 from ..files.container import (
     DENSE,
     FORMS,
@@ -163,6 +165,8 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
         frozen = read_soft(meta.get("soft", {}), patterns)
         frozen = frozen or read_frozen(meta["frozen"], decisions, tensors)
         known, source = frozenset(map(str, meta["known"])), meta["class"]
+        if meta.get("form") == DENSE:
+            _require_zeros(tensors, patterns)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, KernelError) as error:
@@ -211,6 +215,19 @@ def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
             seen[where] = name
             tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
     return tensors, aliases
+
+
+def _require_zeros(tensors: Mapping[str, Tensor], patterns: Mapping[str, Pattern | None]) -> None:
+    """Raises CheckpointError where a weight of the form "dense" is not of its own pattern."""
+    for name, pattern in patterns.items():
+        if pattern is None or name not in tensors:
+            continue
+        weight = tensors[name]
+        if weight.dim() > 1 and not satisfies(find_kept(weight), pattern):
+            raise CheckpointError(
+                f"{name!r} is declared to be {pattern} and has other zeros: somebody has changed "
+                "the file; sparsedm check shows which pattern it satisfies"
+            )
 
 
 def _require_shapes(stored: StoredFile, model: nn.Module) -> None:

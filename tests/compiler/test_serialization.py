@@ -135,3 +135,21 @@ def test_save_when_it_fails_leaves_the_old_file(
         sdm.save(student, path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_load_of_a_dense_file_whose_zeros_are_not_of_its_pattern_raises(tmp_path: Path) -> None:
+    net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    student = sdm.compile(net, "2:4", backend="eager")
+    student(torch.zeros(1, 8))
+    path = tmp_path / "dense.safetensors"
+    sdm.save(student, path, form="dense")
+    sdm.load(path, net, backend="eager")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["1.weight"][0, :4] = 1
+    save_file(tensors, path, metadata)
+    with pytest.raises(
+        sdm.CheckpointError, match=r"1\.weight' is declared to be 2:4"
+    ):
+        sdm.load(path, net, backend="eager")
