@@ -149,7 +149,5 @@ def test_load_of_a_dense_file_whose_zeros_are_not_of_its_pattern_raises(tmp_path
     tensors = load_file(path)
     tensors["1.weight"][0, :4] = 1
     save_file(tensors, path, metadata)
-    with pytest.raises(
-        sdm.CheckpointError, match=r"1\.weight' is declared to be 2:4"
-    ):
+    with pytest.raises(sdm.CheckpointError, match=r"1\.weight' is declared to be 2:4"):
         sdm.load(path, net, backend="eager")
