@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..optional_deps import is_installed
 from .attach import attach
 from .config import SparseConfig
@@ -15,4 +17,4 @@ if is_installed("diffusers"):  # without it there is nothing to plug in
     register(SparseConfig, SparseQuantizer)
     register_backend(SparseConfig)
     follow_single_files(adopt_by_config)
-    follow_configs(adopt_by_config)
+    follow_configs(partial(adopt_by_config, new=True))

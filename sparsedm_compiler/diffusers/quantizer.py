@@ -105,18 +105,19 @@ class SparseQuantizer(_Base):  # type: ignore[misc]
         )
 
 
-def adopt_by_config(model: Any) -> None:
+def adopt_by_config(model: Any, *, new: bool = False) -> None:
     """Compiles a model in place as its config says, if that has one of this plugin's.
 
-    Raises ConfigError where masks are frozen that the weights do not tell, as of a new model.
+    ``new``: its weights are not those of the config, and so tell no frozen masks: none are frozen.
     """
     saved = model.config.get("quantization_config")
     if isinstance(saved, dict) and saved.get("quant_method") == METHOD:
         saved = SparseConfig.from_dict(saved)
-    if not isinstance(saved, SparseConfig) or find_compiled(model) is not None:
+    if not isinstance(saved, SparseConfig):
         return
-    config = saved.copy()
-    quantizer = SparseQuantizer(config, pre_quantized=True)
+    quantizer = SparseQuantizer(saved, pre_quantized=True)
+    if new:
+        quantizer.quantization_config.frozen = []
     quantizer._process_model_before_weight_loading(model)
     quantizer._process_model_after_weight_loading(model)
 

@@ -8,6 +8,7 @@ more of transformers are asked for the name that ``quant_backend=`` of a pipelin
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
+from contextvars import ContextVar
 from functools import wraps
 from importlib import import_module
 from typing import Any
@@ -22,6 +23,9 @@ METHOD = "sparsedm"
 
 TESTED = "0.40 to 0.42"
 """The versions of diffusers that the plugin is tested with."""
+
+_loading: ContextVar[bool] = ContextVar("loading", default=False)
+"""Whether ``from_single_file`` runs, whose model is compiled with the weights that it loads."""
 
 _TABLES = ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING")
 
@@ -83,7 +87,11 @@ def follow_single_files(adopt: Callable[[Any], None]) -> None:
 
     @wraps(load)
     def from_single_file(cls: type, *args: Any, **kwargs: Any) -> Any:
-        model = load(cls, *args, **kwargs)
+        token = _loading.set(True)
+        try:
+            model = load(cls, *args, **kwargs)
+        finally:
+            _loading.reset(token)
         adopt(model)
         return model
 
@@ -103,7 +111,9 @@ def follow_configs(adopt: Callable[[Any], None]) -> None:
     def from_config(cls: type, *args: Any, **kwargs: Any) -> Any:
         made = make(cls, *args, **kwargs)
         model = made[0] if isinstance(made, tuple) else made
-        if isinstance(model, nn.Module) and not any(p.is_meta for p in model.parameters()):
+        if _loading.get() or not isinstance(model, nn.Module):
+            return made
+        if not any(parameter.is_meta for parameter in model.parameters()):
             adopt(model)
         return made
 

@@ -212,14 +212,23 @@ def test_new_model_from_the_config_of_a_pruned_one_is_pruned(
         assert not torch.equal(made.conv_in.weight, student.conv_in.weight)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 def test_average_that_diffusers_keeps_of_a_student_is_saved_pruned(
-    student: Any, tmp_path: Path
+    frozen: bool, student: Any, tmp_path: Path
 ) -> None:
+    if frozen:
+        student = copy.deepcopy(student)
+        sdm.freeze_masks(student)
+        assert student.hf_quantizer.is_serializable
     average = EMAModel(student.parameters(), model_cls=UNet2DModel, model_config=student.config)
     average.save_pretrained(tmp_path)
     again = UNet2DModel.from_pretrained(tmp_path)
     assert masked_patterns(again) == masked_patterns(student)
     assert_same(run_eagerly(again), run(student))
+    masks = sdm.get_masks(again)
+    for name, mask in sdm.get_masks(student).items():
+        assert_same(masks[name], mask)
+        assert_same(again.get_parameter(name) * mask, student.get_parameter(name) * mask)
 
 
 def test_one_config_for_two_models_keeps_them_apart(folder: Path, student: Any) -> None:
