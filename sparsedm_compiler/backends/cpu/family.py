@@ -15,7 +15,7 @@ from ..cpp_compiler import describe_compiler
 from ..kernel_family import KernelConfig, KernelFamily, MatmulProblem, OpCall, WeightFormat
 from ..processor import read_cpu_name
 from .build import hash_sources, why_unavailable
-from .format import BLOCKS, DEPTH, NARROW, UNIT, WIDE, check, read_layout, why_refused
+from .format import BLOCKS, DEPTH, NARROW, UNIT, WIDE, check, find_widest, read_layout, why_refused
 from .isa import multiplies_blocks, read_isa, select_isa
 from .norm_conv import nm_norm_conv2d_op
 from .ops import nm_conv2d_op, nm_linear_op, unpack_weight
@@ -23,8 +23,6 @@ from .pack import pack
 
 _Settings = tuple[tuple[int, int], ...]
 """(columns of a block, vectors of tokens) of each kernel to try."""
-_ALL = 65535
-"""More columns than a block of them can have: all are one."""
 _LEVELS = (0.4, 0.2, 0.1)
 """Densities at which masks that are free per row get other settings."""
 # Of 16 registers a tile fills the most that it can, of 32 as many as loads keep up with.
@@ -84,7 +82,11 @@ class CpuFamily(KernelFamily):
             wide = dtype == torch.bfloat16 and accepted.rows % UNIT == 0 and select_isa() != "plain"
             blocks = wide and _has_deep_blocks(pattern) and multiplies_blocks()
             return (
-                *([KernelConfig("cpu_block", (_ALL, BLOCKS), (1,))] if blocks else []),
+                *(
+                    [KernelConfig("cpu_block", (find_widest(accepted), BLOCKS), (1,))]
+                    if blocks
+                    else []
+                ),
                 *(KernelConfig("cpu_wide", (2048, WIDE), (tile,)) for tile in (3, 6) if wide),
                 *_list_settings("cpu_shared", _SHARED.get(read_isa(), _SHARED_OF_16)),
             )

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from sparsedm_compiler.backends.cpu import ops
-from sparsedm_compiler.backends.cpu.abi import KernelArguments
-from sparsedm_compiler.backends.cpu.build import load_library, why_unavailable
+from benchmarks.threads import timing_pieces
+from sparsedm_compiler.backends.cpu.build import why_unavailable
 from sparsedm_compiler.backends.cpu.format import read_layout
 from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
 from tests.backends.cpu.cases import case
 from tests.oracle import assert_same
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason="needs a C++ compiler")
-ROOM = 1000
 ONES = [1, 1]
 
 
@@ -27,39 +24,24 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
-    """The seconds of the pieces of the last call, by loop."""
-    kept: list[list[float]] = []
-
-    def run(call: KernelArguments) -> None:
-        seconds, numbers = (ctypes.c_double * ROOM)(), (ctypes.c_int32 * ROOM)()
-        count = load_library().sdm_time(ctypes.byref(call), seconds, numbers, ROOM)
-        kept[:] = [[] for _ in range(numbers[count - 1] + 1)]
-        for second, number in zip(seconds[:count], numbers[:count], strict=True):
-            kept[number].append(second)
-
-    monkeypatch.setattr(ops, "run_call", run)
-    return kept
-
-
 @pytest.mark.parametrize("threads", [1, 2, 8, 16])
 @pytest.mark.parametrize("text", ["2:4", "1:16x4"])
 def test_linear_cut_for_many_threads_has_work_for_most_and_the_same_result(
-    text: str, threads: int, loops: list[list[float]]
+    text: str, threads: int
 ) -> None:
     torch.manual_seed(0)
     held = case(text, 512 // int(text[2:].partition("x")[0]), 512, torch.float32)
     x = torch.randn(257, 512)
     one = nm_linear_op(x, held.packed, None, 512, "gelu", 6)
-    torch.set_num_threads(threads)
-    assert_same(nm_linear_op(x, held.packed, None, 512, "gelu", 6), one)
+    loops: list[list[float]] = []
+    with timing_pieces(threads, loops):
+        assert_same(nm_linear_op(x, held.packed, None, 512, "gelu", 6), one)
     (pieces,) = loops
     assert len(pieces) >= 0.85 * threads
     assert all(seconds > 0 for seconds in pieces)
 
 
-def test_conv_cut_for_many_threads_pads_its_planes_first(loops: list[list[float]]) -> None:
+def test_conv_cut_for_many_threads_pads_its_planes_first() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 64, 16, 16)
     outputs, counts = [], []
@@ -68,7 +50,9 @@ def test_conv_cut_for_many_threads_pads_its_planes_first(loops: list[list[float]
         torch.set_num_threads(threads)
         held = case("2:4", 16, 64, torch.float32, (3, 3))
         geometry = ([3, 3], ONES, ONES, ONES)
-        outputs.append(nm_conv2d_op(x, held.packed, None, 64, *geometry, "none", 6))
+        loops: list[list[float]] = []
+        with timing_pieces(threads, loops):
+            outputs.append(nm_conv2d_op(x, held.packed, None, 64, *geometry, "none", 6))
         counts.append([len(pieces) for pieces in loops])
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
     assert counts[0][0] == counts[1][0] == 64

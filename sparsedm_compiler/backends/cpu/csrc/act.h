@@ -1,5 +1,7 @@
 // Activations on vectors, to fp32 rounding: |error| <= 4e-7 (1 + |x|).
 #pragma once
+#include <type_traits>
+
 #include "vec.h"
 
 enum Act : int32_t { NONE = 0, GELU = 1, GELU_TANH = 2, SILU = 3 };
@@ -54,4 +56,19 @@ static inline vf act_v(vf x) {
     return x * sigmoid_v(x * splat(1.59576912f) * (splat(1.0f) + splat(0.044715f) * x * x));
   if constexpr (A == SILU) return x * sigmoid_v(x);
   return x;
+}
+
+// Calls ``body`` with the activation as a type that knows it when compiled.
+template <class F>
+void choose_act(int32_t act, F body) {
+  switch ((Act)act) {
+    case GELU:
+      return body(std::integral_constant<Act, GELU>{});
+    case GELU_TANH:
+      return body(std::integral_constant<Act, GELU_TANH>{});
+    case SILU:
+      return body(std::integral_constant<Act, SILU>{});
+    default:
+      return body(std::integral_constant<Act, NONE>{});
+  }
 }

@@ -141,7 +141,7 @@ void add(const Product& p, Isa isa, float* sums) {
 }
 
 // act(sums + bias) of ``tokens`` tokens and ``rows`` rows of W, to y.
-template <class Y, Act A>
+template <Act A>
 void write_sums(const Work& work, float* sums, int64_t token0, int tokens, int64_t row0, int rows) {
   const Call& c = work.call;
   for (int r = 0; r < rows; r += L) {
@@ -152,7 +152,7 @@ void write_sums(const Work& work, float* sums, int64_t token0, int tokens, int64
       if (c.form == PLANES)
         store(from, y);
       else
-        store_as((Y*)c.out + (token0 + t) * c.out_stride + row0 + r, y);
+        store_as((bf16*)c.out + (token0 + t) * c.out_stride + row0 + r, y);
     }
   }
   if (c.form != PLANES) return;
@@ -160,28 +160,14 @@ void write_sums(const Work& work, float* sums, int64_t token0, int tokens, int64
   for (int r = 0; r < rows; r++)
     for (int t = 0; t < tokens; t++) {
       const int64_t image = (token0 + t) / pixels, pixel = (token0 + t) % pixels;
-      put((Y*)c.out + (image * work.h.rows + row0 + r) * pixels + pixel, sums[t * rows + r]);
+      put((bf16*)c.out + (image * work.h.rows + row0 + r) * pixels + pixel, sums[t * rows + r]);
     }
-}
-
-inline void write_block(const Work& work, float* sums, int64_t token0, int tokens, int64_t row0,
-                        int rows) {
-  switch ((Act)work.call.act) {
-    case GELU:
-      return write_sums<bf16, GELU>(work, sums, token0, tokens, row0, rows);
-    case GELU_TANH:
-      return write_sums<bf16, GELU_TANH>(work, sums, token0, tokens, row0, rows);
-    case SILU:
-      return write_sums<bf16, SILU>(work, sums, token0, tokens, row0, rows);
-    default:
-      return write_sums<bf16, NONE>(work, sums, token0, tokens, row0, rows);
-  }
 }
 
 // Up to BLOCK_TOKENS tokens of images as rows of bfloat16: [token][column]. ``planes``: room for them
 // feature-major.
 inline void lay_out_tokens(const Work& work, int64_t token0, int tokens, float* planes, bf16* rows) {
-  const int vectors = (tokens + L - 1) / L;
+  const int vectors = (int)divide_up(tokens, L);
   Tile tile{token0, vectors, {}, false, {}};
   reads_planes(work.call) ? find_runs(work, tile) : find_places(work.call, tile);
   pack(work, tile, 0, work.h.cols, planes);
@@ -207,7 +193,9 @@ inline void run_block(const Work& work, const bf16* x, int64_t stride, int64_t t
     w += kept * h.group;
     index += kept;
   }
-  write_block(work, sums, token0, tokens, row0, rows);
+  choose_act(work.call.act, [&](auto act) {
+    write_sums<act()>(work, sums, token0, tokens, row0, rows);
+  });
 }
 
 // The tokens of a group that are laid out at once, and their rows of W; no x is packed for a linear

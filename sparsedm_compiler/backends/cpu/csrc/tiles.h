@@ -276,14 +276,5 @@ void unpack_as(const Work& work, const Tile& tile, const float* acc, int64_t row
 
 template <class Y>
 void unpack(const Work& work, const Tile& tile, const float* acc, int64_t row0, int64_t size) {
-  switch ((Act)work.call.act) {
-    case GELU:
-      return unpack_as<Y, GELU>(work, tile, acc, row0, size);
-    case GELU_TANH:
-      return unpack_as<Y, GELU_TANH>(work, tile, acc, row0, size);
-    case SILU:
-      return unpack_as<Y, SILU>(work, tile, acc, row0, size);
-    default:
-      return unpack_as<Y, NONE>(work, tile, acc, row0, size);
-  }
+  choose_act(work.call.act, [&](auto act) { unpack_as<Y, act()>(work, tile, acc, row0, size); });
 }
