@@ -118,7 +118,7 @@ class _DeviceSamples:
     """
 
     def __init__(self, samples: Sequence[WeightSample]) -> None:
-        self._now = [sample.now.reshape(-1) for sample in samples]
+        self._now = [sample.now for sample in samples]  # with gaps, ``reshape`` would be a copy
         self._before = torch.cat([sample.before.reshape(-1) for sample in samples])
         self._is_cuda = self._before.is_cuda
         self._answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=self._is_cuda)
@@ -127,9 +127,9 @@ class _DeviceSamples:
 
     def ask(self) -> None:
         """Asks whether the samples are what they were, unless an answer is still owed."""
-        if self._owed or (self._is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self._owed or self._is_capturing():
             return  # launches would become part of a CUDA graph, in which no answer can be read
-        changed = torch.cat(self._now).ne(self._before).any()
+        changed = torch.cat([now.reshape(-1) for now in self._now]).ne(self._before).any()
         self._answer.copy_(changed, non_blocking=self._is_cuda)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(self._before.device))
@@ -137,12 +137,15 @@ class _DeviceSamples:
 
     def take_report(self) -> bool:
         """Returns whether an answer has come that says that a sample has changed."""
-        if not self._owed:
+        if not self._owed or self._is_capturing():  # to query an event would end the capture
             return False
         if self._event is not None and not self._event.query():  # type: ignore[no-untyped-call]
             return False
         self._owed = False
         return bool(self._answer)
+
+    def _is_capturing(self) -> bool:
+        return self._is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class EditWatcher:

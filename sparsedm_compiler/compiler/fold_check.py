@@ -36,7 +36,9 @@ class FoldCheck:
         # Held, so that no other weight comes to lie at the address of one of these:
         self._weights = [*weights.values()]
         self._versions = [weight._version for weight in self._weights]
-        self._addresses = [weight.data_ptr() for weight in self._weights]
+        self._addresses = [0] * (max(weights, default=-1) + 1)
+        for position, weight in weights.items():
+            self._addresses[position] = weight.data_ptr()
         self._forms = forms
         self._samples = HostSamples(samples)
 
@@ -47,7 +49,7 @@ class FoldCheck:
             return False
         if [weight._version for weight in weights] != self._versions:
             return False
-        if not _lie_at(inputs, self._positions, weights, self._addresses):
+        if not _lie_at(inputs, self._addresses, self._positions):
             return False
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             return False
@@ -59,19 +61,18 @@ class FoldCheck:
             arguments[position] = folded
 
 
-_lie_at_by_torch: Callable[..., bool] | None = vars(torch._C).get(
-    "_tensors_data_ptrs_at_indices_equal"
+def _lie_at_in_python(inputs: list[Any], addresses: list[int], positions: list[int]) -> bool:
+    """Returns whether the inputs at some positions lie at the addresses at these positions."""
+    return [inputs[k].data_ptr() for k in positions] == [addresses[k] for k in positions]
+
+
+_lie_at: Callable[[list[Any], list[int], list[int]], bool] = vars(torch._C).get(
+    "_tensors_data_ptrs_at_indices_equal", _lie_at_in_python
 )
-"""One loop in C++ over the addresses of tensors, which torch has in its builds for CUDA."""
+"""One loop in C++ over the addresses of tensors, which torch has in its builds for CUDA.
 
-
-def _lie_at(
-    inputs: list[Any], positions: list[int], weights: list[Tensor], addresses: list[int]
-) -> bool:
-    """Returns whether the inputs at some positions, the weights, lie at these addresses."""
-    if _lie_at_by_torch is not None:
-        return _lie_at_by_torch(inputs, addresses, positions)
-    return [weight.data_ptr() for weight in weights] == addresses
+Torch's CUDA graphs call it the same way: positions count in both lists.
+"""
 
 
 def make_check(

@@ -127,6 +127,7 @@ def plan_weights(
         shape, uses = tuple(weight.shape), find_uses(node)
         row = PlannedWeight(node, position, name, pattern, shape, uses, WeightFormat(pattern))
         if config.mode == "train":
+            pattern.prepare(weight.device)
             if frozen is not None:
                 row = frozen.plan(row, weight.device)
             row = select_training_kernel(row, get_example_value(node), config)

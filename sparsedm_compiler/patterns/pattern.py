@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..errors import PatternError
@@ -73,6 +74,9 @@ class Pattern(ABC):
         Returns:
             A bool tensor of the shape of ``weight``, True where a weight is kept.
         """
+
+    def prepare(self, device: torch.device) -> None:  # noqa: B027 - most keep nothing
+        """Makes what ``compute_mask`` keeps on a device: in a CUDA graph it could not stay."""
 
     @abstractmethod
     def __str__(self) -> str: ...

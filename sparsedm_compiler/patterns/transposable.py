@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from ..errors import PatternError
-from ..selection.transposable_tiles import TILE, select_tiles
+from ..selection.transposable_tiles import TILE, build_plan, select_tiles
 from .pattern import Pattern, explain_patterns, register_pattern
 from .per_row import NM
 
@@ -61,6 +62,9 @@ class TransposableNM(Pattern):
 
     def compute_mask(self, weight: Tensor) -> Tensor:
         return select_tiles(weight, self.n)
+
+    def prepare(self, device: torch.device) -> None:
+        build_plan(self.n, device)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}t"

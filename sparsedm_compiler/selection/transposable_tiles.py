@@ -58,7 +58,7 @@ def select_tiles(weight: Tensor, n: int) -> Tensor:
     mask = torch.empty_like(weight, dtype=torch.bool)
     if weight.numel() == 0:
         return mask
-    plan = _build_plan(n, weight.device)
+    plan = build_plan(n, weight.device)
     size = _CPU_TILES if weight.device.type == "cpu" else _DEVICE_TILES
     step = max(1, size * TILE * TILE // weight[:TILE].numel()) * TILE
     for part, marked in zip(torch.split(weight, step), torch.split(mask, step), strict=True):
@@ -136,7 +136,7 @@ def _sum_lanes(lanes: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _build_plan(n: int, device: torch.device) -> _Plan:
+def build_plan(n: int, device: torch.device) -> _Plan:
     """Returns the plan of n:4 masks, with its tensors on a device."""
     choices, pairs, lanes = _list_choices(n)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.compiler import edit_watch, fold_check
 from sparsedm_compiler.compiler.edit_watch import HostSamples, WeightSample, sample_values
 from tests.autotune.test_select_kernel import Net, X
 from tests.compiler.nets import Chain
@@ -125,14 +126,59 @@ def test_weight_edits_on_an_asynchronous_device_are_asked_for_now_and_then(
         assert_same(fast(X), oracle_of(fast)(X))
 
 
-def test_folded_weights_with_gaps_in_memory_when_edited_are_folded_again() -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_folded_weights_with_gaps_in_memory_when_edited_are_folded_again(
+    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if asynchronous:
+        monkeypatch.setattr(
+            "sparsedm_compiler.compiler.folded_weights._is_asynchronous", lambda weight: True
+        )
+        monkeypatch.setattr("sparsedm_compiler.compiler.edit_watch.ASK_SECONDS", 0.0)
     wide = torch.randn(16, 40)
     fast = folded("infer")
     fast.plain.weight = nn.Parameter(wide[:, 3:19], requires_grad=False)
     fast(X)
-    wide.mul_(2)
+    if not asynchronous:
+        wide.mul_(2)
     fast.plain.weight.data.add_(0.1)
+    if asynchronous:
+        fast(X)
+        with pytest.warns(UserWarning, match=r"edited through \.data"):
+            fast(X)
     assert_same(fast(X), oracle_of(fast)(X))
+
+
+def test_an_answer_that_is_owed_is_not_asked_for_while_a_cuda_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = torch.ones(8)
+    watcher = edit_watch.EditWatcher()
+    watcher.ask([WeightSample(weight, weight.clone() * 2)])
+    (device,) = watcher._devices
+    device._is_cuda = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    device._event = None  # which would be queried
+    assert not watcher.take_report()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert watcher.take_report()
+    assert not watcher.take_report()
+
+
+def test_addresses_are_compared_at_positions_of_all_inputs() -> None:
+    weights = {3: torch.ones(2), 5: torch.zeros(3)}
+    inputs: list[Any] = [None, torch.ones(1), 2, weights[3], "x", weights[5], torch.ones(4)]
+    addresses = [0, 0, 0, weights[3].data_ptr(), 0, weights[5].data_ptr()]
+    by_torch = vars(torch._C).get("_tensors_data_ptrs_at_indices_equal")  # in builds for CUDA
+    for compare in filter(None, (fold_check._lie_at_in_python, by_torch)):
+        assert compare(inputs, addresses, [3, 5])
+        assert not compare(inputs, [*addresses[:5], 0], [3, 5])
+        assert compare(inputs, [], [])
+    check = fold_check.FoldCheck(0, weights, weights, [])
+    assert check.holds(inputs)
+    assert check._addresses == addresses
+    weights[5].set_(torch.zeros(3).untyped_storage())  # type: ignore[call-overload]
+    assert not check.holds(inputs)
 
 
 def test_folded_weights_of_several_graphs_are_shared() -> None:

@@ -52,7 +52,7 @@ ns = st.integers(1, 3)
 def test_plan_holds_all_legal_masks(n: int) -> None:
     expected = {tuple(mask) for mask in masks_of(n).int().tolist()}
     device = torch.device("cpu")
-    masks = [tuple(mask) for mask in tiles._build_plan(n, device).masks.int().tolist()]
+    masks = [tuple(mask) for mask in tiles.build_plan(n, device).masks.int().tolist()]
     assert {*masks} == expected
     assert len(expected) == COUNTS[n] == len(list_legal_tiles(n))
 

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -215,6 +216,7 @@ class Launcher:
         self._attributes = (_LaunchAttribute * 1)(_OVERLAP) if overlaps else None
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
+            bind_context(device)
             call_driver("cuModuleLoadData", ctypes.byref(self._module), code)
             call_driver(
                 "cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode()
@@ -249,6 +251,26 @@ def _load_driver() -> ctypes.CDLL:
         return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError as error:
         raise KernelError(f"no CUDA driver: {error}") from error
+
+
+_thread = threading.local()
+
+
+def bind_context(device: int) -> None:
+    """Gives this thread the context of a device, which is torch's current one, if it has none yet.
+
+    Functions of the driver need one, unlike those of the runtime, which make it. In a thread that
+    has not touched a device (autograd's in a first backward), ``torch.cuda.device(0)`` does nothing.
+    """
+    if getattr(_thread, "has_context", False):
+        return
+    context, handle = ctypes.c_void_p(), ctypes.c_int()
+    call_driver("cuCtxGetCurrent", ctypes.byref(context))
+    if not context.value:
+        call_driver("cuDeviceGet", ctypes.byref(handle), device)
+        call_driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+        call_driver("cuCtxSetCurrent", context)
+    _thread.has_context = True
 
 
 def call_driver(call: str, *arguments: object) -> None:

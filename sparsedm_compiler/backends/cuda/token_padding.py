@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,4 +31,4 @@ def apply_to_tokens(x: Tensor, rows: int, multiple: int, run: Callable[[Tensor],
 def align(x: Tensor) -> Tensor:
     """Returns x contiguous and at an address that vector loads take; x itself where it is so."""
     x = x.contiguous()
-    return x if x.data_ptr() % ALIGN == 0 else x.clone()
+    return x if x.data_ptr() % ALIGN == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..cuda.nvrtc import Launcher, compile_kernel, read_shared_source
+from ..cuda.nvrtc import Launcher, bind_context, compile_kernel, read_shared_source
 from ..custom_op import ACTS
 
 HERE = Path(__file__).parent
@@ -146,7 +146,9 @@ def make_launch(device: torch.device) -> Launch:
 
     def launch(build: KernelBuild, arguments: LaunchArguments, grid: tuple[int, int]) -> None:
         with torch.cuda.device(device):
-            _load(build, torch.cuda.current_device())(arguments, grid, build.threads)
+            index = torch.cuda.current_device()
+            bind_context(index)
+            _load(build, index)(arguments, grid, build.threads)
 
     return launch
 

@@ -25,6 +25,8 @@ from .launch import (
 )
 
 _PIECE = 8  # values of 16 bytes
+_TURNED = 64  # tokens and columns that a block of to_feature_major turns
+_MOST_BLOCKS = 65535  # of a grid along y
 
 
 SCHEMA = "str act, int n, int m, int rows_per_block, int[] tile, bool feature_major"
@@ -81,11 +83,16 @@ def run_linear(
     flat = x.reshape(-1, cols)
     tokens = flat.shape[0]
     out, out_stride = _allocate(x, rows, feature_major)
-    if tokens == 0:
+    cut = Tile(count_warp_rows(rows_per_block), *tile)
+    most = _MOST_BLOCKS * min(_TURNED, cut.tokens)
+    if tokens > most:
+        setting = act, n, m, rows_per_block, tile, feature_major
+        for part, to in zip(flat.split(most), out.view(-1, rows).split(most), strict=True):
+            to.copy_(run_linear(part, packed, bias, rows, *setting, launch=launch))
+    if not 0 < tokens <= most:
         return out
     flat = _make_feature_major(flat, launch)
     bias = None if bias is None else bias.contiguous()
-    cut = Tile(count_warp_rows(rows_per_block), *tile)
     build = specify_linear(
         cut,
         m,
@@ -126,7 +133,8 @@ def _make_feature_major(flat: Tensor, launch: Launch) -> Tensor:
         x=find_address(flat), out=find_address(turned), x_stride=flat.stride(0), out_stride=line,
         cols=cols, tokens=tokens,
     )  # fmt: skip
-    launch(specify_transpose(flat.dtype), arguments, (ceil(cols / 64), ceil(tokens / 64)))
+    grid = ceil(cols / _TURNED), ceil(tokens / _TURNED)
+    launch(specify_transpose(flat.dtype), arguments, grid)
     return turned.t()[:tokens]
 
 

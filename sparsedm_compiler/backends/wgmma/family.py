@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...patterns import NM, VNM, BlockNM, NestedNM, Pattern, SharedNM, TransposableNM
+from ...triton_support import why_unavailable as why_no_triton
 from ..cuda.device import CudaDevice, find_device, why_no_nvrtc
 from ..cuda.nvrtc import list_nvrtc, why_unavailable
 from ..cuda.raw_format import RawFormatFamily
@@ -103,7 +104,8 @@ class BlockFamily(WgmmaFamily):
     ) -> str | None:
         if isinstance(pattern, NestedNM):
             return f"{BLOCKS} does not run in training with N:M within blocks, as {pattern} has it"
-        return self.why_refused(pattern, rows, cols, dtype)
+        by_triton = why_no_triton() if torch.cuda.is_available() else None
+        return by_triton or self.why_refused(pattern, rows, cols, dtype)
 
     def prepare_training(
         self, uses: Sequence[tuple[Pattern, MatmulProblem, tuple[int, int]]]

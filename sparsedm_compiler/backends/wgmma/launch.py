@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..cuda.device import find_device
-from ..cuda.nvrtc import Launcher, call_driver, compile_kernel
+from ..cuda.nvrtc import Launcher, bind_context, call_driver, compile_kernel
 from .build import KernelBuild, Tile, read_sources, specify_linear
 from .format import Layout
 
@@ -34,7 +34,13 @@ class LaunchArguments(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("tokens", "rows", "stages", "units")),
         *((name, ctypes.c_int32) for name in ("row_tiles", "token_tiles", "group", "splits")),
         *((name, ctypes.c_int32) for name in ("bias_is_float", "sums")),
+        ("padding", ctypes.c_byte * 56),  # to a multiple of 64, as maps are aligned: all is copied
     )
+
+    def set_map(self, name: str, encoded: bytes) -> None:
+        """Copies a tensor map."""
+        begin = ctypes.addressof(self) + getattr(LaunchArguments, name).offset
+        ctypes.memmove(begin, encoded, _MAP_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ def launch_linear(
     flat: x [tokens, cols], each row at a multiple of 16 bytes. bias: [rows], contiguous.
     """
     with torch.cuda.device(flat.device):
+        bind_context(torch.cuda.current_device())
         prepared = _prepare(layout, tile, flat.dtype, act, torch.cuda.current_device())
         tokens, rows = out.shape
         row_tiles, token_tiles = ceil(rows / tile.rows), ceil(tokens / tile.tokens)
@@ -74,10 +81,14 @@ def launch_linear(
             group=tile.raster or row_tiles, splits=splits, sums=int(splits > 1),
         )  # fmt: skip
         sizes = flat.shape[1], tokens
-        arguments.x[:] = encode_map(flat.data_ptr(), sizes, flat.stride(0), tile.tokens, flat.dtype)
+        arguments.set_map(
+            "x", encode_map(flat.data_ptr(), sizes, flat.stride(0), tile.tokens, flat.dtype)
+        )
         if tile.slices:
             box = tile.tokens // tile.slices
-            arguments.out_map[:] = encode_map(out.data_ptr(), (rows, tokens), rows, box, out.dtype)
+            arguments.set_map(
+                "out_map", encode_map(out.data_ptr(), (rows, tokens), rows, box, out.dtype)
+            )
         if splits > 1:
             parts = torch.empty(splits, tokens, rows, dtype=torch.float32, device=flat.device)
             arguments.parts = parts.data_ptr()

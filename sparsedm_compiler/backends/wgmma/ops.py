@@ -63,8 +63,11 @@ def run_linear(
 
 def align_rows(flat: Tensor) -> Tensor:
     """Returns a matrix whose rows begin where the tensor copy engine reads: a copy if need be."""
+    tokens, cols = flat.shape
+    if tokens == 1 and flat.stride(1) == 1:
+        flat = flat.as_strided((1, cols), (cols, 1))  # of one row torch takes any stride for right
     step = ALIGN // flat.element_size()
-    strides = flat.stride(1) == 1 and flat.stride(0) % step == 0 and flat.stride(0) >= flat.shape[1]
+    strides = flat.stride(1) == 1 and flat.stride(0) % step == 0 and flat.stride(0) >= cols
     return flat if strides and flat.data_ptr() % ALIGN == 0 else align(flat)
 
 

@@ -134,6 +134,25 @@ def test_vnm_linear_output_feeds_the_next_layer_without_a_copy() -> None:
     assert_close(out, middle, second, None, "none")
 
 
+@pytest.mark.parametrize("feature_major", [False, True])
+def test_vnm_linear_of_more_tokens_than_a_grid_holds_is_launched_in_parts(
+    feature_major: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsedm_compiler.backends.vnm.ops._MOST_BLOCKS", 1)
+    case, grids = held("64:2:8", 64, 64, torch.float16), []
+
+    def launch(build: Any, arguments: Any, grid: tuple[int, int]) -> None:
+        grids.append(grid[1])
+        emulate(build, arguments, grid)
+
+    x = torch.randn(3, 25, 64).half()
+    setting = case.arguments(SMALL, feature_major)
+    out = run_linear(x, case.packed, None, 64, "none", **setting, launch=launch)
+    assert_close(out, x, case, None, "none")
+    assert set(grids) == {1}
+    assert out.stride() == ((25, 1, 80) if feature_major else (25 * 64, 64, 1))
+
+
 def test_vnm_linear_is_the_same_for_any_order_of_threads() -> None:
     case = held("64:2:8", 128, 320, torch.bfloat16)
     x = torch.randn(40, 320).bfloat16()

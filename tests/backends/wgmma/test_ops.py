@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import threading
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from sparsedm_compiler.backends.wgmma.build import Tile, write_product
 from sparsedm_compiler.backends.wgmma.family import BLOCKS, SEMI, TILES, BlockFamily, SemiFamily
 from sparsedm_compiler.backends.wgmma.format import ROWS, TYPES, choose_layout, pack
 from sparsedm_compiler.backends.wgmma.launch import choose_splits
-from sparsedm_compiler.backends.wgmma.ops import run_linear, wgmma_linear_op
+from sparsedm_compiler.backends.wgmma.ops import align_rows, run_linear, wgmma_linear_op
 from tests.backends.cuda.here import kernels_of, on_cpu
 from tests.backends.wgmma.test_format import pruned
 from tests.oracle import assert_same, oracle_of
@@ -166,6 +168,34 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return name
 
 
+@pytest.mark.parametrize(
+    "flat",
+    [
+        torch.randn(65).as_strided((1, 64), (65, 1)),
+        torch.randn(1, 1155)[:, 3:],
+        torch.randn(64, 1).t(),
+        torch.randn(1, 64).as_strided((1, 64), (0, 1)),
+        torch.randn(1).expand(1, 64),
+        torch.randn(7, 80)[:, 1:65],
+        torch.randn(1, 64).expand(5, 64),
+    ],
+    ids=lambda flat: str((*flat.shape, *flat.stride())),
+)
+def test_align_rows_gives_strides_that_a_tensor_map_takes(flat: Tensor) -> None:
+    given = align_rows(flat)
+    assert_same(given, flat)
+    assert given.stride(1) == 1
+    assert given.stride(0) >= given.shape[1]
+    assert given.stride(0) * given.element_size() % 16 == given.data_ptr() % 16 == 0
+
+
+def test_launch_arguments_are_as_large_as_the_kernel_copies() -> None:
+    arguments = launch.LaunchArguments()
+    assert ctypes.sizeof(arguments) == 384  # a multiple of 64, to which nvcc aligns tensor maps
+    arguments.set_map("out_map", bytes(range(128)))
+    assert bytes(arguments) == bytes(128) + bytes(range(128)) + bytes(128)
+
+
 class TestOnHopper:
     """What only a card can show."""
 
@@ -242,6 +272,24 @@ class TestOnHopper:
             assert (out.shape, out.is_contiguous()) == ((*x.shape[:-1], 128), True)
             if x.numel():
                 assert_near(out, F.linear(x.double(), weight.double(), bias.double()))
+        for x in (wide[:1, 0, 3:67], torch.randn(64, 1, device="cuda").bfloat16().t()):
+            out = run_linear(x, packed, bias, 128, "none", text, list(SMALL))
+            assert_near(out, F.linear(x.double(), weight.double(), bias.double()))
+
+    def test_a_thread_that_has_not_touched_the_card_launches(self) -> None:
+        text, results = "1:2@64x16", []
+        x, weight, packed, _ = operands(text, 40, 128, 64, torch.bfloat16, "cuda")
+
+        def run() -> None:
+            results.append(run_linear(x, packed, None, 128, "none", text, list(SMALL)))
+
+        for _ in range(2):  # the second when everything is loaded
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+        assert len(results) == 2
+        for out in results:
+            assert_near(out, F.linear(x.double(), weight.double()))
 
     def test_it_is_captured_in_a_cuda_graph(self) -> None:
         text = "1:2@64x16"
