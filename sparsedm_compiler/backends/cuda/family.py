@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..kernel_family import KernelFamily
-from .device import describe_machine, find_device
+from .device import describe_machine, find_device, list_triton
 from .timer import sample_calls, time_calls
 
 
@@ -19,7 +23,8 @@ class CudaFamily(KernelFamily):
     call_ms = 0.0015  # in a model on an H200, beside libraries' kernels that overlap (docs/results)
 
     def describe_machine(self) -> tuple[Any, ...]:
-        return describe_machine()
+        folder = Path(inspect.getfile(type(self))).parent
+        return *describe_machine(), *list_triton().values(), hash_sources(folder)
 
     def identify_card(self) -> tuple[str, str] | None:
         device = find_device()
@@ -38,3 +43,13 @@ class CudaFamily(KernelFamily):
         if device.type != "cuda":
             return KernelFamily.sample_calls(self, calls, device, rounds)
         return sample_calls(calls, device, rounds)
+
+
+@cache
+def hash_sources(folder: Path) -> str:
+    """Returns a hash of the sources of a family and of all: times of other kernels do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(p for place in {folder, Path(__file__).parent} for p in place.iterdir()):
+        if path.suffix in (".py", ".cu", ".cuh"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

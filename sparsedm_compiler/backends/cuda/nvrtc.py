@@ -260,7 +260,7 @@ def bind_context(device: int) -> None:
     """Gives this thread the context of a device, which is torch's current one, if it has none yet.
 
     Functions of the driver need one, unlike those of the runtime, which make it. In a thread that
-    has not touched a device (autograd's in a first backward), ``torch.cuda.device(0)`` does nothing.
+    has not touched a device (autograd's in a first backward) ``torch.cuda.device(0)`` makes none.
     """
     if getattr(_thread, "has_context", False):
         return

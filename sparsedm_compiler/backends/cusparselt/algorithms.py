@@ -29,6 +29,11 @@ _LAST = 8
 _SECONDS = 60
 _SHAPES = ((144, 256, 512), (1024, 512, 256))
 """(tokens, rows, columns) that each is tried on."""
+_OUT_DTYPES = {
+    torch.int8: (torch.bfloat16, torch.int32),
+    torch.float8_e4m3fn: (torch.bfloat16, torch.float32),
+}
+"""What 8 bits are asked for: the output's dtype, or the bare sums where that is another one."""
 
 
 @cache
@@ -37,7 +42,7 @@ def find_algorithms(dtype: torch.dtype) -> tuple[int, ...]:
     if find_device() is None:
         return (DEFAULT.algorithm,)
     name = str(dtype).removeprefix("torch.")
-    about = repr((describe_machine(), name, _SHAPES))
+    about = repr((describe_machine(), name, _SHAPES, _OUT_DTYPES.get(dtype)))
     path = cache_folder("cusparselt") / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
     try:
         return tuple(map(int, json.loads(path.read_bytes())))
@@ -45,37 +50,45 @@ def find_algorithms(dtype: torch.dtype) -> tuple[int, ...]:
         pass
     with announce(f"trying the algorithms of cuSPARSELt in {name}, once on this machine"):
         algorithms = _try_in_processes(name)
+    if algorithms is None:
+        return (DEFAULT.algorithm,)
+    algorithms = tuple(sorted({DEFAULT.algorithm, *algorithms}))
     write_atomically(path, json.dumps(algorithms).encode())
     return algorithms
 
 
-def _try_in_processes(name: str) -> tuple[int, ...]:
+def _try_in_processes(name: str) -> tuple[int, ...] | None:
     """Runs ``main`` until it came to its end, each time behind the algorithm that it died of.
 
-    One that dies at once, behind another that died, has come to where there are no more.
+    One that dies at once, behind another that died, has come to where there are no more. Returns
+    those that were right, or None where no process could use the card, as another time one may.
     """
-    sound, start = {DEFAULT.algorithm}, 0
+    sound, start, ended = set[int](), 0, False
     while start < _MOST:
         said = _run_main(name, start)
         begun = [int(number) for word, number in said if word == "begin"]
         sound |= {int(number) for word, number in said if word == "sound"}
-        if not begun or said[-1][0] == "end" or begun[-1] == start > 0:
+        ended |= bool(said) and said[-1][0] == "end"
+        if not begun or ended or begun[-1] == start > 0:
             break
         start = begun[-1] + 1
-    return tuple(sorted(sound))
+    return tuple(sorted(sound)) if sound or ended else None
 
 
 def _run_main(name: str, start: int) -> list[tuple[str, str]]:
     """Returns what ``main`` printed in a new process, as (word, number)."""
-    command = [sys.executable, "-m", __name__, name, str(start)]
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    command = [sys.executable, "-m", __name__, name, str(device), str(start)]
     environment = _make_environment()
     try:
         printed = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, timeout=_SECONDS, env=environment
+            command, stdout=subprocess.PIPE, timeout=_SECONDS, env=environment
         ).stdout
-    except (OSError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired as expired:
+        printed = expired.stdout or b""
+    except OSError:
         return []
-    words = [line.split() for line in printed.splitlines()]
+    words = [line.split() for line in printed.decode(errors="replace").splitlines()]
     return [(line[0], line[-1]) for line in words if line]
 
 
@@ -85,8 +98,9 @@ def _make_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def main(name: str, start: int) -> None:
+def main(name: str, device: int, start: int) -> None:
     """Prints "begin k" before it tries algorithm k, "sound k" where it was right, then "end"."""
+    torch.cuda.set_device(device)
     dtype, refused = getattr(torch, name), 0
     torch.manual_seed(0)
     for algorithm in range(start, _MOST):
@@ -94,7 +108,7 @@ def main(name: str, start: int) -> None:
         try:
             right = all(_is_right(algorithm, dtype, *shape) for shape in _SHAPES)
             refused = 0
-        except torch.AcceleratorError:
+        except (torch.AcceleratorError, torch.OutOfMemoryError):
             os._exit(1)  # its destructors would wait for the card
         except RuntimeError:
             right, refused = False, refused + 1
@@ -106,14 +120,17 @@ def main(name: str, start: int) -> None:
 
 
 def _is_right(algorithm: int, dtype: torch.dtype, tokens: int, rows: int, cols: int) -> bool:
+    """Returns whether an algorithm gives the right numbers, in every dtype that is asked of it."""
     weight, x = _draw(dtype, rows, cols), _draw(dtype, tokens, cols)
     weight.view(rows, -1, 4)[..., 2:] = 0
     exact = x @ weight.t()
-    out_dtype = torch.bfloat16 if dtype.itemsize == 1 else None
     packed = torch._cslt_compress(weight.to(dtype))
-    out = multiply(packed, x.to(dtype), None, CuSparseLtSetting(algorithm), out_dtype).float()
-    torch.cuda.synchronize()
-    return bool((out - exact).norm() <= 1e-2 * exact.norm())
+    for out_dtype in _OUT_DTYPES.get(dtype, (None,)):
+        out = multiply(packed, x.to(dtype), None, CuSparseLtSetting(algorithm), out_dtype).float()
+        torch.cuda.synchronize()
+        if not (out - exact).norm() <= 1e-2 * exact.norm():
+            return False
+    return True
 
 
 def _draw(dtype: torch.dtype, rows: int, cols: int) -> Tensor:
@@ -123,4 +140,4 @@ def _draw(dtype: torch.dtype, rows: int, cols: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ...patterns import VNM, Pattern
@@ -13,7 +11,7 @@ from ..cuda.nvrtc import list_nvrtc, why_unavailable
 from ..cuda.raw_format import RawFormatFamily
 from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
 from . import format as vnm_format
-from .launch import Tile, hash_sources
+from .launch import Tile
 from .ops import SCHEMA, count_warp_rows, vnm_linear_op
 
 TILES = (
@@ -75,9 +73,6 @@ class VnmFamily(RawFormatFamily):
             tile=list(tile),
             feature_major=False,
         )
-
-    def describe_machine(self) -> tuple[Any, ...]:
-        return *super().describe_machine(), hash_sources()
 
 
 def find_most_stages(pattern: Pattern, tile: tuple[int, int, int], room: int) -> int:

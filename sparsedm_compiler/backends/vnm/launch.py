@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -133,12 +132,6 @@ def read_sources() -> str:
     """Returns the source that is compiled for a GPU."""
     device, kernels = ((HERE / name).read_text() for name in ("device.cuh", "vnm.cu"))
     return device + read_shared_source() + kernels
-
-
-@cache
-def hash_sources() -> str:
-    """Returns a hash of the source: measurements of other sources do not count."""
-    return hashlib.sha256(read_sources().encode()).hexdigest()[:16]
 
 
 def make_launch(device: torch.device) -> Launch:

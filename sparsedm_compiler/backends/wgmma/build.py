@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -141,12 +140,6 @@ def read_sources(tokens: int, sparse: bool, dtype: torch.dtype) -> str:
     instruction = write_product(tokens, sparse=sparse, dtype=dtype)
     device, kernels = ((HERE / name).read_text() for name in ("device.cuh", "wgmma.cu"))
     return device + read_shared_source() + instruction + kernels
-
-
-@cache
-def hash_sources() -> str:
-    """Returns a hash of the source: measurements of other sources do not count."""
-    return hashlib.sha256(read_sources(64, True, torch.bfloat16).encode()).hexdigest()[:16]
 
 
 Use = tuple[Layout, Tile, torch.dtype, str]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from ..cuda.nvrtc import list_nvrtc, why_unavailable
 from ..cuda.raw_format import RawFormatFamily
 from ..kernel_family import KernelConfig, MatmulProblem, OpCall, WeightFormat
 from . import format as wgmma_format
-from .build import Tile, build_ahead, hash_sources
+from .build import Tile, build_ahead
 from .ops import wgmma_conv2d_op, wgmma_linear_op
 from .training import find_blocks_op, list_builds, multiply_blocks
 from .transposed import why_dense_gradient
@@ -86,9 +85,6 @@ class WgmmaFamily(RawFormatFamily):
         return problem.choose_op(
             wgmma_linear_op, wgmma_conv2d_op, act=problem.act, pattern=pattern, tile=list(tile)
         )
-
-    def describe_machine(self) -> tuple[Any, ...]:
-        return *super().describe_machine(), hash_sources()
 
 
 class BlockFamily(WgmmaFamily):

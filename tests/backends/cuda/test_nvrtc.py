@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import subprocess
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sparsedm_compiler import KernelError
 from sparsedm_compiler.backends.cuda import nvrtc
+from sparsedm_compiler.backends.cuda.family import hash_sources
+from sparsedm_compiler.backends.registry import list_families
 from sparsedm_compiler.backends.vnm.launch import (
     Tile,
     read_sources,
@@ -102,3 +106,53 @@ def test_launch_structures_when_compared_with_those_of_cuda_h_lie_alike() -> Non
     assert (ctypes.sizeof(config), ctypes.sizeof(attribute)) == (56, 72)
     assert (config.stream.offset, config.attributes.offset, config.count.offset) == (32, 40, 48)
     assert (attribute.value.offset, nvrtc._OVERLAP.value[0]) == (8, 1)
+
+
+class Driver:
+    """A driver in which the threads of a list have a context."""
+
+    def __init__(self, *bound: threading.Thread) -> None:
+        self.bound = [*bound]
+        self.calls: list[str] = []
+
+    def cuCtxGetCurrent(self, context: Any) -> int:  # noqa: N802 - the driver's name
+        context._obj.value = 7 if threading.current_thread() in self.bound else None
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*_: Any) -> int:
+            self.calls.append(name)
+            return 0
+
+        return call
+
+
+def test_bind_context_gives_a_thread_one_once_and_leaves_those_that_have_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = Driver()
+    monkeypatch.setattr(nvrtc, "_load_driver", lambda: driver)
+
+    def bind() -> None:
+        for _ in range(3):
+            nvrtc.bind_context(0)
+
+    for knows in (True, False):
+        thread = threading.Thread(target=bind)
+        driver.bound = [thread] * knows
+        thread.start()
+        thread.join()
+        binding = ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+        assert driver.calls == ([] if knows else binding)
+
+
+def test_hash_sources_depends_on_the_kernels_of_a_family_and_of_all(tmp_path: Path) -> None:
+    (tmp_path / "kernels.py").write_text("a")
+    (tmp_path / "notes.md").write_text("a")
+    before = hash_sources.__wrapped__(tmp_path)
+    (tmp_path / "notes.md").write_text("b")
+    assert hash_sources.__wrapped__(tmp_path) == before
+    (tmp_path / "kernels.py").write_text("b")
+    assert hash_sources.__wrapped__(tmp_path) != before
+    hashes = {family.describe_machine()[-1] for family in list_families() if family.device == "cuda"}
+    assert len(hashes) == 5  # wgmma and cusparselt have two families each in one folder

@@ -65,7 +65,7 @@ def test_find_device_on_a_gpu_describes_it() -> None:
     assert here.capability >= (8, 0)
     assert here.cusparselt is not None
     assert min(here.multiprocessors, here.shared_bytes, here.l2_bytes) > 0
-    assert FAMILY.describe_machine() == (here, torch.__version__)
+    assert FAMILY.describe_machine()[:2] == (here, torch.__version__)
 
 
 @halves
