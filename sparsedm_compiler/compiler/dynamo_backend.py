@@ -18,7 +18,8 @@ from ..graph.capture import CapturedGraph, bind_parameters_by_source
 from ..masks.detect import detect_patterns
 from ..passes import find_sites, mark_prunable
 from ..reports import Decision
-from .folded_weights import FoldedWeights, explain_folded_gradient
+from .explanations import explain_folded_gradient
+from .folded_weights import FoldedWeights
 from .lower import lower, plan_weights
 from .phase_clock import PhaseClock
 

@@ -81,3 +81,11 @@ def explain_nothing_pruned(
         f"no weight of {name} is pruned to {config.pattern} ({reasons or 'it multiplies by none'});"
         " choose a smaller m, or policy='all' to prune the first and last layer too"
     )
+
+
+def explain_folded_gradient(name: str) -> DenseRunError:
+    """Returns the error for a folded weight that requires a gradient."""
+    return DenseRunError(
+        f"{name!r} asks for a gradient, but mode='infer' has folded its mask; "
+        "train with mode='train', or call under torch.no_grad()"
+    )

@@ -17,12 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..backends.kernel_family import KernelConfig, WeightFormat
 from ..backends.packing import PackedWeight, cast_packed, fold_weight
 from ..backends.registry import find_family
-from ..errors import DenseRunError
 from ..graph.names import strip_adapter_prefix
 from ..passes import PlannedWeight
 from .edit_watch import EditWatcher, WeightSample, sample_values
+from .explanations import explain_folded_gradient
 from .free_memory import release_after_packing
 from .hollow_parameter import hollow_out, is_hollow, make_hollow_class
+from .place_check import PlaceCheck
 
 
 @dataclass(slots=True)
@@ -66,6 +67,7 @@ class FoldedWeights:
         self._watcher = EditWatcher()
         self._asks = False  # whether some weights lie on a device that has to be asked
         self._pending: list[tuple[Tensor, str, WeightFormat, KernelConfig | None]] = []
+        self._settled: tuple[int, PlaceCheck] | None = None
         self._checkers: weakref.WeakSet[HoldsCheck] = weakref.WeakSet()
 
     def __len__(self) -> int:
@@ -199,10 +201,16 @@ class FoldedWeights:
         One that its packed form does not suit any more (another device, a dtype its kernel does not
         run) gets its values back, to be folded anew.
         """
-        for name, weight in _iterate_parameters(module):
+        settled = self._settled
+        if settled is not None and settled[0] == self.generation and settled[1].holds():
+            return
+        names = []
+        for full_name, weight in module.named_parameters(remove_duplicate=False):
+            name = strip_adapter_prefix(full_name)
             packed = self.packed.get(name)
             if packed is None:
                 continue
+            names.append(full_name)
             known = name not in self._arrived and weight.stride()[0] == 0
             if known and weight.dtype == packed.dtype and weight.device == packed.data.device:
                 continue
@@ -217,6 +225,7 @@ class FoldedWeights:
             hollow_out(weight)
             if weight.dtype != packed.dtype:
                 self.packed[name] = cast_packed(packed, weight.dtype, name)
+        self._settled = self.generation, PlaceCheck(module, names)
 
     def unpack_finalized(self, module: nn.Module) -> None:
         """Gives finalized weights their values back, until after the next call."""
@@ -271,20 +280,6 @@ class FoldedWeights:
         finally:
             module._state_dict_hooks = hooks
         return {name: tensor for name, tensor in state.items() if name not in left_out}
-
-
-def explain_folded_gradient(name: str) -> DenseRunError:
-    """Returns the error for a folded weight that requires a gradient."""
-    return DenseRunError(
-        f"{name!r} asks for a gradient, but mode='infer' has folded its mask; "
-        "train with mode='train', or call under torch.no_grad()"
-    )
-
-
-def _iterate_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields the parameters, each under every name, as decisions name them."""
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        yield strip_adapter_prefix(name), parameter
 
 
 def _is_exact(row: PlannedWeight) -> bool:

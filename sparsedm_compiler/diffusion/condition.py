@@ -128,6 +128,15 @@ def take_rows(condition: Condition, rows: Tensor | range | slice | int) -> Condi
 def move_condition(condition: Condition, like: Tensor) -> Condition:
     """Moves ``condition`` to the device of ``like``, floating-point tensors also to its dtype."""
     return map_condition(
-        lambda part: part.to(like.device, like.dtype if part.is_floating_point() else part.dtype),
+        lambda part: move(part, like.device).to(
+            like.dtype if part.is_floating_point() else part.dtype
+        ),
         condition,
     )
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Moves a tensor to a device: to CUDA by pinned memory, or the copy would wait for its work."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

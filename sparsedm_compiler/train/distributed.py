@@ -64,7 +64,7 @@ class TrainingProcess:
         self.predict: nn.Module = StudentCall(student)
         self.optimizer: Any = None
         if config.shard:
-            self.template = copy.deepcopy(student).cpu() if self.is_main else None
+            self.template = copy_to_cpu(student) if self.is_main else None
             shard_parameters(student, self.share.world, call)
             self.sharded = student
             self.like = next(student.parameters())
@@ -145,6 +145,17 @@ class TrainingProcess:
     def release(self) -> None:
         """Takes Accelerate's wrappers off again."""
         self.accelerator.free_memory()
+
+
+def copy_to_cpu(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model on the CPU, without a second one on its device in between."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        there = tensor.detach().to("cpu", copy=True)
+        if isinstance(tensor, nn.Parameter):
+            there = nn.Parameter(there, tensor.requires_grad)
+        memo[id(tensor)] = there
+    return copy.deepcopy(model, memo).cpu()
 
 
 def make_accelerator(like: Tensor, precision: str) -> Accelerator:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import generator_at
-from ..diffusion.condition import Condition, map_condition, stack_conditions
+from ..diffusion.condition import Condition, map_condition, move, stack_conditions
 from ..errors import ConfigError
 from .finetune_config import FinetuneConfig
 
@@ -43,7 +43,7 @@ def draw_values(config: FinetuneConfig, first: int, shape: torch.Size) -> Random
 
 def flip_images(images: Tensor, flip: Tensor) -> Tensor:
     """Mirrors those of ``images`` [B, ..., W] for which ``flip`` [B] is True."""
-    where = flip.to(images.device).reshape(-1, *[1] * (images.dim() - 1))
+    where = move(flip, images.device).reshape(-1, *[1] * (images.dim() - 1))
     return torch.where(where, images.flip(-1), images)
 
 
@@ -66,10 +66,10 @@ def drop_conditions(
                 "drop_condition needs null_label, the class that stands for no class: "
                 "usually the number of classes, in a model built with one class more"
             )
-        return torch.where(drop.to(condition.device), null_label, condition)
+        return torch.where(move(drop, condition.device), null_label, condition)
     if null is None:
         null = map_condition(lambda part: torch.zeros_like(part[:1]), condition)
     count = len(drop)
     both = stack_conditions(condition, null)
     rows = torch.where(drop, count, torch.arange(count))
-    return map_condition(lambda part: part[rows.to(part.device)], both)
+    return map_condition(lambda part: part[move(rows, part.device)], both)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diffusion import seed_at
-from ..diffusion.condition import move_condition
+from ..diffusion.condition import move, move_condition
 from .batches import MicroBatch
 from .randomness import draw_values, drop_conditions, flip_images
 from .state import Run
@@ -60,23 +60,23 @@ def compute_losses(run: Run, micro_batch: MicroBatch) -> Tensor:
     """
     config, like = run.config, run.process.like
     values = draw_values(config, micro_batch.first, micro_batch.images.shape)
-    x0 = micro_batch.images.to(like.device, torch.float32)
+    x0 = move(micro_batch.images, like.device).float()
     if config.flip:
         x0 = flip_images(x0, values.flip)
     condition = drop_conditions(
         micro_batch.condition, values.drop, config.null_label, run.inputs.null
     )
     y = None if condition is None else move_condition(condition, like)
-    x, t, target = run.objective.prepare(x0, values.noise.to(like.device), values.u.to(like.device))
+    noise, u = move(values.noise, like.device), move(values.u, like.device)
+    x, t, target = run.objective.prepare(x0, noise, u)
     torch.manual_seed(seed_at(config.seed, "dropout", micro_batch.first))
     with run.process.autocast():
         guess = run.process.predict(x.to(like.dtype), t, y).float()
-    noise = F.mse_loss(guess, target)
+    loss = F.mse_loss(guess, target)
     taught = None
     if config.beta != 0:
         taught = get_teacher_output(run, micro_batch.first, x, t, condition)
     if taught is None:
-        loss = config.alpha * noise
-        return torch.stack([loss, noise, torch.zeros_like(noise)])
+        return torch.stack([config.alpha * loss, loss, torch.zeros_like(loss)])
     teacher = F.mse_loss(guess, taught.float())
-    return torch.stack([config.alpha * noise + config.beta * teacher, noise, teacher])
+    return torch.stack([config.alpha * loss + config.beta * teacher, loss, teacher])

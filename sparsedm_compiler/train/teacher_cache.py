@@ -20,7 +20,7 @@ from .. import ConfigError, DataError, pattern_of
 from ..data import ImageData
 from ..data.row_cache import RowCache, get_free_bytes, read_cache
 from ..diffusion import predict
-from ..diffusion.condition import Condition, move_condition, take_rows
+from ..diffusion.condition import Condition, move, move_condition, take_rows
 from ..evaluate.process_group import raising_together
 from ..progress import announce, format_bytes
 from .batches import check_batch, index_data
@@ -214,7 +214,7 @@ def get_teacher_output(
         if run.teacher is not None and not run.teacher_compared:
             condition = None if y is None else take_rows(y, range(1))
             compare_output(run, kept[:1].to(x.device), x[:1], t[:1], condition)
-        return kept.to(x.device)
+        return move(kept, x.device)
     if run.teacher is None:
         if cache is not None:
             raise ConfigError(

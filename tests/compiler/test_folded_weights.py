@@ -289,3 +289,34 @@ def test_finalized_weight_when_replaced_refuses_or_runs_the_new_values() -> None
     plain = folded("sparse")
     plain.plain.weight = nn.Parameter(fast.plain.weight.clone(), requires_grad=False)
     assert_same(fast(X), plain(X))
+
+
+def test_finalized_weights_are_looked_for_only_where_something_has_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fast, expected = finalized()
+    fast(X), fast(X)
+    walks = []
+    walk = nn.Module.named_parameters
+
+    def count(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        walks.append(self)
+        return walk(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_parameters", count)
+    for _ in range(3):
+        assert_same(fast(X), expected)
+    assert not walks
+    fast.plain.weight.data = torch.full((16, 16), torch.nan)  # as a cast or a file leaves it
+    assert_same(fast(X), expected)
+    assert walks
+    layer = copy.deepcopy(fast.plain)
+    layer.weight.data = torch.full((16, 16), torch.nan)
+    fast.plain = layer
+    assert_same(fast(X), expected)
+    assert fast.plain.weight.stride() == (0, 0)
+    for _ in range(2):  # one captures the new layer, one finds nothing more to do
+        assert_same(fast(X), expected)
+    walks.clear()
+    assert_same(fast(X), expected)
+    assert not walks

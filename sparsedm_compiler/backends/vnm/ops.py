@@ -87,8 +87,10 @@ def run_linear(
     most = _MOST_BLOCKS * min(_TURNED, cut.tokens)
     if tokens > most:
         setting = act, n, m, rows_per_block, tile, feature_major
-        for part, to in zip(flat.split(most), out.view(-1, rows).split(most), strict=True):
-            to.copy_(run_linear(part, packed, bias, rows, *setting, launch=launch))
+        for first in range(0, tokens, most):
+            part = flat[first : first + most]
+            results = run_linear(part, packed, bias, rows, *setting, launch=launch)
+            out.view(-1, rows)[first : first + most] = results
     if not 0 < tokens <= most:
         return out
     flat = _make_feature_major(flat, launch)

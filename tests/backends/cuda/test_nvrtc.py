@@ -154,5 +154,7 @@ def test_hash_sources_depends_on_the_kernels_of_a_family_and_of_all(tmp_path: Pa
     assert hash_sources.__wrapped__(tmp_path) == before
     (tmp_path / "kernels.py").write_text("b")
     assert hash_sources.__wrapped__(tmp_path) != before
-    hashes = {family.describe_machine()[-1] for family in list_families() if family.device == "cuda"}
+    hashes = {
+        family.describe_machine()[-1] for family in list_families() if family.device == "cuda"
+    }
     assert len(hashes) == 5  # wgmma and cusparselt have two families each in one folder
