@@ -27,10 +27,10 @@ from .packages import losses, refusal
 from .processes import wait_or_stop
 
 SHARES = {
-    "tests": 100,
-    "models": 150,
-    "ops": 95,
-    "first_call": 50,
+    "tests": 125,
+    "models": 135,
+    "ops": 85,
+    "first_call": 45,
     "training": 45,
     "table": 20,
     "memory": 6,

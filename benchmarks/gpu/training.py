@@ -100,14 +100,17 @@ def freeze(model: nn.Module, call: Call, plan: Plan, text: str, *, policy: str) 
     return sdm.compile(student, backend=backend(plan), kernels={"*": "sparse"}, inplace=True)
 
 
-def build_step_of(plan: Plan, which: tuple[str, int], text: str | None) -> Callable[[], None]:
-    """One training step, of the dense model where there is no pattern."""
+def compile_steps(plan: Plan, which: tuple[str, int], text: str | None) -> None:
+    """Takes one of each training step that is timed, of the dense model where text is None."""
     name, batch = which
     model, call = open_model(name, batch, plan.device, torch.float32)
     if text is None:
-        return build_step(torch.compile(model, backend=backend(plan)), call, sr_ste=False)
-    student = sdm.compile(model, text, backend=backend(plan), policy=ENTRIES[name].policy)
-    return build_step(student, call, sr_ste=False)
+        compiled = torch.compile(model, backend=backend(plan))
+        return build_step(compiled, call, sr_ste=False, autocast=True)()
+    steps, _ = build_steps(model, call, plan, text, policy=ENTRIES[name].policy)
+    for kind in steps.keys() - {"sr-ste"}:  # its student is that of "mask"
+        steps[kind]()
+    return None
 
 
 def backend(plan: Plan) -> str:
