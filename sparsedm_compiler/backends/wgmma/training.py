@@ -75,8 +75,7 @@ def _compute_x_gradient(
     """Returns the gradient of x: grad [..., rows] -> [..., cols]."""
     rows, cols = weight.shape
     if not back.numel():
-        mask = expand_blocks(blocks, parse_blocks(pattern))
-        dense = torch.where(mask, weight, 0).to(grad.dtype)
+        dense = weight.to(grad.dtype)
         return _multiply_exactly(grad, dense, None) if not grad.is_cuda else grad @ dense
     if not grad.is_cuda:
         return _multiply_exactly(grad, unpack_transposed(back, rows, cols, grad.dtype), None)
@@ -180,7 +179,7 @@ def multiply_blocks(
 
     Args:
         x: [..., cols] in half precision.
-        weight: [rows, cols] in any float dtype; what ``blocks`` does not keep is not read.
+        weight: [rows, cols] in any float dtype, masked: zero where ``blocks`` keeps nothing.
         bias: [rows], or None.
         blocks: What ``find_blocks_op`` gives.
         pattern: The pattern as text.

@@ -222,9 +222,10 @@ def test_multiply_blocks_on_a_cpu_matches_float64(
     text: str, frozen: bool, dtype: torch.dtype
 ) -> None:
     weight, mask, blocks = make(text, dtype)
-    weight, bias = weight.requires_grad_(), torch.randn(len(weight), requires_grad=True)
+    weight = (weight * mask).requires_grad_()
+    bias = torch.randn(len(weight), requires_grad=True)
     x = torch.randn(2, 5, 256).to(BF16).requires_grad_()
-    masked = (weight * mask).detach().to(BF16).double().requires_grad_()
+    masked = weight.detach().to(BF16).double().requires_grad_()
     exact = F.linear(x.double(), masked, bias.double())
     seed = torch.randn(exact.shape).to(BF16)
     out = multiply_blocks(x, weight, bias, blocks, text, frozen)
@@ -444,12 +445,12 @@ class TestOnACard:
     @pytest.mark.parametrize("tokens", [16, 300, 4096])
     def test_multiply_blocks_matches_float64(self, text: str, frozen: bool, tokens: int) -> None:
         weight, mask, blocks = (part.cuda() for part in make(text))
-        weight.requires_grad_()
+        weight = (weight * mask).requires_grad_()
         x = torch.randn(tokens, 256, device="cuda").to(BF16).requires_grad_()
         grad = torch.randn(tokens, len(weight), device="cuda").to(BF16)
         out = multiply_blocks(x, weight, None, blocks, text, frozen)
         ours = (out, *torch.autograd.grad(out, (x, weight), grad))
-        masked = (weight * mask).detach().to(BF16).double()
+        masked = weight.detach().to(BF16).double()
         wide = grad.double().t() @ x.detach().double()
         exact = x.double() @ masked.t(), grad.double() @ masked, wide * mask if frozen else wide
         for a, b in zip(ours, exact, strict=True):
