@@ -94,3 +94,15 @@ def list_cache_bases() -> tuple[Path, Path]:
         Path(preferred or Path(home, "sparsedm_compiler")),
         Path(tempfile.gettempdir(), f"sparsedm_compiler-{user}"),
     )
+
+
+def explain_unpickling(error: Exception) -> str:
+    """Returns the line of torch's message that names what it refuses in a pickled file.
+
+    Around it stands the advice to run the file's code all the same.
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.removeprefix("WeightsUnpickler error: ") for line in lines if line]
+    advice = ("Weights only load failed", "(1)", "(2)", "Check the documentation")
+    rest = [line for line in lines if not line.startswith(advice)]
+    return rest[0].partition(". Please")[0] if rest else type(error).__name__

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from sparsedm_compiler.fileio import replace_atomically
+from sparsedm_compiler.fileio import explain_unpickling, replace_atomically
 
 
 def listing(folder: Path) -> dict[str, str]:
@@ -48,3 +53,27 @@ def test_replace_atomically_overwrites_the_part_of_a_killed_process(tmp_path: Pa
     with replace_atomically(tmp_path / "a.txt") as part:
         part.write_text("whole")
     assert listing(tmp_path) == {"a.txt": "whole"}
+
+
+class Evil:
+    """An object whose unpickling would run a command."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(Evil(), "system"), (torch.nn.Linear(1, 1), r"torch\.nn\.modules\.linear\.Linear")],
+)
+def test_explain_unpickling_names_what_is_refused_and_does_not_advise_to_run_it(
+    content: Any, named: str, tmp_path: Path
+) -> None:
+    torch.save({"a": content}, tmp_path / "a.pt")
+    with pytest.raises(pickle.UnpicklingError) as caught:
+        torch.load(tmp_path / "a.pt", weights_only=True)
+    said = explain_unpickling(caught.value)
+    assert re.search(named, said)
+    assert "weights_only" not in said
+    assert "add_safe_globals" not in said
+    assert explain_unpickling(RuntimeError()) == "RuntimeError"

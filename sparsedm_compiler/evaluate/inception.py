@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..errors import ConfigError, DataError
+from ..fileio import explain_unpickling
 from ..optional_deps import mend_torchvision
 from .feature_network import FeatureNetwork
 
@@ -86,7 +87,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"cannot read the InceptionV3 weights {path}: {error}") from error
+        why = explain_unpickling(error)
+        raise DataError(f"cannot read the InceptionV3 weights {path}: {why}") from error
     if not isinstance(state, dict) or not all(isinstance(part, Tensor) for part in state.values()):
         raise DataError(f"{path} is no state_dict: get the InceptionV3 weights of pytorch-fid")
     return state

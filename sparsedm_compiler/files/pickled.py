@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from ..errors import CheckpointError
+from ..fileio import explain_unpickling
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -45,7 +46,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"cannot read weights from {path}, which holds more than tensors: save "
-            f"model.state_dict() alone ({_last_words(error)})"
+            f"model.state_dict() alone ({explain_unpickling(error)})"
         ) from error
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
         raise CheckpointError(f"cannot read weights from {path}: {error!r}") from error
@@ -77,10 +78,3 @@ def take_state_dict(content: Mapping[str, Any], source: str) -> dict[str, Tensor
 
 
 _SHOWN = 3
-
-
-def _last_words(error: Exception) -> str:
-    """Returns the sentence of torch's long message that names the refused global."""
-    _, _, words = str(error).partition("WeightsUnpickler error: ")
-    sentences = (words or str(error)).strip().splitlines()
-    return sentences[0].partition(". Please")[0]

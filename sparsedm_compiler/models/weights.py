@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..fileio import explain_unpickling
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -95,8 +96,8 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         else:
             tensors = load_file(path)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"cannot read weights from {path}: {first}") from error
+        why = explain_unpickling(error)
+        raise CheckpointError(f"cannot read weights from {path}: {why}") from error
     if not isinstance(tensors, dict):
         content = "no dict"
     elif not all(isinstance(value, Tensor) for value in tensors.values()):
