@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import sparsedm_compiler as sdm
 from sparsedm_compiler.backends.registry import find_family
 from sparsedm_compiler.models.uvit import UViT
+from sparsedm_compiler.selection.transposable_tiles import build_plan
 from tests.backends.cuda.devices import device as device
 from tests.backends.cuda.here import kernels_of
 from tests.oracle import assert_gradients, assert_same, hand_masked, masked_patterns, oracle_of
@@ -193,3 +194,42 @@ def test_explain_shows_the_times_of_measured_choices(device: str, pattern: str) 
         tried = choice.reason.split()[0] if choice.kernel == "dense" else choice.kernel
         charged = choice.sparse_ms + find_family(tried.split("/")[0]).call_ms
         assert (choice.kernel == "dense") == (charged >= 0.96 * choice.dense_ms)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+class TestCudaGraphs:
+    """What only a card can show."""
+
+    def test_student_is_captured_by_its_user_while_an_answer_is_owed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sparsedm_compiler.compiler.edit_watch.ASK_SECONDS", 0.0)
+        fast, inputs = fast_of(uvit("cuda"), "2:4"), call("cuda")
+        with torch.no_grad():
+            expected = [fast(*inputs).clone() for _ in range(3)][-1]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = fast(*inputs)
+            out.zero_()
+            graph.replay()
+        assert_same(out, expected)
+
+    def test_transposable_student_trains_under_graphs_of_inductor(self) -> None:
+        build_plan.cache_clear()
+        model, inputs = uvit("cuda", torch.float32), call("cuda", dtype=torch.float32)
+        student = sdm.compile(model, "2:4t", backend="inductor-graphs")
+        for _ in range(4):  # warm, record, replay
+            torch.compiler.cudagraph_mark_step_begin()
+            student(*inputs).square().mean().backward()
+        assert_gradients(student, oracle_of(student), (inputs, {}), tolerance=1e-3)
+
+    def test_weights_when_edited_are_seen_by_a_student_on_a_card(self) -> None:
+        fast, inputs = fast_of(uvit("cuda"), "2:4"), call("cuda")
+        for _ in range(3):
+            check(fast, *inputs)
+            with torch.no_grad():
+                for parameter in fast.parameters():
+                    parameter.mul_(1.1).roll(1)
+        fast.float().to(BF16)  # at another address
+        check(fast, *inputs)
