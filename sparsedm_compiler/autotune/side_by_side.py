@@ -84,15 +84,19 @@ def format_ratio(quartiles: tuple[float, float, float]) -> str:
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def describe_machine() -> dict[str, Any]:
-    """Returns the facts about this machine that a measured number needs beside it."""
+def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Returns the facts about this machine that a measured number needs beside it.
+
+    ``device``: what ran; None for the current card where there is one.
+    """
+    card = torch.cuda.is_available() and (device is None or device.type == "cuda")
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if card else None,
         "load": list(os.getloadavg()),
     }
 

@@ -143,6 +143,9 @@ def prepare_model(options: argparse.Namespace) -> Job:
     def run() -> None:
         import torch
 
+        from ..autotune.side_by_side import describe_machine
+        from ..backends.processor import read_cpu_name
+
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         model, args, kwargs = open_with_inputs(case.name, device=device, **settings)
@@ -150,12 +153,13 @@ def prepare_model(options: argparse.Namespace) -> Job:
         with torch.no_grad(), announce("timing all candidates", f"{options.rounds} rounds"):
             times = measure(candidates, lambda call: call(*args, **kwargs), options.rounds)
         dense = [text for text in case.patterns if runs_all_dense(candidates[text])]
-        print_ratios(times, case, options, backend)
+        facts = {"processor": read_cpu_name(), **describe_machine(device)}
+        print_ratios(times, case, options, backend, facts)
         if not options.json:
             print_dense(dense, compute_ratios(times, case.patterns))
         if case.results is not None and case.results.exists():
             ratios, batch = compute_ratios(times, case.patterns), options.batch or 1
-            store_speedup(case.results, ratios, batch, ALL_DENSE if dense else "")
+            store_speedup(case.results, ratios, batch, facts, ALL_DENSE if dense else "")
 
     compared = f"dense with {', '.join(case.patterns)} on {device}, compiled by {backend}"
     return Job((f"would compare {options.model}, {compared}, {options.rounds} rounds",), run)
@@ -241,16 +245,18 @@ def print_dense(patterns: Sequence[str], ratios: Mapping[str, Mapping[str, Quart
 
 
 def store_speedup(
-    results: Path, ratios: Mapping[str, Mapping[str, Quartiles]], batch: int, note: str = ""
+    results: Path,
+    ratios: Mapping[str, Mapping[str, Quartiles]],
+    batch: int,
+    facts: Mapping[str, Any],
+    note: str = "",
 ) -> None:
     """Stores the speed-up of a run over the fastest dense model in its results.json, and a note."""
-    from ..autotune.side_by_side import describe_machine, format_machine
-    from ..backends.processor import read_cpu_name
+    from ..autotune.side_by_side import format_machine
     from ..train.checkpoint import replace_text
 
     (own,) = ratios.values()
     name, (_, median, _) = min(own.items(), key=lambda item: item[1][1])
-    facts = {"processor": read_cpu_name(), **describe_machine()}
     about = format_machine(facts).rpartition(", load")[0]
     values = json.loads(results.read_text(encoding="utf-8"))
     baseline = f"{name}, batch {batch}, {about}" + (f" ({note})" if note else "")
@@ -259,17 +265,19 @@ def store_speedup(
 
 
 def print_ratios(
-    times: Mapping[str, Samples], case: BenchmarkCase, options: argparse.Namespace, backend: str
+    times: Mapping[str, Samples],
+    case: BenchmarkCase,
+    options: argparse.Namespace,
+    backend: str,
+    facts: Mapping[str, Any],
 ) -> None:
     """Prints the ratios as a table, or as JSON."""
     from tabulate import tabulate
 
-    from ..autotune.side_by_side import describe_machine, format_machine, format_ratio
-    from ..backends.processor import read_cpu_name
+    from ..autotune.side_by_side import format_machine, format_ratio
 
     ratios = compute_ratios(times, case.patterns)
     dense = [*next(iter(ratios.values()))]
-    facts = {"processor": read_cpu_name(), **describe_machine()}
     if options.json:
         values = {"model": options.model, "batch": options.batch or 1, "prune": case.prune}
         values |= {"backend": backend, "rounds": options.rounds, "machine": facts}

@@ -61,6 +61,14 @@ class Command(Protocol):
         """Checks the whole request without writing anything. Raises SparseDMError."""
 
 
+_SMALLER = "take a smaller batch or model, or a device with more memory"
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Returns whether a device or the machine had no memory left, in torch's words."""
+    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+
+
 class TerminatedError(BaseException):
     """Raised by SIGTERM; unwinds the stack as KeyboardInterrupt does, so that files are closed."""
 
@@ -95,6 +103,11 @@ def execute(name: str, command: Command, options: argparse.Namespace) -> int:
             return FAILED
         except OSError as error:
             return print_failure(name, str(error), FAILED)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            first = str(error).partition("\n")[0].partition(". Of the allocated")[0]
+            return print_failure(name, f"{first}; {_SMALLER}", FAILED)
     return status or DONE
 
 

@@ -79,9 +79,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     from ..backends.processor import read_cpu_name
     from ..backends.registry import find_families
 
-    facts = {"processor": read_cpu_name(), **side_by_side.describe_machine()}
-    if device.type != "cuda":
-        facts["gpu"] = None
+    facts = {"processor": read_cpu_name(), **side_by_side.describe_machine(device)}
     libraries: dict[str, str | None] = {}
     for family in find_families(device.type):
         libraries |= family.list_libraries()

@@ -48,6 +48,8 @@ def select_device(options: argparse.Namespace) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # clocks and names are those of the current one
     except (RuntimeError, AssertionError) as error:
         first = str(error).partition("\n")[0]
         raise ConfigError(f"cannot run on --device {name}: {first}") from error

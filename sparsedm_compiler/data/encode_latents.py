@@ -133,13 +133,14 @@ def encode_latents(
             counter.update()
 
 
-def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 16) -> Tensor:
+def decode_latents(vae: Any, latents: Tensor, *, batch_size: int | None = None) -> Tensor:
     """Decodes latents to images.
 
     Args:
         vae: An AutoencoderKL of diffusers; it runs in eval mode, on its own device.
         latents: [n, C, h, w], scaled and shifted as ``encode_latents`` writes them.
-        batch_size: Latents that are decoded at once.
+        batch_size: Latents that are decoded at once; None for at most 16, and of large ones fewer,
+            with as many numbers as 16 of 64 x 64.
 
     Returns:
         Images float32 [n, 3, H, W] in [-1, 1] on the CPU.
@@ -148,11 +149,13 @@ def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 16) -> Tensor
         DataError: ``vae`` is no AutoencoderKL, or the latents do not fit it.
     """
     scaling = LatentScaling.read(vae)
-    check_positive("batch_size", batch_size)
     if latents.ndim != 4 or latents.shape[1] != vae.config.latent_channels:
         raise DataError(
             f"latents {list(latents.shape)} are not [n, {vae.config.latent_channels}, h, w]"
         )
+    if batch_size is None:
+        batch_size = max(1, min(16, 16 * 64 * 64 // max(1, latents.shape[2:].numel())))
+    check_positive("batch_size", batch_size)
     images = []
     with evaluating(vae):
         for part in torch.split(latents, batch_size):

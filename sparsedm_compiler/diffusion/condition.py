@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import DataError
 
@@ -135,8 +135,26 @@ def move_condition(condition: Condition, like: Tensor) -> Condition:
     )
 
 
+def check_labels(model: nn.Module, labels: Tensor) -> None:
+    """Raises DataError for class labels that no embedding of a model has.
+
+    Looked up on a GPU, one would end every later call of the process, too.
+    """
+    sizes = [
+        module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
+    ]
+    if not sizes or not labels.numel() or labels.is_floating_point():
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < max(sizes):
+        raise DataError(
+            f"label {low if low < 0 else high} is none of the {max(sizes)} classes of "
+            f"{type(model).__name__}"
+        )
+
+
 def move(tensor: Tensor, device: torch.device) -> Tensor:
     """Moves a tensor to a device: to CUDA by pinned memory, or the copy would wait for its work."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # expanded ones, too

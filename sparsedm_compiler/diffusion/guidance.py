@@ -46,6 +46,12 @@ class Guidance:
         if not math.isfinite(self.scale):
             raise ConfigError(f"guidance scale {self.scale} is not a finite number")
 
+    def move_null(self, like: Tensor) -> Guidance:
+        """Returns the guidance with its null on the device of ``like``, and in its dtype."""
+        if isinstance(self.null, int):
+            return self
+        return Guidance(self.scale, move_condition(self.null, like))
+
     def expand_null(self, like: Condition, count: int) -> Condition:
         """Repeats ``null`` for ``count`` images, in the form of the condition ``like``.
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import ConfigError, DataError
 from ..meta_models import require_values
 from ..progress import ProgressBar, show_progress_bar, watch_compilation
-from .condition import Condition, check_count, move_condition, take_rows
+from .condition import Condition, check_count, check_labels, move, move_condition, take_rows
 from .guidance import Guidance, apply_guidance
 from .image_batches import CHUNK, NumberedBatches, ProcessShare, iterate_chunks
 from .modes import evaluating
@@ -204,6 +204,10 @@ def sample_batches(
     ]
     if isinstance(model, DistributedDataParallel):
         model = model.module  # its own forward waits for processes that have fewer chunks
+    if isinstance(plan.condition, Tensor):
+        check_labels(model, plan.condition)
+    if plan.guidance is not None and isinstance(plan.guidance.null, int):
+        check_labels(model, torch.tensor([plan.guidance.null]))
     name = sampler_name(scheduler, plan.steps, plan.guidance)
     total = len(todo) * plan.steps
     with show_progress_bar(total, unit="step", name=f"sample {name}", shown=progress) as bar:
@@ -227,9 +231,10 @@ def denoise(
     x = x * solver.init_noise_sigma if isinstance(solver, ScalingScheduler) else x
     y = plan.take_condition(numbers)
     y = None if y is None else move_condition(y, like)
-    for t in solver.timesteps:
+    guidance = None if plan.guidance is None else plan.guidance.move_null(like)
+    for t, level in zip(solver.timesteps, move(solver.timesteps, like.device), strict=True):
         scaled = solver.scale_model_input(x, t) if isinstance(solver, ScalingScheduler) else x
-        guess = apply_guidance(model, scaled.to(like.dtype), t.expand(len(x)), y, plan.guidance)
+        guess = apply_guidance(model, scaled.to(like.dtype), level.expand(len(x)), y, guidance)
         x = solver.step(guess, t, x, **extra, return_dict=False)[0]
         bar.update()
     return decode_samples(x.float(), plan.decode)
@@ -241,6 +246,8 @@ def start_scheduler(scheduler: Any, steps: int, device: torch.device) -> Any:
     Raises ConfigError where the scheduler allows only fewer steps.
     """
     solver = copy.deepcopy(scheduler)
+    if "alphas_cumprod" in vars(solver) and "sigmas" not in vars(solver):
+        device = torch.device("cpu")  # it looks each step up in a table there
     try:
         solver.set_timesteps(steps, device=device)
     except ValueError as error:

@@ -49,7 +49,7 @@ def precision_recall(features: Tensor, reference: Tensor, *, k: int = 3) -> tupl
     x, y = features.double() - centre, reference.double() - centre
     slack = SLACK * torch.cat([x, y]).square().sum(1).max()
     radii_x, radii_y = squared_radii(x, k) + slack, squared_radii(y, k) + slack
-    inside, covered = (torch.zeros(len(rows), dtype=torch.bool) for rows in (x, y))
+    inside, covered = (torch.zeros(len(rows), dtype=torch.bool, device=x.device) for rows in (x, y))
     for first in range(0, len(x), CHUNK):
         rows = slice(first, first + CHUNK)
         distances = squared_distances(x[rows], y)

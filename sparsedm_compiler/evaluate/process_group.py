@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,9 @@ from .moments import Moments
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+_PATIENCE = timedelta(days=1)
+"""How long a process waits for others: a chunk of images may take hours, and one has none left."""
 
 
 def in_process_group() -> bool:
@@ -32,7 +36,9 @@ def join_process_group() -> PartialState:
     from accelerate import PartialState
 
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return PartialState() if alone or torch.cuda.is_available() else PartialState(cpu=True)
+    if alone:
+        return PartialState()
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
 
 def own_share() -> ProcessShare:

@@ -103,6 +103,7 @@ def make_sample_grids(config: RunConfig, inputs: OpenedInputs) -> SampleGrids:
         condition=inputs.make_condition(range(spec.grid)),
         guidance=make_guidance(config, inputs),
         decode=inputs.decode,
+        batch_size=spec.batch_size,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import DataError
@@ -44,6 +44,10 @@ class CalibrationBatch:
         """Returns the batch with its tensors on a device."""
         args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (self.args, dict(self.kwargs)))
         return CalibrationBatch(args, kwargs, self.weight)
+
+    def place(self, model: nn.Module) -> CalibrationBatch:
+        """Returns the batch with its tensors on the device of a model's first parameter."""
+        return self.to(next((p.device for p in model.parameters()), torch.device("cpu")))
 
     def describe(self) -> str:
         """Returns the shapes of its tensors as text."""

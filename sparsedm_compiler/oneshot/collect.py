@@ -142,8 +142,7 @@ def run(model: nn.Module, batch: CalibrationBatch, report: Callable[[EagerProduc
     Raises:
         DataError: The model cannot be called with the batch.
     """
-    device = next(model.parameters()).device
-    moved = batch.to(device)
+    moved = batch.place(model)
     try:
         with analyse_layers(model):
             watch_eager(model, copy_forward(model), report, moved.args, moved.kwargs)

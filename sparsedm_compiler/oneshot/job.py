@@ -79,8 +79,8 @@ class Job:
                 statistics = self.collect(todo, bar)
                 for k, target in enumerate(group):
                     result = results[k]
-                    if result is None:
-                        result = self.prune(first + k, target, statistics.get(target.name))
+                    if result is None:  # its moments are freed, for those of the next pass
+                        result = self.prune(first + k, target, statistics.pop(target.name, None))
                     results[k] = result
                     bar.update()
                 for target, result in zip(group, results, strict=True):

@@ -33,6 +33,7 @@ class SampleGrids:
             None is for models without a condition.
         guidance: Classifier-free guidance; None samples without.
         decode: Turns latents into images; None where the model makes images.
+        batch_size: Samples that are drawn at once.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +45,7 @@ class SampleGrids:
     condition: Condition | None = None
     guidance: Guidance | None = None
     decode: Callable[[Tensor], Tensor] | None = None
+    batch_size: int = 256
 
     def draw(
         self, model: nn.Module, objective: str, *, betas: Mapping[str, Any] | None = None
@@ -75,6 +77,7 @@ class SampleGrids:
             condition=self.condition,
             guidance=self.guidance,
             decode=self.decode,
+            batch_size=self.batch_size,
             progress=False,
         )
 

@@ -14,6 +14,7 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler.autotune.side_by_side import (
     Samples,
     compute_ratio,
+    describe_machine,
     format_machine,
     sample_in_turns,
 )
@@ -64,7 +65,8 @@ def test_bench_of_patterns_that_run_dense_says_so_and_stores_it(
     print_dense(["2:4"], {"2:4": {"dense, eager": (1.0, 1.1, 1.2)}})
     assert "cost" not in capsys.readouterr().out
     (tmp_path / "results.json").write_text("{}")
-    store_speedup(tmp_path / "results.json", ratios, 1, ALL_DENSE)
+    facts = {"processor": "a processor", **describe_machine(torch.device("cpu"))}
+    store_speedup(tmp_path / "results.json", ratios, 1, facts, ALL_DENSE)
     speed = json.loads((tmp_path / "results.json").read_text())["speed"]
     assert speed["ratio"] == 0.87
     assert speed["baseline"].endswith("(every layer of the pruned model runs dense)")

@@ -63,8 +63,10 @@ class ErrorMeter:
             for group in plan:
                 statistics = job.collect(group, bar)
                 for target in group:
-                    seen = statistics.get(target.name)
-                    errors[target.name] = self.measure_weight(candidates[target.name], seen, bar)
+                    choices = candidates[target.name]
+                    seen = statistics.pop(target.name, None)
+                    errors[target.name] = self.measure_weight(choices, seen, bar)
+                    del seen  # freed before the moments of the next pass
         return errors
 
     def measure_weight(

@@ -133,8 +133,9 @@ def permute_channels(
         expected = [run_once(model, batch) for batch in kinds]
         for outputs in expected:
             require_finite(model, outputs)
-        captured, inputs = capture_call(model, listed[0].args, dict(listed[0].kwargs))
-        targets = find_targets(model, config, listed[0], captured)
+        first = listed[0].place(model)
+        captured, inputs = capture_call(model, first.args, dict(first.kwargs))
+        targets = find_targets(model, config, first, captured)
         for target in targets:
             nm_mask(target.weight, target.pattern, name=target.name)  # raises for NaN and Inf
         scored = score_weights(model, targets, listed, score, progress=progress)
