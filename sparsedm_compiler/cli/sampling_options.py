@@ -192,7 +192,9 @@ def read_condition_options(options: argparse.Namespace) -> ConditionOfImages | N
         labels = [*range(options.classes)]
     if not labels:
         return None
-    return lambda numbers: torch.tensor([labels[number % len(labels)] for number in numbers])
+    return lambda numbers: torch.tensor(
+        [labels[number % len(labels)] for number in numbers], device="cpu"
+    )
 
 
 def read_null_options(

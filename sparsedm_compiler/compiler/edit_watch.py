@@ -8,6 +8,7 @@ that it touches.
 from __future__ import annotations
 
 import ctypes
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,22 +115,22 @@ def _is_gapless(weight: Tensor) -> bool:
 class _DeviceSamples:
     """Samples on one device, compared there; the answer is read once it has come.
 
-    Everything that a question needs is made once: pinned memory and events are slow to make.
+    Pinned memory and events are made once, being slow to make. Views of weights are not kept: they
+    would hold the memory of weights that are moved to another device.
     """
 
-    def __init__(self, samples: Sequence[WeightSample]) -> None:
-        self._now = [sample.now for sample in samples]  # with gaps, ``reshape`` would be a copy
-        self._before = torch.cat([sample.before.reshape(-1) for sample in samples])
+    def __init__(self, before: Sequence[Tensor]) -> None:
+        self._before = torch.cat([values.reshape(-1) for values in before])
         self._is_cuda = self._before.is_cuda
         self._answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=self._is_cuda)
         self._event = torch.cuda.Event() if self._is_cuda else None  # type: ignore[no-untyped-call]
         self._owed = False
 
-    def ask(self) -> None:
+    def ask(self, samples: Sequence[Tensor]) -> None:
         """Asks whether the samples are what they were, unless an answer is still owed."""
         if self._owed or self._is_capturing():
             return  # launches would become part of a CUDA graph, in which no answer can be read
-        changed = torch.cat([now.reshape(-1) for now in self._now]).ne(self._before).any()
+        changed = torch.cat([now.reshape(-1) for now in samples]).ne(self._before).any()
         self._answer.copy_(changed, non_blocking=self._is_cuda)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(self._before.device))
@@ -152,8 +153,8 @@ class EditWatcher:
     """Compares samples on their devices and reads the answers once they are there."""
 
     def __init__(self) -> None:
-        self._devices: list[_DeviceSamples] = []
-        self._samples: tuple[WeightSample, ...] = ()
+        self._devices: dict[torch.device, _DeviceSamples] = {}
+        self._before: list[Tensor] = []
         self._asked, self._asked_at = -1, 0.0
 
     def is_due(self, generation: int) -> bool:
@@ -166,21 +167,25 @@ class EditWatcher:
 
     def take_report(self) -> bool:
         """Returns whether an answer says that a sample has changed; reports each answer once."""
-        reports = [device.take_report() for device in self._devices]
+        reports = [device.take_report() for device in self._devices.values()]
         return any(reports)
+
+    def forget(self) -> None:
+        """Drops all samples, and the answers that are owed."""
+        self._devices, self._before = {}, []
 
     def ask(self, samples: Sequence[WeightSample]) -> None:
         """Asks every device that owes no answer whether its samples are what they were."""
-        if self._samples != tuple(samples):
-            self._samples = tuple(samples)
+        groups: dict[torch.device, list[WeightSample]] = {}
+        for sample in samples:
+            groups.setdefault(sample.now.device, []).append(sample)
+        before = [sample.before for sample in samples]
+        if len(before) != len(self._before) or not all(map(operator.is_, before, self._before)):
+            self._before = before
             with torch.inference_mode(False):  # answers are written in later calls
-                self._devices = [*map(_DeviceSamples, _group_by_device(samples))]
-        for device in self._devices:
-            device.ask()
-
-
-def _group_by_device(samples: Sequence[WeightSample]) -> list[list[WeightSample]]:
-    groups: dict[torch.device, list[WeightSample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.now.device, []).append(sample)
-    return [*groups.values()]
+                self._devices = {
+                    device: _DeviceSamples([sample.before for sample in group])
+                    for device, group in groups.items()
+                }
+        for device, group in groups.items():
+            self._devices[device].ask([sample.now for sample in group])

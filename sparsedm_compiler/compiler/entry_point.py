@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
 from ..errors import DenseRunError
@@ -25,6 +25,13 @@ from .masked_model import MaskedModel
 
 _NO_FRAMES = "found no compiled frames"
 """How newer torch words that a call ran uncompiled; the run counter says it for all."""
+
+_OF_DEVICES = (torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Returns whether Accelerate gives layers their values when they run."""
+    return any("_hf_hook" in layer.__dict__ for layer in module.modules())
 
 
 class EntryPoint:
@@ -60,7 +67,8 @@ class EntryPoint:
             ) from limit
         except RuntimeError as error:
             if _NO_FRAMES not in str(error):
-                require_values(forward.module, "this call")
+                if not isinstance(error, _OF_DEVICES) and not _is_offloaded(forward.module):
+                    require_values(forward.module, "this call")
                 raise_own_error(error)
                 raise
         if forward.runs == before:

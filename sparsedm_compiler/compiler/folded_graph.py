@@ -28,6 +28,7 @@ class FoldedGraph:
         if check is not None and check.generation == weights.generation and check.holds(arguments):
             check.replace(arguments)
         else:
+            self._check = check = None  # it holds forms that may be out of date
             for position, weight_format, name in self._folds:
                 arguments[position] = weights.get(inputs[position], weight_format, name)
             self._check = make_check(weights, self._folds, inputs, arguments)

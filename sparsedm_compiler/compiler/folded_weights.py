@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,23 +21,10 @@ from ..graph.names import strip_adapter_prefix
 from ..passes import PlannedWeight
 from .edit_watch import EditWatcher, WeightSample, sample_values
 from .explanations import explain_folded_gradient
+from .folded_weight import FoldedWeight, is_asynchronous
 from .free_memory import release_after_packing
 from .hollow_parameter import hollow_out, is_hollow, make_hollow_class
 from .place_check import PlaceCheck
-
-
-@dataclass(slots=True)
-class _FoldedWeight:
-    """A weight as it was folded.
-
-    ``state``: its version counter and storage. ``samples``: some of its values, for edits that
-    move neither.
-    """
-
-    weight: weakref.ref[Tensor]
-    state: tuple[int, int]
-    samples: WeightSample
-    folded: Tensor
 
 
 class HoldsCheck(Protocol):
@@ -62,7 +49,7 @@ class FoldedWeights:
     def __init__(self, packed: Mapping[str, PackedWeight] | None = None) -> None:
         self.packed = dict(packed or {})
         self._arrived = set(self.packed)  # from another place, maybe one of other kernels
-        self._folded: dict[tuple[int, WeightFormat], _FoldedWeight] = {}
+        self._folded: dict[tuple[int, WeightFormat], FoldedWeight] = {}
         self.generation = 0  # counts what makes folded forms out of date
         self._watcher = EditWatcher()
         self._asks = False  # whether some weights lie on a device that has to be asked
@@ -110,6 +97,16 @@ class FoldedWeights:
         for weight, name, weight_format, kernel in pending:
             self._finalize(weight, name, weight_format, kernel)
         if pending:
+            self._watcher.forget()
+            self.drop_stale_checks()
+
+    def release_moved(self) -> None:
+        """Drops the folded forms of weights that do not lie where they were folded any more."""
+        held = self._folded
+        self._folded = {key: fold for key, fold in held.items() if fold.is_in_place}
+        if len(self._folded) < len(held):
+            self.generation += 1
+            self._watcher.forget()
             self.drop_stale_checks()
 
     def register(self, graph: HoldsCheck) -> None:
@@ -153,8 +150,8 @@ class FoldedWeights:
         It takes a few launches, so a quick model asks once in edit_watch.ASK_SECONDS.
         """
         if self._asks and self._watcher.is_due(self.generation):
-            samples = [held.samples for held in self._folded.values()]
-            self._watcher.ask([sample for sample in samples if _is_asynchronous(sample.now)])
+            samples = [held.sample() for held in self._folded.values()]
+            self._watcher.ask([s for s in samples if s is not None and is_asynchronous(s.now)])
 
     def get(self, weight: Tensor, weight_format: WeightFormat, name: str) -> Tensor:
         """Returns the weight in a form. Raises DenseRunError where it requires a gradient."""
@@ -164,29 +161,31 @@ class FoldedWeights:
         if packed is not None and packed.weight_format == weight_format:
             return packed.data
         state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
-        held = self._folded.get((id(weight), weight_format))
+        key = id(weight), weight_format
+        held = self._folded.get(key)
         if held is not None and held.weight() is weight and held.state == state:
-            samples = held.samples
-            if _is_asynchronous(weight) or torch.equal(samples.now, samples.before):
+            sample = None if is_asynchronous(weight) else held.sample()
+            if sample is None or torch.equal(sample.now, sample.before):
                 return held.folded
         self.generation += 1
+        del held
+        self._folded.pop(key, None)  # freed before there is a new one
         with torch.no_grad():
             source = weight.detach() if packed is None else packed.unpack()
             folded = fold_weight(source, weight_format, name)
             release_after_packing(weight)
-            self._asks |= _is_asynchronous(weight)
-            now = sample_values(weight.detach(), spread=_is_asynchronous(weight))
-            now = now if packed is None else packed.data[:0]
-            samples = WeightSample(now, now.clone())
-        key = id(weight), weight_format
+            self._asks |= is_asynchronous(weight)
+            before = None
+            if packed is None:
+                before = sample_values(weight.detach(), spread=is_asynchronous(weight)).clone()
         gone = weakref.ref(weight, lambda _: self._folded.pop(key, None))
-        self._folded[key] = _FoldedWeight(gone, state, samples, folded)
+        self._folded[key] = FoldedWeight(gone, state, before, folded)
         return folded
 
     def find_samples(self, weight: Tensor, weight_format: WeightFormat) -> WeightSample | None:
         """Returns values of a folded weight that can be compared without waiting for a device."""
         held = self._folded.get((id(weight), weight_format))
-        return None if held is None or _is_asynchronous(weight) else held.samples
+        return None if held is None or is_asynchronous(weight) else held.sample()
 
     def find_finalized(self, weight: Tensor, name: str) -> PackedWeight | None:
         """Returns the packed form of a hollow weight; None for one that holds its values."""
@@ -286,8 +285,3 @@ def _is_exact(row: PlannedWeight) -> bool:
     """Whether the folded form holds the masked weight to the bit."""
     inexact = row.kernel is not None and bool(find_family(row.kernel.name).inexact)
     return not inexact and row.weight_format.dtype is None
-
-
-def _is_asynchronous(weight: Tensor) -> bool:
-    """Whether reading the weight would force a device synchronization (any device but the CPU)."""
-    return weight.device.type != "cpu"

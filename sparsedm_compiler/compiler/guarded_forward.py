@@ -1,10 +1,9 @@
 """The guarded forward: it runs its masks or raises.
 
 ``compile`` keeps a ``SparseForward`` in ``module.__dict__["forward"]``, and a ``SparseMethod`` in
-the place of every other public method that reaches a layer. The class, its config and its
-state_dict stay what they are; calling the module runs the class's own method through TorchDynamo
-with our backend, and every call proves that the masked graph has run. ``ReadGuard`` stands where
-a layer is called in any other way.
+the place of every other public method that reaches a layer. Class, config and state_dict stay what
+they are; a call runs the class's own method through TorchDynamo with our backend, and proves that
+the masked graph has run. ``ReadGuard`` stands where a layer is called in any other way.
 """
 
 from __future__ import annotations
@@ -56,6 +55,7 @@ from .frozen_masks import FrozenMasks
 from .lower import lower, plan_weights
 from .phase_clock import PhaseClock
 from .read_guard import ReadGuard
+from .release_on_move import install_release
 from .replaced_weights import require_present_weights, require_read_weights
 from .sparse_method import install_methods, list_methods
 from .state_hooks import install_state_hooks
@@ -69,8 +69,8 @@ class SparseForward(OwnForward):
     ``choices``: what runs every pruned weight, by its name and the shapes it multiplies.
     ``weights``: the folded weights. ``frozen``: masks that are not computed anew. ``budget``: the
     seconds left to measure kernels. ``clock``: the seconds spent.
-    ``known``: the parameters the module had when it was compiled. ``eager``: weights that were
-    masked in Python that no graph holds. ``guard``: raises for layers called in any other way.
+    ``known``: the parameters it had when compiled. ``eager``: weights masked in Python that no graph
+    holds. ``guard``: raises for layers called in any other way.
     """
 
     # Not a __dict__: functools.wraps would copy it into every wrapper, and copies of those fail.
@@ -119,6 +119,7 @@ class SparseForward(OwnForward):
         install_methods(self.module)
         if self.config.mode == "infer":
             install_state_hooks(self.module)
+            install_release(self.module)
         self._watch()
 
     @property
@@ -197,8 +198,7 @@ class SparseForward(OwnForward):
     def is_pruned(self, names: Names, shape: tuple[int, ...]) -> bool:
         """Returns whether a parameter is pruned, or would be if no graph has shown it yet."""
         names = tuple(strip_adapter_prefix(name) for name in names)
-        decision = self.decisions.get(names[0])
-        if decision is None:
+        if (decision := self.decisions.get(names[0])) is None:
             return may_be_pruned(names, shape, self.config, self.known)
         return decision.accepted
 

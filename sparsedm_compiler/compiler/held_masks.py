@@ -23,6 +23,22 @@ class HeldMasks(FrozenMasks):
 
     frozen_names = ()
 
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        super().__init__(masks)
+        self._elsewhere: dict[tuple[str, torch.device], Tensor] = {}
+
+    def get(self, name: str, device: torch.device) -> Tensor | None:
+        """Returns the mask of a weight on a device; None for a weight that has none.
+
+        Each device that was asked for keeps its own, which graphs made there read.
+        """
+        mask = self._masks.get(name)
+        if mask is None or mask.device == device or device.type == "meta":
+            return mask
+        if (name, device) not in self._elsewhere:
+            self._elsewhere[name, device] = mask.to(device)
+        return self._elsewhere[name, device]
+
     def plan(self, row: PlannedWeight, device: torch.device) -> PlannedWeight:
         """Returns the plan of a weight, with its held mask."""
         return replace(row, held=self.get(row.name, device))
@@ -44,6 +60,9 @@ class HeldMasks(FrozenMasks):
         """Replaces the values of all masks."""
         for name, mask in masks.items():
             self._masks[name].copy_(mask)
+        for (name, _), copy in self._elsewhere.items():
+            if name in masks:
+                copy.copy_(masks[name])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeldMasks:
         return HeldMasks({name: mask.clone() for name, mask in self._masks.items()})
@@ -101,7 +120,7 @@ def read_soft(
     """
     if not scales:
         return None
-    chosen = {name: torch.tensor([float(scale)]) for name, scale in scales.items()}
+    chosen = {name: torch.tensor([float(scale)], device="cpu") for name, scale in scales.items()}
     kinds = {name: pattern for name in chosen if (pattern := patterns[name]) is not None}
     if kinds.keys() != chosen.keys():
         raise TypeError("a soft threshold has no pattern")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._ops import OpOverload, OpOverloadPacket
 
@@ -39,7 +39,23 @@ def compile_graph(
         if name == "eager":
             preserve_randomness(gm)
     run: Callable[..., Any] = compile_fx(gm, list(example_inputs))
-    return run
+    return keep_outputs(run) if backend == GRAPHS else run
+
+
+def keep_outputs(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a call whose results stay: CUDA graphs would write the next call's over them.
+
+    A sampler may call a model twice before it reads either result. Those that a backward follows
+    are left as they are.
+    """
+
+    def call(*inputs: Any) -> Any:
+        return tuple(
+            x.clone() if isinstance(x, Tensor) and not (x.is_cpu or x.requires_grad) else x
+            for x in run(*inputs)
+        )
+
+    return call
 
 
 def _is_checked(gm: fx.GraphModule) -> bool:

@@ -213,8 +213,15 @@ def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
             aliases[name] = seen[where]
         else:
             seen[where] = name
-            tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+            tensors[name] = _copy_to_cpu(tensor.detach())
     return tensors, aliases
+
+
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
+    """Returns a copy for a file: one on the tensor's own card might not fit there."""
+    if tensor.is_cpu or tensor.is_meta:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.cpu().contiguous()
 
 
 def _require_zeros(tensors: Mapping[str, Tensor], patterns: Mapping[str, Pattern | None]) -> None:

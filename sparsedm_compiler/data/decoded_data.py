@@ -51,14 +51,14 @@ class DecodedData(ImageData):
 
     def read_pixels(self, index: Tensor) -> Tensor:
         """Returns uint8 [B, 3, H, W] of the images at ``index`` [B]."""
-        pixels = torch.empty(len(index), *self.shape, dtype=torch.uint8)
+        pixels = torch.empty(len(index), *self.shape, dtype=torch.uint8, device="cpu")
         files = self.open_files(index.tolist()) if len(index) else []
         for row, image in zip(pixels, map_in_threads(self._decode, files), strict=True):
             row.copy_(image)
         return pixels
 
     def fingerprint(self) -> str:
-        numbers = torch.tensor(spread_numbers(len(self)))
+        numbers = torch.tensor(spread_numbers(len(self)), device="cpu")
         digest = hashlib.sha256(f"{self.count} {list(self.shape)} {self.classes}".encode())
         for name, file in self.open_files(numbers.tolist()):
             digest.update(hash_encoded(name, file))
@@ -115,7 +115,7 @@ class FileData(DecodedData):
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
         labels = () if self.labels is None else (self.labels,)
-        return hash_all([torch.tensor(sizes), *labels])
+        return hash_all([torch.tensor(sizes, device="cpu"), *labels])
 
     def open_files(self, numbers: Sequence[int]) -> Sequence[NamedFile]:
         return [(str(self.paths[number]), self.paths[number]) for number in numbers]

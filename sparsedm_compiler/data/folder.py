@@ -42,7 +42,7 @@ def open_folder(root: Path, options: ReadOptions) -> FileData:
     labels = None
     if options.labels and has_classes(root, paths):
         class_numbers = {name: number for number, name in enumerate(names)}
-        labels = torch.tensor([class_numbers[name] for name in tops])
+        labels = torch.tensor([class_numbers[name] for name in tops], device="cpu")
     data = FileData(paths, labels, options)
     if others:
         data.notes = (f"left out{describe_others(others)}",)

@@ -196,7 +196,9 @@ def check_labels(labels: Tensor | np.ndarray, count: int, source: str) -> Tensor
     """
     if isinstance(labels, np.ndarray):
         whole = labels.dtype.kind in "iu"
-        classes = torch.from_numpy(labels.astype(np.int64)) if whole else torch.empty(0)
+        classes = (
+            torch.from_numpy(labels.astype(np.int64)) if whole else torch.empty(0, device="cpu")
+        )
     else:
         whole, classes = labels.dtype in _INTEGERS, labels
     if not whole:

@@ -36,8 +36,8 @@ class PackData(DecodedData):
         if options.labels and "labels" in arrays:
             labels = check_labels(arrays["labels"], count, str(path))
         super().__init__(count, labels, options)
-        self.decoded = torch.empty(self.count, *self.shape, dtype=torch.uint8)
-        self.is_decoded = torch.zeros(self.count, dtype=torch.bool)
+        self.decoded = torch.empty(self.count, *self.shape, dtype=torch.uint8, device="cpu")
+        self.is_decoded = torch.zeros(self.count, dtype=torch.bool, device="cpu")
 
     def open_files(self, numbers: Sequence[int]) -> Sequence[NamedFile]:
         return [

@@ -69,7 +69,7 @@ class LatentData(ImageData):
         self.labels: Tensor | None = None
         if options.labels and "labels" in file:
             stored = file["labels"]
-            labels = stored.read_rows(torch.arange(stored.shape[0]))
+            labels = stored.read_rows(torch.arange(stored.shape[0], device="cpu"))
             self.labels = check_labels(labels, total, str(path))
         self.classes = None
         if self.labels is not None:
@@ -87,7 +87,7 @@ class LatentData(ImageData):
         if sum(tensor.count_bytes(self.count) for tensor in stored) > HASHED_BYTES:
             return None
         labels = () if self.labels is None else (self.labels[: self.count],)
-        index = torch.arange(self.count)
+        index = torch.arange(self.count, device="cpu")
         return hash_all([*(tensor.read_rows(index) for tensor in stored), *labels])
 
     def fetch(self, numbers: Sequence[int]) -> Batch:

@@ -87,7 +87,11 @@ def check_preserves_variance(scheduler: Any) -> NoiseScheduler:
             "matching objective='flow' and no scheduler"
         )
     count = int(scheduler.config.num_train_timesteps)
-    one, zero, middle = torch.ones(1, 1), torch.zeros(1, 1), torch.tensor([count // 2])
+    one, zero, middle = (
+        torch.ones(1, 1, device="cpu"),
+        torch.zeros(1, 1, device="cpu"),
+        torch.tensor([count // 2], device="cpu"),
+    )
     signal, noise = (scheduler.add_noise(*pair, middle) for pair in ((one, zero), (zero, one)))
     if not torch.allclose(signal**2 + noise**2, one, atol=1e-3):
         raise ConfigError(f"{name} does not preserve variance (abar + (1 - abar) = 1); {remedy}")

@@ -207,7 +207,7 @@ def sample_batches(
     if isinstance(plan.condition, Tensor):
         check_labels(model, plan.condition)
     if plan.guidance is not None and isinstance(plan.guidance.null, int):
-        check_labels(model, torch.tensor([plan.guidance.null]))
+        check_labels(model, torch.tensor([plan.guidance.null], device="cpu"))
     name = sampler_name(scheduler, plan.steps, plan.guidance)
     total = len(todo) * plan.steps
     with show_progress_bar(total, unit="step", name=f"sample {name}", shown=progress) as bar:
@@ -221,12 +221,16 @@ def denoise(
     model: nn.Module, scheduler: Any, plan: SamplePlan, numbers: range, *, bar: ProgressBar
 ) -> Tensor:
     """Draws the images ``numbers`` from their noise, and decodes them."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = next(
+        (p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device="cpu")
+    )
     solver = start_scheduler(scheduler, plan.steps, like.device)
     generators = [generator_at(plan.seed, "sample", number) for number in numbers]
     noisy = "generator" in inspect.signature(solver.step).parameters
     extra = {"generator": generators} if noisy else {}
-    x = torch.stack([torch.randn(plan.shape[1:], generator=source) for source in generators])
+    x = torch.stack(
+        [torch.randn(plan.shape[1:], generator=source, device="cpu") for source in generators]
+    )
     x = x.to(like.device)
     x = x * solver.init_noise_sigma if isinstance(solver, ScalingScheduler) else x
     y = plan.take_condition(numbers)
@@ -249,7 +253,8 @@ def start_scheduler(scheduler: Any, steps: int, device: torch.device) -> Any:
     if "alphas_cumprod" in vars(solver) and "sigmas" not in vars(solver):
         device = torch.device("cpu")  # it looks each step up in a table there
     try:
-        solver.set_timesteps(steps, device=device)
+        with torch.device("cpu"):  # tables go through numpy, whatever the default device is
+            solver.set_timesteps(steps, device=device)
     except ValueError as error:
         raise ConfigError(
             f"{type(scheduler).__name__} cannot take {steps} steps: {error}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..errors import ConfigError
 from ..optional_deps import import_diffusers
 
@@ -72,15 +74,18 @@ def make_scheduler(
     if clip and sampler not in CLIPPING:
         raise ConfigError(f"sampler {sampler!r} does not clip; use {' or '.join(CLIPPING)}")
     diffusers = import_diffusers(reason="samplers need diffusers", extra="train")
+    cpu = torch.device("cpu")  # whatever the default device is: their tables go through numpy
     if (sampler, objective) == ("euler", "flow"):
-        return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=LEVELS)
+        with cpu:
+            return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=LEVELS)
     options: dict[str, Any] = {"use_flow_sigmas": True} if objective == "flow" else {}
     if sampler in CLIPPING:
         options["clip_sample"] = clip
     levels = {**LINEAR_BETAS, **({} if betas is None or objective == "flow" else betas)}
-    return getattr(diffusers, SAMPLERS[sampler])(
-        **levels, prediction_type=PREDICTIONS[objective], **options
-    )
+    with cpu:
+        return getattr(diffusers, SAMPLERS[sampler])(
+            **levels, prediction_type=PREDICTIONS[objective], **options
+        )
 
 
 def get_betas(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def collect_features(
     Raises DataError for images that are not finite [B, C, H, W] with a number each.
     """
     moments: Moments | None = None
-    kept: list[Tensor] = [torch.zeros(0, 0)]
+    kept: list[Tensor] = [torch.zeros(0, 0, device="cpu")]
     numbers: list[int] = []
     for part, images in batches:
         rows = extract_features(
@@ -114,7 +114,7 @@ def collect_features(
         if first:
             numbers += first
             kept.append(rows[: len(first)].float())
-    numbers_stored = torch.tensor(numbers, dtype=torch.int64)
+    numbers_stored = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     return CollectedFeatures(moments, numbers_stored, torch.cat(kept[1:] or kept))
 
 
@@ -201,7 +201,7 @@ def count_required(function: Any) -> int:
 def check_network(network: FeatureNetwork, shape: Sequence[int]) -> None:
     """Runs a network on one grey image [C, H, W]. Raises DataError where that fails."""
     try:
-        extract_features(network.network, torch.zeros(1, *shape))
+        extract_features(network.network, torch.zeros(1, *shape, device="cpu"))
     except torch.OutOfMemoryError:
         raise
     except DataError as error:

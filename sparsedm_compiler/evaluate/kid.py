@@ -50,10 +50,10 @@ def kernel_distance(
         samples = []
         for label, features in (("ours", features_a), ("theirs", features_b)):
             generator = generator_at(seed, "KID", subset, label)
-            order = torch.randperm(len(features), generator=generator)
+            order = torch.randperm(len(features), generator=generator, device="cpu")
             samples.append(features[order[:size]].double())
         estimates.append(squared_mmd(*samples))
-    values = torch.tensor(estimates, dtype=torch.float64)
+    values = torch.tensor(estimates, dtype=torch.float64, device="cpu")
     return values.mean().item(), values.std(correction=0).item()
 
 

@@ -50,8 +50,8 @@ class Moments:
     @staticmethod
     def empty(width: int) -> Moments:
         """Returns the moments of zero features of that width."""
-        zero = torch.zeros(width, dtype=torch.float64)
-        return Moments(0, zero, torch.zeros(width, width, dtype=torch.float64))
+        zero = torch.zeros(width, dtype=torch.float64, device="cpu")
+        return Moments(0, zero, torch.zeros(width, width, dtype=torch.float64, device="cpu"))
 
     def __add__(self, other: Moments) -> Moments:
         """Returns the moments of both sets together. Raises DataError where their widths differ."""

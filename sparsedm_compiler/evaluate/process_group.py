@@ -101,7 +101,7 @@ def merge_moments(own: Moments | None) -> Moments | None:
     if not widths or not in_process_group():
         return own
     part = own or Moments.empty(widths[0])
-    count = int(sum_over_processes(torch.tensor(part.count)).item())
+    count = int(sum_over_processes(torch.tensor(part.count, device="cpu")).item())
     mean = sum_over_processes(part.count * part.mean) / count
     shift = part.mean - mean
     scatter = part.scatter + part.count * torch.outer(shift, shift)

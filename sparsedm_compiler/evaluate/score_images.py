@@ -219,7 +219,7 @@ def load_summary(network: FeatureNetwork, path: Path, keep: int) -> FeatureSumma
             f"{path} holds statistics of {statistics.network}, not of {network.name}: use that "
             "network, or make the statistics again"
         )
-    return FeatureSummary(statistics, torch.zeros(0, len(statistics.mean)))
+    return FeatureSummary(statistics, torch.zeros(0, len(statistics.mean), device="cpu"))
 
 
 def summarize_features(

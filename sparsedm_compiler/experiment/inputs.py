@@ -34,7 +34,7 @@ class OpenedInputs:
     def make_condition(self, numbers: range) -> Condition | None:
         """Returns the condition of samples by number: classes in turn, or the texts of the data."""
         if self.data.classes is not None:
-            return torch.tensor([number % self.data.classes for number in numbers])
+            return torch.tensor([number % self.data.classes for number in numbers], device="cpu")
         return self.data.fetch([number % len(self.data) for number in numbers])[1]
 
 

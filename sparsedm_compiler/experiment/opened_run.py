@@ -77,7 +77,7 @@ def check_model_call(config: RunConfig, inputs: OpenedInputs, model: nn.Module) 
         check_values(images, source)
         dropped = None
         if condition is not None and train.drop_condition > 0:
-            one = torch.ones(1, dtype=torch.bool)
+            one = torch.ones(1, dtype=torch.bool, device="cpu")
             dropped = drop_conditions(condition, one, train.null_label, inputs.null)
         if isinstance(condition, Tensor) and data.classes is not None:
             condition = torch.full_like(condition, data.classes - 1)
@@ -122,7 +122,7 @@ def make_call(
     parameter = next(teacher.parameters())
     condition = inputs.make_condition(range(count))
     y = None if condition is None else move_condition(condition, parameter)
-    x = torch.zeros(count, *inputs.data.shape).to(parameter)
+    x = torch.zeros(count, *inputs.data.shape, device="cpu").to(parameter)
     return build_arguments(teacher, x, torch.zeros(count, device=parameter.device), y)
 
 

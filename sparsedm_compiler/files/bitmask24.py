@@ -45,12 +45,13 @@ def _expand(layer: str, values: Tensor, mask: Tensor, shape: Tensor) -> Tensor:
         raise CheckpointError(
             f"{layer!r} is damaged: a bitmask of {list(mask.shape)} for {rows} by {width} weights"
         )
-    bits = (mask.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten(1)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.unsqueeze(2) >> places & 1).bool().flatten(1)
     kept = bits[:, :width]
     if bits[:, width:].any() or int(kept.sum()) != values.numel():
         raise CheckpointError(
             f"{layer!r} is damaged: {values.numel()} values for {int(kept.sum())} bits"
         )
-    weight = torch.zeros(rows, width, dtype=values.dtype)
+    weight = torch.zeros(rows, width, dtype=values.dtype, device=values.device)
     weight[kept] = values.flatten()
     return weight

@@ -72,7 +72,7 @@ class CompactWeight:
         self.check_sizes()
         mask = decode_mask(self.indices, self.pattern, self.shape)
         out, width, *kernel = self.shape
-        rows = torch.zeros(out, *kernel, width, dtype=self.values.dtype)
+        rows = torch.zeros(out, *kernel, width, dtype=self.values.dtype, device="cpu")
         rows[mask.movedim(1, -1)] = self.values
         return rows.movedim(-1, 1).contiguous()
 

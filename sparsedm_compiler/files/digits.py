@@ -45,14 +45,14 @@ def pack_digits(numbers: Tensor, base: int) -> Tensor:
     filled up with zeros.
     """
     if base == 1 or not len(numbers):
-        return torch.zeros(0, dtype=torch.uint8)
+        return torch.zeros(0, dtype=torch.uint8, device="cpu")
     digits, size = choose_word(base)
     words = -(-len(numbers) // digits)
-    padded = torch.zeros(words * digits, dtype=torch.int64)
+    padded = torch.zeros(words * digits, dtype=torch.int64, device="cpu")
     padded[: len(numbers)] = numbers
-    weights = torch.tensor([base**i for i in range(digits)])
+    weights = torch.tensor([base**i for i in range(digits)], device="cpu")
     word = (padded.view(words, digits) * weights).sum(1)
-    shifts = torch.arange(0, 8 * size, 8)
+    shifts = torch.arange(0, 8 * size, 8, device="cpu")
     return ((word.unsqueeze(1) >> shifts) & 0xFF).to(torch.uint8).flatten()
 
 
@@ -65,11 +65,11 @@ def unpack_digits(data: Tensor, count: int, base: int) -> Tensor:
     if data.numel() != count_bytes(count, base):
         raise PackError(f"{data.numel()} bytes of indices, not {count_bytes(count, base)}")
     if base == 1 or not count:
-        return torch.zeros(count, dtype=torch.int64)
+        return torch.zeros(count, dtype=torch.int64, device="cpu")
     digits, size = choose_word(base)
-    shifts = torch.arange(0, 8 * size, 8)
+    shifts = torch.arange(0, 8 * size, 8, device="cpu")
     word = (data.view(-1, size).to(torch.int64) << shifts).sum(1)
-    numbers = torch.empty(len(word), digits, dtype=torch.int64)
+    numbers = torch.empty(len(word), digits, dtype=torch.int64, device="cpu")
     for i in range(digits):
         numbers[:, i] = word % base
         word = word.div(base, rounding_mode="floor")

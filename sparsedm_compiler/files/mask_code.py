@@ -170,7 +170,7 @@ def _complete(kept: Tensor, choices: Choices) -> Tensor:
 def _fill(kept: Tensor, n: int) -> Tensor:
     """Returns a mask of the n first of every group [..., m]: those that are kept, then others."""
     m = kept.shape[-1]
-    order = torch.arange(m, dtype=torch.int32) + m * (~kept).to(torch.int32)
+    order = torch.arange(m, dtype=torch.int32, device="cpu") + m * (~kept).to(torch.int32)
     picked = order.topk(n, dim=-1, largest=False).indices
     return torch.zeros_like(kept).scatter_(-1, picked, True)
 
@@ -208,7 +208,7 @@ def _unrank(numbers: Tensor, n: int, m: int) -> Tensor:
 
 def _draw(numbers: list[Tensor], pattern: Pattern, shape: Shape) -> Tensor:
     """Returns the mask [out, k, in] that numbers describe."""
-    rows = torch.empty(shape[0], prod(shape[2:]), shape[1], dtype=torch.bool)
+    rows = torch.empty(shape[0], prod(shape[2:]), shape[1], dtype=torch.bool, device="cpu")
     if isinstance(pattern, TransposableNM):
         return _draw_tiles(numbers[0], pattern.n, rows)
     choices = list_choices(pattern)
@@ -231,7 +231,7 @@ def _list_tiles(n: int) -> Tensor:
         for tile in product(rows, repeat=TILE)
         if all(sum(row >> column & 1 for row in tile) == n for column in range(TILE))
     ]
-    return torch.tensor(sorted(legal))
+    return torch.tensor(sorted(legal), device="cpu")
 
 
 def _view_tiles(rows: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def _view_tiles(rows: Tensor) -> Tensor:
 
 
 def _index_tiles(mask: Tensor, n: int) -> Tensor:
-    bits = 1 << torch.arange(TILE * TILE)
+    bits = 1 << torch.arange(TILE * TILE, device="cpu")
     codes = (_view_tiles(mask).reshape(-1, TILE * TILE) * bits).sum(1)
     return torch.searchsorted(_list_tiles(n), codes)
 
@@ -250,5 +250,5 @@ def _index_tiles(mask: Tensor, n: int) -> Tensor:
 def _draw_tiles(numbers: Tensor, n: int, rows: Tensor) -> Tensor:
     codes = _list_tiles(n)[numbers].unsqueeze(1)
     tiles = _view_tiles(rows)
-    tiles.copy_((codes >> torch.arange(TILE * TILE) & 1).bool().view(tiles.shape))
+    tiles.copy_((codes >> torch.arange(TILE * TILE, device="cpu") & 1).bool().view(tiles.shape))
     return rows

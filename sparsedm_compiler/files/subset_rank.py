@@ -27,14 +27,14 @@ def rank_subsets(kept: Tensor, n: int) -> Tensor:
 
 def _rank(kept: Tensor, table: Tensor) -> Tensor:
     counts = kept.cumsum(1)  # how many are kept up to and with an item: 1 .. n where one is
-    terms = table[torch.arange(kept.shape[1]), counts]
+    terms = table[torch.arange(kept.shape[1], device="cpu"), counts]
     return torch.where(kept, terms, 0).sum(1)
 
 
 def unrank_subsets(ranks: Tensor, n: int, m: int) -> Tensor:
     """Returns the subsets of these ranks, which lie below C(m, n): bool [count, m]."""
     table = _binomials(n, m)
-    kept = torch.zeros(len(ranks), m, dtype=torch.bool)
+    kept = torch.zeros(len(ranks), m, dtype=torch.bool, device="cpu")
     for part, out in zip(torch.split(ranks, _step(m)), torch.split(kept, _step(m)), strict=True):
         rest, left = part.clone(), torch.full_like(part, n)
         for item in reversed(range(m)):
@@ -53,4 +53,6 @@ def _step(m: int) -> int:
 @lru_cache(maxsize=64)
 def _binomials(n: int, m: int) -> Tensor:
     """Returns C(item, count) for every item below m and count up to n: int64 [m, n + 1]."""
-    return torch.tensor([[comb(item, count) for count in range(n + 1)] for item in range(m)])
+    return torch.tensor(
+        [[comb(item, count) for count in range(n + 1)] for item in range(m)], device="cpu"
+    )

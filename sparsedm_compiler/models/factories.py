@@ -92,7 +92,7 @@ def parse_inputs(text: str, model: nn.Module) -> tuple[Tensor, ...]:
 
     Raises ConfigError for a shape or a dtype that cannot be read.
     """
-    weight = next(iter(model.parameters()), torch.empty(0))
+    weight = next(iter(model.parameters()), torch.empty(0, device="cpu"))
     tensors = []
     for part in text.split(","):
         shape, _, kind = part.strip().partition(":")

@@ -35,7 +35,7 @@ class LayerStatistics:
     parts: tuple[range, ...]
     device: torch.device
     squares: list[Tensor] = field(default_factory=list)
-    total: Tensor = field(default_factory=lambda: torch.empty(0))
+    total: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     count: float = 0.0
     center: Tensor | None = None
 

@@ -205,7 +205,7 @@ def _run_network(
 def _deinterleave(lanes: Tensor, blocks: int) -> Tensor:
     """Copies [out, in / slots, ...] to [blocks, out, in / m, ...], contiguous."""
     view = _split_groups(lanes, blocks)
-    out = torch.empty(view.shape, dtype=lanes.dtype)
+    out = torch.empty(view.shape, dtype=lanes.dtype, device=lanes.device)
     for block, source in zip(out, view, strict=True):
         block.copy_(source)
     return out

@@ -144,7 +144,7 @@ class ShuffledOrder:
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
-        self._epoch, self._numbers = -1, torch.empty(0)
+        self._epoch, self._numbers = -1, torch.empty(0, device="cpu")
 
     def take(self, first: int, size: int) -> list[int]:
         """Returns the numbers at positions ``first`` to ``first + size - 1`` of the stream."""
@@ -153,7 +153,10 @@ class ShuffledOrder:
             epoch, within = divmod(first + len(numbers), self.count)
             if epoch != self._epoch:
                 source = generator_at(self.seed, "order", epoch)
-                self._epoch, self._numbers = epoch, torch.randperm(self.count, generator=source)
+                self._epoch, self._numbers = (
+                    epoch,
+                    torch.randperm(self.count, generator=source, device="cpu"),
+                )
             numbers += self._numbers[within : within + size - len(numbers)].tolist()
         return numbers
 

@@ -81,7 +81,7 @@ def make_calibration_batches(
     x0, condition = _take_images(data, images, batch_size)
     source = generator_at(seed, "calibration")
     u = spread_levels(len(x0), source).sort(descending=True).values
-    noise = torch.randn(x0.shape, generator=source)
+    noise = torch.randn(x0.shape, generator=source, device="cpu")
     x, t, _ = objective.prepare(x0, noise, u)
     rows = [range(a, min(a + batch_size, len(x0))) for a in range(0, len(x0), batch_size)]
     batches = []

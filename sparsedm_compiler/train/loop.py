@@ -111,7 +111,7 @@ def check_first_batch(run: Run, batch: MicroBatch) -> None:
         )
     condition, dropped = batch.condition, None
     if condition is not None and run.config.drop_condition > 0:
-        one = torch.ones(1, dtype=torch.bool)
+        one = torch.ones(1, dtype=torch.bool, device="cpu")
         rows = take_rows(condition, range(1))
         dropped = drop_conditions(rows, one, run.config.null_label, run.inputs.null)
     if run.config.shard and run.first_teacher is None:
@@ -195,7 +195,9 @@ def record(run: Run, before: int, norm: Tensor | None) -> None:
 def write_log(run: Run, norm: Tensor | None) -> None:
     """Writes a line of the log for the steps since the line before."""
     state = run.progress
-    window = torch.tensor(state.losses[state.logged :], dtype=torch.float64).mean(dim=0)
+    window = torch.tensor(state.losses[state.logged :], dtype=torch.float64, device="cpu").mean(
+        dim=0
+    )
     state.logged = len(state.losses)
     changes = run.masks.measure()
     if run.log is not None:

@@ -31,12 +31,12 @@ def draw_values(config: FinetuneConfig, first: int, shape: torch.Size) -> Random
 
     ``shape``: [B, C, H, W], of all these images together.
     """
-    noise = torch.empty(shape)
-    three = torch.empty(shape[0], 3, dtype=torch.float64)
+    noise = torch.empty(shape, device="cpu")
+    three = torch.empty(shape[0], 3, dtype=torch.float64, device="cpu")
     for row in range(shape[0]):
         source = generator_at(config.seed, "image", first + row)
-        torch.rand(3, generator=source, dtype=torch.float64, out=three[row])
-        torch.randn(shape[1:], generator=source, out=noise[row])
+        torch.rand(3, generator=source, dtype=torch.float64, out=three[row], device="cpu")
+        torch.randn(shape[1:], generator=source, out=noise[row], device="cpu")
     u, flip, drop = three.unbind(1)
     return RandomValues(noise, u, flip < 0.5, drop < config.drop_condition)
 
@@ -71,5 +71,5 @@ def drop_conditions(
         null = map_condition(lambda part: torch.zeros_like(part[:1]), condition)
     count = len(drop)
     both = stack_conditions(condition, null)
-    rows = torch.where(drop, count, torch.arange(count))
+    rows = torch.where(drop, count, torch.arange(count, device="cpu"))
     return map_condition(lambda part: part[move(rows, part.device)], both)

@@ -54,7 +54,7 @@ def save_run(run: Run) -> None:
     run.masks.measure()
     tensors: dict[str, torch.Tensor] = {}
     optimizer = flatten_state(run.process.optimizer.state_dict(), "optimizer", tensors)
-    losses = torch.tensor(run.progress.losses, dtype=torch.float64).reshape(-1, 3)
+    losses = torch.tensor(run.progress.losses, dtype=torch.float64, device="cpu").reshape(-1, 3)
     files: dict[str, Callable[[Path], None]] = {
         "student.safetensors": prepare_student_writer(run, ema=False),
         "optimizer.safetensors": partial(save_tensors, tensors),

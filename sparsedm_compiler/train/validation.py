@@ -74,7 +74,7 @@ def held_out_loss(
             for images, condition in iterate_once(data, batch_size):
                 source = generator_at(seed, "held out", draw, seen)
                 x0 = images.to(parameter.device, torch.float32)
-                noise = torch.randn(x0.shape, generator=source).to(parameter.device)
+                noise = torch.randn(x0.shape, generator=source, device="cpu").to(parameter.device)
                 u = spread_levels(len(x0), source).to(parameter.device)
                 x, t, target = objective.prepare(x0, noise, u)
                 y = None if condition is None else move_condition(condition, parameter)
@@ -89,6 +89,6 @@ def held_out_loss(
 
 def spread_levels(size: int, source: torch.Generator) -> Tensor:
     """Draws ``size`` numbers in [0, 1), one from each of ``size`` equal spans, in random order."""
-    within = torch.rand(size, generator=source, dtype=torch.float64)
-    spans = torch.randperm(size, generator=source).double()
+    within = torch.rand(size, generator=source, dtype=torch.float64, device="cpu")
+    spans = torch.randperm(size, generator=source, device="cpu").double()
     return (spans + within) / size

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparsedm_compiler.cli
 from sparsedm_compiler.cli import main
@@ -186,6 +187,21 @@ def test_execute_prints_an_error_as_one_line_and_returns_its_status(
 ) -> None:
     assert status(raising(error), early=early) == expected
     assert capsys.readouterr() == ("", "sparsedm fake: no such option\n")
+
+
+def test_execute_where_a_device_has_no_memory_left_says_so_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = "CUDA out of memory. Tried to allocate 2 GiB. Of the allocated memory 1 GiB is"
+    for error in (torch.OutOfMemoryError(f"{said} mine"), RuntimeError("not enough memory: 3 TB")):
+        assert status(raising(error)) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.endswith("; take a smaller batch or model, or a device with more memory\n")
+        assert "Of the allocated" not in err
+        assert err.count("\n") == 1
+    with pytest.raises(RuntimeError):
+        status(raising(RuntimeError("something else")))
 
 
 def test_execute_lets_other_exceptions_through() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.compiler import edit_watch, fold_check
+from sparsedm_compiler.compiler import edit_watch, fold_check, folded_weight, folded_weights
 from sparsedm_compiler.compiler.edit_watch import HostSamples, WeightSample, sample_values
 from tests.autotune.test_select_kernel import Net, X
 from tests.compiler.nets import Chain
 from tests.compiler.nets import X as CHAIN_X
 from tests.oracle import OPTIONS, assert_same, oracle_of
+
+
+def ask_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights are asked for later, as those on a card are."""
+    for module in (folded_weight, folded_weights):
+        monkeypatch.setattr(module, "is_asynchronous", lambda weight: True)
+
 
 both = pytest.mark.parametrize("way", ["infer", "sparse"])
 
@@ -88,9 +97,7 @@ def test_edit_of_one_weight_when_made_through_data_is_seen_by_the_next_call() ->
 def test_weight_edits_on_an_asynchronous_device_are_noticed_one_call_late(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "sparsedm_compiler.compiler.folded_weights._is_asynchronous", lambda weight: True
-    )
+    ask_devices(monkeypatch)
     monkeypatch.setattr("sparsedm_compiler.compiler.edit_watch.ASK_SECONDS", 0.0)
     fast = folded(way)
     tolerance = 1e-4 if way == "sparse" else 0.0
@@ -111,7 +118,7 @@ def test_weight_edits_on_an_asynchronous_device_are_asked_for_now_and_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = "sparsedm_compiler.compiler"
-    monkeypatch.setattr(f"{path}.folded_weights._is_asynchronous", lambda weight: True)
+    ask_devices(monkeypatch)
     clock = [100.0]
     monkeypatch.setattr(f"{path}.edit_watch.time.perf_counter", lambda: clock[0])
     fast = folded("infer")
@@ -131,9 +138,7 @@ def test_folded_weights_with_gaps_in_memory_when_edited_are_folded_again(
     asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if asynchronous:
-        monkeypatch.setattr(
-            "sparsedm_compiler.compiler.folded_weights._is_asynchronous", lambda weight: True
-        )
+        ask_devices(monkeypatch)
         monkeypatch.setattr("sparsedm_compiler.compiler.edit_watch.ASK_SECONDS", 0.0)
     wide = torch.randn(16, 40)
     fast = folded("infer")
@@ -155,7 +160,7 @@ def test_an_answer_that_is_owed_is_not_asked_for_while_a_cuda_graph_is_captured(
     weight = torch.ones(8)
     watcher = edit_watch.EditWatcher()
     watcher.ask([WeightSample(weight, weight.clone() * 2)])
-    (device,) = watcher._devices
+    (device,) = watcher._devices.values()
     device._is_cuda = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     device._event = None  # which would be queried
@@ -320,3 +325,72 @@ def test_finalized_weights_are_looked_for_only_where_something_has_moved(
     walks.clear()
     assert_same(fast(X), expected)
     assert not walks
+
+
+def list_storages(module: nn.Module) -> dict[str, Any]:
+    """Handles of the memory of all weights, which do not keep it."""
+    return {
+        name: StorageWeakRef(parameter.untyped_storage())
+        for name, parameter in module.named_parameters()
+        if parameter.dim() > 1
+    }
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("way", ["infer", "sparse"])
+def test_weights_of_a_model_that_is_moved_are_freed_with_what_was_folded(
+    way: str, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if asynchronous:
+        ask_devices(monkeypatch)
+        monkeypatch.setattr("sparsedm_compiler.compiler.edit_watch.ASK_SECONDS", 0.0)
+    fast = folded(way)
+    with torch.no_grad():
+        expected = [fast(X) for _ in range(3)][-1]
+        storages = list_storages(fast)
+        weights = fast._sparsedm.weights
+        forms = [weakref.ref(fold.folded) for fold in weights._folded.values()]
+        assert len(forms) >= 4
+        fast._apply(lambda x: x.clone())  # as .to(another device) does
+        assert all(storage.expired() for storage in storages.values())
+        assert not any(form() is not None for form in forms)
+        assert not len(weights)
+        for _ in range(2):
+            assert_same(fast(X), expected)
+        twin = copy.deepcopy(fast)
+        assert_same(twin(X), expected)
+        storages = list_storages(fast)
+        twin.double().float()
+        assert not any(storage.expired() for storage in storages.values())
+        assert_same(twin(X), expected)
+        file = io.BytesIO()
+        torch.save(fast, file)
+        file.seek(0)
+        assert_same(torch.load(file, weights_only=False).double().float()(X), expected)
+
+
+def test_weight_of_one_layer_that_is_moved_is_freed_by_the_next_call() -> None:
+    fast = folded("sparse")
+    with torch.no_grad():
+        fast(X), fast(X)
+        held = fast._sparsedm.weights._folded
+        (form,) = [fold.folded for key, fold in held.items() if key[0] == id(fast.plain.weight)]
+        before = weakref.ref(form)
+        del form
+        fast.plain.weight.data = fast.plain.weight.data.clone()
+        fast(X)
+        assert before() is None
+
+
+def test_finalized_weights_are_freed_by_the_first_call_where_a_device_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ask_devices(monkeypatch)
+    monkeypatch.setattr("sparsedm_compiler.compiler.edit_watch.ASK_SECONDS", 0.0)
+    fast = folded("sparse", finalize=True)
+    storages = list_storages(fast)
+    with torch.no_grad():
+        fast(X)
+    packed = fast._sparsedm.weights.packed
+    assert len(packed) >= 4
+    assert all(storages[name].expired() for name in packed)

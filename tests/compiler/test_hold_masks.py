@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError, MaskError, Pattern, PatternError
+from sparsedm_compiler.compiler.held_masks import HeldMasks
 from sparsedm_compiler.masks.held_mask import compute_scale, project_softly
 from tests.compiler.nets import Chain, X, compiled_chain
 from tests.oracle import brute_mask
@@ -252,3 +253,20 @@ def test_softening_another_pattern_than_a_per_row_one_is_refused() -> None:
     student(X)
     with pytest.raises(PatternError, match="for per-row masks such as '2:4', not for '2:4x2'"):
         sdm.soften_masks(student)
+
+
+def test_held_masks_are_written_on_every_device_that_reads_them() -> None:
+    here, there = torch.ones(4, 4, dtype=torch.bool), torch.device("meta")
+    masks = HeldMasks({"w": here})
+    elsewhere = HeldMasks({"w": here})
+    other = here.clone()
+    elsewhere._elsewhere["w", torch.device("cuda", 0)] = other  # as a graph made there reads it
+    for held in (masks, elsewhere):
+        assert held.get("w", here.device) is here
+        assert held.get("w", there) is here
+        assert held.get("none", here.device) is None
+    elsewhere.write({"w": torch.zeros(4, 4, dtype=torch.bool)})
+    assert not here.any()
+    assert not other.any()
+    assert elsewhere.get("w", torch.device("cuda", 0)) is other
+    assert elsewhere.get("w", here.device) is here

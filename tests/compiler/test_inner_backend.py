@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.compiler.inner_backend import compile_graph
+from sparsedm_compiler.compiler.inner_backend import compile_graph, keep_outputs
 from tests.compiler.nets import Chain, X
 from tests.oracle import OPTIONS
 
@@ -68,3 +68,29 @@ def test_layouts_when_all_ops_are_known_are_not_checked_again(foreign: bool) -> 
         else:
             code = torch._inductor.utils.run_and_get_code(multiply, x, weight)[1]
             assert "assert_size_stride(arg" not in "".join(code)
+
+
+def test_results_of_cuda_graphs_are_copied_where_no_backward_follows() -> None:
+    on_card, here = torch.empty(2, device="meta"), torch.empty(2)  # meta: not on the CPU
+    trained = torch.empty(2, device="meta", requires_grad=True)
+    results = keep_outputs(lambda *inputs: [on_card, here, trained, None, 3])()
+    assert results[0] is not on_card
+    assert results[0].shape == on_card.shape
+    assert all(
+        ours is theirs for ours, theirs in zip(results[1:], (here, trained, None, 3), strict=True)
+    )
+
+
+def test_out_of_memory_of_an_offloaded_model_is_said_to_be_that() -> None:
+    student = sdm.compile(Chain(), "2:4", mode="infer", backend="eager")
+    with torch.no_grad():
+        student(X)
+    student.b._hf_hook = None  # Accelerate's, which gives a layer its values when it runs
+    student.b.weight = torch.nn.Parameter(student.b.weight.to("meta"), requires_grad=False)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the hook failed")
+
+    student.a.register_forward_pre_hook(fail)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="the hook failed"):
+        student(X)

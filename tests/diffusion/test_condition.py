@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from sparsedm_compiler.diffusion.condition import read_condition
+from sparsedm_compiler.diffusion.condition import check_labels, move, read_condition
 from sparsedm_compiler.errors import DataError
+from tests.oracle import assert_same
 
 
 def test_read_condition_returns_the_tensors_of_a_file(tmp_path: Path) -> None:
@@ -28,3 +30,31 @@ def test_read_condition_of_a_broken_or_empty_file_raises(tmp_path: Path) -> None
     ):
         with pytest.raises(DataError, match=says):
             read_condition(tmp_path / name)
+
+
+def test_move_pins_what_a_pinned_copy_can_be_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[Tensor] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        copy = torch.empty_strided(tensor.shape, tensor.stride()).copy_(tensor)  # as torch does
+        pinned.append(copy)
+        return copy
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", lambda self, *_, **__: self)
+    null = torch.randn(1, 3)
+    for tensor in (null.expand(4, 3), torch.randn(4, 6)[:, ::2], torch.randn(3)):
+        assert_same(move(tensor, torch.device("cuda")), tensor)
+    assert len(pinned) == 3
+
+
+@pytest.mark.parametrize(("labels", "wrong"), [([0, 5], 5), ([-1, 2], -1), ([0, 4], None)])
+def test_check_labels_names_one_that_no_embedding_has(labels: list[int], wrong: int | None) -> None:
+    model = nn.Sequential(nn.Embedding(3, 2), nn.Embedding(5, 2))
+    given = torch.tensor(labels)
+    if wrong is None:
+        check_labels(model, given)
+        check_labels(nn.Linear(2, 2), torch.tensor([99]))
+        return
+    with pytest.raises(DataError, match=f"label {wrong} is none of the 5 classes of Sequential"):
+        check_labels(model, given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler import CheckpointError, ConfigError, DataError, MaskError, Pattern
+from sparsedm_compiler.config import CompileConfig
 from sparsedm_compiler.oneshot import job as jobs
+from sparsedm_compiler.oneshot.batches import CalibrationBatch
+from sparsedm_compiler.oneshot.job import Job
 from sparsedm_compiler.oneshot.layer_matrix import from_matrix, iterate_rows, to_matrix
+from sparsedm_compiler.oneshot.mixed.layer_costs import list_candidates
 from sparsedm_compiler.oneshot.solve_layer import prune_damped
 from tests.compiler.nets import UNET, Chain
 from tests.oneshot.cases import PATTERNS, measure, solve
@@ -462,3 +467,34 @@ def test_report_is_plain_values_and_a_table() -> None:
     assert "2 weights pruned in one shot by obs" in str(report)
     assert report.batches == 3
     assert report.fallbacks == ()
+
+
+def test_batches_are_moved_to_the_model_for_its_first_call() -> None:
+    net = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)]).to("meta")
+    batch = CalibrationBatch((torch.randn(2, 16),), {"y": torch.ones(1), "n": 3})
+    placed = batch.place(net)
+    assert placed.args[0].is_meta
+    assert placed.kwargs["y"].is_meta
+    assert placed.kwargs["n"] == 3
+    config = CompileConfig.create("2:4")
+    _, targets = list_candidates(net, config, [Pattern.parse("2:4")], CalibrationBatch(batch.args))
+    assert [*targets] == ["1.weight", "2.weight"]
+
+
+def test_moments_of_a_pass_are_freed_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Any]] = []
+    collect = Job.collect
+
+    def watch(self: Job, *arguments: Any) -> Any:
+        assert not any(squares() is not None for squares in alive)
+        statistics = collect(self, *arguments)
+        alive.extend(weakref.ref(own.squares[0]) for own in statistics.values())
+        return statistics
+
+    monkeypatch.setattr(Job, "collect", watch)
+    net = nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)])
+    sdm.prune_one_shot(net, "2:4", [torch.randn(8, 16)], passes=4, progress=False)
+    assert len(alive) == 4
+    options = {"macs": "2:4", "passes": 4, "progress": False}
+    sdm.choose_patterns(net, ["2:4", "1:4"], [torch.randn(8, 16)], **options)
+    assert len(alive) == 8

@@ -66,8 +66,8 @@ def _capture(call: Callable[[], Any], pool: Any) -> Callable[[], Any]:
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool):
-            call()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            call()  # other threads may go on as they like
     except RuntimeError:
         return call
     return graph.replay

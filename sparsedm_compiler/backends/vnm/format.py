@@ -130,7 +130,7 @@ def check(packed: Tensor, rows: int, cols: int, pattern: Pattern, dtype: torch.d
     """Raises PackError unless the kernel can run these bytes within their bounds."""
     layout = _check_size(packed, rows, cols, pattern)
     columns, indices = _read_columns(packed, layout), _read_indices(packed, layout)
-    begin = pattern.m * torch.arange(GROUPS).repeat_interleave(SHARED_COLUMNS)
+    begin = pattern.m * torch.arange(GROUPS, device="cpu").repeat_interleave(SHARED_COLUMNS)
     inside = (columns >= begin) & (columns < begin + pattern.m)
     if not bool(inside.all()) or not bool((indices[..., 0] < indices[..., 1]).all()):
         raise PackError("the packed weight points outside of its columns")

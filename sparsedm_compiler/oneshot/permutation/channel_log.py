@@ -188,7 +188,7 @@ def number_elements(shape: torch.Size | tuple[int, ...]) -> Tensor:
     size = 1
     for n in shape:
         size *= n
-    return torch.arange(size).view(tuple(shape))
+    return torch.arange(size, device="cpu").view(tuple(shape))
 
 
 def varies(labels: Tensor, dim: int) -> bool:

@@ -41,7 +41,7 @@ def combine(
     wide = [_spread(log, k, operands, shape) for k in range(len(operands))]
     index = index_varying(wide)
     small = [w[index] for w in wide]
-    keys = torch.zeros((1,) * len(shape), dtype=torch.int64)
+    keys = torch.zeros((1,) * len(shape), dtype=torch.int64, device="cpu")
     for operand, own in zip(operands, small, strict=True):
         fixed = own == 0
         if bool(fixed.any()):
@@ -69,7 +69,7 @@ def _spread(log: ChannelLog, k: int, operands: Sequence[Operand], shape: torch.S
     channel of all that it meets.
     """
     own = operands[k].labels
-    fixed = torch.zeros(1, dtype=torch.int64).expand(shape)
+    fixed = torch.zeros(1, dtype=torch.int64, device="cpu").expand(shape)
     if not bool((own > 0).any()):
         return fixed
     wide = own.expand(shape)
@@ -86,10 +86,14 @@ def _spread(log: ChannelLog, k: int, operands: Sequence[Operand], shape: torch.S
 def _number_along(own: torch.Size, shape: torch.Size, index: tuple[slice, ...]) -> Tensor:
     """Returns a number for every element of an operand that is met, in the trimmed shape."""
     narrow = (1,) * (len(shape) - len(own)) + tuple(own)
-    numbers = torch.zeros((1,) * len(shape), dtype=torch.int64)
+    numbers = torch.zeros((1,) * len(shape), dtype=torch.int64, device="cpu")
     for d, size in enumerate(narrow):
         length = shape[d] if index[d] == slice(None) else 1
-        steps = torch.arange(length) if size > 1 else torch.zeros(length, dtype=torch.int64)
+        steps = (
+            torch.arange(length, device="cpu")
+            if size > 1
+            else torch.zeros(length, dtype=torch.int64, device="cpu")
+        )
         view = [1] * len(shape)
         view[d] = length
         numbers = numbers * max(size, 1) + steps.view(view)
@@ -126,7 +130,7 @@ def reduce(
     left = [d for d in range(labels.dim()) if d not in dims]
     if any(varies(labels, d) for d in dims):
         within_slices(log, tag, labels, left)
-        labels = torch.zeros(1, dtype=torch.int64).expand(labels.shape)
+        labels = torch.zeros(1, dtype=torch.int64, device="cpu").expand(labels.shape)
     else:
         log.record(labels, tag)
     for d in sorted(dims, reverse=True):
@@ -158,7 +162,7 @@ def multiply(log: ChannelLog, tag: str, a: Operand, b: Operand) -> Tensor:
     left = a.labels.expand(*lead, *a.labels.shape[-2:])
     right = b.labels.expand(*lead, *b.labels.shape[-2:])
     summed = _sum_over(log, f"{tag}/0", left, -1), _sum_over(log, f"{tag}/1", right, -2)
-    none = torch.zeros((1,) * (len(lead) + 1), dtype=torch.int64)
+    none = torch.zeros((1,) * (len(lead) + 1), dtype=torch.int64, device="cpu")
     if summed[0] is not None or summed[1] is not None:
         first, second = (none if vector is None else vector for vector in summed)
         log.join(first, second, f"{a.origin} and {b.origin} meet along them")
@@ -169,7 +173,7 @@ def multiply(log: ChannelLog, tag: str, a: Operand, b: Operand) -> Tensor:
     if bool((rows > 0).any()) and bool((columns > 0).any()):
         log.pin(rows, f"they meet {b.origin} in a product")
         log.pin(columns, f"they meet {a.origin} in a product")
-        return torch.zeros(1, dtype=torch.int64).expand(shape)
+        return torch.zeros(1, dtype=torch.int64, device="cpu").expand(shape)
     return rows if bool((rows > 0).any()) else columns
 
 
@@ -188,7 +192,9 @@ def attend(log: ChannelLog, tag: str, query: Operand, key: Operand, value: Opera
     turned = Operand(key.labels.transpose(-2, -1), key.origin)
     multiply(log, f"{tag}/scores", query, turned)
     shape = (*query.labels.shape[:-1], key.labels.shape[-2])
-    scores = Operand(torch.zeros(1, dtype=torch.int64).expand(shape), "attention scores")
+    scores = Operand(
+        torch.zeros(1, dtype=torch.int64, device="cpu").expand(shape), "attention scores"
+    )
     first = value.labels[..., :1, :]
     log.join(value.labels, first, "they differ from token to token of attention")
     mixed = Operand(first.expand(value.labels.shape), value.origin)

@@ -235,7 +235,7 @@ def make_fixed(value: Any) -> Any:
     """Returns labels of 0 for a tensor; anything else as it is."""
     if not isinstance(value, Tensor):
         return value
-    return torch.zeros((1,) * value.dim(), dtype=torch.int64).expand(value.shape)
+    return torch.zeros((1,) * value.dim(), dtype=torch.int64, device="cpu").expand(value.shape)
 
 
 def take(change: Callable[[Tensor], Any], k: int, labels: Tensor) -> Tensor:

@@ -159,8 +159,8 @@ def apply_group_norm(walk: Propagation, node: fx.Node) -> Any:
     bound = bind(node)
     x = walk.get_operand(bound["input"])
     batch, channels = x.labels.shape[:2]
-    groups = torch.arange(channels) // (channels // bound["num_groups"])
-    keys = torch.arange(batch).view(-1, 1) * bound["num_groups"] + groups
+    groups = torch.arange(channels, device="cpu") // (channels // bound["num_groups"])
+    keys = torch.arange(batch, device="cpu").view(-1, 1) * bound["num_groups"] + groups
     keys = keys.view(batch, channels, *[1] * (x.labels.dim() - 2))
     walk.log.record(x.labels, f"{node.name}/groups", keys)
     affine = [bound[name] for name in ("weight", "bias") if isinstance(bound[name], fx.Node)]

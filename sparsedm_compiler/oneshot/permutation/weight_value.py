@@ -61,7 +61,11 @@ class WeightValue:
         for dim, axis in enumerate(stored.matrix):
             size = [1] * len(shape)
             size[dim] = shape[dim]
-            atoms = torch.arange(axis.first, axis.first + axis.size).view(size).expand(shape)
+            atoms = (
+                torch.arange(axis.first, axis.first + axis.size, device="cpu")
+                .view(size)
+                .expand(shape)
+            )
             planes.append(self._replay(atoms))
         self._check_mode()
         return planes[0], planes[1]
@@ -69,7 +73,9 @@ class WeightValue:
     def get_elements(self) -> Tensor:
         """Returns the labels of the elements; zeros for a buffer, whose elements are fixed."""
         if self.stored.state:
-            return self._replay(torch.zeros(1, dtype=torch.int64).expand(self.stored.shape))
+            return self._replay(
+                torch.zeros(1, dtype=torch.int64, device="cpu").expand(self.stored.shape)
+            )
         return self.get_state()
 
     def get_state(self) -> Tensor:
@@ -87,7 +93,7 @@ class WeightValue:
         """Makes all that is known of the parameter stay."""
         for axis in (*(self.stored.matrix or ()), self.stored.elements):
             if axis is not None:
-                self.log.pin(torch.arange(axis.first, axis.first + axis.size), reason)
+                self.log.pin(torch.arange(axis.first, axis.first + axis.size, device="cpu"), reason)
 
     def _replay(self, labels: Tensor) -> Tensor:
         for change in self.moves:
