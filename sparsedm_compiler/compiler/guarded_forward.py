@@ -69,8 +69,8 @@ class SparseForward(OwnForward):
     ``choices``: what runs every pruned weight, by its name and the shapes it multiplies.
     ``weights``: the folded weights. ``frozen``: masks that are not computed anew. ``budget``: the
     seconds left to measure kernels. ``clock``: the seconds spent.
-    ``known``: the parameters it had when compiled. ``eager``: weights masked in Python that no graph
-    holds. ``guard``: raises for layers called in any other way.
+    ``known``: the parameters it had then. ``eager``: weights masked in Python that no graph holds.
+    ``guard``: raises for layers called in any other way.
     """
 
     # Not a __dict__: functools.wraps would copy it into every wrapper, and copies of those fail.

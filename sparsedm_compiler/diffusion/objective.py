@@ -49,7 +49,8 @@ class Objective:
 def make_ddpm_scheduler() -> NoiseScheduler:
     """Returns the default noise schedule: DDPM with 1000 linear betas from 1e-4 to 0.02."""
     diffusers = import_diffusers(reason="the default noise schedule needs diffusers", extra="train")
-    scheduler: NoiseScheduler = diffusers.DDPMScheduler(**LINEAR_BETAS)
+    with torch.device("cpu"):  # whatever the default device is
+        scheduler: NoiseScheduler = diffusers.DDPMScheduler(**LINEAR_BETAS)
     return scheduler
 
 

@@ -253,8 +253,7 @@ def start_scheduler(scheduler: Any, steps: int, device: torch.device) -> Any:
     if "alphas_cumprod" in vars(solver) and "sigmas" not in vars(solver):
         device = torch.device("cpu")  # it looks each step up in a table there
     try:
-        with torch.device("cpu"):  # tables go through numpy, whatever the default device is
-            solver.set_timesteps(steps, device=device)
+        solver.set_timesteps(steps, device=device)
     except ValueError as error:
         raise ConfigError(
             f"{type(scheduler).__name__} cannot take {steps} steps: {error}"

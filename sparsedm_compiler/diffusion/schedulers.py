@@ -74,7 +74,7 @@ def make_scheduler(
     if clip and sampler not in CLIPPING:
         raise ConfigError(f"sampler {sampler!r} does not clip; use {' or '.join(CLIPPING)}")
     diffusers = import_diffusers(reason="samplers need diffusers", extra="train")
-    cpu = torch.device("cpu")  # whatever the default device is: their tables go through numpy
+    cpu = torch.device("cpu")  # whatever the default device is
     if (sampler, objective) == ("euler", "flow"):
         with cpu:
             return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=LEVELS)
