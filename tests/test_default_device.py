@@ -52,6 +52,7 @@ def test_masks(text: str) -> None:
     assert_same_there(lambda: nm_mask(weight, pattern))
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # numpy, of diffusers
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 def test_sampling(sampler: str) -> None:
     model = uvit()

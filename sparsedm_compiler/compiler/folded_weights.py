@@ -26,6 +26,9 @@ from .free_memory import release_after_packing
 from .hollow_parameter import hollow_out, is_hollow, make_hollow_class
 from .place_check import PlaceCheck
 
+_Pending = tuple[Tensor, str, WeightFormat, KernelConfig | None, torch.device | None]
+"""A weight to finalize, its name and form, and the device that it was folded on; None: any."""
+
 
 class HoldsCheck(Protocol):
     """A graph that keeps a check of the folded weights from one call to the next."""
@@ -53,7 +56,7 @@ class FoldedWeights:
         self.generation = 0  # counts what makes folded forms out of date
         self._watcher = EditWatcher()
         self._asks = False  # whether some weights lie on a device that has to be asked
-        self._pending: list[tuple[Tensor, str, WeightFormat, KernelConfig | None]] = []
+        self._pending: list[_Pending] = []
         self._settled: tuple[int, PlaceCheck] | None = None
         self._checkers: weakref.WeakSet[HoldsCheck] = weakref.WeakSet()
 
@@ -82,23 +85,27 @@ class FoldedWeights:
             if not isinstance(weight, FakeTensor):
                 form = self.get(weight, row.weight_format, row.name)
                 if finalize and _is_exact(row) and self.find_finalized(weight, row.name) is None:
-                    self._pending.append((weight, row.name, row.weight_format, row.kernel))
+                    job = weight, row.name, row.weight_format, row.kernel, weight.device
+                    self._pending.append(job)
             rows.append(replace(row, dense_bytes=weight.nbytes, run_bytes=form.nbytes))
             forms.append(form)
         return rows, forms
 
-    def finalize_pending(self) -> None:
+    def finalize_pending(self, module: nn.Module) -> None:
         """Keeps only the folded form of the weights that were folded to be finalized.
 
         Not while a graph is compiled: Dynamo guards on the strides, so the next call compiles
-        once more.
+        once more. Weights that are offloaded after their call stay what they are.
         """
+        if not self._pending:
+            return
         pending, self._pending = self._pending, []
-        for weight, name, weight_format, kernel in pending:
-            self._finalize(weight, name, weight_format, kernel)
-        if pending:
-            self._watcher.forget()
-            self.drop_stale_checks()
+        owned = set(map(id, module.parameters()))
+        for weight, name, weight_format, kernel, device in pending:
+            if id(weight) in owned and device in (None, weight.device):
+                self._finalize(weight, name, weight_format, kernel)
+        self._watcher.forget()
+        self.drop_stale_checks()
 
     def release_moved(self) -> None:
         """Drops the folded forms of weights that do not lie where they were folded any more."""
@@ -158,7 +165,8 @@ class FoldedWeights:
         if weight.requires_grad and torch.is_grad_enabled():
             raise explain_folded_gradient(name)
         packed = self.find_finalized(weight, name)
-        if packed is not None and packed.weight_format == weight_format:
+        place = None if packed is None else (packed.weight_format, packed.data.device)
+        if packed is not None and place == (weight_format, weight.device):
             return packed.data
         state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
         key = id(weight), weight_format
@@ -171,7 +179,7 @@ class FoldedWeights:
         del held
         self._folded.pop(key, None)  # freed before there is a new one
         with torch.no_grad():
-            source = weight.detach() if packed is None else packed.unpack()
+            source = weight.detach() if packed is None else packed.unpack().to(weight.device)
             folded = fold_weight(source, weight_format, name)
             release_after_packing(weight)
             self._asks |= is_asynchronous(weight)
@@ -238,7 +246,7 @@ class FoldedWeights:
         weight.__class__ = nn.Parameter
         if packed is not None:  # else unpacked under another name
             weight.data = packed.unpack().to(weight.device, weight.dtype)
-            self._pending.append((weight, name, packed.weight_format, packed.kernel))
+            self._pending.append((weight, name, packed.weight_format, packed.kernel, None))
 
     def list_hollow(self, module: nn.Module) -> list[tuple[Tensor, type[nn.Parameter]]]:
         """Returns the finalized weights, each with the class that it has between calls."""

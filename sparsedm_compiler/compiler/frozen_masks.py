@@ -137,7 +137,8 @@ def read_frozen(
         if pattern is None:
             raise TypeError(f"{name} has a frozen mask and no pattern")
         if bits is None:
-            masks[name] = compute_mask(weight, pattern)
+            if not weight.is_meta:  # else on a disk: its zeros give the mask at every call
+                masks[name] = compute_mask(weight, pattern)
         else:
             masks[name] = _unpack_bits(bits, tuple(weight.shape))
     return FrozenMasks(masks)

@@ -163,7 +163,7 @@ class SparseForward(OwnForward):
             finally:
                 if self._watched != len(self.decisions):
                     self._watch()
-            self.weights.finalize_pending()
+            self.weights.finalize_pending(self.module)
             if len(self.guard.hollow) != len(self.weights.packed):
                 self.guard.hollow = self.weights.list_hollow(self.module)
         return out

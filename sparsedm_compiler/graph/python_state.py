@@ -21,7 +21,10 @@ from .closures import list_closure
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _SKIPPED = (str, bytes, int, float, complex, type, types.ModuleType, types.BuiltinFunctionType)
 _OURS = __name__.rpartition(".graph.")[0] + ".compiler"
-_FOREIGN = (_OURS, "torch._", "torch.fx", "torch.utils.data", "logging", "_thread", "threading")
+_FOREIGN = (
+    *(_OURS, "torch._", "torch.fx", "torch.utils.data", "logging", "_thread", "threading"),
+    *("accelerate.utils.offload", "diffusers.hooks.group_offloading"),  # weights, as large as all
+)
 """Modules in whose objects no model keeps its state."""
 _SHARDING = "torch.distributed"
 """Where the hooks that gather and free parameters keep theirs, some of it in freed memory.

@@ -127,9 +127,14 @@ class RunRecorder(EagerMode):
 
 
 def _describe(value: Any) -> Any:
-    """Returns what analyses read of a value, without its memory: a parameter or meta tensors."""
+    """Returns what analyses read of a value, without its memory: meta tensors and parameters.
+
+    Of an offloaded model each layer's weights are on its device for its own call alone.
+    """
     if isinstance(value, (tuple, list)):
         return tuple(map(_describe, value))
+    if type(value) is nn.Parameter:
+        return nn.Parameter(_describe(value.detach()), value.requires_grad)
     if isinstance(value, nn.Parameter) or not isinstance(value, Tensor) or value.is_nested:
         return value
     if value.layout is torch.strided:
