@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..graph.flat_graph import get_example_value
 from ..graph.names import strip_adapter_prefix
 from ..passes import Plan, PlannedWeight, Refusal, Status, find_uses, run_passes
 from ..reports import Decision
+from ..triton_support import on_device_of
 from .compile_blocks import compile_blocks
 from .folded_graph import FoldedGraph
 from .folded_weights import FoldedWeights
@@ -126,19 +128,26 @@ def plan_weights(
             _require_finite(weight, names[0])
         shape, uses = tuple(weight.shape), find_uses(node)
         row = PlannedWeight(node, position, name, pattern, shape, uses, WeightFormat(pattern))
-        if config.mode == "train":
-            pattern.prepare(weight.device)
-            if frozen is not None:
-                row = frozen.plan(row, weight.device)
-            row = select_training_kernel(row, get_example_value(node), config)
-        elif packed is not None:
-            row = _plan_finalized(row, packed)
-        else:
-            row = select_kernel(row, weight, config, budget)
+        with _on_device_of(weight):
+            if config.mode == "train":
+                pattern.prepare(weight.device)
+                if frozen is not None:
+                    row = frozen.plan(row, weight.device)
+                row = select_training_kernel(row, get_example_value(node), config)
+            elif packed is not None:
+                row = _plan_finalized(row, packed)
+            else:
+                row = select_kernel(row, weight, config, budget)
         rows.append(row)
     if config.mode == "train":
         prepare_training(rows)
     return tuple(rows)
+
+
+def _on_device_of(weight: Any) -> AbstractContextManager[None]:
+    """Returns a context in which the card of a weight is the one that families ask about."""
+    is_there = isinstance(weight, Tensor) and not isinstance(weight, FakeTensor)
+    return on_device_of(weight) if is_there and weight.is_cuda else nullcontext()
 
 
 def _plan_finalized(row: PlannedWeight, packed: PackedWeight) -> PlannedWeight:

@@ -72,7 +72,8 @@ def _remove(pattern: Pattern, weight: Tensor, inverse: Tensor) -> Removal:
     columns = _list_removals(pattern, weight.device)
     if columns.shape[1] == 0:
         return Removal(torch.zeros_like(weight, dtype=torch.bool), torch.zeros_like(weight))
-    inverses = torch.linalg.inv(inverse[columns.unsqueeze(2), columns.unsqueeze(1)])
+    blocks = inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
+    inverses = torch.linalg.inv_ex(blocks)[0]  # positive definite: no card is asked for an error
     chosen = weight[:, columns]
     pulls = torch.einsum("rck,ckl->rcl", chosen, inverses)
     index = _choose(pattern, (pulls * chosen).sum(2))
@@ -180,5 +181,5 @@ def _solve_pull(weight: Tensor, inverse: Tensor, pruned: Tensor, rows: int) -> T
     blocks = inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
     wide = columns.repeat_interleave(rows, 0)
     chosen = torch.unflatten(weight.gather(1, wide), 0, (-1, rows))
-    solved = torch.linalg.solve(blocks, chosen.mT).mT.flatten(0, 1)
+    solved = torch.linalg.solve_ex(blocks, chosen.mT)[0].mT.flatten(0, 1)
     return torch.zeros_like(weight).scatter_(1, wide, solved)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...fileio import cache_folder, write_atomically
 from ...progress import announce
-from ..cuda.device import describe_machine, find_device
+from ..cuda.device import CudaDevice, describe_machine, find_device
 from .ops import DEFAULT, CuSparseLtSetting, multiply
 
 _MOST = 64
@@ -36,10 +36,14 @@ _OUT_DTYPES = {
 """What 8 bits are asked for: the output's dtype, or the bare sums where that is another one."""
 
 
-@cache
 def find_algorithms(dtype: torch.dtype) -> tuple[int, ...]:
-    """Returns the numbers of the algorithms that run here, the library's default among them."""
-    if find_device() is None:
+    """Returns the algorithms that run on the current device, the library's default among them."""
+    return _find_algorithms(dtype, find_device())
+
+
+@cache
+def _find_algorithms(dtype: torch.dtype, device: CudaDevice | None) -> tuple[int, ...]:
+    if device is None:
         return (DEFAULT.algorithm,)
     name = str(dtype).removeprefix("torch.")
     about = repr((describe_machine(), name, _SHAPES, _OUT_DTYPES.get(dtype)))

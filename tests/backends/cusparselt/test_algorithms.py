@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sparsedm_compiler.backends.cuda.device import CudaDevice
 from sparsedm_compiler.backends.cusparselt import algorithms
 
 
@@ -80,9 +81,13 @@ def test_find_algorithms_where_none_could_be_tried_asks_again_another_time(
         return SimpleNamespace(stdout=b"begin 0\n" if command[-1] == "0" else b"")
 
     monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
-    monkeypatch.setattr(algorithms, "find_device", object)
+    card = CudaDevice("a card", (9, 0))
     monkeypatch.setattr(algorithms.subprocess, "run", run)
-    find = algorithms.find_algorithms.__wrapped__
+
+    def find(dtype: torch.dtype) -> tuple[int, ...]:
+        found: tuple[int, ...] = algorithms._find_algorithms.__wrapped__(dtype, card)
+        return found
+
     assert find(torch.float16) == (0,)
     assert not [*tmp_path.rglob("*.json")]
     failure = "none"
