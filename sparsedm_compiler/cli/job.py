@@ -66,7 +66,9 @@ _SMALLER = "take a smaller batch or model, or a device with more memory"
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Returns whether a device or the machine had no memory left, in torch's words."""
-    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+    said = str(error)
+    on_cpu = "not enough memory" in said or "can't allocate memory" in said
+    return type(error).__name__ == "OutOfMemoryError" or on_cpu
 
 
 class TerminatedError(BaseException):

@@ -12,6 +12,7 @@ import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -149,12 +150,45 @@ class _DeviceSamples:
         return self._is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+class Watched(Protocol):
+    """A weight whose edits are to be seen."""
+
+    before: Tensor | None
+
+    def sample(self) -> WeightSample | None:
+        """Returns values of the weight, as they are and were; None where it is gone."""
+
+
+class _Watch:
+    """Weights that are asked for together. Of those that stay, views are kept."""
+
+    def __init__(self, before: Sequence[Tensor]) -> None:
+        self.before = before
+        self.views: Sequence[Tensor] | None = None
+        places: dict[torch.device, list[int]] = {}
+        for place, values in enumerate(before):
+            places.setdefault(values.device, []).append(place)
+        with torch.inference_mode(False):  # answers are written in later calls
+            self._devices = [
+                (_DeviceSamples([before[place] for place in own]), own) for own in places.values()
+            ]
+
+    def ask(self, views: Sequence[Tensor]) -> None:
+        """Asks every device that owes no answer whether its samples are what they were."""
+        for samples, places in self._devices:
+            samples.ask([views[place] for place in places])
+
+    def take_report(self) -> bool:
+        """Returns whether an answer says that a sample has changed; reports each answer once."""
+        reports = [samples.take_report() for samples, _ in self._devices]
+        return any(reports)
+
+
 class EditWatcher:
     """Compares samples on their devices and reads the answers once they are there."""
 
     def __init__(self) -> None:
-        self._devices: dict[torch.device, _DeviceSamples] = {}
-        self._before: list[Tensor] = []
+        self._watch: _Watch | None = None
         self._asked, self._asked_at = -1, 0.0
 
     def is_due(self, generation: int) -> bool:
@@ -167,25 +201,37 @@ class EditWatcher:
 
     def take_report(self) -> bool:
         """Returns whether an answer says that a sample has changed; reports each answer once."""
-        reports = [device.take_report() for device in self._devices.values()]
-        return any(reports)
+        watch = self._watch
+        return watch is not None and watch.take_report()
 
     def forget(self) -> None:
         """Drops all samples, and the answers that are owed."""
-        self._devices, self._before = {}, []
+        self._watch = None
 
-    def ask(self, samples: Sequence[WeightSample]) -> None:
-        """Asks every device that owes no answer whether its samples are what they were."""
-        groups: dict[torch.device, list[WeightSample]] = {}
-        for sample in samples:
-            groups.setdefault(sample.now.device, []).append(sample)
-        before = [sample.before for sample in samples]
-        if len(before) != len(self._before) or not all(map(operator.is_, before, self._before)):
-            self._before = before
-            with torch.inference_mode(False):  # answers are written in later calls
-                self._devices = {
-                    device: _DeviceSamples([sample.before for sample in group])
-                    for device, group in groups.items()
-                }
-        for device, group in groups.items():
-            self._devices[device].ask([sample.now for sample in group])
+    def ask(self, weights: Sequence[Watched]) -> None:
+        """Asks whether weights are what they were.
+
+        To make the views of all weights takes longer than to ask. They are kept from the second
+        question on: weights that are offloaded are folded anew before that, and views would hold
+        their memory.
+        """
+        before = [weight.before for weight in weights if weight.before is not None]
+        watch, views = self._watch, None
+        if watch is not None and _are_same(watch.before, before):
+            views = watch.views
+        else:
+            watch = None
+        if views is None:
+            samples = [weight.sample() for weight in weights]
+            views = [sample.now for sample in samples if sample is not None]
+            if len(views) < len(before):
+                return  # one is moved at this moment: the next call folds it anew
+        if watch is None:
+            self._watch = watch = _Watch(before)
+        else:
+            watch.views = views
+        watch.ask(views)
+
+
+def _are_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(operator.is_, first, second))

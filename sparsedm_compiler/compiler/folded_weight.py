@@ -29,6 +29,11 @@ class FoldedWeight:
         weight = self.weight()
         return weight is not None and weight.data_ptr() == self.state[1]
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether its device is to be asked for edits."""
+        return self.before is not None and is_asynchronous(self.before) and self.is_in_place
+
     def sample(self) -> WeightSample | None:
         """Returns values of the weight, as they are and were; None where it is gone or has none.
 

@@ -104,14 +104,17 @@ class FoldedWeights:
         for weight, name, weight_format, kernel, device in pending:
             if id(weight) in owned and device in (None, weight.device):
                 self._finalize(weight, name, weight_format, kernel)
+        self._settled = None
         self._watcher.forget()
         self.drop_stale_checks()
 
     def release_moved(self) -> None:
         """Drops the folded forms of weights that do not lie where they were folded any more."""
-        held = self._folded
-        self._folded = {key: fold for key, fold in held.items() if fold.is_in_place}
-        if len(self._folded) < len(held):
+        self._settled = None
+        moved = [key for key, fold in [*self._folded.items()] if not fold.is_in_place]
+        for key in moved:
+            self._folded.pop(key, None)
+        if moved:
             self.generation += 1
             self._watcher.forget()
             self.drop_stale_checks()
@@ -130,7 +133,8 @@ class FoldedWeights:
     ) -> None:
         folded = self.get(weight, weight_format, name)
         self.generation += 1
-        self._folded = {key: held for key, held in self._folded.items() if key[0] != id(weight)}
+        for key in [key for key in [*self._folded] if key[0] == id(weight)]:
+            self._folded.pop(key, None)
         if kernel is None:
             with torch.no_grad():
                 weight.copy_(folded)
@@ -157,8 +161,7 @@ class FoldedWeights:
         It takes a few launches, so a quick model asks once in edit_watch.ASK_SECONDS.
         """
         if self._asks and self._watcher.is_due(self.generation):
-            samples = [held.sample() for held in self._folded.values()]
-            self._watcher.ask([s for s in samples if s is not None and is_asynchronous(s.now)])
+            self._watcher.ask([held for held in [*self._folded.values()] if held.is_watched])
 
     def get(self, weight: Tensor, weight_format: WeightFormat, name: str) -> Tensor:
         """Returns the weight in a form. Raises DenseRunError where it requires a gradient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -136,21 +137,26 @@ def move_condition(condition: Condition, like: Tensor) -> Condition:
 
 
 def check_labels(model: nn.Module, labels: Tensor) -> None:
-    """Raises DataError for class labels that no embedding of a model has.
+    """Raises DataError for class labels beyond the embedding that a model has for them.
 
     Looked up on a GPU, one would end every later call of the process, too.
     """
     sizes = [
-        module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _LABELS.search(name)
     ]
     if not sizes or not labels.numel() or labels.is_floating_point():
         return
-    low, high = int(labels.min()), int(labels.max())
-    if not 0 <= low <= high < max(sizes):
+    largest = int(labels.max())
+    if largest >= max(sizes):
         raise DataError(
-            f"label {low if low < 0 else high} is none of the {max(sizes)} classes of "
-            f"{type(model).__name__}"
+            f"label {largest} is none of the {max(sizes)} classes of {type(model).__name__}"
         )
+
+
+_LABELS = re.compile(r"(class|label)_emb\w*$|embedding_table$")
+"""The names of embeddings of class labels, in models of diffusers, DiT and U-ViT."""
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:

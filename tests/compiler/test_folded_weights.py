@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import os
+import pickle
+import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +162,11 @@ def test_an_answer_that_is_owed_is_not_asked_for_while_a_cuda_graph_is_captured(
 ) -> None:
     weight = torch.ones(8)
     watcher = edit_watch.EditWatcher()
-    watcher.ask([WeightSample(weight, weight.clone() * 2)])
-    (device,) = watcher._devices.values()
+    state = 0, weight.data_ptr()
+    fold = folded_weight.FoldedWeight(weakref.ref(weight), state, weight.clone() * 2, weight)
+    watcher.ask([fold])
+    assert watcher._watch is not None
+    ((device, _),) = watcher._watch._devices
     device._is_cuda = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     device._event = None  # which would be queried
@@ -394,3 +400,48 @@ def test_finalized_weights_are_freed_by_the_first_call_where_a_device_is_asked(
     packed = fast._sparsedm.weights.packed
     assert len(packed) >= 4
     assert all(storages[name].expired() for name in packed)
+
+
+def test_questions_to_devices_while_other_threads_fold_and_move_raise_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ask_devices(monkeypatch)
+    monkeypatch.setattr("sparsedm_compiler.compiler.edit_watch.ASK_SECONDS", 0.0)
+    fast = folded("infer")
+    with torch.no_grad():
+        expected = fast(X)
+    weights, errors = fast._sparsedm.weights, list[BaseException]()
+
+    def repeat(work: Callable[[], object]) -> None:
+        try:
+            for _ in range(300):
+                work()
+        except BaseException as error:
+            errors.append(error)
+
+    def refold() -> None:
+        for key, held in [*weights._folded.items()]:
+            weight = held.weight()
+            if weight is not None:
+                weights._folded.pop(key, None)
+                weights.get(weight, key[1], "a weight")
+
+    jobs = (weights.detect_edits, weights.ask_devices, weights.ask_devices, refold)
+    jobs += (weights.release_moved, weights._watcher.forget)
+    threads = [threading.Thread(target=repeat, args=(job,)) for job in jobs]
+    with torch.no_grad():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert_same(fast(X), expected)
+
+
+def test_a_model_from_a_pickle_frees_what_was_folded_when_it_is_moved() -> None:
+    twin = pickle.loads(pickle.dumps(folded("infer")))
+    with torch.no_grad():
+        twin(X)
+        assert len(twin._sparsedm.weights)
+        twin.double()
+    assert not len(twin._sparsedm.weights)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from sparsedm_compiler.diffusion.condition import check_labels, move, read_condition
 from sparsedm_compiler.errors import DataError
+from sparsedm_compiler.models.presets import from_diffusers
 from tests.oracle import assert_same
+from tests.zoo import FAMILIES
 
 
 def test_read_condition_returns_the_tensors_of_a_file(tmp_path: Path) -> None:
@@ -48,13 +50,28 @@ def test_move_pins_what_a_pinned_copy_can_be_made_of(monkeypatch: pytest.MonkeyP
     assert len(pinned) == 3
 
 
-@pytest.mark.parametrize(("labels", "wrong"), [([0, 5], 5), ([-1, 2], -1), ([0, 4], None)])
-def test_check_labels_names_one_that_no_embedding_has(labels: list[int], wrong: int | None) -> None:
-    model = nn.Sequential(nn.Embedding(3, 2), nn.Embedding(5, 2))
+@pytest.mark.parametrize(("labels", "wrong"), [([0, 5], 5), ([-1, 2], None), ([0, 4], None)])
+def test_check_labels_names_one_beyond_the_embedding_of_labels(
+    labels: list[int], wrong: int | None
+) -> None:
+    model = nn.ModuleDict({"time_emb": nn.Embedding(2, 2), "label_emb": nn.Embedding(5, 2)})
     given = torch.tensor(labels)
     if wrong is None:
         check_labels(model, given)
-        check_labels(nn.Linear(2, 2), torch.tensor([99]))
+        check_labels(nn.ModuleDict({"time_emb": nn.Embedding(2, 2)}), torch.tensor([99]))
         return
-    with pytest.raises(DataError, match=f"label {wrong} is none of the 5 classes of Sequential"):
+    with pytest.raises(DataError, match=f"label {wrong} is none of the 5 classes of ModuleDict"):
         check_labels(model, given)
+
+
+@pytest.mark.parametrize("name", ["uvit", "unet", "dit"])
+def test_check_labels_knows_the_tables_of_models(name: str) -> None:
+    if name == "unet":
+        options = {"block_out_channels": (8, 8), "norm_num_groups": 4, "num_class_embeds": 10}
+        kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        model = from_diffusers("UNet2DModel", {**options, **kinds, "sample_size": 8})
+    else:
+        model = next(family for family in FAMILIES if family.name == name).build()
+    check_labels(model, torch.tensor([9]))
+    with pytest.raises(DataError, match="label 11 is none of the 1"):
+        check_labels(model, torch.tensor([11]))

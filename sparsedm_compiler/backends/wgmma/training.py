@@ -70,12 +70,15 @@ def _block_train(
 
 @torch.library.custom_op("sparsedm::block_train_x_grad", mutates_args=())
 def _compute_x_gradient(
-    grad: Tensor, weight: Tensor, blocks: Tensor, back: Tensor, pattern: str
+    grad: Tensor, weight: Tensor, blocks: Tensor, back: Tensor, pattern: str, frozen: bool
 ) -> Tensor:
     """Returns the gradient of x: grad [..., rows] -> [..., cols]."""
     rows, cols = weight.shape
     if not back.numel():
-        dense = weight.to(grad.dtype)
+        kept = weight
+        if frozen:  # else it is masked; what a frozen mask prunes may have been written to
+            kept = torch.where(expand_blocks(blocks, parse_blocks(pattern)), weight, 0)
+        dense = kept.to(grad.dtype)
         return _multiply_exactly(grad, dense, None) if not grad.is_cuda else grad @ dense
     if not grad.is_cuda:
         return _multiply_exactly(grad, unpack_transposed(back, rows, cols, grad.dtype), None)
@@ -133,7 +136,7 @@ def _fake(
 
 @_compute_x_gradient.register_fake
 def _fake_x_gradient(
-    grad: Tensor, weight: Tensor, blocks: Tensor, back: Tensor, pattern: str
+    grad: Tensor, weight: Tensor, blocks: Tensor, back: Tensor, pattern: str, frozen: bool
 ) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
@@ -155,7 +158,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, weight, blocks, back = ctx.saved_tensors
     x_grad = w_grad = b_grad = None
     if ctx.needs_input_grad[0]:
-        x_grad = block_train_x_grad_op(grad, weight, blocks, back, ctx.pattern)
+        x_grad = block_train_x_grad_op(grad, weight, blocks, back, ctx.pattern, ctx.frozen)
     if ctx.needs_input_grad[1]:
         w_grad = block_train_w_grad_op(grad, x, weight, blocks, ctx.pattern, ctx.frozen)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
@@ -179,7 +182,7 @@ def multiply_blocks(
 
     Args:
         x: [..., cols] in half precision.
-        weight: [rows, cols] in any float dtype, masked: zero where ``blocks`` keeps nothing.
+        weight: [rows, cols] in any float dtype; masked, unless ``frozen``.
         bias: [rows], or None.
         blocks: What ``find_blocks_op`` gives.
         pattern: The pattern as text.

@@ -222,10 +222,10 @@ def test_multiply_blocks_on_a_cpu_matches_float64(
     text: str, frozen: bool, dtype: torch.dtype
 ) -> None:
     weight, mask, blocks = make(text, dtype)
-    weight = (weight * mask).requires_grad_()
+    weight = (weight if frozen else weight * mask).requires_grad_()  # as graphs pass it
     bias = torch.randn(len(weight), requires_grad=True)
     x = torch.randn(2, 5, 256).to(BF16).requires_grad_()
-    masked = weight.detach().to(BF16).double().requires_grad_()
+    masked = (weight * mask).detach().to(BF16).double().requires_grad_()
     exact = F.linear(x.double(), masked, bias.double())
     seed = torch.randn(exact.shape).to(BF16)
     out = multiply_blocks(x, weight, bias, blocks, text, frozen)
@@ -252,7 +252,7 @@ def test_training_ops_pass_opcheck(text: str, frozen: bool, tokens: int) -> None
     out, back = block_train_op(x, weight, bias, blocks, text, frozen)
     opcheck(block_train_op, (x, weight, bias, blocks, text, frozen))
     plain, grad = weight.detach(), torch.randn_like(out)
-    opcheck(block_train_x_grad_op, (grad, plain, blocks, back, text))
+    opcheck(block_train_x_grad_op, (grad, plain, blocks, back, text, frozen))
     opcheck(block_train_w_grad_op, (grad, x.detach(), plain, blocks, text, frozen))
 
 
@@ -445,12 +445,12 @@ class TestOnACard:
     @pytest.mark.parametrize("tokens", [16, 300, 4096])
     def test_multiply_blocks_matches_float64(self, text: str, frozen: bool, tokens: int) -> None:
         weight, mask, blocks = (part.cuda() for part in make(text))
-        weight = (weight * mask).requires_grad_()
+        weight = (weight if frozen else weight * mask).requires_grad_()
         x = torch.randn(tokens, 256, device="cuda").to(BF16).requires_grad_()
         grad = torch.randn(tokens, len(weight), device="cuda").to(BF16)
         out = multiply_blocks(x, weight, None, blocks, text, frozen)
         ours = (out, *torch.autograd.grad(out, (x, weight), grad))
-        masked = weight.detach().to(BF16).double()
+        masked = (weight * mask).detach().to(BF16).double()
         wide = grad.double().t() @ x.detach().double()
         exact = x.double() @ masked.t(), grad.double() @ masked, wide * mask if frozen else wide
         for a, b in zip(ours, exact, strict=True):
