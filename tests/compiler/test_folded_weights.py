@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import pickle
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -414,7 +415,7 @@ def test_questions_to_devices_while_other_threads_fold_and_move_raise_nothing(
 
     def repeat(work: Callable[[], object]) -> None:
         try:
-            for _ in range(300):
+            for _ in range(2000):
                 work()
         except BaseException as error:
             errors.append(error)
@@ -429,11 +430,14 @@ def test_questions_to_devices_while_other_threads_fold_and_move_raise_nothing(
     jobs = (weights.detect_edits, weights.ask_devices, weights.ask_devices, refold)
     jobs += (weights.release_moved, weights._watcher.forget)
     threads = [threading.Thread(target=repeat, args=(job,)) for job in jobs]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     with torch.no_grad():
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        sys.setswitchinterval(interval)
         assert not errors
         assert_same(fast(X), expected)
 
