@@ -97,7 +97,7 @@ def list_cache_bases() -> tuple[Path, Path]:
 
 
 def explain_unpickling(error: Exception) -> str:
-    """Returns the line of torch's message that names what it refuses in a pickled file.
+    """Returns the line of a message that names what was refused in a pickled file.
 
     Around it stands the advice to run the file's code all the same.
     """

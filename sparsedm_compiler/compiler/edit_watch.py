@@ -165,18 +165,18 @@ class _Watch:
     def __init__(self, before: Sequence[Tensor]) -> None:
         self.before = before
         self.views: Sequence[Tensor] | None = None
-        places: dict[torch.device, list[int]] = {}
-        for place, values in enumerate(before):
-            places.setdefault(values.device, []).append(place)
+        groups: dict[torch.device, list[int]] = {}
+        for number, values in enumerate(before):
+            groups.setdefault(values.device, []).append(number)
         with torch.inference_mode(False):  # answers are written in later calls
             self._devices = [
-                (_DeviceSamples([before[place] for place in own]), own) for own in places.values()
+                (_DeviceSamples([before[k] for k in group]), group) for group in groups.values()
             ]
 
     def ask(self, views: Sequence[Tensor]) -> None:
         """Asks every device that owes no answer whether its samples are what they were."""
-        for samples, places in self._devices:
-            samples.ask([views[place] for place in places])
+        for samples, group in self._devices:
+            samples.ask([views[k] for k in group])
 
     def take_report(self) -> bool:
         """Returns whether an answer says that a sample has changed; reports each answer once."""

@@ -168,8 +168,8 @@ class FoldedWeights:
         if weight.requires_grad and torch.is_grad_enabled():
             raise explain_folded_gradient(name)
         packed = self.find_finalized(weight, name)
-        place = None if packed is None else (packed.weight_format, packed.data.device)
-        if packed is not None and place == (weight_format, weight.device):
+        kept = None if packed is None else (packed.weight_format, packed.data.device)
+        if packed is not None and kept == (weight_format, weight.device):
             return packed.data
         state = (0 if weight.is_inference() else weight._version, weight.data_ptr())
         key = id(weight), weight_format

@@ -45,7 +45,7 @@ class CalibrationBatch:
         args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (self.args, dict(self.kwargs)))
         return CalibrationBatch(args, kwargs, self.weight)
 
-    def place(self, model: nn.Module) -> CalibrationBatch:
+    def to_model(self, model: nn.Module) -> CalibrationBatch:
         """Returns the batch with its tensors on the device of a model's first parameter."""
         return self.to(next((p.device for p in model.parameters()), torch.device("cpu")))
 

@@ -142,7 +142,7 @@ def run(model: nn.Module, batch: CalibrationBatch, report: Callable[[EagerProduc
     Raises:
         DataError: The model cannot be called with the batch.
     """
-    moved = batch.place(model)
+    moved = batch.to_model(model)
     try:
         with analyse_layers(model):
             watch_eager(model, copy_forward(model), report, moved.args, moved.kwargs)

@@ -29,7 +29,7 @@ def call_once(model: nn.Module, batch: CalibrationBatch) -> list[Tensor]:
             floating-point tensor.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    moved = batch.place(model)
+    moved = batch.to_model(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         try:

@@ -58,7 +58,7 @@ def find_targets(
         DataError: The model cannot be called with the batch.
     """
     require_values(model, "pruning it")
-    batch = batch.place(model)
+    batch = batch.to_model(model)
     compiled = find_compiled(model)
     if compiled is None and any(True for _ in iterate_sparse_forwards(model)):
         raise ConfigError(

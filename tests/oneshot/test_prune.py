@@ -472,7 +472,7 @@ def test_report_is_plain_values_and_a_table() -> None:
 def test_batches_are_moved_to_the_model_for_its_first_call() -> None:
     net = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)]).to("meta")
     batch = CalibrationBatch((torch.randn(2, 16),), {"y": torch.ones(1), "n": 3})
-    placed = batch.place(net)
+    placed = batch.to_model(net)
     assert placed.args[0].is_meta
     assert placed.kwargs["y"].is_meta
     assert placed.kwargs["n"] == 3

@@ -49,7 +49,7 @@ class CudaFamily(KernelFamily):
 def hash_sources(folder: Path) -> str:
     """Returns a hash of the sources of a family and of all: times of other kernels do not count."""
     digest = hashlib.sha256()
-    for path in sorted(p for place in {folder, Path(__file__).parent} for p in place.iterdir()):
+    for path in sorted(p for root in {folder, Path(__file__).parent} for p in root.iterdir()):
         if path.suffix in (".py", ".cu", ".cuh"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

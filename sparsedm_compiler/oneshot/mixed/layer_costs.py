@@ -83,7 +83,7 @@ def time_costs(
         patterns[name] = [target.pattern for target in own]
         if uniform is not None and uniform.misfit(shape[0], shape[1]) is None:
             patterns[name].append(uniform)
-    placed = batch.place(model)
+    placed = batch.to_model(model)
     times = time_patterns(model, placed.args, dict(placed.kwargs), patterns, config)
     costs = {
         name: {str(target.pattern): times[name][str(target.pattern)] for target in own}
@@ -107,7 +107,7 @@ def list_candidates(
     names = {strip_adapter_prefix(n): p for n, p in model.named_parameters()}
     full = {strip_adapter_prefix(n): n for n, _ in model.named_parameters()}
     sites: Sequence[Site] = ()
-    batch = batch.place(model)
+    batch = batch.to_model(model)
     accepted: dict[str, list[Pattern]] = {}
     sparse = [pattern for pattern in patterns if not pattern.is_dense]
     for pattern in sparse:

@@ -133,7 +133,7 @@ def permute_channels(
         expected = [run_once(model, batch) for batch in kinds]
         for outputs in expected:
             require_finite(model, outputs)
-        first = listed[0].place(model)
+        first = listed[0].to_model(model)
         captured, inputs = capture_call(model, first.args, dict(first.kwargs))
         targets = find_targets(model, config, first, captured)
         for target in targets:
