@@ -17,11 +17,12 @@ def clear_where(pruned: Tensor, state: Mapping[str, Any]) -> None:
     """Sets to zero, where ``pruned`` is True, all that an optimizer keeps of a weight.
 
     A state in 8 bits holds codes of a table; there zero is the code of the number nearest to it.
-    ``pruned`` [shape of the weight] lies where the state does.
+    ``pruned``: [shape of the weight]. A paged state lies on the CPU.
     """
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.shape != pruned.shape:
             continue
+        pruned = pruned.to(value.device)
         if is_quantized(value):
             parts = dict(vars(value))
             parts[CODES].masked_fill_(pruned, find_zero(parts["qmap"]))

@@ -19,7 +19,7 @@ from .moments import Moments
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-_PATIENCE = timedelta(days=1)
+PATIENCE = timedelta(days=1)
 """How long a process waits for others: a chunk of images may take hours, and one has none left."""
 
 
@@ -38,7 +38,7 @@ def join_process_group() -> PartialState:
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if alone:
         return PartialState()
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def own_share() -> ProcessShare:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ConfigError, Pattern
-from ..config import CompileConfig
+from ..config import GRAPHS, CompileConfig
 from ..models.loading import may_have_weights
 from ..train.finetune_config import FinetuneConfig
 from .recipes import find_recipe
@@ -182,6 +182,11 @@ class RunConfig:
             raise ConfigError(
                 f"method {self.train.method!r} prunes a trained model, and {name} has random "
                 "weights: set model.weights, or train the dense model first: train.method=dense"
+            )
+        if self.prune.backend == GRAPHS and self.train.accumulation > 1:
+            raise ConfigError(
+                f"prune.backend {GRAPHS!r} writes the gradients of a part of a batch over those of "
+                "the part before: leave it out, or set train.accumulation to 1"
             )
 
     @staticmethod

@@ -93,7 +93,7 @@ class Stream:
             for part in parts
         )
         fetched: Iterable[Any] = map(fetch, numbers)
-        if self.workers:
+        if self.workers and not lie_on_cards(self.data):
             fetched = DataLoader(
                 _ByNumbers(fetch), batch_size=None, sampler=numbers, num_workers=self.workers
             )
@@ -198,6 +198,12 @@ def index_data(data: Data) -> tuple[int, Fetch] | None:
     return check_not_empty(len(images)), lambda numbers: tuple(
         None if part is None else part[torch.tensor(numbers, device=part.device)] for part in fixed
     )
+
+
+def lie_on_cards(data: Data) -> bool:
+    """Returns whether images or labels lie on a card, where a forked worker cannot read them."""
+    parts = data if isinstance(data, tuple | list) else getattr(data, "tensors", (data,))
+    return any(isinstance(part, Tensor) and part.is_cuda for part in parts)
 
 
 def check_not_empty(count: int) -> int:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .. import CheckpointError, ConfigError, masked_parameters, save
 from ..fileio import flush_to_disk, replace_atomically
 from ..packed_tensors import take_apart
-from .fsdp import copy_rows_into, gather_rows, get_local_rows
+from .fsdp import copy_rows_into, gather_for_file, get_local_rows
 from .optimizers import join_quantized, split_quantized
 
 VERSION = 1
@@ -106,11 +106,12 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes tensors as safetensors, each with memory of its own."""
-    own = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    """Writes tensors as safetensors, each with memory of its own, on the CPU."""
+    own = {}
+    for name, tensor in tensors.items():
+        there = tensor.detach()
+        there = there.clone(memory_format=torch.contiguous_format) if there.is_cpu else there.cpu()
+        own[name] = there.contiguous()
     save_file(own, path, {"format": "pt"})
 
 
@@ -210,7 +211,7 @@ def flatten_state(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         parts, settings = split
         return {"$quantized": [flatten_state(parts, path, tensors), settings]}
     if isinstance(value, Tensor):
-        tensors[path] = gather_rows(value)
+        tensors[path] = gather_for_file(value)
         return {"$tensor": path}
     if isinstance(value, Mapping):
         pairs = [

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from .. import ConfigError
 from ..diffusion import predict
 from ..diffusion.condition import Condition
+from ..evaluate.process_group import PATIENCE
 from .batches import BatchShare
 from .finetune_config import FinetuneConfig
 from .fsdp import gather_rows, shard_parameters
@@ -84,12 +85,10 @@ class TrainingProcess:
     def syncing(self, last: bool) -> AbstractContextManager[Any]:
         """Returns the context of a backward pass; the ``last`` averages gradients over processes.
 
-        ``last``: whether it is the last micro-batch of the step.
+        ``last``: whether it is the last micro-batch of the step. Gradients of a sharded student are
+        averaged at once, each process keeping its share: until the last they would be whole.
         """
-        if self.sharded is not None:
-            self.sharded.set_requires_gradient_sync(last)
-            return nullcontext()
-        if last or self.share.world == 1:
+        if last or self.share.world == 1 or self.sharded is not None:
             return nullcontext()
         no_sync: AbstractContextManager[Any] = self.accelerator.no_sync(self.predict)
         return no_sync
@@ -171,4 +170,7 @@ def make_accelerator(like: Tensor, precision: str) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     elif AcceleratorState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(mixed_precision=precision, cpu=cpu, device_placement=False)
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)  # the main one writes files, alone
+    return Accelerator(
+        mixed_precision=precision, cpu=cpu, device_placement=False, kwargs_handlers=[patience]
+    )

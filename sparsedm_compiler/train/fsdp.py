@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -115,6 +116,18 @@ def gather_rows(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gather_for_file(tensor: Tensor) -> Tensor:
+    """Returns all rows of a sharded tensor, on the CPU of the main process; elsewhere no values.
+
+    A collective that every process must call. One weight at a time fits on a card beside its share
+    of a model; all of them do not. A tensor that is not sharded is returned as it is.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole = tensor.full_tensor()
+    return whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0, device="cpu")
+
+
 def slice_local_rows(full: Tensor, like: Tensor) -> Tensor:
     """Returns the rows of ``full`` that this process holds of ``like``."""
     if not isinstance(like, DTensor):
@@ -186,5 +199,5 @@ def zero_kept_locally(weight: Tensor, pattern: Pattern, mask: Tensor | None = No
 
 
 def gather_state(model: nn.Module) -> Mapping[str, Tensor]:
-    """Returns the state_dict of ``model`` with full tensors; every process must call this."""
-    return {name: gather_rows(tensor) for name, tensor in model.state_dict().items()}
+    """Returns the state_dict of ``model`` for a file of the main process; all must call this."""
+    return {name: gather_for_file(tensor) for name, tensor in model.state_dict().items()}

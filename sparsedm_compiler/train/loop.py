@@ -242,7 +242,8 @@ def save_sample_grid(run: Run) -> None:
     if run.process.is_main:
         grids.save(folder / "samples" / f"{run.progress.seen:012d}.png", images)
         if not (folder / REAL_IMAGES).exists():
-            save_real_images(grids, folder / REAL_IMAGES, run.inputs.data, run.inputs.held_out)
+            data = run.inputs.data, run.inputs.held_out
+            save_real_images(grids, folder / REAL_IMAGES, *data, run.process.like.device)
 
 
 def finish(run: Run) -> FinetuneResult:

@@ -101,7 +101,13 @@ class SampleGrids:
         save_grid(path, {str(k * self.columns): row for k, row in enumerate(rows)}, scale=scale)
 
 
-def save_real_images(grids: SampleGrids, path: Path, data: Data, held_out: Data | None) -> None:
+def save_real_images(
+    grids: SampleGrids,
+    path: Path,
+    data: Data,
+    held_out: Data | None,
+    device: torch.device | None = None,
+) -> None:
     """Writes as many images of the data as a grid of samples has, from all over the data.
 
     They are held-out images where there are any. Latents are decoded. Of data that can only be
@@ -112,6 +118,7 @@ def save_real_images(grids: SampleGrids, path: Path, data: Data, held_out: Data 
         path: The file to write, a PNG.
         data: The data, as ``finetune`` takes them.
         held_out: The held-out data, likewise; None for none.
+        device: Where ``decode`` takes samples; None: where the data lie.
     """
     from .batches import check_batch, index_data
 
@@ -121,4 +128,6 @@ def save_real_images(grids: SampleGrids, path: Path, data: Data, held_out: Data 
     size, fetch = indexed
     count = min(grids.count, size)
     images, _ = check_batch(fetch([k * size // count for k in range(count)]))
-    grids.save(path, images if grids.decode is None else grids.decode(images))
+    if grids.decode is not None:
+        images = grids.decode(images if device is None else images.to(device)).cpu()
+    grids.save(path, images)

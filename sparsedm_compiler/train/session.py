@@ -118,15 +118,23 @@ def make_student_optimizer(student: nn.Module, config: FinetuneConfig) -> torch.
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not parameters:
         raise ConfigError(f"{type(student).__name__} has no parameter with requires_grad to train")
-    _warn_of_narrow_weights(parameters)
+    _check_narrow_weights(parameters, config)
     options = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     return make_optimizer(config.optimizer, parameters, options)
 
 
-def _warn_of_narrow_weights(parameters: list[nn.Parameter]) -> None:
-    """Warns of parameters of which 16 bits train, which keep no small step."""
+def _check_narrow_weights(parameters: list[nn.Parameter], config: FinetuneConfig) -> None:
+    """Warns of parameters of which 16 bits train, which keep no small step.
+
+    Raises ConfigError where their gradients would have to be unscaled, too.
+    """
     precisions = {dtype: precision for precision, dtype in AUTOCAST.items()}
     narrow = [parameter.dtype for parameter in parameters if parameter.dtype in precisions]
+    if config.mixed_precision == "fp16" and torch.float16 in narrow:
+        raise ConfigError(
+            f"{narrow.count(torch.float16)} weights train in float16, whose scaled gradients "
+            "mixed_precision 'fp16' cannot unscale: load the model in float32"
+        )
     if narrow:
         dtype, steps = narrow[0], round(2 / torch.finfo(narrow[0]).eps)
         warnings.warn(

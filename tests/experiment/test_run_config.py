@@ -194,3 +194,11 @@ def test_find_recipe_joins_recipes_in_order() -> None:
     assert find_recipe("short+cifar10-uvit")["train"]["warmup_images"] == 320_000
     with pytest.raises(ConfigError, match="there is no recipe 'shot'; there is short"):
         find_recipe("cifar10-uvit+shot")
+
+
+def test_graphs_of_inductor_with_accumulation_are_refused() -> None:
+    values = {"data": {"train": "digits"}, "model": {"weights": "a.safetensors"}, "out": "runs/a"}
+    prune = {"backend": "inductor-graphs"}
+    assert RunConfig.create({**values, "prune": prune}).train.accumulation == 1
+    with pytest.raises(ConfigError, match=r"over those of the part before.*accumulation to 1"):
+        RunConfig.create({**values, "prune": prune, "train": {"accumulation": 2}})

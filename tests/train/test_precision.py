@@ -14,6 +14,7 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler import ConfigError
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.train.ema import Ema
+from sparsedm_compiler.train.session import _check_narrow_weights
 from tests.train.cases import CLASSES, data, short, student_of, teacher, weights
 
 ALONE: dict[str, Any] = {
@@ -129,3 +130,11 @@ def test_finetune_in_float16_on_a_cpu_raises() -> None:
 def test_finetune_with_an_unknown_precision_raises() -> None:
     with pytest.raises(ConfigError, match="mixed_precision 'fp8'"):
         short("ste", mixed_precision="fp8")
+
+
+def test_weights_in_float16_are_refused_where_their_gradients_are_scaled() -> None:
+    weights = [nn.Parameter(torch.ones(2, dtype=torch.float16)), nn.Parameter(torch.ones(2))]
+    with pytest.raises(ConfigError, match="1 weights train in float16, whose scaled gradients"):
+        _check_narrow_weights(weights, sdm.FinetuneConfig(mixed_precision="fp16"))
+    with pytest.warns(UserWarning, match="train in float16"):
+        _check_narrow_weights(weights, sdm.FinetuneConfig())

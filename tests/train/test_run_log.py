@@ -9,13 +9,14 @@ import matplotlib.image
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
+from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.diffusion import make_scheduler, sample
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.train import SampleGrids
 from sparsedm_compiler.train.run_log import MaskWatch, RunLog
+from sparsedm_compiler.train.sample_grids import save_real_images
 from tests.train.cases import CLASSES, data, log_of, short, student_of, teacher
 
 
@@ -137,3 +138,17 @@ def test_sample_grids_draw_samples_that_do_not_depend_on_the_count(tmp_path: Pat
     torch.testing.assert_close(images[:1], alone)
     drawn.save(tmp_path / "grid.png", images)
     assert matplotlib.image.imread(tmp_path / "grid.png").shape[1] > 10 * 64
+
+
+def test_real_images_are_decoded_where_samples_are(tmp_path: Path) -> None:
+    devices = []
+
+    def decode(latents: Tensor) -> Tensor:
+        devices.append(latents.device)
+        return torch.zeros(len(latents), 3, 8, 8)
+
+    grids = SampleGrids((1, 4, 4), count=4, columns=2, decode=decode)
+    for device in (None, torch.device("meta")):
+        save_real_images(grids, tmp_path / "real.png", torch.rand(6, 1, 4, 4), None, device)
+    assert [device.type for device in devices] == ["cpu", "meta"]
+    assert (tmp_path / "real.png").exists()
