@@ -112,7 +112,7 @@ def score_masks(run: Run) -> dict[str, Tensor]:
                 f"{type(run.process.optimizer.optimizer).__name__} does not keep"
             )
         if second is not None:
-            moment = gather_rows(second).to(values.dtype)
+            moment = gather_rows(second).to(values)
             values = values * moment.sqrt() if bool(moment.any()) else values
         masks[name] = pattern.compute_mask(values)
     return masks

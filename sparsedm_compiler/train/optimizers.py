@@ -112,7 +112,8 @@ def get_second_moment(state: Mapping[str, Any]) -> Tensor | None:
         "bitsandbytes.functional", reason="this state is of bitsandbytes", install="bitsandbytes"
     )
     scales, table = state[name.replace("state", "absmax")], state[name.replace("state", "qmap")]
-    decoded = functional.dequantize_blockwise(value, absmax=scales, code=table, blocksize=BLOCK)
+    codes = value.to(scales.device)  # paged ones are seen as memory of the host
+    decoded = functional.dequantize_blockwise(codes, absmax=scales, code=table, blocksize=BLOCK)
     return decoded
 
 
