@@ -65,3 +65,11 @@ def _is_sharded(tensor: object) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def copy_for_file(tensor: Tensor) -> Tensor:
+    """Returns a contiguous copy, on the CPU: one on the tensor's own card might not fit there."""
+    tensor = tensor.detach()
+    if tensor.is_cpu or tensor.is_meta:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.cpu().contiguous()

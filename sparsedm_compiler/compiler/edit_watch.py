@@ -116,8 +116,7 @@ def _is_gapless(weight: Tensor) -> bool:
 class _DeviceSamples:
     """Samples on one device, compared there; the answer is read once it has come.
 
-    Pinned memory and events are made once, being slow to make. Views of weights are not kept: they
-    would hold the memory of weights that are moved to another device.
+    Pinned memory and events are made once, being slow to make.
     """
 
     def __init__(self, before: Sequence[Tensor]) -> None:

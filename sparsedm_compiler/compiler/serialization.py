@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ..backends.kernel_family import KernelConfig, WeightFormat
@@ -29,7 +28,7 @@ from ..files.container import (
 )
 from ..graph.names import strip_adapter_prefix
 from ..meta_models import require_values
-from ..packed_tensors import fill_packed, take_apart
+from ..packed_tensors import copy_for_file, fill_packed, take_apart
 from ..patterns import Pattern
 from .api import check_model, install
 from .frozen_masks import FrozenMasks, mask_frozen, read_frozen, write_frozen
@@ -213,15 +212,8 @@ def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
             aliases[name] = seen[where]
         else:
             seen[where] = name
-            tensors[name] = _copy_to_cpu(tensor.detach())
+            tensors[name] = copy_for_file(tensor)
     return tensors, aliases
-
-
-def _copy_to_cpu(tensor: Tensor) -> Tensor:
-    """Returns a copy for a file: one on the tensor's own card might not fit there."""
-    if tensor.is_cpu or tensor.is_meta:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.cpu().contiguous()
 
 
 def _require_zeros(tensors: Mapping[str, Tensor], patterns: Mapping[str, Pattern | None]) -> None:

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import CheckpointError, ConfigError, masked_parameters, save
 from ..fileio import flush_to_disk, replace_atomically
-from ..packed_tensors import take_apart
+from ..packed_tensors import copy_for_file, take_apart
 from .fsdp import copy_rows_into, gather_for_file, get_local_rows
 from .optimizers import join_quantized, split_quantized
 
@@ -107,11 +106,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes tensors as safetensors, each with memory of its own, on the CPU."""
-    own = {}
-    for name, tensor in tensors.items():
-        there = tensor.detach()
-        there = there.clone(memory_format=torch.contiguous_format) if there.is_cpu else there.cpu()
-        own[name] = there.contiguous()
+    own = {name: copy_for_file(tensor) for name, tensor in tensors.items()}
     save_file(own, path, {"format": "pt"})
 
 
