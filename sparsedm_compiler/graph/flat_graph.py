@@ -24,7 +24,8 @@ _VIEWS = {
 }
 _WRITES = {"setitem", "iadd", "isub", "imul", "itruediv"}
 """In-place operators, which eager code calls by names like ``__iadd__``."""
-_TURNS = {"t", "transpose", "permute", "mT", "T", "swapaxes", "movedim"}
+_TURNS = {"t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint"}
+_TURNS |= {"T", "numpy_T", "mT", "H", "matrix_H", "mH"}  # w.T is aten.numpy_T since torch 2.14
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -36,6 +35,10 @@ class CheckpointingModel(Protocol):
 
 Forward: TypeAlias = Callable[..., Any]
 """The forward of a class, which is called with a module and its inputs."""
+
+RUNS_BLOCK = "sparsedm_runs_block"
+"""The attribute of the forwards that ``start_checkpointing`` makes: their code, as what wraps one
+of them by ``functools.wraps`` has its attributes but not its code."""
 
 RunBlock: TypeAlias = Callable[..., Any]
 """A function that is called with the forward of a block and its inputs, as torch's checkpoint."""
@@ -116,9 +119,11 @@ def start_checkpointing(
             "blocks that could be checkpointed one by one: leave gradient_checkpointing off"
         )
     for block in blocks:
-        # TorchDynamo reads no method of a class that diffusers allows in graphs.
+        # TorchDynamo reads no method of a class that diffusers allows in graphs, and that of torch
+        # 2.14 asks the function of a method for its name: no partial will do.
         own: Forward = type(block).forward
-        forward = partial(run_checkpointed, own) if run is None else partial(run_block_by, run, own)
+        forward = checkpoint_forward(own) if run is None else hand_over_forward(own, run)
+        vars(forward)[RUNS_BLOCK] = forward.__code__
         block.__dict__["forward"] = types.MethodType(forward, block)
 
 
@@ -143,23 +148,29 @@ def is_wrapped(block: nn.Module) -> bool:
     if not isinstance(forward, types.MethodType):
         return False
     function: Any = forward.__func__
-    return isinstance(function, partial) and function.func in WRAPPERS
+    code = getattr(function, "__code__", None)
+    return code is not None and getattr(function, RUNS_BLOCK, None) is code
 
 
-def run_checkpointed(own: Forward, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Runs the own forward of a block, which keeps its inputs alone for the backward pass."""
-    if not torch.is_grad_enabled():
-        return own(block, *args, **kwargs)
+def checkpoint_forward(own: Forward) -> Forward:
+    """Returns a forward that keeps the inputs of ``own`` alone for the backward pass."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return own(block, *args, **kwargs)
+    def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return own(block, *args, **kwargs)
 
-    return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return own(block, *args, **kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    return forward
 
 
-def run_block_by(run: RunBlock, own: Forward, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Lets ``run`` run the own forward of a block."""
-    return run(types.MethodType(own, block), *args, **kwargs)
+def hand_over_forward(own: Forward, run: RunBlock) -> Forward:
+    """Returns a forward that lets ``run`` run ``own``."""
 
+    def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run(types.MethodType(own, block), *args, **kwargs)
 
-WRAPPERS = (run_checkpointed, run_block_by)
+    return forward
