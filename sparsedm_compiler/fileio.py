@@ -6,8 +6,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -54,6 +59,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all, whatever other processes do."""
     with replace_atomically(path, shared=True) as part:
         part.write_bytes(content)
+
+
+@contextmanager
+def taking_turns(path: Path) -> Iterator[None]:
+    """Waits until no other process or thread is in such a block of the same path.
+
+    A file beside ``path`` is locked, and stays. Nobody waits where files cannot be locked.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as file:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def flush_to_disk(path: Path) -> None:

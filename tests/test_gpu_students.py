@@ -42,7 +42,7 @@ def made_up() -> dict[str, Any]:
     size = {"cols": 3072, "rows": 3072, "model": "FLUX", "layer": "proj", "act": "none"}
     layer = {"key": "FLUX proj", "tokens": 4096, **size}
     layer["patterns"] = {"2:4": {"ratio": [1.5] * 3, "kernel": "some/1", "gated": "sparse"}}
-    model = {"key": "m", "model": "m", "batch": 1, "dense_first_call_s": 1.0}
+    model = {"key": "m", "model": "m", "batch": 1}
     model["patterns"] = {
         "2:4": {"ratio": [1.1, 1.2, 1.3], "kernels": {}, "wrong": False, "first_call_s": 1.0}
     }

@@ -91,6 +91,7 @@ SLOW: Mapping[str, tuple[str, ...]] = {
     "reporting/test_charts.py": (r"\[light\]",),
     "reporting/test_page.py": ("browser", "screenshot", "charts_by_pattern"),
     "test_gpu_benchmark.py": ("rehears", "report_can_be", "process_is_stopped"),
+    "test_gpu_sections.py": ("",),
     "test_layout.py": ("core_dependencies", "no_triton"),
     "train/test_core_install.py": ("",),
     "train/test_distributed.py": ("",),

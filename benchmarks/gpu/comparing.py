@@ -111,6 +111,20 @@ def error(out: Tensor, exact: Tensor) -> float:
     return distance if distance == distance else float("inf")
 
 
+def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a measurement finds, or {"failed": why}, so that what comes after it is measured, too.
+
+    Raises where the GPU is lost: then nothing can come after it in this process.
+    """
+    try:
+        return measure()
+    except Exception as bug:
+        if is_device_lost():
+            raise
+        print(f"failed: {format_error(bug)}", flush=True)
+        return {"failed": format_error(bug)}
+
+
 def is_device_lost() -> bool:
     """Whether the GPU can be used no more by this process."""
     if not torch.cuda.is_available():

@@ -24,7 +24,7 @@ from typing import Any
 from .case import ROOT, read, write
 from .clock import Clock
 from .packages import losses, refusal
-from .processes import wait_or_stop
+from .processes import Listener, SilentError, wait_or_stop
 
 SHARES = {
     "tests": 125,
@@ -150,17 +150,31 @@ class Runner:
         """One section, begun anew where its process died, without what it died of."""
         start, log = time.time(), self.scratch / f"{name}-0.jsonl"
         for _ in range(_RESTARTS):
-            process = self.child(name, until)
-            code = wait_or_stop(process, until + _LAST_ROW, lambda: self.keep(name, log, start))
-            if code == 0:
+            why = self.run_until(self.child(name, until), until, name, log, start)
+            if why is None:
                 break
-            if code is None:
-                write(log, stopped="")
-                break
-            write(log, died=f"the process ended with code {code}")
+            write(log, died=why)
             if time.time() > until:
                 break
         self.keep(name, log, start)
+
+    def run_until(
+        self, process: subprocess.Popen[bytes], until: float, name: str, log: Path, start: float
+    ) -> str | None:
+        """Why a section must be begun anew; None where it came to its end, or its time to its."""
+        listener = Listener(log)
+
+        def listen() -> None:
+            self.keep(name, log, start)
+            listener.check()
+
+        try:
+            code = wait_or_stop(process, until + _LAST_ROW, listen)
+        except SilentError as silent:
+            return str(silent)
+        if code is None:
+            write(log, stopped="")
+        return f"the process ended with code {code}" if code else None
 
     def keep(self, name: str, log: Path, start: float) -> None:
         """Save what a section has found so far."""

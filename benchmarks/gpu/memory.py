@@ -18,6 +18,7 @@ from torch import nn
 import sparsedm_compiler as sdm
 
 from .case import Case, Row, Tell
+from .comparing import attempt
 from .models import ENTRIES, Call, open_model, per_model
 from .plan import Plan
 from .pruned import kernels_of
@@ -45,25 +46,32 @@ def compare(
                 row["patterns"][text] = {"died": True}
                 continue
             tell(crumb)
-            student = sdm.compile(
-                copy.deepcopy(model).to(plan.device),
-                text,
-                mode="infer",
-                policy=entry.policy,
-                backend="eager",
-                kernels={"*": "sparse"},
-                finalize=True,
-                inplace=True,
-            )
-            sizes = bytes_of(student, call, plan.device)
-            choices = {choice.weight: choice for choice in sdm.explain(student).choices}
-            sizes["folded"] = sum(choice.run_bytes for choice in choices.values())
-            sizes["folded_dense"] = sum(choice.dense_bytes for choice in choices.values())
-            sizes["kernels"] = kernels_of(student)
+            sizes = attempt(partial(bytes_of_student, model, call, plan, text, entry.policy))
             row["patterns"][text] = sizes
             print(f"memory: {entry.title}, {text}: {sizes}", flush=True)
-            del student
             yield row
+
+
+def bytes_of_student(
+    model: nn.Module, call: Call, plan: Plan, text: str, policy: str
+) -> dict[str, Any]:
+    """The bytes of a student and of its folded weights."""
+    student = sdm.compile(
+        copy.deepcopy(model).to(plan.device),
+        text,
+        mode="infer",
+        policy=policy,
+        backend="eager",
+        kernels={"*": "sparse"},
+        finalize=True,
+        inplace=True,
+    )
+    sizes = bytes_of(student, call, plan.device)
+    choices = {choice.weight: choice for choice in sdm.explain(student).choices}
+    sizes["folded"] = sum(choice.run_bytes for choice in choices.values())
+    sizes["folded_dense"] = sum(choice.dense_bytes for choice in choices.values())
+    sizes["kernels"] = kernels_of(student)
+    return sizes
 
 
 def bytes_of(model: nn.Module, call: Call, device: str) -> dict[str, Any]:

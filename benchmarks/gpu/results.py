@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,19 @@ def list_failures(results: Results) -> list[str]:
     failures = [f"test {name}: {why}" for name, why in tests["failed"].items()]
     for name, said in results["sections"].items():
         failures += [f"{name}: {key}: {why}" for key, why in said["failed"].items()]
-    for row in results["ops"]:
-        for text, cell in row["patterns"].items():
-            for kernel, why in cell.get("wrong", {}).items():
-                failures.append(f"ops: {row['key']} at {text}: {kernel} is wrong: {why}")
-    for row in results["models"]:
-        for text, cell in row["patterns"].items():
-            if cell["wrong"]:
-                failures.append(f"models: {row['key']} at {text} is wrong")
+    for name in ("ops", "models", "training", "memory"):
+        for row in results[name]:
+            for text, cell in row["patterns"].items():
+                failures += [f"{name}: {row['key']} at {text}{why}" for why in list_faults(cell)]
     return failures
+
+
+def list_faults(cell: dict[str, Any]) -> Iterator[str]:
+    """What went wrong at one pattern, as the ends of sentences."""
+    wrong = cell.get("wrong")
+    if isinstance(wrong, dict):
+        yield from (f": {kernel} is wrong: {why}" for kernel, why in wrong.items())
+    elif wrong:
+        yield " is wrong"
+    if "failed" in cell:
+        yield f": {cell['failed']}"

@@ -192,7 +192,7 @@ def model_cell(results: Results, row: dict[str, Any], text: str) -> str:
     """Ratio and gate decisions."""
     cell = row["patterns"].get(text, {})
     if "ratio" not in cell:
-        return "wrong" if cell.get("wrong") else GONE
+        return next((word for word in ("wrong", "failed") if cell.get(word)), GONE)
     return f"{speed(results, cell['ratio'])} ({counts(cell['kernels'])})"
 
 

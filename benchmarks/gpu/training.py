@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ import sparsedm_compiler as sdm
 from benchmarks.train_step import build_step
 
 from .case import Case, Row, Tell
-from .comparing import compute_medians, compute_speedup, sample_models
+from .comparing import attempt, compute_medians, compute_speedup, sample_models
 from .models import ENTRIES, Call, open_model, per_model
 from .plan import Plan
 from .pruned import kernels_of
@@ -51,22 +52,29 @@ def compare(
             row["patterns"][text] = {"refused": why}
             continue
         tell(crumb)
-        steps, student = build_steps(model, call, plan, text, policy=entry.policy)
-        times = sample_models({"dense": dense, **steps}, plan.seconds)
-        masked = sum(weight.numel() for weight, _ in sdm.masked_parameters(student).values())
-        row["patterns"][text] = {
-            "masked_share": masked / sum(weight.numel() for weight in student.parameters()),
-            "ms": compute_medians(times),
-            # the other way round than everywhere else: a step over the dense step
-            "step": {kind: compute_speedup(times, "dense", kind) for kind in steps},
-        }
-        row["patterns"][text]["sparse_kernels"] = kernels_of(student)
-        middle = {
-            kind: round(quartiles[1], 3)
-            for kind, quartiles in row["patterns"][text]["step"].items()
-        }
+        build = partial(build_steps, model, call, plan, text, policy=entry.policy)
+        cell = row["patterns"][text] = attempt(partial(time_steps, dense, build, plan.seconds))
+        middle = {kind: round(steps[1], 3) for kind, steps in cell.get("step", {}).items()}
         print(f"training: {entry.title}, {text}, times the dense step: {middle}", flush=True)
         yield row
+
+
+def time_steps(
+    dense: Callable[[], None],
+    build: Callable[[], tuple[dict[str, Callable[[], None]], nn.Module]],
+    seconds: float,
+) -> dict[str, Any]:
+    """What a pattern's steps cost beside the dense model's."""
+    steps, student = build()
+    times = sample_models({"dense": dense, **steps}, seconds)
+    masked = sum(weight.numel() for weight, _ in sdm.masked_parameters(student).values())
+    return {
+        "masked_share": masked / sum(weight.numel() for weight in student.parameters()),
+        "ms": compute_medians(times),
+        # the other way round than everywhere else: a step over the dense step
+        "step": {kind: compute_speedup(times, "dense", kind) for kind in steps},
+        "sparse_kernels": kernels_of(student),
+    }
 
 
 def build_steps(

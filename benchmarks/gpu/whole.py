@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 import sparsedm_compiler as sdm
 
 from .case import Case, Row, Tell
-from .comparing import bind_call, compute_medians, compute_speedup, dense, sample_models
-from .models import ENTRIES, NEEDS_DIFFUSERS, open_model, per_model
+from .comparing import attempt, bind_call, compute_medians, compute_speedup, dense, sample_models
+from .models import ENTRIES, NEEDS_DIFFUSERS, Call, open_model, per_model
 from .plan import Plan
 from .pruned import check_student, kernels_of, reasons_of, student_of
 
@@ -46,7 +47,7 @@ def compare(
     with torch.no_grad():
         model, call = open_model(name, batch, plan.device, DTYPE)
         compiled = dense(model, plan)
-        row["dense_first_call_s"] = time_call(bind_call(compiled, call))
+        bind_call(compiled, call)()
         yield row
         for text in plan.model_patterns:
             crumb = f"{name} batch {batch} at {text}"
@@ -54,25 +55,45 @@ def compare(
                 row["patterns"][text] = {"wrong": True, "died": True}
                 continue
             tell(crumb)
-            student = student_of(model, text, plan, policy=entry.policy, kernels=plan.kernels)
-            first = time_call(bind_call(student, call))
-            cell: dict[str, Any] = check_student(model, student, call)
-            cell |= {
-                "first_call_s": first,
-                "timings": dict(sdm.explain(student).timings),
-                "kernels": kernels_of(student),
-                "dense_because": reasons_of(student),
-            }
-            if not cell["wrong"]:
-                runs = {"dense": compiled, "sparse": student}
-                calls = {key: bind_call(run, call) for key, run in runs.items()}
-                times = sample_models(calls, plan.seconds)
-                cell |= {"ratio": compute_speedup(times, "sparse"), "ms": compute_medians(times)}
-                cell["device"] = {key: profile_device(once) for key, once in calls.items()}
+            build = partial(
+                student_of, model, text, plan, policy=entry.policy, kernels=plan.kernels
+            )
+            calls = {"dense": bind_call(compiled, call)}
+            cell = attempt(partial(time_student, build, model, call, calls, plan.seconds))
             row["patterns"][text] = cell
-            del student
             print(format_row(row, text), flush=True)
             yield row
+            if "ratio" in cell:
+                cell["device"] = {
+                    key: attempt(partial(profile_device, once)) for key, once in calls.items()
+                }
+                print(format_row(row, text), flush=True)
+                yield row
+            del calls
+
+
+def time_student(
+    build: Callable[[], nn.Module],
+    model: nn.Module,
+    call: Call,
+    calls: dict[str, Callable[[], object]],
+    seconds: float,
+) -> dict[str, Any]:
+    """What a student does and costs beside ``calls["dense"]``; its call joins them."""
+    student = build()
+    calls["sparse"] = bind_call(student, call)
+    first = time_call(calls["sparse"])
+    cell: dict[str, Any] = check_student(model, student, call)
+    cell |= {
+        "first_call_s": first,
+        "timings": dict(sdm.explain(student).timings),
+        "kernels": kernels_of(student),
+        "dense_because": reasons_of(student),
+    }
+    if not cell["wrong"]:
+        times = sample_models(calls, seconds)
+        cell |= {"ratio": compute_speedup(times, "sparse"), "ms": compute_medians(times)}
+    return cell
 
 
 def time_call(once: Callable[[], object]) -> float:
@@ -107,8 +128,10 @@ def profile_device(once: Callable[[], object]) -> dict[str, Any]:
 def format_row(row: Row, text: str) -> str:
     """One pattern of a row in one line."""
     cell = row["patterns"][text]
+    if "failed" in cell:
+        return f"models: {row['model']}, batch {row['batch']}, {text}: {cell['failed']}"
     speed = f"{cell['ratio'][1]:.3f} times as fast" if "ratio" in cell else "wrong"
-    first = f"first call {cell['first_call_s']} s (dense {row['dense_first_call_s']} s)"
+    first = f"first call {cell['first_call_s']} s"
     about = f"models: {row['model']}, batch {row['batch']}, {text}"
     device = {key: seen.get("ms") for key, seen in cell.get("device", {}).items()}
     return f"{about}: {speed}, {first}, ms {cell.get('ms')}, on the GPU {device}, {cell['kernels']}"

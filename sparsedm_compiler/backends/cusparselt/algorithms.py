@@ -12,13 +12,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...fileio import cache_folder, write_atomically
+from ...fileio import cache_folder, taking_turns, write_atomically
 from ...progress import announce
 from ..cuda.device import CudaDevice, describe_machine, find_device
 from .ops import DEFAULT, CuSparseLtSetting, multiply
@@ -48,52 +49,86 @@ def _find_algorithms(dtype: torch.dtype, device: CudaDevice | None) -> tuple[int
     name = str(dtype).removeprefix("torch.")
     about = repr((describe_machine(), name, _SHAPES, _OUT_DTYPES.get(dtype)))
     path = cache_folder("cusparselt") / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
+    with taking_turns(path):
+        known = _read(path)
+        if known is not None:
+            return known
+        with announce(f"trying the algorithms of cuSPARSELt in {name}, once on this machine"):
+            sound = _try_in_processes(name)
+        if sound is None:
+            return (DEFAULT.algorithm,)
+        algorithms = tuple(sorted({DEFAULT.algorithm, *sound}))
+        write_atomically(path, json.dumps(algorithms).encode())
+    return algorithms
+
+
+def _read(path: Path) -> tuple[int, ...] | None:
+    """Returns the algorithms that a file lists; None where there is no such file."""
     try:
         return tuple(map(int, json.loads(path.read_bytes())))
     except (OSError, ValueError, TypeError):
-        pass
-    with announce(f"trying the algorithms of cuSPARSELt in {name}, once on this machine"):
-        algorithms = _try_in_processes(name)
-    if algorithms is None:
-        return (DEFAULT.algorithm,)
-    algorithms = tuple(sorted({DEFAULT.algorithm, *algorithms}))
-    write_atomically(path, json.dumps(algorithms).encode())
-    return algorithms
+        return None
 
 
 def _try_in_processes(name: str) -> tuple[int, ...] | None:
     """Runs ``main`` until it came to its end, each time behind the algorithm that it died of.
 
-    One that dies at once, behind another that died, has come to where there are no more. Returns
-    those that were right, or None where no process could use the card, as another time one may.
+    One that dies at once, behind another that died, has come to where there are no more. Where the
+    time was up, the machine may have been busy: that algorithm is tried once more. Returns those
+    that were right, or None where no process could use the card, as another time one may.
     """
-    sound, start, ended = set[int](), 0, False
+    sound, start = set[int](), 0
+    slow: int | None = None
     while start < _MOST:
-        said = _run_main(name, start)
-        begun = [int(number) for word, number in said if word == "begin"]
-        sound |= {int(number) for word, number in said if word == "sound"}
-        ended |= bool(said) and said[-1][0] == "end"
-        if not begun or ended or begun[-1] == start > 0:
-            break
-        start = begun[-1] + 1
-    return tuple(sorted(sound)) if sound or ended else None
+        trial = _run_main(name, start)
+        sound |= trial.sound
+        if trial.stopped and slow != trial.last:
+            slow, start = trial.last, max(start, trial.last)
+            continue
+        if trial.last < start:  # it tried none
+            return None if trial.stopped or not sound else tuple(sorted(sound))
+        died_at_once = trial.last == start > 0 and not trial.stopped and slow != start
+        if trial.ended or died_at_once:
+            return tuple(sorted(sound)) if sound or trial.ended else None
+        start = trial.last + 1
+    return tuple(sorted(sound)) or None
 
 
-def _run_main(name: str, start: int) -> list[tuple[str, str]]:
-    """Returns what ``main`` printed in a new process, as (word, number)."""
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a process said that ran ``main``.
+
+    ``last``: the algorithm that it began last, or -1; ``ended``: whether it came to its end;
+    ``stopped``: whether its time was up before.
+    """
+
+    sound: frozenset[int]
+    last: int
+    ended: bool
+    stopped: bool
+
+
+def _run_main(name: str, start: int) -> Trial:
+    """Returns what ``main`` did in a new process."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
     command = [sys.executable, "-m", __name__, name, str(device), str(start)]
-    environment = _make_environment()
+    printed, stopped = b"", False
     try:
         printed = subprocess.run(
-            command, stdout=subprocess.PIPE, timeout=_SECONDS, env=environment
+            command, stdout=subprocess.PIPE, timeout=_SECONDS, env=_make_environment()
         ).stdout
     except subprocess.TimeoutExpired as expired:
-        printed = expired.stdout or b""
+        printed, stopped = expired.stdout or b"", True
     except OSError:
-        return []
+        pass
     words = [line.split() for line in printed.decode(errors="replace").splitlines()]
-    return [(line[0], line[-1]) for line in words if line]
+    said = [(line[0], int(line[-1])) for line in words if len(line) == 2]
+    return Trial(
+        frozenset(number for word, number in said if word == "sound"),
+        max((number for word, number in said if word == "begin"), default=-1),
+        ["end"] in words,
+        stopped,
+    )
 
 
 def _make_environment() -> dict[str, str]:

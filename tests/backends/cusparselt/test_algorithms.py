@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,18 +60,59 @@ def test_try_in_processes_leaves_out_what_kills_one(
     assert seen == starts
 
 
-def test_try_in_processes_where_one_hangs_keeps_those_before_it(
+@pytest.mark.parametrize(
+    ("hangs", "begun", "sound", "starts"),
+    [
+        (1, {0: 4}, (*range(9),), [0, 4]),  # the machine was busy
+        (2, {0: 4, 4: 4}, (0, 1, 2, 3, 5, 6, 7, 8), [0, 4, 5]),
+        (1, {0: -1}, (*range(9),), [0, 0]),
+        (2, {0: -1}, None, [0, 0]),
+        (3, {0: 4, 4: -1}, None, [0, 4, 4]),
+    ],
+)
+def test_try_in_processes_where_time_is_up_tries_that_algorithm_once_more(
     monkeypatch: pytest.MonkeyPatch,
+    hangs: int,
+    begun: dict[int, int],
+    sound: tuple[int, ...] | None,
+    starts: list[int],
 ) -> None:
+    """``begun``: by start, the algorithm that is under way when the time is up."""
+    seen = []
+
     def run(command: list[str], **_: Any) -> SimpleNamespace:
         start = int(command[-1])
-        lines = lines_of(range(start, 64), deadly={4}, refused=set(range(9, 64))).encode()
-        if start == 0:
-            raise subprocess.TimeoutExpired(command, 60, output=lines)
+        seen.append(start)
+        hung = {begun[start]} if len(seen) <= hangs else set()
+        lines = lines_of(range(start, 64), deadly=hung, refused=set(range(9, 64))).encode()
+        if hung:
+            raise subprocess.TimeoutExpired(command, 60, output=b"" if hung == {-1} else lines)
         return SimpleNamespace(stdout=lines)
 
     monkeypatch.setattr(algorithms.subprocess, "run", run)
-    assert algorithms._try_in_processes("float16") == (0, 1, 2, 3, 5, 6, 7, 8)
+    assert algorithms._try_in_processes("float16") == sound
+    assert seen == starts
+
+
+def test_find_algorithms_is_asked_of_the_card_by_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    running, most = 0, 0
+
+    def run(*_: Any, **__: Any) -> SimpleNamespace:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        running -= 1
+        return SimpleNamespace(stdout=lines_of(range(64), deadly=set(), refused=set()).encode())
+
+    monkeypatch.setenv("SPARSEDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(algorithms.subprocess, "run", run)
+    find = partial(algorithms._find_algorithms.__wrapped__, torch.float16)
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(find, [CudaDevice("a card", (9, 0))] * 4)]
+    assert (found, most) == ([tuple(range(64))] * 4, 1)
 
 
 @pytest.mark.parametrize("failure", [OSError("no more processes"), "killed"])
@@ -102,5 +146,4 @@ def test_find_algorithms_where_none_could_be_tried_asks_again_another_time(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_run_main_where_there_is_no_card_prints_no_algorithm() -> None:
-    said = algorithms._run_main("float16", 0)
-    assert not [word for word, _ in said if word == "sound"]
+    assert not algorithms._run_main("float16", 0).sound
