@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick core kills sanitize emulate fuzz lint types check bench gpu study study-gpu docs clean
+.PHONY: help env demo test test-quick test-torch core kills sanitize emulate fuzz lint types check bench gpu study study-gpu docs clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -27,6 +27,16 @@ test: env ## run all tests, 23 to 33 minutes on two cores
 
 test-quick: env ## the tests to run before each commit, about 3 minutes
 	$(BIN)/python -m pytest -m "not slow"
+
+# Another torch, e.g. make test-torch TORCH=2.11.0: its own packages are as it asks for them.
+TORCH ?= 2.14.1
+OTHER := .venv-torch-$(TORCH)
+
+test-torch: ## the tests of test-quick with another torch, in an environment of its own
+	$(PYTHON) -m venv $(OTHER)
+	grep -vE '^(torch|torchvision|triton|setuptools|nvidia-[a-z0-9-]+)==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt --editable '.[dev]' torch==$(TORCH)
+	$(OTHER)/bin/python -m pytest -m "not slow"
 
 core: env ## install the core alone into a fresh environment and use it
 	SPARSEDM_FRESH_INSTALL=1 $(BIN)/python -m pytest -n0 tests/test_fresh_install.py
@@ -92,4 +102,4 @@ docs: env ## build the documentation into out/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean: ## remove the environment and everything generated
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-torch-* out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

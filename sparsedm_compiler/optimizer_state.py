@@ -13,6 +13,20 @@ CODES = "codes"
 """Where a tensor of torchao keeps its 8-bit codes, beside their table "qmap"."""
 
 
+def find_state(optimizer: Any, weight: Tensor) -> Mapping[str, Any]:
+    """Returns what an optimizer keeps of a weight; nothing where it has not stepped it.
+
+    ``optimizer``: one of torch's, or what wraps one (``ZeroRedundancyOptimizer``, accelerate's), or
+    None.
+    """
+    while optimizer is not None:
+        state: Mapping[str, Any] = optimizer.state.get(weight, {})
+        if state:
+            return state
+        optimizer = getattr(optimizer, "optim", getattr(optimizer, "optimizer", None))
+    return {}
+
+
 def clear_where(pruned: Tensor, state: Mapping[str, Any]) -> None:
     """Sets to zero, where ``pruned`` is True, all that an optimizer keeps of a weight.
 

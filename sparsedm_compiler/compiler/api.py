@@ -201,6 +201,8 @@ def install(
         before.__init__(*state)  # type: ignore[misc]
         before.install(wrapped=student.__dict__["forward"] is not before)
     else:
+        # Of accelerate: what it had wrapped. The wrapper is our override now, and goes with us.
+        student.__dict__.pop("_original_forward", None)
         SparseForward(*state).install()
     return student
 

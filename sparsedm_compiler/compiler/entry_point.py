@@ -21,6 +21,7 @@ from ..graph.recorded_run import RunRecorder
 from ..graph.stateful_hooks import StatefulHooksError, isolate_stateful_hooks
 from ..meta_models import require_values
 from ..progress import COMPILING, announce
+from .explanations import refuse_transforms
 from .masked_model import MaskedModel
 
 _NO_FRAMES = "found no compiled frames"
@@ -72,6 +73,7 @@ class EntryPoint:
                 raise_own_error(error)
                 raise
         if forward.runs == before:
+            refuse_transforms(forward.module)
             raise DenseRunError(
                 f"{self} ran without its masks, so its output was dropped: TorchDynamo did "
                 "not compile the call. Unset TORCHDYNAMO_DISABLE, leave the force_eager "
@@ -106,6 +108,7 @@ class EntryPoint:
             try:
                 return self._compiled(module, *args, **kwargs)
             except GRAPH_BREAK_ERRORS as unsupported:
+                refuse_transforms(module)
                 reason = describe_graph_break(unsupported)
             except BackendCompilerFailed as failed:
                 if not isinstance(failed.inner_exception, StatefulHooksError):

@@ -56,6 +56,16 @@ def explain_late_decision(name: str, broken: str | None) -> DenseRunError:
     )
 
 
+def refuse_transforms(module: nn.Module) -> None:
+    """Raises CaptureError where a transform of ``torch.func`` goes over a module's parameters."""
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, module.parameters())):
+        raise CaptureError(
+            f"torch.func transforms (grad, vmap) over parameters of {type(module).__name__}, which "
+            "was compiled: only those over its inputs work. Use backward(), or transform the model "
+            "as it was before"
+        )
+
+
 def explain_unexported(module: nn.Module) -> CaptureError:
     """Returns the error for an export of a model whose parameters are not masked themselves."""
     return CaptureError(

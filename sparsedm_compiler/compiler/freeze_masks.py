@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..graph.names import strip_adapter_prefix
 from ..masks.nm_mask import nm_mask
 from ..meta_models import require_values
-from ..optimizer_state import clear_where
+from ..optimizer_state import clear_where, find_state
 from ..patterns import Pattern
 from .api import install
 from .frozen_masks import FrozenMasks, write_frozen_masks
@@ -159,7 +159,7 @@ def list_pruned(forward: SparseForward) -> list[tuple[str, nn.Parameter, Pattern
 @torch.no_grad()
 def _clear_pruned(weight: nn.Parameter, mask: Tensor, optimizer: Optimizer | None) -> None:
     """Sets to zero what a mask prunes: of the weight, its gradient and its optimizer state."""
-    state = {} if optimizer is None else optimizer.state.get(weight, {})
+    state = find_state(optimizer, weight)
     pruned = _shard_like(mask, weight).logical_not()
     for tensor in (weight.detach(), weight.grad):
         if tensor is not None:

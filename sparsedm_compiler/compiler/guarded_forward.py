@@ -56,7 +56,7 @@ from .lower import lower, plan_weights
 from .phase_clock import PhaseClock
 from .read_guard import ReadGuard
 from .release_on_move import install_release
-from .replaced_weights import require_present_weights, require_read_weights
+from .replaced_weights import require_decisions, require_present_weights, require_read_weights
 from .sparse_method import install_methods, list_methods
 from .state_hooks import install_state_hooks
 
@@ -105,9 +105,8 @@ class SparseForward(OwnForward):
         self.clock = PhaseClock()
         self.entry = EntryPoint(self, "forward", override)
         self.guard = ReadGuard()
-        self.__signature__ = inspect.signature(
-            override or types.MethodType(type(module).forward, module)
-        )
+        own = override or types.MethodType(type(module).forward, module)
+        self.__signature__ = inspect.signature(own)
         self._watched: int | None = None  # how many decisions the guard's choice rests on
         self._thread = threading.local()
 
@@ -130,7 +129,7 @@ class SparseForward(OwnForward):
         return code
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():
+        if torch.compiler._is_exporting_flag:  # Dynamo 2.11 takes is_exporting() for true
             return self._export(*args, **kwargs)
         return self.run(self.entry, *args, **kwargs)
 
@@ -151,8 +150,7 @@ class SparseForward(OwnForward):
             raise CaptureError(
                 f"torch.jit.trace cannot trace {type(self.module).__name__}; use torch.export"
             )
-        refusal = self._thread.__dict__.get("refusal")
-        if refusal is not None:
+        if (refusal := self._thread.__dict__.get("refusal")) is not None:
             raise refusal
         self.prepare()
         with self.guard, leave_eager_modes():
@@ -260,6 +258,7 @@ class SparseForward(OwnForward):
         else:
             pin_modules(gm)
         self._adopt(mark_prunable(find_sites(graph), self.config, self.known, whole=whole))
+        require_decisions(graph, self.decisions, self.is_pruned)
         state = self.decisions, self.config, self.weights, self.budget, self.frozen
         with self.clock.measure("search"):
             plan = plan_weights(graph, example_inputs, *state)
@@ -279,10 +278,9 @@ class SparseForward(OwnForward):
     def _remember(self, plan: Plan) -> None:
         """Keeps what ``explain`` shows; a measured row stays when its weight is finalized."""
         for row in plan:
-            key = (row.name, row.inputs)
-            measured = row.status is Status.FINALIZED and key in self.choices
+            measured = row.status is Status.FINALIZED and (row.name, row.inputs) in self.choices
             if row.status is not Status.MASKED and not measured:
-                self.choices[key] = row.to_choice()
+                self.choices[row.name, row.inputs] = row.to_choice()
 
     @property
     def runs(self) -> int:

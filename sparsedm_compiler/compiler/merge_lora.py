@@ -92,6 +92,7 @@ def merge_lora(model: nn.Module, *, keep_masks: bool = False) -> MergeReport:
     if any(isinstance(forward.frozen, SoftMasks) for forward in forwards):
         raise ConfigError(f"{type(model).__name__} has soft thresholds, not masks to keep")
     _check_layers(layers)
+    copies = list_trained_copies(model)
     patterns = {id(weight): pattern for weight, pattern in masked.values()}
     fixed = {
         id(weight): forward.frozen.find_mask(strip_adapter_prefix(name), weight.device)
@@ -108,8 +109,9 @@ def merge_lora(model: nn.Module, *, keep_masks: bool = False) -> MergeReport:
             for parameter, value in zip(list_own_parameters(layer), values, strict=True):
                 parameter.copy_(value)
     for name, layer in layers:
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+        _replace(model, name, layer.get_base_layer())
+    for name, copied in copies:
+        _replace(model, name, copied)
     for forward in forwards:
         forward.decisions = list_decisions(forward)
         # The marks of inject_adapter_in_model, and of diffusers.
@@ -126,6 +128,29 @@ def list_adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
     mend_torchvision()
     kind = import_module("peft.tuners.tuners_utils").BaseTunerLayer
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kind)]
+
+
+def list_trained_copies(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns (name, copy) of the layers that are trained whole: PEFT's ``modules_to_save``.
+
+    Raises ConfigError for one whose copy is switched off.
+    """
+    kind = import_module("peft.utils").ModulesToSaveWrapper
+    copies = []
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, kind):
+            if wrapper.disable_adapters or not wrapper.active_adapters:
+                raise ConfigError(
+                    f"the trained copy of {name!r} (modules_to_save) is disabled: enable it first"
+                )
+            copies.append((name, wrapper.modules_to_save[wrapper.active_adapters[0]]))
+    return copies
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts a layer into the place of that name."""
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, layer)
 
 
 def list_own_parameters(layer: Any) -> list[nn.Parameter]:

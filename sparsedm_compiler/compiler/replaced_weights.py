@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import DenseRunError
 from ..graph.capture import CapturedGraph, Names
+from ..graph.flat_graph import get_example_value
 from ..graph.names import strip_adapter_prefix
 from ..reports import Decision
 
@@ -48,6 +49,29 @@ def require_read_weights(
                     f"{weight!r} is pruned, and {added!r}, which was added after compile(), runs "
                     "in its place. Fuse or replace layers first, then compile"
                 )
+
+
+def require_decisions(
+    graph: CapturedGraph,
+    decisions: Mapping[str, Decision],
+    is_pruned: Callable[[Names, tuple[int, ...]], bool],
+) -> None:
+    """Raises DenseRunError if an adapter multiplies by what it makes of a weight, undecided on.
+
+    Args:
+        graph: A graph of the module.
+        decisions: The decisions by weight name, those on this graph among them.
+        is_pruned: As in ``require_read_weights``.
+    """
+    for node, names in graph.names.items():
+        weight = strip_adapter_prefix(names[0])
+        if weight in names or weight in decisions or not node.users:
+            continue
+        if is_pruned((weight,), tuple(get_example_value(node).shape)):
+            raise DenseRunError(
+                f"{weight!r} would run dense: the adapter around it multiplies by a weight that it "
+                "computes of it (HRA does). Call the model once before you add the adapter"
+            )
 
 
 def _list_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -16,9 +16,9 @@ from ..errors import ConfigError
 from ..files.container import KEY
 from ..graph.capture import map_parameter_names
 from .config import SparseConfig
-from .registration import METHOD, import_private
+from .registration import METHOD, import_base
 
-_Base: Any = import_private("diffusers.quantizers.base", "DiffusersQuantizer")
+_Base: Any = import_base()
 
 
 class SparseQuantizer(_Base):  # type: ignore[misc]

@@ -47,6 +47,23 @@ def import_private(module: str, name: str) -> Any:
         ) from error
 
 
+def import_base() -> Any:
+    """Returns the class that quantizers of diffusers derive from.
+
+    Raises:
+        ConfigError: If diffusers is not installed, or so old (before 0.39) that it saves a model
+            without asking its quantizer, so that frozen masks would be lost.
+    """
+    base = import_private("diffusers.quantizers.base", "DiffusersQuantizer")
+    if not hasattr(base, "get_state_dict_and_metadata"):
+        raise ConfigError(
+            f"diffusers {read_version('diffusers')} does not ask a quantizer what to save, which "
+            f"the plugin needs: it is made for diffusers {TESTED}; "
+            "sparsedm_compiler.compile(model) works with any version"
+        )
+    return base
+
+
 def register(config: type, quantizer: type) -> None:
     """Makes ``from_pretrained`` build ``quantizer`` for a ``config``, or for a saved one."""
     for table, value in zip(list_tables(), (quantizer, config), strict=True):

@@ -147,7 +147,7 @@ def _inline_subgraphs(
             continue  # called in a way we do not know: its weights are seen as read by this node
         ops, env = _inline(graph, f"{prefix}{name}/", operands[len(operands) - wanted :])
         inner.ops.extend(ops)
-        results.append(env[next(reversed(graph.graph.nodes))])
+        results.append(env[next(iter(reversed(graph.graph.nodes)))])
     if len(results) == len(graphs) == 1:
         inner.result = results[0]
         return inner, args

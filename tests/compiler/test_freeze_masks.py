@@ -154,12 +154,21 @@ def test_frozen_masks_with_dynamic_sizes_under_inductors_front_end() -> None:
         assert_same(student(x), plain(x), tolerance=1e-6)
 
 
+class Wrapper:
+    """An optimizer around another, with a state of its own (ZeroRedundancyOptimizer)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.optim, self.state = torch.optim.AdamW(*args, **kwargs), dict[Any, Any]()
+        self.zero_grad, self.step = self.optim.zero_grad, self.optim.step
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Wrapper])
 @pytest.mark.parametrize("given", [True, False])
 def test_freeze_masks_with_momentum_keeps_pruned_weights_zero_where_the_optimizer_is_given(
-    given: bool,
+    given: bool, kind: Any
 ) -> None:
     student = compiled_chain()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=0.1)
+    optimizer = kind(student.parameters(), lr=0.1)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from sparsedm_compiler.compiler.held_masks import SoftMasks
+from sparsedm_compiler.graph.names import strip_adapter_prefix
 from tests.compiler.nets import Chain, X, compiled_chain, compiled_unet, run_unet
 from tests.diffusers.cases import run, small_unet
 from tests.oracle import OPTIONS, assert_same, brute_mask, masked_patterns, oracle_of
@@ -228,3 +229,82 @@ def test_merge_into_a_finalized_model_is_refused() -> None:
     adapted = peft.inject_adapter_in_model(peft.LoraConfig(**LORA), student)
     with pytest.raises(sdm.ConfigError, match="is finalized"):
         sdm.merge_lora(adapted)
+
+
+SAVED = {"target_modules": ["b"], "r": 4, "modules_to_save": ["c"], "init_lora_weights": False}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("end", ["PEFT", "merge_lora"])
+def test_layer_that_is_trained_whole_beside_adapters_is_pruned_until_it_is_merged(
+    order: str, end: str, tmp_path: Path
+) -> None:
+    student = compiled_chain("train")
+    if order == "after":
+        student(X)
+    wrapper = peft.get_peft_model(student, peft.LoraConfig(**SAVED))
+    trained = [p for p in wrapper.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        assert_same(wrapper(X), oracle_of(student)(X))
+        wrapper(X).square().mean().backward()
+        optimizer.step()
+    copied = student.c.modules_to_save["default"].weight
+    assert not torch.equal(copied, student.c.original_module.weight)
+    out = wrapper(X)
+    pruned = copied * brute_mask(copied, "2:4")
+    with wrapper.disable_adapter():
+        assert_same(student(X), oracle_of(student)(X))
+        assert not torch.equal(student(X), out)
+    bare = wrapper.merge_and_unload() if end == "PEFT" else student
+    if end == "merge_lora":
+        sdm.merge_lora(wrapper)
+    assert masked_patterns(bare).keys() == {"b.weight", "c.weight"}
+    assert bare.c.weight is copied
+    assert_same(bare(X), oracle_of(bare)(X))
+    assert_same(bare.c.weight * brute_mask(bare.c.weight, "2:4"), pruned)
+    sdm.save(bare, tmp_path / "s")
+    assert_same(sdm.load(tmp_path / "s", Chain(), backend="eager")(X), bare(X))
+
+
+def test_layer_that_is_trained_whole_and_disabled_is_not_merged() -> None:
+    student = compiled_chain("train")
+    student(X)
+    wrapper = peft.get_peft_model(student, peft.LoraConfig(**SAVED))
+    student.c.enable_adapters(False)
+    with pytest.raises(sdm.ConfigError, match=r"copy of 'base_model.model.c' .* is disabled"):
+        sdm.merge_lora(wrapper)
+
+
+DORA = peft.LoraConfig(**LORA, use_dora=True)
+HRA = peft.HRAConfig(r=4, target_modules=["c"], init_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "order"),
+    [(DORA, "before"), (DORA, "after"), (HRA, "after")],
+    ids=["DoRA-before", "DoRA-after", "HRA-after"],
+)
+def test_adapter_that_reads_the_weight_itself_gets_it_masked(config: Any, order: str) -> None:
+    student = compiled_chain("train")
+    if order == "after":
+        student(X)
+    student = peft.inject_adapter_in_model(config, student)
+    assert_same(student(X), oracle_of(student)(X))
+    masked = {strip_adapter_prefix(name) for name in masked_patterns(student)}
+    assert masked == {"b.weight", "c.weight"}
+
+
+def test_adapter_that_computes_the_weight_before_the_first_call_is_an_error() -> None:
+    student = peft.inject_adapter_in_model(HRA, compiled_chain("train"))
+    with pytest.raises(sdm.DenseRunError, match=r"'c\.weight' would run dense: the adapter"):
+        student(X)
+
+
+def test_dora_when_masks_were_applied_before_changes_nothing_at_first() -> None:
+    student = compiled_chain("train")
+    out = student(X)
+    sdm.apply_masks(student)
+    config = peft.LoraConfig(**{**LORA, "init_lora_weights": True}, use_dora=True)
+    assert_same(peft.inject_adapter_in_model(config, student)(X), out)

@@ -74,6 +74,23 @@ def test_accelerator_when_it_prepares_in_bfloat16_and_unwraps_runs_masked(
     assert not torch.equal(exact(X), out)
 
 
+@modes
+def test_accelerator_when_it_prepares_before_compile_and_unwraps_again_runs_masked(
+    accelerator: Any, mode: str
+) -> None:
+    """The wrapper is part of what was compiled, and stays."""
+    prepared = accelerator("bf16").prepare(seeded_chain())
+    student = sdm.compile(prepared, "2:4", backend="eager", **OPTIONS[mode])
+    out = student(X)
+    masked = hand_masked(seeded_chain(), masked_patterns(student))
+    assert_same(out, accelerator("bf16").prepare(masked)(X))
+    bare = accelerator("bf16").unwrap_model(student, keep_fp32_wrapper=False)
+    assert_same(bare(X), out)
+    again = accelerator("bf16").prepare(bare)
+    assert_same(again(X), out)
+    assert_same(accelerator("bf16").unwrap_model(again, keep_fp32_wrapper=False)(X), out)
+
+
 def test_accelerator_when_set_to_float16_on_a_cpu_runs_masked_in_float32(accelerator: Any) -> None:
     """Accelerate 1.15 leaves float16 out on a CPU without a word; it neither casts nor scales."""
     student = compiled_chain()
@@ -238,6 +255,25 @@ def test_functional_call_when_given_other_weights_masks_those(mode: str, order: 
         out = torch.func.functional_call(student, dict(other.named_parameters()), (X,))
     assert_same(out, hand_masked(other, masked_patterns(student))(X))
     assert_chain(student)
+
+
+@orders
+def test_transform_over_parameters_is_refused_and_over_inputs_is_not(order: str) -> None:
+    student = compiled_chain()
+    if order == "after":
+        student(X)
+    weights = {name: weight.detach().clone() for name, weight in student.named_parameters()}
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(student, weights, (X,)).square().mean()
+
+    for _ in range(3):
+        with pytest.raises(sdm.CaptureError, match=r"transforms \(grad, vmap\) over param"):
+            torch.func.grad(loss)(weights)
+    assert_chain(student)
+    gradient = torch.func.grad(lambda x: student(x).square().mean())(X)
+    masked = hand_masked(seeded_chain(), masked_patterns(student))
+    assert_same(gradient, torch.func.grad(lambda x: masked(x).square().mean())(X))
 
 
 @modes

@@ -23,7 +23,7 @@ import sparsedm_compiler as sdm
 from sparsedm_compiler.compiler.held_masks import SoftMasks
 from sparsedm_compiler.diffusers import attach
 from sparsedm_compiler.diffusers.quantizer import SparseQuantizer
-from sparsedm_compiler.diffusers.registration import METHOD, TESTED, list_tables
+from sparsedm_compiler.diffusers.registration import METHOD, TESTED, import_base, list_tables
 from tests.compiler.nets import UNET, assert_masked, run_unet
 from tests.diffusers.cases import run, saved_unet, small_unet
 from tests.oracle import assert_same, hand_masked, masked_patterns, oracle_of
@@ -412,6 +412,14 @@ def test_diffusers_without_the_tables_is_named_with_the_versions_that_have_them(
     monkeypatch.delattr(auto, "AUTO_QUANTIZER_MAPPING")
     with pytest.raises(sdm.ConfigError, match=r"has no diffusers\..*AUTO_QUANTIZER"):
         list_tables()
+
+
+def test_diffusers_that_saves_without_asking_the_quantizer_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(DiffusersQuantizer, "get_state_dict_and_metadata")
+    with pytest.raises(sdm.ConfigError, match=f"what to save.*made for diffusers {TESTED}"):
+        import_base()
 
 
 def test_private_api_of_the_installed_diffusers_is_the_one_the_plugin_overrides() -> None:

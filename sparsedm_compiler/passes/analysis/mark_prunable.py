@@ -123,6 +123,8 @@ def _refuse_by_use(
 
 
 def _refuse_other_readers(uses: list[Site]) -> str | None:
+    if uses[0].names and all(strip_adapter_prefix(name) != name for name in uses[0].names):
+        return None  # adapters of PEFT read the weight themselves (DoRA's norm), and get it masked
     parameter = uses[0].parameter
     multiplied = {site.op for site in uses}
     for reader, _ in find_readers(parameter) if parameter is not None else ():
