@@ -258,7 +258,7 @@ class SparseForward(OwnForward):
         else:
             pin_modules(gm)
         self._adopt(mark_prunable(find_sites(graph), self.config, self.known, whole=whole))
-        require_decisions(graph, self.decisions, self.is_pruned)
+        require_decisions(graph, self.module, self.decisions, self.is_pruned)
         state = self.decisions, self.config, self.weights, self.budget, self.frozen
         with self.clock.measure("search"):
             plan = plan_weights(graph, example_inputs, *state)

@@ -53,6 +53,7 @@ def require_read_weights(
 
 def require_decisions(
     graph: CapturedGraph,
+    module: nn.Module,
     decisions: Mapping[str, Decision],
     is_pruned: Callable[[Names, tuple[int, ...]], bool],
 ) -> None:
@@ -60,12 +61,15 @@ def require_decisions(
 
     Args:
         graph: A graph of the module.
+        module: The module.
         decisions: The decisions by weight name, those on this graph among them.
         is_pruned: As in ``require_read_weights``.
     """
     for node, names in graph.names.items():
         weight = strip_adapter_prefix(names[0])
-        if weight in names or weight in decisions or not node.users:
+        owner = module.get_submodule(names[0].rpartition(".")[0])
+        layers = (nn.Linear, nn.modules.conv._ConvNd)
+        if weight in (*names, *decisions) or not node.users or not isinstance(owner, layers):
             continue
         if is_pruned((weight,), tuple(get_example_value(node).shape)):
             raise DenseRunError(

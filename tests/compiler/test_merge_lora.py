@@ -308,3 +308,23 @@ def test_dora_when_masks_were_applied_before_changes_nothing_at_first() -> None:
     sdm.apply_masks(student)
     config = peft.LoraConfig(**{**LORA, "init_lora_weights": True}, use_dora=True)
     assert_same(peft.inject_adapter_in_model(config, student)(X), out)
+
+
+class Embedding(Chain):
+    """A chain that reads a table, which no product multiplies by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.table(x))
+
+
+def test_adapter_at_an_embedding_before_the_first_call_leaves_it_dense() -> None:
+    student = sdm.compile(Embedding(), "2:4", backend="eager")
+    config = peft.LoraConfig(**{**LORA, "target_modules": ["table", "b"]})
+    student = peft.inject_adapter_in_model(config, student)
+    numbers = torch.arange(5)
+    assert_same(student(numbers), oracle_of(student)(numbers))
+    assert masked_patterns(student).keys() >= {"b.base_layer.weight", "c.weight"}
