@@ -122,7 +122,8 @@ class EntryPoint:
         """Returns this thread's mode for what runs between graphs; anew after each new graph."""
         kept: tuple[int, EagerMask] | None = self._masks.__dict__.get("kept")
         if kept is None or kept[0] != self._graphs:
-            mask = EagerMask(self._forward.module, self._forward.mask_eagerly)
+            forward = self._forward
+            mask = EagerMask(forward.module, forward.mask_eagerly, forward.weights.release)
             kept = self._masks.kept = self._graphs, mask
         return kept[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -72,8 +72,7 @@ class FoldedWeights:
         Args:
             plan: One row for every pruned weight.
             inputs: The graph's inputs, the weights among them.
-            finalize: Whether only the packed form is to be kept, from the next
-                ``finalize_pending`` on.
+            finalize: Whether only the packed form is kept, from the next ``finalize_pending`` on.
 
         Returns:
             (the rows with the sizes of weights and folded forms, the folded forms).
@@ -111,10 +110,14 @@ class FoldedWeights:
     def release_moved(self) -> None:
         """Drops the folded forms of weights that do not lie where they were folded any more."""
         self._settled = None
-        moved = [key for key, fold in [*self._folded.items()] if not fold.is_in_place]
-        for key in moved:
-            self._folded.pop(key, None)
-        if moved:
+        self._drop(key for key, fold in [*self._folded.items()] if not fold.is_in_place)
+
+    def release(self, weight: Tensor) -> None:
+        """Drops the folded forms of a weight that gets other values, or another place."""
+        self._drop(key for key in [*self._folded] if key[0] == id(weight))
+
+    def _drop(self, keys: Iterable[tuple[int, WeightFormat]]) -> None:
+        if [self._folded.pop(key, None) for key in keys]:
             self.generation += 1
             self._watcher.forget()
             self.drop_stale_checks()
@@ -133,8 +136,7 @@ class FoldedWeights:
     ) -> None:
         folded = self.get(weight, weight_format, name)
         self.generation += 1
-        for key in [key for key in [*self._folded] if key[0] == id(weight)]:
-            self._folded.pop(key, None)
+        self.release(weight)
         if kernel is None:
             with torch.no_grad():
                 weight.copy_(folded)
@@ -266,10 +268,9 @@ class FoldedWeights:
 
     def iterate_finalized(self, module: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
         """Yields (name in the module, packed form) of finalized weights; all names of tied ones."""
-        names = self._names(module)
         forms = {
             id(module.get_parameter(name)): self.packed[strip_adapter_prefix(name)]
-            for name in names
+            for name in self._names(module)
         }
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if id(parameter) in forms:

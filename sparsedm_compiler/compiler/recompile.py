@@ -12,6 +12,7 @@ from torch import nn
 from ..config import CompileConfig
 from ..errors import ConfigError
 from ..graph.capture import KEY, wraps_forward
+from ..graph.stateful_hooks import has_diffusers_hooks
 from .guarded_forward import SparseForward
 from .read_guard import describe_function
 
@@ -30,9 +31,16 @@ def find_compiled(model: nn.Module) -> SparseForward | None:
 def copy_model(model: Model) -> Model:
     """Returns a deep copy. Raises ConfigError where the model cannot be copied faithfully."""
     compiled = find_compiled(model)
+    hooked = [name for name, module in model.named_modules() if has_diffusers_hooks(module)]
+    if hooked:
+        raise ConfigError(
+            f"{hooked[0] or type(model).__name__!r} has hooks of diffusers (of a cache, casting or "
+            "offloading), and a copy's would run the layers of the model itself: enable them on "
+            "what compile or load returns, or compile with inplace=True"
+        )
     try:
         student = copy.deepcopy(model)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(_explain_uncopied(model, error)) from error
     again = find_compiled(student)
     if compiled is None or again is None:
@@ -48,7 +56,7 @@ def copy_model(model: Model) -> Model:
     return student
 
 
-def _explain_uncopied(model: nn.Module, error: RuntimeError) -> str:
+def _explain_uncopied(model: nn.Module, error: Exception) -> str:
     """Returns why ``copy.deepcopy`` failed, with the layers whose weights are computed."""
     pruned = [name for name, m in model.named_modules() if _lists_hooks_of(m, "BasePruningMethod")]
     normed = [name for name, m in model.named_modules() if _lists_hooks_of(m, "WeightNorm")]

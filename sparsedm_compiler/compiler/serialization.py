@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -38,6 +37,7 @@ from .hollow_parameter import hollow_out
 from .lookup import require_compiled
 from .masked_state import read_masked_state
 from .model_record import describe_model, read_decisions
+from .recompile import copy_model
 from .state_hooks import map_patterns, mask_state_dict
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -170,7 +170,7 @@ def load(path: str | os.PathLike[str], model: Model, *, backend: Backend = "auto
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, KernelError) as error:
         raise CheckpointError(f"{path}: its sparsedm metadata is damaged: {error!r}") from error
-    student = copy.deepcopy(model)
+    student = copy_model(model)
     try:
         _hollow_out(student, packed)
         filled = fill_packed(student.state_dict(), tensors)

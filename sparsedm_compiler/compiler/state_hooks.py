@@ -6,14 +6,17 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..backends.kernel_family import WeightFormat
 from ..backends.packing import fold_weight
 from ..graph.capture import KEY
 from ..graph.names import strip_adapter_prefix
+from ..masks.nm_mask import nm_mask
 from ..patterns import Pattern
 from ..reports import Decision
+from ..selection.top_n import KEYS
 from .masked_model import MaskedModel
 
 
@@ -61,8 +64,16 @@ def mask_state_dict(
         if weight.is_meta or state[key].data_ptr() != weight.data_ptr():
             continue
         if id(weight) not in masked:
-            masked[id(weight)] = fold_weight(weight.detach(), WeightFormat(patterns[name]), name)
+            masked[id(weight)] = _mask(weight.detach(), patterns[name], name)
         state[key] = masked[id(weight)]
+
+
+def _mask(weight: Tensor, pattern: Pattern, name: str) -> Tensor:
+    """Returns a weight masked, also one that is stored in float8 (layerwise casting)."""
+    if weight.dtype in KEYS:
+        return fold_weight(weight, WeightFormat(pattern), name)
+    mask = nm_mask(weight.float(), pattern, name=name)
+    return weight.view(torch.uint8).masked_fill(~mask, 0).view(weight.dtype)
 
 
 def map_patterns(module: nn.Module, decisions: Mapping[str, Decision]) -> dict[str, Pattern]:

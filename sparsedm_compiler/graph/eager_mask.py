@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from .eager_watch import EagerMode, EagerProduct, leave_to_python, name_read
 from .flat_graph import classify_step
 from .op_table import OP_TABLE
 
+_MOVES = ("to", "float", "double", "half", "bfloat16", "cpu", "cuda")
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -23,7 +25,7 @@ class EagerMask(EagerMode):
 
     ``mask``: takes a parameter, its names, and the product it is a factor of (None for a cast or
     view, which masks what it casts), and returns what to use in its place: the parameter itself
-    where it stays dense.
+    where it stays dense. ``release``: takes a parameter that gets other values or another place.
 
     One mode serves many calls, in one thread: to learn the names of all parameters at each would
     cost more than a block of a small model. An op that reads nothing but plain tensors that are no
@@ -31,9 +33,13 @@ class EagerMask(EagerMode):
     """
 
     def __init__(
-        self, module: nn.Module, mask: Callable[[Tensor, Names, EagerProduct | None], Tensor]
+        self,
+        module: nn.Module,
+        mask: Callable[[Tensor, Names, EagerProduct | None], Tensor],
+        release: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__(module)
+        self._release = release
         self._mask = leave_to_python(mask)
         self._casts: dict[int, tuple[weakref.ref[Tensor], Callable[[], Any]]] = {}
         self._depth = 0
@@ -86,6 +92,8 @@ class EagerMask(EagerMode):
             }
             args = tuple(masked.get(id(value), value) for value in args)
             kwargs = {key: masked.get(id(value), value) for key, value in kwargs.items()}
+        elif _is_moved(func):
+            return func(*args, **kwargs)
         elif args and classify_step(name_read(func)) and (names := self._find_names(args[0])):
             masked_weight = self._mask(args[0], names, None)
             if masked_weight is args[0]:
@@ -97,6 +105,8 @@ class EagerMask(EagerMode):
             return out
         elif func == _SET_DATA:
             args = (args[0], self._undo_mask(args[1]))
+            if self._release is not None:
+                self._release(args[0])
         else:
             return self._run_other(func, args, kwargs)
         return func(*args, **kwargs)
@@ -135,6 +145,17 @@ class EagerMask(EagerMode):
         return func(*replaced, **dict(zip(kwargs, values, strict=True)))
 
 
+def _is_moved(func: Any) -> bool:
+    """Returns whether ``Module.to`` and its like move or cast a parameter, for it to stay so.
+
+    A hook calls them (of offloading, of storage in fewer bits); no product reads what they return.
+    """
+    if getattr(func, "__name__", "") not in _MOVES:
+        return False
+    caller = sys._getframe(3)  # of __torch_function__, _run_masked and this function
+    return caller.f_code.co_filename == nn.Module._apply.__code__.co_filename
+
+
 def _iterate_tensors(tree: Any) -> Iterator[Tensor]:
     """Yields the tensors in nested tuples and lists."""
     if isinstance(tree, (tuple, list)):
@@ -157,5 +178,6 @@ for _method in (
     EagerMask._touches,
     EagerMask._run_masked,
     EagerMask._run_other,
+    _is_moved,
 ):
     skip_code(_method.__code__)

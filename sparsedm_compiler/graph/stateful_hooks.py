@@ -45,6 +45,12 @@ def isolate_stateful_hooks(model: nn.Module) -> bool:
     return bool(hooks)
 
 
+def has_diffusers_hooks(module: nn.Module) -> bool:
+    """Returns whether hooks of diffusers stand in for the forward of a module."""
+    registry = vars(module).get(_REGISTRY)
+    return registry is not None and bool(registry.hooks)
+
+
 def _list_hooks(model: nn.Module) -> Iterator[Any]:
     """Yields the stateful hooks that stand in for the forward of a module."""
     for module in model.modules():

@@ -16,6 +16,8 @@ from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
+from sparsedm_compiler.compiler import folded_weights
+from sparsedm_compiler.graph.capture import KEY
 from sparsedm_compiler.models.presets import from_diffusers
 from tests.compiler.nets import (
     UNET,
@@ -182,6 +184,60 @@ def test_layerwise_casting_when_it_stores_weights_in_fewer_bits_keeps_them_laten
     expected = cast(oracle)(X)
     for out in outs:
         assert_same(out, expected)
+    assert student.b.weight.dtype == storage
+    state = student.state_dict()["b.weight"].float()
+    rounded = latent.to(storage).float()
+    kept = brute_mask(rounded, "2:4") if mode == "infer" else torch.ones_like(rounded)
+    assert_same(state, rounded * kept)
+
+
+@orders
+def test_layerwise_casting_keeps_no_folded_form_and_folds_once_a_call(
+    order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored in fewer bits would else lie in memory a second time, in many."""
+    student = compiled_chain("infer", kernels={"*": "dense"})
+    with torch.no_grad():
+        if order == "after":
+            student(X)
+        apply_layerwise_casting(student, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        for _ in range(3):
+            student(X)
+        folds, own = [], folded_weights.fold_weight
+        monkeypatch.setattr(
+            folded_weights, "fold_weight", lambda *args: folds.append(args) or own(*args)
+        )
+        student(X)
+    assert [args[-1] for args in folds] == ["b.weight", "c.weight"]
+    assert len(student.__dict__[KEY].weights) == 0
+
+
+@pytest.mark.parametrize("kind", ["cache", "casting", "offloading"])
+def test_copy_of_a_model_with_hooks_of_diffusers_is_refused(kind: str, tmp_path: Path) -> None:
+    """A copy's hooks call the layers of the model that it was made from."""
+    model: Any = small_flux()
+    student = sdm.compile(model, "2:4", backend="eager")
+    sample_flux(student, 1)
+    sdm.save(student, tmp_path / "s")
+    for hooked in (model, student):
+        if kind == "cache":
+            hooked.enable_cache(CACHES["pab"]())
+        elif kind == "casting":
+            hooked.enable_layerwise_casting(torch.bfloat16, torch.float32)
+        else:
+            apply_group_offloading(
+                hooked, onload_device=CPU, offload_device=CPU, offload_type="leaf_level"
+            )
+    for make in (
+        lambda: sdm.compile(model, "2:4"),
+        lambda: sdm.compile(student, mode="infer"),
+        lambda: sdm.load(tmp_path / "s", model),
+    ):
+        with pytest.raises(sdm.ConfigError, match=r"has hooks of diffusers .*inplace=True"):
+            make()
+    if kind == "cache":
+        kept = sdm.compile(model, "2:4", backend="eager", inplace=True)
+        assert_same(sample_flux(kept, 2), sample_flux(student, 2))
 
 
 def pipeline_of(unet: nn.Module) -> Any:
