@@ -179,7 +179,7 @@ class CompileConfig:
         globs += [("kernels", glob) for glob, _ in self.kernels]
         for option, glob in globs:
             if not any(matches(glob, names) for names in parameters):
-                known = sorted({names[0].rpartition(".")[0] for names in parameters})
+                known = sorted({names[0].rpartition(".")[0] or names[0] for names in parameters})
                 near = get_close_matches(glob, known, n=3, cutoff=0.3) or known[:3]
                 raise ConfigError(
                     f"{option} {glob!r} names no parameter of the model; near it: {', '.join(near)}"

@@ -25,7 +25,7 @@ IMPORTS = read_imports(SOURCES)
 
 # Every folder (or module at the root; "" is the root itself) with all it may import from others.
 BASE = "errors fileio optional_deps triton_support progress meta_models"
-BASE += " optimizer_state packed_tensors"
+BASE += " optimizer_state packed_tensors option_values npz_archive"
 MAY_IMPORT = {
     "errors": "",
     "fileio": "errors",
@@ -35,6 +35,8 @@ MAY_IMPORT = {
     "meta_models": "errors",
     "optimizer_state": "",
     "packed_tensors": "",
+    "option_values": "errors",
+    "npz_archive": "errors",
     "selection": f"{BASE}",
     "patterns": f"{BASE} selection",
     "graph": f"{BASE} selection patterns",

@@ -102,16 +102,20 @@ def make_sampling_request(
     SparseDMError.
     """
     from ..diffusion import SamplePlan, make_scheduler, sampler_name
+    from ..diffusion.schedulers import check_steps
     from ..models.schedules import read_schedule
 
     run = source.run
     sampler = options.sampler or (run.sample.sampler if run else "dpm++")
-    steps = options.steps or (run.sample.steps if run else STEPS.get(sampler, 50))
+    steps = options.steps
+    if steps is None:
+        steps = run.sample.steps if run else STEPS.get(sampler, 50)
     schedule = read_schedule(source.name)
     trained = "eps" if schedule is None else schedule.objective
     objective = options.objective or (run.train.objective if run else trained)
     betas = None if schedule is None else schedule.betas
     scheduler = make_scheduler(sampler, objective, betas=betas)
+    check_steps(scheduler, steps, "--steps")
     condition, guidance = resolve_condition(options, source)
     vae = options.vae or (run.data.vae if run else None)
     plan = SamplePlan(

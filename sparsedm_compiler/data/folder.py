@@ -29,9 +29,10 @@ def open_folder(root: Path, options: ReadOptions) -> FileData:
     """
     paths, others = list_image_files(root)
     if not paths:
+        content = f", only{describe_others(others)}" if others else " and no other files"
         raise DataError(
-            f"{root} holds no images, only{describe_others(others) or ' nothing'}; a dataset that "
-            "the package datasets saved there opens as 'hf:PATH'"
+            f"{root} holds no images{content}; a dataset that the package datasets saved there "
+            "opens as 'hf:PATH'"
         )
     tops = [path.relative_to(root).parts[0] for path in paths]
     names = sorted(set(tops))

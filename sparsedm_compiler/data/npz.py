@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
-
-import numpy as np
 
 from ..errors import DataError
+from ..npz_archive import open_archive
 from .image_data import ImageData, ReadOptions
 from .jpeg_pack import PACK, PackData
 from .tensors import from_arrays
@@ -30,31 +25,13 @@ def open_npz(path: Path, split: str | None, options: ReadOptions) -> ImageData:
     Pickled arrays are not read. Raises DataError where it holds none of these.
     """
     with open_archive(path) as arrays:
-        if set(arrays.files) >= PACK:
+        if set(arrays) >= PACK:
             if split is not None:
                 raise DataError(f"{path} is a JPEG pack, which has no splits such as {split!r}")
             return PackData(path, dict(arrays), options)
-        image, label = choose_arrays(arrays.files, split, path)
+        image, label = choose_arrays([*arrays], split, path)
         labels = arrays[label] if label is not None and options.labels else None
         return from_arrays(arrays[image], labels, options, f"{path}, {image}")
-
-
-@contextmanager
-def open_archive(path: Path) -> Iterator[Any]:
-    """Opens the archive at ``path`` for the block.
-
-    Raises DataError where the archive, or an array of it, cannot be read.
-    """
-    try:
-        with path.open("rb") as file:  # numpy itself leaves a damaged file open
-            arrays = np.load(file, allow_pickle=False)
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise ValueError("it is one array, not an archive; use np.savez(path, x=array)")
-            yield arrays
-    except DataError:
-        raise
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise DataError(f"cannot read {path} as an npz without pickles: {error}") from error
 
 
 def choose_arrays(names: Sequence[str], split: str | None, path: Path) -> tuple[str, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError, DataError
 from ..meta_models import require_values
+from ..option_values import check_seed, check_whole
 from ..progress import ProgressBar, show_progress_bar, watch_compilation
 from .condition import Condition, check_count, check_labels, move, move_condition, take_rows
 from .guidance import Guidance, apply_guidance
 from .image_batches import CHUNK, NumberedBatches, ProcessShare, iterate_chunks
 from .modes import evaluating
 from .predict import generator_at
+from .schedulers import start_scheduler
 
 
 @runtime_checkable
@@ -52,7 +53,8 @@ class SamplePlan:
         batch_size: Images that are drawn at once.
 
     Raises:
-        ConfigError: A size or ``steps`` is below 1, or there is guidance without a condition.
+        ConfigError: A size or ``steps`` is no whole number >= 1, the seed is none of
+            torch, or there is guidance without a condition.
         DataError: ``condition`` does not have a row for every image.
 
     Example:
@@ -72,9 +74,9 @@ class SamplePlan:
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:
             raise ConfigError(f"shape {list(self.shape)} is not images x channels x ..., each >= 1")
-        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise ConfigError(f"{name} {value} is not >= 1")
+        check_whole("steps", self.steps, least=1)
+        check_whole("batch_size", self.batch_size, least=1)
+        check_seed("seed", self.seed)
         if self.condition is not None and not callable(self.condition):
             check_count(self.condition, self.shape[0])
         if self.guidance is not None and self.condition is None:
@@ -242,23 +244,6 @@ def denoise(
         x = solver.step(guess, t, x, **extra, return_dict=False)[0]
         bar.update()
     return decode_samples(x.float(), plan.decode)
-
-
-def start_scheduler(scheduler: Any, steps: int, device: torch.device) -> Any:
-    """Returns a copy of ``scheduler`` set to ``steps`` steps.
-
-    Raises ConfigError where the scheduler allows only fewer steps.
-    """
-    solver = copy.deepcopy(scheduler)
-    if "alphas_cumprod" in vars(solver) and "sigmas" not in vars(solver):
-        device = torch.device("cpu")  # it looks each step up in a table there
-    try:
-        solver.set_timesteps(steps, device=device)
-    except ValueError as error:
-        raise ConfigError(
-            f"{type(scheduler).__name__} cannot take {steps} steps: {error}"
-        ) from error
-    return solver
 
 
 def decode_samples(x: Tensor, decode: Callable[[Tensor], Tensor] | None) -> Tensor:

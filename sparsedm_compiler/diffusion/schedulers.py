@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -95,3 +96,42 @@ def get_betas(config: Mapping[str, Any]) -> dict[str, Any]:
     {'beta_start': 0.00085}
     """
     return {name: config[name] for name in BETAS if name in config}
+
+
+@runtime_checkable
+class ConfiguredScheduler(Protocol):
+    """A scheduler that keeps its settings by name, as those of diffusers do."""
+
+    config: Mapping[str, Any]
+
+
+def check_steps(scheduler: Any, steps: int, option: str = "steps") -> None:
+    """Raises ConfigError where there are more steps than the scheduler has noise levels.
+
+    ``option`` is what sets them.
+    """
+    config = scheduler.config if isinstance(scheduler, ConfiguredScheduler) else {}
+    levels = config.get("num_train_timesteps")
+    if levels is not None and steps > levels:
+        raise ConfigError(
+            f"{type(scheduler).__name__} cannot take {steps} steps, as it has {levels} noise "
+            f"levels: lower {option}"
+        )
+
+
+def start_scheduler(scheduler: Any, steps: int, device: torch.device) -> Any:
+    """Returns a copy of ``scheduler`` set to ``steps`` steps.
+
+    Raises ConfigError where the scheduler allows only fewer steps.
+    """
+    check_steps(scheduler, steps)
+    solver = copy.deepcopy(scheduler)
+    if "alphas_cumprod" in vars(solver) and "sigmas" not in vars(solver):
+        device = torch.device("cpu")  # it looks each step up in a table there
+    try:
+        solver.set_timesteps(steps, device=device)
+    except ValueError as error:
+        raise ConfigError(
+            f"{type(scheduler).__name__} cannot take {steps} steps: {error}"
+        ) from error
+    return solver

@@ -6,8 +6,6 @@ Two parts merge as (Chan, Golub & LeVeque 1983), with D = mean_b - mean_a:
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, DataError
+from ..npz_archive import open_archive
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +144,17 @@ def load_statistics(path: str | Path) -> Statistics:
     Raises:
         DataError: The file cannot be read, has no mu and sigma, or holds NaN or Inf.
     """
-    try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"cannot read the statistics {path}: {error}") from error
+    with open_archive(Path(path), "the statistics ") as archive:
+        arrays = dict(archive)
     if not {"mu", "sigma"} <= {*arrays}:
         raise DataError(
             f"{path} holds {', '.join(arrays) or 'nothing'} where statistics of pytorch-fid hold "
             "mu and sigma"
         )
-    count = int(arrays["count"]) if "count" in arrays else None
+    try:
+        count = int(arrays["count"]) if "count" in arrays else None
+        mean, covariance = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"cannot read the statistics {path}: {error}") from error
     network = str(arrays["network"]) if "network" in arrays else None
-    mean, covariance = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
     return Statistics(mean, covariance, count, network)

@@ -199,8 +199,11 @@ def is_statistics(path: Path) -> bool:
     """Returns whether ``path`` is an .npz with a mean and a covariance, rather than with images."""
     if path.suffix != ".npz" or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return "mu.npy" in archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "mu.npy" in archive.namelist()
+    except zipfile.BadZipFile:  # a damaged file, which its reader refuses
+        return False
 
 
 def load_summary(network: FeatureNetwork, path: Path, keep: int) -> FeatureSummary:

@@ -16,7 +16,7 @@ from ..diffusion.condition import Condition, map_condition, read_condition, take
 from ..diffusion.guidance import Guidance
 from ..diffusion.objective import NoiseScheduler
 from ..diffusion.sampling import SamplePlan
-from ..diffusion.schedulers import PREDICTIONS, make_scheduler
+from ..diffusion.schedulers import PREDICTIONS, check_steps, make_scheduler
 from ..models.schedules import read_schedule
 from ..train import SampleGrids
 from .run_config import RunConfig
@@ -124,6 +124,13 @@ def make_training_scheduler(config: RunConfig) -> NoiseScheduler | None:
         return None
     scheduler: NoiseScheduler = make_scheduler("ddpm", objective, betas=schedule.betas)
     return scheduler
+
+
+def check_sampling(config: RunConfig) -> None:
+    """Raises ConfigError where the model's noise levels do not allow ``sample.steps``."""
+    sampler, objective = config.sample.sampler, config.train.objective
+    scheduler = make_scheduler(sampler, objective, betas=find_betas(config))
+    check_steps(scheduler, config.sample.steps, "sample.steps")
 
 
 def find_betas(config: RunConfig) -> Mapping[str, Any] | None:

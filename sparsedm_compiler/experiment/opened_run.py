@@ -24,7 +24,13 @@ from ..train.check_call import IN_CONFIG, check_call, check_values
 from ..train.fingerprints import Fingerprint
 from ..train.folder_lock import check_unlocked
 from ..train.randomness import drop_conditions
-from .inputs import OpenedInputs, make_training_scheduler, open_inputs
+from .inputs import (
+    OpenedInputs,
+    check_sampling,
+    make_sample_plan,
+    make_training_scheduler,
+    open_inputs,
+)
 from .resuming import check_inputs, check_options, fingerprint_run
 from .run_config import RunConfig
 
@@ -53,8 +59,10 @@ def open_run(config: RunConfig, device: torch.device) -> OpenedRun:
     folder = Path(config.out)
     check_options(folder, config)
     make_training_scheduler(config)  # so that its errors come before anything is opened
+    check_sampling(config)
     inputs = open_inputs(config, device)
-    scorer = open_scorer(config, torch.device("cpu"))  # so that its errors come before the training
+    make_sample_plan(config, inputs)  # so that its errors come before the training
+    scorer = open_scorer(config, torch.device("cpu"))  # likewise
     teacher = open_dense_model(config, device)
     prints = fingerprint_run(config, inputs, teacher)
     check_inputs(folder, prints)

@@ -11,7 +11,9 @@ from typing import Any
 
 from .. import ConfigError, Pattern
 from ..config import GRAPHS, CompileConfig
+from ..diffusion.schedulers import FLOWING, SAMPLERS
 from ..models.loading import may_have_weights
+from ..option_values import check_real, check_seed, check_switch, check_whole
 from ..train.finetune_config import FinetuneConfig
 from .recipes import find_recipe
 from .yaml_values import assign, build, merge, read_mapping
@@ -62,6 +64,10 @@ class DataSpec:
                 "no training data: set data.train to a folder of images, an .npz, hf:PATH, "
                 "torchvision:NAME:ROOT, latents in .safetensors, or digits"
             )
+        for name, value in (("size", self.size), ("held_out_limit", self.held_out_limit)):
+            if value is not None:
+                check_whole(f"data.{name}", value, least=1)
+        check_switch("data.labels", self.labels)
 
 
 SET_BY_RUN: Mapping[str, str] = {
@@ -124,6 +130,17 @@ class SampleSpec:
     grid: int = 40
     batch_size: int = 256
 
+    def __post_init__(self) -> None:
+        if self.sampler not in [*SAMPLERS]:
+            known = ", ".join(SAMPLERS)
+            raise ConfigError(f"sample.sampler {self.sampler!r} is none of {known}")
+        counts = {"steps": self.steps, "grid": self.grid, "batch_size": self.batch_size}
+        for name, value in counts.items():
+            check_whole(f"sample.{name}", value, least=1)
+        if self.guidance is not None:
+            check_real("sample.guidance", self.guidance)
+        check_seed("sample.seed", self.seed)
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreSpec:
@@ -143,6 +160,11 @@ class ScoreSpec:
     count: int = 10_000
     kid: bool = False
     precision_recall: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("score.count", self.count, least=2)
+        check_switch("score.kid", self.kid)
+        check_switch("score.precision_recall", self.precision_recall)
 
 
 SECTIONS: Mapping[str, type[Any]] = {
@@ -182,6 +204,11 @@ class RunConfig:
             raise ConfigError(
                 f"method {self.train.method!r} prunes a trained model, and {name} has random "
                 "weights: set model.weights, or train the dense model first: train.method=dense"
+            )
+        if self.train.objective == "flow" and self.sample.sampler not in FLOWING:
+            raise ConfigError(
+                f"sample.sampler {self.sample.sampler!r} does not follow a flow; with "
+                f"train.objective 'flow' set it to {' or '.join(FLOWING)}"
             )
         if self.prune.backend == GRAPHS and self.train.accumulation > 1:
             raise ConfigError(

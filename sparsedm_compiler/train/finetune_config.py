@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConfigError, suggest
 from .mask_options import check_mask_options
 from .methods import find_method
-from .option_checks import check_pairs, check_values
+from .option_checks import check_pairs, check_values, make_counts_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +191,14 @@ class FinetuneConfig:
         known = [field.name for field in fields(self)]
         for name in options:
             if name not in known:
-                hint = suggest(name, known, "it has")
+                hint = suggest(str(name), known, "it has")
                 raise ConfigError(f"finetune has no option {name!r}; {hint}")
         theirs = find_method(options["method"]).options if "method" in options else {}
         plain: dict[str, Any] = {
             name: tuple(v) for name, v in options.items() if isinstance(v, list)
         }
         plain |= {name: str(v) for name, v in options.items() if isinstance(v, Path)}
+        plain |= make_counts_whole(options)
         return replace(self, **{**theirs, **options, **plain})
 
     @property

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from .. import ConfigError, StoppedError
 from ..diffusion.condition import take_rows
-from ..diffusion.schedulers import get_betas
 from ..evaluate.process_group import raising_together
 from ..progress import announce, watch_compilation
 from ..reporting.run_record import REAL_IMAGES
@@ -236,9 +235,7 @@ def save_sample_grid(run: Run) -> None:
         stack.enter_context(announce(f"sampling a grid of {grids.count} images"))
         if run.ema is not None:
             stack.enter_context(run.ema.applied())
-        scheduler = run.inputs.scheduler
-        betas = None if scheduler is None else get_betas(scheduler.config)
-        images = grids.draw(run.student, run.config.objective, betas=betas)
+        images = grids.draw(run.student, run.config.objective, betas=run.inputs.betas)
     if run.process.is_main:
         grids.save(folder / "samples" / f"{run.progress.seen:012d}.png", images)
         if not (folder / REAL_IMAGES).exists():

@@ -88,7 +88,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 def find_method(name: str) -> Method:
     """Returns the method of that name. Raises ConfigError with all names if there is none."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ConfigError(f"method {name!r} is none of {', '.join(METHODS)}")
     return METHODS[name]
 

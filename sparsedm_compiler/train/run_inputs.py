@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..diffusion.condition import Condition
@@ -33,3 +33,10 @@ class RunInputs:
     prints: Fingerprints = field(default_factory=dict)
     known: Fingerprints = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def betas(self) -> Mapping[str, Any] | None:
+        """The noise levels of the scheduler, as ``make_scheduler`` takes them; None without one."""
+        from ..diffusion.schedulers import get_betas
+
+        return None if self.scheduler is None else get_betas(self.scheduler.config)

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..option_values import check_seed, check_whole
 from ..optional_deps import require_extra
 
 if TYPE_CHECKING:
     from ..diffusion.condition import Condition
     from ..diffusion.guidance import Guidance
     from .batches import Data
+
+OWNER = " of sample grids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,10 @@ class SampleGrids:
         guidance: Classifier-free guidance; None samples without.
         decode: Turns latents into images; None where the model makes images.
         batch_size: Samples that are drawn at once.
+
+    Raises:
+        ConfigError: ``count``, ``columns``, ``steps`` or ``batch_size`` is no whole number >= 1, or
+            ``seed`` is none of torch.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +53,12 @@ class SampleGrids:
     guidance: Guidance | None = None
     decode: Callable[[Tensor], Tensor] | None = None
     batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        counts = {"count": self.count, "columns": self.columns, "steps": self.steps}
+        for name, value in {**counts, "batch_size": self.batch_size}.items():
+            check_whole(name, value, least=1, owner=OWNER)
+        check_seed("seed", self.seed, owner=OWNER)
 
     def draw(
         self, model: nn.Module, objective: str, *, betas: Mapping[str, Any] | None = None
@@ -99,6 +112,22 @@ class SampleGrids:
         )
         scale = max(1, 64 // images.shape[-1])
         save_grid(path, {str(k * self.columns): row for k, row in enumerate(rows)}, scale=scale)
+
+
+def check_grids(
+    grids: SampleGrids, objective: str, *, betas: Mapping[str, Any] | None = None
+) -> None:
+    """Raises ConfigError or DataError where ``grids`` cannot be drawn of a model.
+
+    Of it ``objective`` and ``betas`` are known, as for ``draw``. Sampler, steps, shape, condition
+    and guidance are checked, so that a run need not train first to be refused.
+    """
+    from ..diffusion.sampling import SamplePlan
+    from ..diffusion.schedulers import check_steps, make_scheduler
+
+    shape = (grids.count, *grids.shape)
+    SamplePlan(shape, grids.steps, condition=grids.condition, guidance=grids.guidance)
+    check_steps(make_scheduler(grids.sampler, objective, betas=betas), grids.steps)
 
 
 def save_real_images(

@@ -27,6 +27,7 @@ from .optimizers import make_optimizer
 from .randomness import draw_values
 from .run_inputs import RunInputs
 from .run_log import MaskWatch
+from .sample_grids import check_grids
 from .sr_ste import sr_ste
 from .stages import plan_stages
 from .state import Run
@@ -48,6 +49,8 @@ def open_run(
         raise ConfigError("shard=True replaces the parameters, and no optimizer can know the new")
     require_target(teacher, config)
     objective = make_objective(config.objective, inputs.scheduler, config.levels)
+    if inputs.sample_grids is not None:
+        check_grids(inputs.sample_grids, config.objective, betas=inputs.betas)
     process = TrainingProcess(student, config, partial(call_once, student, objective, inputs))
     optimizer = make_student_optimizer(student, config) if optimizer is None else optimizer
     check_parameters(student, teacher, optimizer)

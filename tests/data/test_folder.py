@@ -157,7 +157,7 @@ def test_folder_of_several_sizes_without_a_size_raises(tmp_path: Path) -> None:
 
 
 def test_folder_without_images_or_of_splits_raises(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="holds no images and no other files; a dataset"):
         open_data(tmp_path)
     filled(tmp_path, ["train/a/1.png", "Test/a/1.png"])
     with pytest.raises(DataError, match="holds the splits Test, train; open one"):

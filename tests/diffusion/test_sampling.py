@@ -173,8 +173,13 @@ def test_sample_with_options_out_of_range_raises() -> None:
     for name in ("steps", "batch_size"):
         with pytest.raises(ConfigError, match=f"{name} 0 is not >= 1"):
             drawn(**{name: 0})
-    with pytest.raises(ConfigError, match="DDIMScheduler cannot take 2000 steps"):
-        drawn(steps=2000)
+        with pytest.raises(ConfigError, match=f"{name} 2.5 is not a whole number"):
+            drawn(**{name: 2.5})
+    with pytest.raises(ConfigError, match=r"seed 1\.5 is not a whole number"):
+        drawn(seed=1.5)
+    for scheduler in (DDIMScheduler(), DPMSolverMultistepScheduler()):
+        with pytest.raises(ConfigError, match="cannot take 2000 steps, as it has 1000 noise lev"):
+            drawn(scheduler, steps=2000)
     with pytest.raises(DataError, match=r"'y' \[3\] has no row for each of 5"):
         drawn(condition={"y": torch.zeros(3)})
     for share in ((2, 2), (-1, 2), (0, 0)):

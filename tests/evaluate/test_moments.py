@@ -87,11 +87,21 @@ def test_statistics_of_invalid_files_raise(tmp_path: Path) -> None:
     path.write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(DataError, match="cannot read the statistics"):
         load_statistics(path)
+    for content in (b"PK garbage", b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"statistics .*bad.npz: it is no whole .npz file$"):
+            load_statistics(path)
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(DataError, match="it is one array, not an archive"):
+        load_statistics(tmp_path / "one.npy")
+    np.savez(path, mu=np.array(["a"]), sigma=np.eye(1))
+    with pytest.raises(DataError, match="cannot read the statistics"):
+        load_statistics(path)
     np.savez(path, images=np.zeros(3))
     with pytest.raises(DataError, match="holds images where statistics"):
         load_statistics(path)
     np.savez(path, mu=np.array([object()]), sigma=np.eye(1))
-    with pytest.raises(DataError, match="cannot read the statistics"):
+    with pytest.raises(DataError, match="its array 'mu' holds Python objects, which are never"):
         load_statistics(path)
     np.savez(path, mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
     with pytest.raises(DataError, match="NaN"):

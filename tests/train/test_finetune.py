@@ -16,10 +16,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.diffusion import generator_at
+from sparsedm_compiler.diffusion import Guidance, generator_at
 from sparsedm_compiler.errors import ConfigError, DataError, SparseDMError
 from sparsedm_compiler.models import UViT
-from sparsedm_compiler.train import FinetuneConfig, FinetuneResult, finetune, held_out_loss
+from sparsedm_compiler.train import (
+    FinetuneConfig,
+    FinetuneResult,
+    SampleGrids,
+    finetune,
+    held_out_loss,
+)
 
 CONFIG = FinetuneConfig(
     images=24, batch_size=8, lr=1e-2, alpha=0.7, beta=0.3, sr_ste_lambda=0.0, schedule="constant"
@@ -271,6 +277,34 @@ def test_finetune_with_mixed_up_models_raises() -> None:
         ({"schedule": "step"}, "'cosine' nor 'constant'"),
         ({"ema_decay": 1.0}, "ema_decay 1.0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm 0.0"),
+        ({"max_grad_norm": math.inf}, "max_grad_norm inf of a fine-tune is not a finite number"),
+        ({"lr": True}, "lr True of a fine-tune is not a number"),
+        ({"lr": 10**400}, "lr 1000.* is not a finite number"),
+        ({"images": 0.5}, "images 0.5 of a fine-tune is not a whole number"),
+        ({"images": math.nan}, "images nan of a fine-tune is not a whole number"),
+        ({"batch_size": "8"}, "batch_size '8' of a fine-tune is not a whole number"),
+        ({"warmup_images": 1.5}, "warmup_images 1.5 of a fine-tune is not a whole number"),
+        ({"workers": -1}, "workers -1 of a fine-tune is not >= 0"),
+        ({"accumulation": 1.5}, "accumulation 1.5 of a fine-tune is not a whole number"),
+        ({"keep": True}, "keep True of a fine-tune is not a whole number"),
+        ({"save_every": 0.5}, "save_every 0.5 of a fine-tune is not a whole number"),
+        ({"log_every": 0}, "log_every 0 is not > 0; None switches it off"),
+        ({"seed": 1.5}, "seed 1.5 of a fine-tune is not a whole number"),
+        ({"seed": 2**64}, r"seed 18446744073709551616 of a fine-tune is not from -2\^63"),
+        ({"seed": -(2**63) - 1}, r"of a fine-tune is not from -2\^63 to 2\^64 - 1"),
+        ({"null_label": 1.5}, "null_label 1.5 of a fine-tune is not a whole number"),
+        ({"drop_condition": "half"}, "drop_condition 'half' of a fine-tune is not a number"),
+        ({"ema_decay": "slow"}, "ema_decay 'slow' of a fine-tune is not a number"),
+        ({"ema_decay": False}, "ema_decay False of a fine-tune is not a number"),
+        ({"betas": 1}, "betas 1 of a fine-tune are not two numbers"),
+        ({"betas": [0.9]}, r"betas \(0.9,\) of a fine-tune are not two numbers"),
+        ({"betas": ["a", "b"]}, "betas: 'a' of a fine-tune is not a number"),
+        ({"betas": [0.9, 1.5]}, r"betas \[0.9, 1.5\] of a fine-tune are not in \[0, 1\)"),
+        ({"betas": [math.nan, 0.9]}, "betas: nan of a fine-tune is not a finite number"),
+        ({"flip": "no"}, "flip 'no' of a fine-tune is neither true nor false"),
+        ({"sr_ste_form": "papers"}, "sr_ste_form 'papers' is neither 'paper' nor 'decoupled'"),
+        ({"stages": "3:4"}, "stages '3:4' is no list of patterns"),
+        ({"method": {"dense": 1}}, "method {'dense': 1} is none of"),
         ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "no add_noise"),
         ({"scheduler": EulerDiscreteScheduler()}, "does not preserve variance"),
         ({"scheduler": DDPMScheduler(prediction_type="v_prediction")}, "'v_prediction'"),
@@ -279,6 +313,45 @@ def test_finetune_with_mixed_up_models_raises() -> None:
 def test_finetune_config_with_invalid_options_raises(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         tuned(Denoiser(), **options)
+
+
+def test_counts_that_are_whole_floats_are_taken_as_whole_numbers() -> None:
+    config = FinetuneConfig.create(images=1e3, batch_size=8.0, save_every=500.0, lr=1.0)
+    counts = config.images, config.batch_size, config.save_every
+    assert counts == (1000, 8, 500)
+    assert all(type(count) is int for count in counts)
+    assert type(config.lr) is float
+
+
+GRIDS: list[tuple[dict[str, Any], str]] = [
+    ({"sampler": "foo"}, "no sampler is called 'foo'"),
+    ({"steps": 5000}, "cannot take 5000 steps, as it has 1000 noise levels: lower steps"),
+    ({"shape": (1, 0)}, r"shape .* is not images x channels"),
+    ({"condition": torch.zeros(3).long()}, r"\[3\] has no row for each of 4"),
+    ({"guidance": Guidance(2.0, null=1)}, "guidance 2.0 needs labels or a condition"),
+    ({"objective": "flow", "sampler": "ddim"}, "sampler 'ddim' does not follow a flow"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), GRIDS, ids=[words for _, words in GRIDS])
+def test_sample_grids_that_cannot_be_drawn_raise_before_the_training(
+    options: dict[str, Any], words: str
+) -> None:
+    student, settings = Denoiser(), {"shape": (1, 2, 2), "count": 4, **options}
+    before, objective = weights(student), settings.pop("objective", "eps")
+    with pytest.raises(SparseDMError, match=words):
+        tuned(student, sample_grids=SampleGrids(**settings), objective=objective)
+    assert torch.equal(weights(student), before)
+
+
+@pytest.mark.parametrize("name", ["count", "columns", "steps", "batch_size"])
+def test_sample_grids_with_options_out_of_range_raise(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} 0 of sample grids is not >= 1"):
+        SampleGrids((1, 2, 2), **{name: 0})
+    with pytest.raises(ConfigError, match=f"{name} '4' of sample grids is not a whole number"):
+        SampleGrids((1, 2, 2), **{name: "4"})
+    with pytest.raises(ConfigError, match=r"seed 0\.5 of sample grids is not a whole number"):
+        SampleGrids((1, 2, 2), seed=0.5)
 
 
 @pytest.mark.parametrize(

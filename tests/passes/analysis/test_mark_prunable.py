@@ -97,6 +97,13 @@ def test_a_glob_that_names_nothing_is_an_error(option: str) -> None:
         sdm.compile(Net(), "2:4", **{option: value})
 
 
+def test_a_glob_near_a_parameter_of_the_model_itself_is_told_its_name() -> None:
+    net = Net()
+    net.shift = nn.Parameter(torch.zeros(8))
+    with pytest.raises(sdm.ConfigError, match=r"near it: shift, last"):
+        sdm.compile(net, "2:4", overrides={"shifts": "1:8"})
+
+
 def test_nothing_to_prune_is_an_error() -> None:
     student = sdm.compile(nn.Sequential(nn.Linear(6, 6)), "2:4", backend="eager")
     with pytest.raises(sdm.ConfigError, match="no weight of Sequential is pruned to 2:4"):
