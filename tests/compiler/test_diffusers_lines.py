@@ -212,22 +212,25 @@ def test_layerwise_casting_keeps_no_folded_form_and_folds_once_a_call(
     assert len(student.__dict__[KEY].weights) == 0
 
 
-@pytest.mark.parametrize("kind", ["cache", "casting", "offloading"])
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "casting": lambda model: apply_layerwise_casting(
+        model, storage_dtype=torch.bfloat16, compute_dtype=torch.float32
+    ),
+    "offloading": lambda model: apply_group_offloading(
+        model, onload_device=CPU, offload_device=CPU, offload_type="leaf_level"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
 def test_copy_of_a_model_with_hooks_of_diffusers_is_refused(kind: str, tmp_path: Path) -> None:
-    """A copy's hooks call the layers of the model that it was made from."""
-    model: Any = small_flux()
-    student = sdm.compile(model, "2:4", backend="eager")
-    sample_flux(student, 1)
+    """A copy's hooks would call the layers of the model that it was made from."""
+    model = Chain()
+    student = compiled_chain()
+    student(X)
     sdm.save(student, tmp_path / "s")
     for hooked in (model, student):
-        if kind == "cache":
-            hooked.enable_cache(CACHES["pab"]())
-        elif kind == "casting":
-            hooked.enable_layerwise_casting(torch.bfloat16, torch.float32)
-        else:
-            apply_group_offloading(
-                hooked, onload_device=CPU, offload_device=CPU, offload_type="leaf_level"
-            )
+        HOOKS[kind](hooked)
     for make in (
         lambda: sdm.compile(model, "2:4"),
         lambda: sdm.compile(student, mode="infer"),
@@ -235,12 +238,18 @@ def test_copy_of_a_model_with_hooks_of_diffusers_is_refused(kind: str, tmp_path:
     ):
         with pytest.raises(sdm.ConfigError, match=r"has hooks of diffusers .*inplace=True"):
             make()
-    if kind == "cache":
-        kept = sdm.compile(model, "2:4", backend="eager", inplace=True)
-        outs = sample_flux(kept, 2)
-        oracle: Any = hand_masked(small_flux(), masked_patterns(kept))
-        oracle.enable_cache(CACHES["pab"]())
-        assert_same(outs, sample_flux(oracle, 2))
+
+
+def test_cache_when_enabled_before_compile_asks_for_inplace_and_then_runs_masked() -> None:
+    model: Any = small_flux()
+    model.enable_cache(CACHES["pab"]())
+    with pytest.raises(sdm.ConfigError, match=r"attn' has hooks of diffusers .*inplace=True"):
+        sdm.compile(model, "2:4")
+    kept = sdm.compile(model, "2:4", backend="eager", inplace=True)
+    outs = sample_flux(kept, 2)
+    oracle: Any = hand_masked(small_flux(), masked_patterns(kept))
+    oracle.enable_cache(CACHES["pab"]())
+    assert_same(outs, sample_flux(oracle, 2))
 
 
 def pipeline_of(unet: nn.Module) -> Any:
