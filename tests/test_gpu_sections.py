@@ -22,9 +22,8 @@ from benchmarks.gpu.rehearsal import cuda_families_on_cpu
 from benchmarks.gpu.results import empty, list_failures
 from benchmarks.gpu.summary import summary
 from sparsedm_compiler import KernelError
+from tests.test_gpu_benchmark import MADE_UP
 
-ABOUT = {"gpu": "made up", "commit": "none", "card": None, "time": "never"}
-ABOUT |= dict.fromkeys(("torch", "cuda", "cusparselt", "triton"), "0")
 PLAN = replace(TINY, model_patterns=("2:4", "1:2@64x16"), train_patterns=("2:4", "1:8"))
 
 
@@ -61,7 +60,7 @@ def test_a_pattern_that_fails_is_told_and_those_behind_it_are_measured(
     assert first.keys() == {"failed"}
     assert shows in second
     name = "models" if section is whole else section.__name__.rpartition(".")[-1]
-    found = {**empty(dict(ABOUT), rehearsal=True), name: [{"key": "toy", **row}]}
+    found = {**empty(dict(MADE_UP), rehearsal=True), name: [{"key": "toy", **row}]}
     (told,) = list_failures(found)
     assert "toy at 2:4: KernelError: a fault of the first pattern (" in told
     assert told in summary(found)
@@ -111,7 +110,7 @@ def test_a_process_that_hangs_is_stopped_and_its_section_goes_on_without_what_it
     children: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(processes, "SILENCE", 2.0)
-    runner = Runner(empty(dict(ABOUT), rehearsal=False), tmp_path, tmp_path, True)
+    runner = Runner(empty(dict(MADE_UP), rehearsal=False), tmp_path, tmp_path, True)
     runner.section("ops", time.time() + 60)
     assert [process.returncode for process in children] == [-15, 0]
     assert read(tmp_path / "ops-0.jsonl").tried == ("kernel a",)

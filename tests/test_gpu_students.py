@@ -12,9 +12,7 @@ from benchmarks.gpu.main import main
 from benchmarks.gpu.quality import quality, read_losses, read_quality
 from benchmarks.gpu.results import empty, save
 from benchmarks.gpu.summary import summary
-
-MADE_UP = {"gpu": "made up", "commit": "none", "card": None, "time": "never"}
-MADE_UP |= dict.fromkeys(("torch", "cuda", "cusparselt", "triton"), "0")
+from tests.test_gpu_benchmark import MADE_UP
 
 
 @pytest.fixture

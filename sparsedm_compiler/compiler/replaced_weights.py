@@ -67,11 +67,11 @@ def require_decisions(
     """
     for node, names in graph.names.items():
         weight = strip_adapter_prefix(names[0])
-        owner = module.get_submodule(names[0].rpartition(".")[0])
-        layers = (nn.Linear, nn.modules.conv._ConvNd)
-        if weight in (*names, *decisions) or not node.users or not isinstance(owner, layers):
+        if weight in names or weight in decisions or not node.users:
             continue
-        if is_pruned((weight,), tuple(get_example_value(node).shape)):
+        owner = module.get_submodule(names[0].rpartition(".")[0])
+        multiplies = isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd))
+        if multiplies and is_pruned((weight,), tuple(get_example_value(node).shape)):
             raise DenseRunError(
                 f"{weight!r} would run dense: the adapter around it multiplies by a weight that it "
                 "computes of it (HRA does). Call the model once before you add the adapter"

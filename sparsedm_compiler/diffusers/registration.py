@@ -40,11 +40,15 @@ def import_private(module: str, name: str) -> Any:
     try:
         return import_module(module).__dict__[name]
     except (ModuleNotFoundError, KeyError) as error:
-        raise ConfigError(
-            f"diffusers {read_version('diffusers')} has no {module}.{name}, which the plugin "
-            f"needs: it is made for diffusers {TESTED}; sparsedm_compiler.compile(model) works "
-            "with any version"
-        ) from error
+        raise explain_version(f"has no {module}.{name}") from error
+
+
+def explain_version(lack: str) -> ConfigError:
+    """Returns the error for a diffusers that the plugin does not run with: what it lacks."""
+    return ConfigError(
+        f"diffusers {read_version('diffusers')} {lack}, which the plugin needs: it is made for "
+        f"diffusers {TESTED}; sparsedm_compiler.compile(model) works with any version"
+    )
 
 
 def import_base() -> Any:
@@ -56,11 +60,7 @@ def import_base() -> Any:
     """
     base = import_private("diffusers.quantizers.base", "DiffusersQuantizer")
     if not hasattr(base, "get_state_dict_and_metadata"):
-        raise ConfigError(
-            f"diffusers {read_version('diffusers')} does not ask a quantizer what to save, which "
-            f"the plugin needs: it is made for diffusers {TESTED}; "
-            "sparsedm_compiler.compile(model) works with any version"
-        )
+        raise explain_version("does not ask a quantizer what to save")
     return base
 
 

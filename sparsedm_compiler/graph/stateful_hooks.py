@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -47,15 +47,19 @@ def isolate_stateful_hooks(model: nn.Module) -> bool:
 
 def has_diffusers_hooks(module: nn.Module) -> bool:
     """Returns whether hooks of diffusers stand in for the forward of a module."""
+    return bool(_get_hooks(module))
+
+
+def _get_hooks(module: nn.Module) -> Collection[Any]:
+    """Returns the hooks of diffusers that a module has."""
     registry = vars(module).get(_REGISTRY)
-    return registry is not None and bool(registry.hooks)
+    return () if registry is None else registry.hooks.values()
 
 
 def _list_hooks(model: nn.Module) -> Iterator[Any]:
     """Yields the stateful hooks that stand in for the forward of a module."""
     for module in model.modules():
-        registry = vars(module).get(_REGISTRY)
-        for hook in () if registry is None else registry.hooks.values():
+        for hook in _get_hooks(module):
             if hook._is_stateful and _stands_in(hook):
                 yield hook
 

@@ -85,12 +85,8 @@ def check_counts(config: Any) -> None:
     if config.images == 0 and config.method != "untrained":
         raise ConfigError("images 0 of a fine-tune is not >= 1; method='untrained' trains none")
     for name in INTERVALS:
-        value = getattr(config, name)
-        if value is not None:
-            check_real(name, value, owner=OWNER)
-            if value <= 0:
-                raise ConfigError(f"{name} {value} is not > 0; None switches it off")
-            check_whole(name, value, least=1, owner=OWNER)
+        if check_positive(config, name):
+            check_whole(name, getattr(config, name), least=1, owner=OWNER)
     if config.null_label is not None:
         check_whole("null_label", config.null_label, owner=OWNER)
     check_seed("seed", config.seed, owner=OWNER)
@@ -105,11 +101,18 @@ def check_reals(config: Any) -> None:
     if config.drop_condition > 1:
         raise ConfigError(f"drop_condition {config.drop_condition} is not a share, in [0, 1]")
     for name in POSITIVE:
-        value = getattr(config, name)
-        if value is not None:
-            check_real(name, value, owner=OWNER)
-            if value <= 0:
-                raise ConfigError(f"{name} {value} is not > 0; None switches it off")
+        check_positive(config, name)
+
+
+def check_positive(config: Any, name: str) -> bool:
+    """Returns whether an option is on, not None. Raises ConfigError for no finite number > 0."""
+    value = getattr(config, name)
+    if value is None:
+        return False
+    check_real(name, value, owner=OWNER)
+    if value <= 0:
+        raise ConfigError(f"{name} {value} is not > 0; None switches it off")
+    return True
 
 
 def check_decays(config: Any) -> None:

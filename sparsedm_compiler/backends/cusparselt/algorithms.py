@@ -49,16 +49,21 @@ def _find_algorithms(dtype: torch.dtype, device: CudaDevice | None) -> tuple[int
     name = str(dtype).removeprefix("torch.")
     about = repr((describe_machine(), name, _SHAPES, _OUT_DTYPES.get(dtype)))
     path = cache_folder("cusparselt") / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
+    known = _read(path)
+    if known is not None:
+        return known
     with taking_turns(path):
-        known = _read(path)
-        if known is not None:
-            return known
-        with announce(f"trying the algorithms of cuSPARSELt in {name}, once on this machine"):
-            sound = _try_in_processes(name)
-        if sound is None:
-            return (DEFAULT.algorithm,)
-        algorithms = tuple(sorted({DEFAULT.algorithm, *sound}))
-        write_atomically(path, json.dumps(algorithms).encode())
+        return _read(path) or _search(name, path)
+
+
+def _search(name: str, path: Path) -> tuple[int, ...]:
+    """Tries the algorithms, and keeps on disk which of them run."""
+    with announce(f"trying the algorithms of cuSPARSELt in {name}, once on this machine"):
+        sound = _try_in_processes(name)
+    if sound is None:
+        return (DEFAULT.algorithm,)
+    algorithms = tuple(sorted({DEFAULT.algorithm, *sound}))
+    write_atomically(path, json.dumps(algorithms).encode())
     return algorithms
 
 
