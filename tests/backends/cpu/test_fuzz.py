@@ -156,12 +156,19 @@ def draw_images(
     geometry: list[tuple[int, int]],
     dtype: torch.dtype,
 ) -> Tensor:
-    """x [N, channels, H, W], at least as large as the dilated kernel without its padding."""
+    """x [N, channels, H, W], at least as large as the dilated kernel without its padding.
+
+    Often a row of the output is whole vectors: the geometry gets a stride of 1 along it then.
+    """
     least = [
         max(1, (size - 1) * dilation + 1 - 2 * padding)
         for size, padding, dilation in zip(kernel, geometry[1], geometry[2], strict=True)
     ]
     height, width = (size + rng.randint(0, 12) for size in least)
+    if rng.random() < 0.4:
+        geometry[0] = geometry[0][0], 1
+        width = (kernel[1] - 1) * geometry[2][1] - 2 * geometry[1][1]
+        width += rng.choice([out for out in (8, 16, 32) if width + out > 0])
     x = torch.randn(rng.randint(0, 3), channels, height, width).to(dtype)
     kind = rng.choice(("whole", "channels last", "slice", "transposed"))
     if kind == "channels last":

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparsedm_compiler import KernelError, PackError
 from sparsedm_compiler.backends.cpu import ops
 from sparsedm_compiler.backends.cpu.build import why_unavailable
-from sparsedm_compiler.backends.cpu.ops import nm_linear_op
+from sparsedm_compiler.backends.cpu.ops import nm_conv2d_op, nm_linear_op
 from tests.backends.cpu.cases import (
     DTYPES,
     acts,
@@ -280,6 +280,26 @@ def test_nm_conv2d_of_planes_that_fill_vectors(size: int) -> None:
     x = torch.randn(2, 32, size, size)
     for form in (torch.contiguous_format, torch.channels_last):
         check_conv(held, x.to(memory_format=form), None, ((1, 1), (1, 1), (1, 1)), "silu", 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("taps", "around"), [(1, 8), (3, 1), (7, 3), (3, 9)])
+def test_nm_conv2d_reads_zeros_outside_an_image(dtype: torch.dtype, taps: int, around: int) -> None:
+    """What lies before a row of x in memory, and behind it, is of another row or image."""
+    torch.manual_seed(0)
+    held = case("1:2", 2, 8, dtype, (taps, taps))
+    x = torch.full((3, 4, 16, 16), torch.nan, dtype=dtype)
+    x[1] = torch.randn(4, 16, 16)
+    x[1, :, :, -1] = torch.inf
+    geometry = ([taps, taps], [1, 1], [around, around], [1, 1])
+    seen, plain = (
+        nm_conv2d_op(images, held.packed, None, 8, *geometry, "none", 4)[1]
+        for images in (x, torch.where(x.isfinite(), x, 0))
+    )
+    reached = torch.zeros(seen.shape[-1], dtype=torch.bool)
+    reached[16 - taps + around : 16 + around] = True
+    assert torch.equal(seen[:, :, ~reached], plain[:, :, ~reached])
+    assert not seen[:, :, reached].isfinite().all()
 
 
 def test_nm_linear_passes_nan_and_infinity_on() -> None:

@@ -169,7 +169,7 @@ void write_sums(const Work& work, float* sums, int64_t token0, int tokens, int64
 inline void lay_out_tokens(const Work& work, int64_t token0, int tokens, float* planes, bf16* rows) {
   const int vectors = (int)divide_up(tokens, L);
   Tile tile{token0, vectors, {}, false, {}};
-  reads_planes(work.call) ? find_runs(work, tile) : find_places(work.call, tile);
+  locate(work, tile);
   pack(work, tile, 0, work.h.cols, planes);
   for (int64_t k = 0; k < work.h.cols; k++)
     for (int t = 0; t < tokens; t++) rows[t * work.h.cols + k] = narrow(planes[k * vectors * L + t]);

@@ -188,17 +188,21 @@ Plan plan(const Call& c, const Header& h, int64_t vectors, int limit, int thread
   return best;
 }
 
-// Writes the padded planes of a conv.
+// Writes the planes of a conv.
 template <class X>
-void fill_planes(const Work& work, int threads) {
+void fill_planes(const Work& work, float* to, int threads) {
   const Call& c = work.call;
-  const int64_t count = c.images * c.channels;
-  float* to = const_cast<float*>(work.planes);
-  if (c.groups == 0) return parallel(count, threads, [&](int64_t i) { pad_plain<X>(c, to, i); });
+  const int64_t count = c.images * c.channels, at_once = divide_up(count, 4 * threads);
+  const auto each = [&](auto body) {  // a plane takes little: threads take several in a turn
+    parallel(divide_up(count, at_once), threads, [&](int64_t part) {
+      for (int64_t i = part * at_once; i < std::min(count, (part + 1) * at_once); i++) body(i);
+    });
+  };
+  if (c.groups == 0) return each([&](int64_t i) { pad_plain<X>(work, to, i); });
   thread_local Scratch factors;
   float *scale = factors.need(2 * count), *shift = scale + count;
   parallel(c.images * c.groups, threads, [&](int64_t i) { find_scale<X>(c, i, scale, shift); });
-  parallel(count, threads, [&](int64_t i) { pad_normalized<X>(c, to, i, scale[i], shift[i]); });
+  each([&](int64_t i) { pad_normalized<X>(work, to, i, scale[i], shift[i]); });
 }
 
 }  // namespace
@@ -214,14 +218,18 @@ int32_t sdm_run(const Call* call) try {
   if (h.wide && c.x_type != BF16) return 2;
   if (c.tokens == 0 || h.rows == 0) return 0;
   const int threads = std::max(1, c.threads);
-  Work work{c, h, nullptr, c.height + 2 * c.pad_h, c.width + 2 * c.pad_w};
+  const int64_t around = reads_in_place(c) ? 0 : 2;
+  Work work{c, h, nullptr, c.height + around * c.pad_h, c.width + around * c.pad_w};
   thread_local Scratch small;
   Scratch large;  // not kept
-  if (reads_planes(c)) {
-    const bool as_is = c.x_type == F32 && c.pad_h == 0 && c.pad_w == 0 && c.groups == 0;
+  const bool as_is = c.x_type == F32 && c.pad_h == 0 && c.pad_w == 0;
+  if (reads_planes(c) && (c.groups || !(as_is || reads_in_place(c)))) {
     const int64_t size = c.images * c.channels * work.plane_h * work.plane_w;
-    work.planes = as_is ? (const float*)c.x : (size < KEPT ? small : large).need(size);
-    if (!as_is) c.x_type == BF16 ? fill_planes<bf16>(work, threads) : fill_planes<float>(work, threads);
+    float* planes = (size < KEPT ? small : large).need(size);
+    c.x_type == BF16 ? fill_planes<bf16>(work, planes, threads) : fill_planes<float>(work, planes, threads);
+    work.planes = planes;
+  } else if (as_is) {
+    work.planes = (const float*)c.x;
   }
   int failed = 0;
   if (h.wide == BLOCKS) {
@@ -241,8 +249,7 @@ int32_t sdm_run(const Call* call) try {
     for (int64_t i = 0; i < count; i++) {
       const int64_t begin = size * i / count;
       tiles.push_back({(from + begin) * L, (int)(size * (i + 1) / count - begin), {}, false, {}});
-      if (reads_planes(c)) find_runs(work, tiles.back());
-      if (c.form == NHWC) find_places(c, tiles.back());
+      locate(work, tiles.back());
     }
   }
   starts.push_back((int64_t)tiles.size());

@@ -1,5 +1,5 @@
-// What comes before a convolution on planes: its input is padded and, behind a GroupNorm, normalized
-// and activated on the way, so that no normalized tensor is written.
+// What comes before a convolution on planes: its input is padded, where it is not read in place, and
+// normalized and activated on the way behind a GroupNorm.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -62,16 +62,18 @@ void normalize(const X* x, float* to, int64_t size, vf scale, vf shift) {
   std::copy_n(out, size - i, to + i);
 }
 
-// Copy of one plane of x with its zero padding, as fp32: [images, channels, plane_h, plane_w].
+// Copy of one plane of x, with zero padding where the planes are larger, as fp32: [images, channels,
+// plane_h, plane_w].
 // ``fill`` writes so many values from x. With ``together`` it writes all at once, to the end of the
 // plane, from where the rows move to their places: a row never reaches those that wait.
 template <class X, class F>
-void pad_plane(const Call& c, float* dst, int64_t index, bool together, F fill) {
-  const int64_t plane_h = c.height + 2 * c.pad_h, plane_w = c.width + 2 * c.pad_w;
+void pad_plane(const Work& work, float* dst, int64_t index, bool together, F fill) {
+  const Call& c = work.call;
+  const int64_t plane_h = work.plane_h, plane_w = work.plane_w;
   const int64_t size = c.height * c.width;
   const X* src = (const X*)c.x + index * size;
   dst += index * plane_h * plane_w;
-  if (c.pad_h == 0 && c.pad_w == 0) return fill(src, dst, size);
+  if (plane_h == c.height && plane_w == c.width) return fill(src, dst, size);
   float* waiting = dst + plane_h * plane_w - size;
   if (together) fill(src, waiting, size);
   std::fill(dst, dst + c.pad_h * plane_w, 0.0f);
@@ -89,8 +91,8 @@ void pad_plane(const Call& c, float* dst, int64_t index, bool together, F fill) 
 }
 
 template <class X>
-void pad_plain(const Call& c, float* dst, int64_t index) {
-  pad_plane<X>(c, dst, index, false, [](const X* from, float* to, int64_t size) {
+void pad_plain(const Work& work, float* dst, int64_t index) {
+  pad_plane<X>(work, dst, index, false, [](const X* from, float* to, int64_t size) {
     if constexpr (sizeof(X) == sizeof(float)) {
       std::memcpy(to, from, size * sizeof(float));
     } else {
@@ -101,9 +103,10 @@ void pad_plain(const Call& c, float* dst, int64_t index) {
 
 // Rows shorter than a vector are normalized together.
 template <class X>
-void pad_normalized(const Call& c, float* dst, int64_t index, float scale, float shift) {
+void pad_normalized(const Work& work, float* dst, int64_t index, float scale, float shift) {
+  const Call& c = work.call;
   const vf by = splat(scale), plus = splat(shift);
-  pad_plane<X>(c, dst, index, c.width < L, [&](const X* from, float* to, int64_t size) {
+  pad_plane<X>(work, dst, index, c.width < L, [&](const X* from, float* to, int64_t size) {
     if (c.pre_act == SILU) return normalize<SILU>(from, to, size, by, plus);
     normalize<NONE>(from, to, size, by, plus);
   });

@@ -38,6 +38,12 @@ struct Run {
   int64_t in, out;
 };
 
+// Whether a conv takes x from where it lies, with zeros for what is outside an image. No vector of output
+// pixels spans two rows then, and its pixels lie side by side in x.
+inline bool reads_in_place(const Call& c) {
+  return c.form == PLANES && c.stride_w == 1 && c.out_width % L == 0 && (c.pad_h > 0 || c.pad_w > 0);
+}
+
 // Where the kernel lies over the input for an output pixel: the first row and column, before padding.
 struct Place {
   int64_t image, row, col;
@@ -48,13 +54,14 @@ struct Tile {
   int vectors;
   std::vector<Run> runs;      // planes
   bool whole;                 // each run is a vector
-  std::vector<Place> places;  // NHWC rows
+  std::vector<Place> places;  // of every token of NHWC rows, of every vector of planes read in place
 };
 
 struct Work {
   const Call& call;
   const Header& h;
-  const float* planes;  // padded input of a conv on planes
+  // The input of a conv on planes as fp32, padded where it is not read in place; null: x itself is.
+  const float* planes;
   int64_t plane_h, plane_w;
 };
 
@@ -69,7 +76,8 @@ inline const X* pixel(const Call& c, const Place& place, int64_t i, int64_t j) {
 inline void find_places(const Call& c, Tile& tile) {
   const int64_t pixels = c.out_height * c.out_width;
   const int64_t end = std::min<int64_t>(c.tokens, tile.first + tile.vectors * L);
-  for (int64_t token = tile.first; token < end; token++) {
+  const int64_t step = c.form == NHWC ? 1 : L;
+  for (int64_t token = tile.first; token < end; token += step) {
     const int64_t y = token % pixels / c.out_width, z = token % c.out_width;
     tile.places.push_back({token / pixels, y * c.stride_h - c.pad_h, z * c.stride_w - c.pad_w});
   }
@@ -132,6 +140,55 @@ constexpr CopyVectors COPY_VECTORS[] = {
     copy_vectors<5>,  copy_vectors<6>, copy_vectors<7>,  copy_vectors<8>,  copy_vectors<9>,
     copy_vectors<10>, copy_vectors<11>, copy_vectors<12>};
 
+// ``count`` channels from ``channel`` on under tap (i, j) of a tile that is read in place.
+template <int T, class X>
+void copy_inside(const Work& work, const X* x, const Tile& tile, int64_t i, int64_t j, int64_t channel,
+                 int64_t count, float* dst) {
+  const Call& c = work.call;
+  const int64_t plane = c.height * c.width, size = c.images * c.channels * plane;
+  vi lane;
+  for (int l = 0; l < L; l++) lane[l] = l;
+  int64_t in[T];
+  vi inside[T];
+  for (int t = 0; t < T; t++) {
+    const Place& place = tile.places[t];
+    const int64_t row = place.row + i * c.dil_h, col = place.col + j * c.dil_w;
+    const bool real = row >= 0 && row < c.height;
+    in[t] = (place.image * c.channels + channel) * plane + (real ? row * c.width + col : 0);
+    const vi at = lane + (int32_t)col;
+    inside[t] = real ? (vi)(at >= 0) & (vi)(at < (int32_t)c.width) : vi{};
+  }
+  int64_t least = *std::min_element(in, in + T), end = *std::max_element(in, in + T) + L;
+  for (int64_t k = 0; k < count; k++, x += plane, dst += T * L, least += plane, end += plane) {
+    if (least >= 0 && end <= size) {
+      for (int t = 0; t < T; t++) store(dst + t * L, (vf)((vi)load_wide(x + in[t]) & inside[t]));
+      continue;
+    }
+    for (int t = 0; t < T; t++)  // a vector would reach beyond x
+      for (int l = 0; l < L; l++) dst[t * L + l] = inside[t][l] ? widen(x[in[t] + l]) : 0.0f;
+  }
+}
+
+template <class X>
+using CopyInside = void (*)(const Work&, const X*, const Tile&, int64_t, int64_t, int64_t, int64_t, float*);
+template <class X>
+constexpr CopyInside<X> COPY_INSIDE[] = {
+    nullptr,           copy_inside<1, X>, copy_inside<2, X>,  copy_inside<3, X>,  copy_inside<4, X>,
+    copy_inside<5, X>, copy_inside<6, X>, copy_inside<7, X>,  copy_inside<8, X>,  copy_inside<9, X>,
+    copy_inside<10, X>, copy_inside<11, X>, copy_inside<12, X>};
+
+template <class X>
+void pack_inside(const Work& work, const X* x, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
+  const Call& c = work.call;
+  for (int64_t k = k0; k < k1;) {
+    const int64_t tap = k / c.channels, channel = k % c.channels;
+    const int64_t count = std::min(c.channels - channel, k1 - k);
+    COPY_INSIDE<X>[tile.vectors](work, x, tile, tap / c.kernel_w, tap % c.kernel_w, channel, count, dst);
+    k += count;
+    dst += count * tile.vectors * L;
+  }
+}
+
 inline void copy_runs(const Tile& tile, const float* src, int64_t stride, float* dst) {
   for (const Run& run : tile.runs) {
     const float* from = src + run.in;
@@ -184,6 +241,12 @@ inline void find_runs(const Work& work, Tile& tile) {
     token += size;
   }
   tile.whole = c.stride_w == 1 && (int)tile.runs.size() == tile.vectors && end % L == 0;
+}
+
+// Where a tile of a conv lies in x and in y.
+inline void locate(const Work& work, Tile& tile) {
+  if (reads_planes(work.call)) find_runs(work, tile);
+  if (work.call.form == NHWC || reads_in_place(work.call)) find_places(work.call, tile);
 }
 
 // ---------------------------------------------------------------- tiles of y
@@ -263,8 +326,14 @@ void unpack_planes(const Work& work, const Tile& tile, const float* acc, int64_t
 }
 
 inline void pack(const Work& work, const Tile& tile, int64_t k0, int64_t k1, float* dst) {
-  if (reads_planes(work.call)) return pack_planes(work, tile, k0, k1, dst);
-  if (work.call.x_type == BF16) return pack_rows<bf16>(work, tile, k0, k1, dst);
+  const Call& c = work.call;
+  if (reads_in_place(c)) {
+    if (work.planes) return pack_inside(work, work.planes, tile, k0, k1, dst);
+    if (c.x_type == BF16) return pack_inside(work, (const bf16*)c.x, tile, k0, k1, dst);
+    return pack_inside(work, (const float*)c.x, tile, k0, k1, dst);
+  }
+  if (reads_planes(c)) return pack_planes(work, tile, k0, k1, dst);
+  if (c.x_type == BF16) return pack_rows<bf16>(work, tile, k0, k1, dst);
   pack_rows<float>(work, tile, k0, k1, dst);
 }
 
