@@ -99,6 +99,46 @@ def test_cache_on_a_uvit_holds_values_of_the_masked_model() -> None:
     compare(UVIT, predict_outputs, "infer", "after")
 
 
+class Layers(nn.Module, CacheMixin):
+    """Layers in a loop, and no product beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Chain() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x * 2
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+@torch.no_grad()
+def test_cache_that_skips_every_layer_of_a_loop_holds_values_of_the_masked_model(
+    mode: str,
+) -> None:
+    """TorchDynamo compiles nothing of such a call."""
+    torch.manual_seed(0)
+    student = sdm.compile(Layers(), "2:4", policy="all", backend="eager", **OPTIONS[mode])
+    student(X)
+    oracle = hand_masked(student, masked_patterns(student))
+    outs = []
+    for model in (student, oracle):
+        model.enable_cache(
+            diffusers.TaylorSeerCacheConfig(
+                cache_interval=3,
+                disable_cache_before_step=1,
+                taylor_factors_dtype=torch.float32,
+                cache_identifiers=[r"layers\.\d+"],
+            )
+        )
+        with model.cache_context("cond"):
+            outs.append(torch.stack([model(X + step) for step in range(STEPS)]))
+    assert_same(*outs, tolerance=ROUNDING[mode])
+    with torch.compiler.set_stance("force_eager"), student.cache_context("cond"):
+        student(X)
+
+
 def test_cache_on_a_unet_holds_values_of_the_masked_model_and_compiles_once() -> None:
     """Its hooks count steps, by which each of them would be a graph of its own."""
     student = compare(UNET, broadcast_attention, "infer", "after")
