@@ -72,7 +72,7 @@ class EntryPoint:
                     require_values(forward.module, "this call")
                 raise_own_error(error)
                 raise
-        if forward.runs == before and self.broken is None:  # else all ops outside of graphs are masked
+        if forward.runs == before and self.broken is None:  # else the rest is masked, too
             refuse_transforms(forward.module)
             raise DenseRunError(
                 f"{self} ran without its masks, so its output was dropped: TorchDynamo did "
