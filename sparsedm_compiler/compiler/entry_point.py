@@ -17,6 +17,7 @@ from ..graph.dynamo_settings import compile_method
 from ..graph.eager_mask import EagerMask
 from ..graph.eager_watch import run_undone
 from ..graph.module_guards import HookWatch, pin_modules_without_hooks
+from ..graph.recompute import list_repeated
 from ..graph.recorded_run import RunRecorder
 from ..graph.stateful_hooks import StatefulHooksError, isolate_stateful_hooks
 from ..meta_models import require_values
@@ -51,6 +52,7 @@ class EntryPoint:
         self._own: Callable[..., Any] | None = None
         self._compiled: Callable[..., Any] | None = None
         self._graphs = 0  # how many have been made
+        self._repeated: DenseRunError | None = None  # what a backward of Python would run again
         self._masks = threading.local()
         self._hooks = HookWatch(forward.module)
         self._guards_hooks = forward.config.mode == "train"  # of which one comparison is no part
@@ -58,7 +60,7 @@ class EntryPoint:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the method. Raises DenseRunError where it would run without its masks."""
         forward = self._forward
-        before = forward.runs
+        before = forward.calls.runs
         try:
             out = self._call(*args, **kwargs)
         except FailOnRecompileLimitHit as limit:
@@ -72,7 +74,7 @@ class EntryPoint:
                     require_values(forward.module, "this call")
                 raise_own_error(error)
                 raise
-        if forward.runs == before and self.broken is None:  # else the rest is masked, too
+        if forward.calls.runs == before and self.broken is None:  # else the rest is masked, too
             refuse_transforms(forward.module)
             raise DenseRunError(
                 f"{self} ran without its masks, so its output was dropped: TorchDynamo did "
@@ -101,6 +103,7 @@ class EntryPoint:
         hooked = not self._guards_hooks and self._hooks.sees_hooks()
         if self._compiled is None or own is not self._own or hooked:
             self._own, self.broken = own, None  # captured anew where it was patched
+            self._repeated = None
             self._guards_hooks |= hooked
             self._compiled = self._compile(fullgraph=True)
         module, reason = self._forward.module, self.broken
@@ -115,6 +118,8 @@ class EntryPoint:
                     raise
                 reason = str(failed.inner_exception)
             self._go_partial(reason, *args, **kwargs)
+        if self._repeated is not None and torch.is_grad_enabled():
+            raise self._repeated
         with self._mask_eagerly():
             return self._compiled(module, *args, **kwargs)
 
@@ -147,7 +152,14 @@ class EntryPoint:
             raise StatefulHooksError("hooks of a cache carry state from call to call")
         if not self._guards_hooks:
             pin_modules_without_hooks()
-        return self._forward.lower(gm, example_inputs, whole=self.broken is None)
+        repeated = [] if self.broken is None else list_repeated(gm, example_inputs)
+        run = self._forward.lower(gm, example_inputs, whole=self.broken is None)
+        if repeated and self._repeated is None:
+            mask: EagerMask = self._masks.kept[1]
+            self._repeated = mask.explain_recompute(repeated, self._forward.is_pruned)
+            if self._repeated is not None and mask.for_backward:
+                raise self._repeated
+        return run
 
     def __str__(self) -> str:
         name = type(self._forward.module).__name__

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import CompileConfig
 from ..errors import CaptureError, ConfigError, DenseRunError
-from ..graph.capture import OwnForward, wraps_forward
+from ..graph.capture import KEY, OwnForward, wraps_forward
 from ..graph.diagnostics import find_user_line
 from ..passes import COMPUTED
 from ..reports import Decision
@@ -28,7 +29,10 @@ def explain_outside_call(module: nn.Module, ours: OwnForward, owner: nn.Module) 
     name = next(name for name, child in module.named_modules() if child is owner)
     why = f"it was called outside of the calls of the compiled {root}"
     if torch._C._current_autograd_node() is not None:
-        why = "a backward of the model's own runs it again; checkpoint by torch.utils.checkpoint"
+        why = (
+            "a backward runs it again, outside of the model's graphs; checkpoint by "
+            "torch.utils.checkpoint, and no code that breaks the graph"
+        )
     elif not wraps_forward(module, ours):
         why = (
             f"the forward of the compiled {root} was replaced by "
@@ -64,6 +68,30 @@ def refuse_transforms(module: nn.Module) -> None:
             "was compiled: only those over its inputs work. Use backward(), or transform the model "
             "as it was before"
         )
+
+
+def refuse_own_copies(module: nn.Module) -> None:
+    """Raises ConfigError for a module whose class hands its ``__dict__`` to a function of its own.
+
+    As the persistent classes of EDM and StyleGAN3 do: a copy would be asked for the module anew
+    while it is being copied.
+    """
+    cls = type(module)
+    if (cls.__reduce__, cls.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):
+        return
+    pending: list[Any] = list(module.__reduce_ex__(4)[1])  # type: ignore[index]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict) and KEY in value:
+            raise ConfigError(
+                f"a compiled {cls.__name__} is neither copied nor pickled, since its class copies "
+                "itself by its own __reduce__ (a persistent class): copy the model before compile "
+                "(of an EMA, too), keep it by sparsedm_compiler.save, compile with inplace=True"
+            )
+        if isinstance(value, (tuple, list)):
+            pending.extend(value)
+        elif isinstance(value, dict):
+            pending.extend(value.values())
 
 
 def explain_unexported(module: nn.Module) -> CaptureError:

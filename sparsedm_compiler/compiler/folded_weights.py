@@ -279,7 +279,7 @@ class FoldedWeights:
     def fill_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         """Writes the masked dense values of finalized weights into a state_dict."""
         for name, packed in self.iterate_finalized(module):
-            if prefix + name in state:
+            if prefix + name in state and is_hollow(state[prefix + name]):
                 state[prefix + name] = packed.unpack()
 
     def state_dict_without_finalized(self, module: nn.Module) -> dict[str, Tensor]:

@@ -9,10 +9,8 @@ the masked graph has run. ``ReadGuard`` stands where a layer is called in any ot
 from __future__ import annotations
 
 import inspect
-import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,12 +41,14 @@ from ..passes import (
 from ..reports import Choice, Decision
 from ..selection.top_n import KEYS
 from .applied_masks import AppliedMasks
+from .call_state import CallState
 from .entry_point import EntryPoint
 from .explanations import (
     explain_late_decision,
     explain_nothing_pruned,
     explain_outside_call,
     explain_unexported,
+    refuse_own_copies,
 )
 from .folded_weights import FoldedWeights
 from .frozen_masks import FrozenMasks
@@ -56,7 +56,7 @@ from .lower import lower, plan_weights
 from .phase_clock import PhaseClock
 from .read_guard import ReadGuard
 from .release_on_move import install_release
-from .replaced_weights import require_decisions, require_present_weights, require_read_weights
+from .replaced_weights import OriginalWeights, require_decisions, require_read_weights
 from .sparse_method import install_methods, list_methods
 from .state_hooks import install_state_hooks
 
@@ -75,9 +75,9 @@ class SparseForward(OwnForward):
 
     # Not a __dict__: functools.wraps would copy it into every wrapper, and copies of those fail.
     __slots__ = (
-        "__signature__", "__weakref__", "_thread", "_watched", "applied", "budget", "choices",
+        "__signature__", "__weakref__", "_watched", "applied", "budget", "calls", "choices",
         "clock", "config", "decisions", "eager", "entry", "exportable", "frozen", "guard", "known",
-        "module", "override", "weights",
+        "module", "originals", "override", "weights",
     )  # fmt: skip
 
     def __init__(
@@ -108,7 +108,7 @@ class SparseForward(OwnForward):
         own = override or types.MethodType(type(module).forward, module)
         self.__signature__ = inspect.signature(own)
         self._watched: int | None = None  # how many decisions the guard's choice rests on
-        self._thread = threading.local()
+        self.calls = CallState()
 
     def install(self, *, wrapped: bool = False) -> None:
         """Becomes the forward of the module, unless a wrapper that calls it is that already."""
@@ -117,7 +117,6 @@ class SparseForward(OwnForward):
         self.module.__dict__[KEY] = self
         install_methods(self.module)
         if self.config.mode == "infer":
-            install_state_hooks(self.module)
             install_release(self.module)
         self._watch()
 
@@ -150,8 +149,8 @@ class SparseForward(OwnForward):
             raise CaptureError(
                 f"torch.jit.trace cannot trace {type(self.module).__name__}; use torch.export"
             )
-        if (refusal := self._thread.__dict__.get("refusal")) is not None:
-            raise refusal
+        if self.calls.refusal is not None:
+            raise self.calls.refusal
         self.prepare()
         with self.guard, leave_eager_modes():
             if self.weights.packed:
@@ -166,15 +165,6 @@ class SparseForward(OwnForward):
                 self.guard.hollow = self.weights.list_hollow(self.module)
         return out
 
-    @contextmanager
-    def refuse_calls(self, error: type[BaseException]) -> Iterator[None]:
-        """Raises ``error`` at every call of the module's methods in this thread, for a while."""
-        self._thread.refusal = error
-        try:
-            yield
-        finally:
-            self._thread.refusal = None
-
     def prepare(self) -> None:
         """Sets the guard up in a copy, or in a model from a file, before its first call."""
         if self._watched is None:
@@ -186,8 +176,16 @@ class SparseForward(OwnForward):
         entries = [self.entry, *(method.entry for method in list_methods(self.module))]
         return next((entry.broken for entry in entries if entry.broken is not None), None)
 
+    def require_weights(self) -> None:
+        """Raises DenseRunError if a weight to be pruned has left the model, or has another name."""
+        self.originals.require_in_place(self.module, self.decisions, self.is_pruned)
+
     def _watch(self) -> None:
         """Makes the guard watch the weights that are pruned, or not decided on yet."""
+        if self._watched is None:
+            self.originals = OriginalWeights(self.module, self.known)
+        if self.config.mode == "infer":
+            install_state_hooks(self.module)
         self.guard.watch(self.module, self.is_pruned)
         self._watched = len(self.decisions)
         for method in list_methods(self.module):
@@ -221,7 +219,7 @@ class SparseForward(OwnForward):
         if weight.shape != decision.shape or not isinstance(weight, nn.Parameter):
             raise explain_late_decision(name, self.broken)
         self.eager.setdefault(name)
-        self._thread.runs = self.runs + 1
+        self.calls.runs += 1
         if self.config.mode == "train":
             return self.frozen.mask_weight(weight, name, decision.pattern)
         return self.weights.get(weight, WeightFormat(decision.pattern), name)
@@ -232,7 +230,7 @@ class SparseForward(OwnForward):
 
     def decide_eagerly(self, run: RecordedRun) -> None:
         """Decides on the weights of an eager run as on those of a graph that holds it all."""
-        require_present_weights(self.module, self.decisions)
+        self.require_weights()
         self._adopt(mark_prunable(find_recorded_sites(run), self.config, self.known))
         if not any(decision.accepted for decision in self.decisions.values()):
             raise explain_nothing_pruned(self.module, self.config, self.decisions)
@@ -252,7 +250,7 @@ class SparseForward(OwnForward):
             whole: Whether it holds all that the call computes.
         """
         graph = bind_parameters(copy_graph(gm) if self.frozen else gm, example_inputs, self.module)
-        require_present_weights(self.module, self.decisions)
+        self.require_weights()
         if whole:
             require_read_weights(graph, self.module, self.is_pruned, self.known)
         else:
@@ -270,7 +268,7 @@ class SparseForward(OwnForward):
         def counted(*inputs: Any) -> Any:
             with leave_eager_modes():  # which would see the graph's own ops
                 out = run(*inputs)
-            self._thread.runs = self.runs + 1
+            self.calls.runs += 1
             return out
 
         return counted
@@ -282,13 +280,9 @@ class SparseForward(OwnForward):
             if row.status is not Status.MASKED and not measured:
                 self.choices[row.name, row.inputs] = row.to_choice()
 
-    @property
-    def runs(self) -> int:
-        """How often this thread has run masked weights."""
-        return int(self._thread.__dict__.get("runs", 0))
-
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies all but the graphs, which the copy captures anew."""
+        refuse_own_copies(self.module)
         state = (self.module, self.config, self.known, self.decisions, self.override)
         return SparseForward, (*state, self.weights.packed, self.frozen)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
@@ -13,6 +12,7 @@ from ..graph.capture import Names
 from ..graph.eager_watch import EagerProduct
 from ..graph.recorded_run import RecordedRun
 from ..reports import Decision
+from .call_state import CallState
 from .folded_weights import FoldedWeights
 from .read_guard import ReadGuard
 
@@ -25,10 +25,7 @@ class MaskedModel(Protocol):
     decisions: dict[str, Decision]
     weights: FoldedWeights
     guard: ReadGuard
-
-    @property
-    def runs(self) -> int:
-        """How often this thread has run masked weights."""
+    calls: CallState
 
     def run(self, entry: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls one of the module's methods, masked."""
@@ -36,8 +33,8 @@ class MaskedModel(Protocol):
     def prepare(self) -> None:
         """Sets the guard up in a copy, or in a model from a file, before its first call."""
 
-    def refuse_calls(self, error: type[BaseException]) -> AbstractContextManager[None]:
-        """Raises ``error`` at every call of the module's methods in this thread, for a while."""
+    def require_weights(self) -> None:
+        """Raises DenseRunError if a weight to be pruned has left the model, or has another name."""
 
     def is_pruned(self, names: Names, shape: tuple[int, ...]) -> bool:
         """Returns whether a parameter is pruned, or would be if no graph has shown it yet."""

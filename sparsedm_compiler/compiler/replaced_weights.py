@@ -2,26 +2,82 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DenseRunError
-from ..graph.capture import CapturedGraph, Names
+from ..graph.capture import CapturedGraph, Names, map_parameter_names
 from ..graph.flat_graph import get_example_value
 from ..graph.names import strip_adapter_prefix
 from ..reports import Decision
 
 
-def require_present_weights(module: nn.Module, decisions: Mapping[str, Decision]) -> None:
-    """Raises DenseRunError if a pruned weight has left the model."""
-    present = _list_shapes(module)
-    for weight, decision in decisions.items():
-        if decision.accepted and weight not in present:
-            raise DenseRunError(
-                f"{weight!r} was pruned and has left the model: its layer was replaced "
-                "(quantized, fused) after compile(). Change the layers first, then compile"
-            )
+class OriginalWeights:
+    """The parameters that a model had when it was compiled, which keep their names."""
+
+    def __init__(self, module: nn.Module, known: frozenset[str]) -> None:
+        self._known = known
+        self._objects: list[tuple[weakref.ref[Tensor], frozenset[str]]] = []
+        names = map_parameter_names(module)
+        for parameter in module.parameters():
+            stripped = frozenset(map(strip_adapter_prefix, names[id(parameter)]))
+            self._objects.append((weakref.ref(parameter), stripped & known))
+
+    def require_in_place(
+        self,
+        module: nn.Module,
+        decisions: Mapping[str, Decision],
+        is_pruned: Callable[[Names, tuple[int, ...]], bool],
+    ) -> None:
+        """Raises DenseRunError if a weight to be pruned has left the model, or has another name.
+
+        Args:
+            module: The model.
+            decisions: The decisions by weight name.
+            is_pruned: Whether a weight of these names and this shape is pruned where it is
+                multiplied.
+        """
+        shapes = _list_shapes(module)
+        self._require_names(module, shapes, is_pruned)
+        for weight, decision in decisions.items():
+            if decision.accepted and weight not in shapes:
+                raise DenseRunError(
+                    f"{weight!r} was pruned and has left the model: its layer was replaced "
+                    "(quantized, fused) after compile(). Change the layers first, then compile"
+                )
+
+    def _require_names(
+        self,
+        module: nn.Module,
+        shapes: Mapping[str, tuple[int, ...]],
+        is_pruned: Callable[[Names, tuple[int, ...]], bool],
+    ) -> None:
+        names_now = map_parameter_names(module)
+        for reference, names in self._objects:
+            parameter = reference()
+            if parameter is None or not names or not names.isdisjoint(shapes):
+                continue
+            now = names_now.get(id(parameter))
+            if now is not None and is_pruned(tuple(sorted(names)), tuple(parameter.shape)):
+                raise _explain_wrapped(min(names), now[0])
+        added = shapes.keys() - self._known
+        for name in self._known - shapes.keys() if added else ():
+            layer, _, leaf = name.rpartition(".")
+            inside = f"{layer}." if layer else "parametrizations."
+            for other in sorted(added):
+                stands_in = other.startswith(inside) and leaf in other[len(inside) :]
+                if stands_in and is_pruned((name,), shapes[other]):
+                    raise _explain_wrapped(name, other)
+
+
+def _explain_wrapped(name: str, now: str) -> DenseRunError:
+    return DenseRunError(
+        f"{name!r} is to be pruned, and would run dense as {now!r}: its layer was wrapped or "
+        "replaced after compile(). Do that first, then compile (with keep_dense for what the "
+        "wrapper adds)"
+    )
 
 
 def require_read_weights(

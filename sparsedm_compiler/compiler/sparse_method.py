@@ -16,6 +16,7 @@ from ..graph.closures import list_closure
 from ..graph.eager_mask import EagerMask
 from ..graph.eager_watch import EagerProduct
 from ..graph.python_state import PythonState
+from ..graph.recompute import mask_again
 from ..graph.recorded_run import RunRecorder
 from .entry_point import EntryPoint
 from .masked_model import MaskedModel
@@ -92,6 +93,7 @@ class SparseMethod:
             return self._call_own(*args, **kwargs)
         forward.prepare()
         if self.captured is None:
+            forward.require_weights()
             with forward.guard:
                 before = PythonState(self.module, args, kwargs)
                 try:
@@ -128,7 +130,7 @@ class SparseMethod:
 
         recorder = RunRecorder(self.module, count)
         try:
-            with forward.refuse_calls(_Loops):
+            with forward.calls.refuse(_Loops):
                 self.entry.record(recorder, args, kwargs)
         except _Loops:
             forward.decide_eagerly(recorder.finish())
@@ -137,6 +139,9 @@ class SparseMethod:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SparseMethod, (self.module, self.name, self.override)
+
+
+mask_again(SparseMethod.__call__)
 
 
 def list_methods(module: nn.Module) -> list[SparseMethod]:
@@ -153,11 +158,14 @@ def install_methods(module: nn.Module) -> None:
 
 
 def find_methods(module: nn.Module) -> list[str]:
-    """Returns the public methods, other than nn.Module's, whose code names a child module.
+    """Returns the public methods, other than nn.Module's, whose code names a child or a weight.
 
     The code of the methods that they call is looked through, too, and of what decorators wrap.
     """
     children = {name for name, child in module.named_children() if [*child.parameters()]}
+    children |= {
+        name for name, own in module._parameters.items() if own is not None and own.dim() > 1
+    }
     return [
         name
         for name in dir(type(module))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +21,77 @@ from ..selection.top_n import KEYS
 from .masked_model import MaskedModel
 
 
+class PartHook:
+    """Saves one layer of the compiled model ``root`` masked, where a part is saved by itself.
+
+    A copy of the whole model saves itself. A copy of a part of it is an ordinary module.
+    """
+
+    _from_public_api = True  # as of hooks that are registered after their module has saved itself
+
+    def __init__(self, root: nn.Module | None, name: str) -> None:
+        self._root = None if root is None else weakref.ref(root)
+        self._name = name
+
+    @property
+    def forward(self) -> MaskedModel | None:
+        """The guarded forward of the compiled model."""
+        root = None if self._root is None else self._root()
+        return None if root is None else root.__dict__.get(KEY)
+
+    def __call__(
+        self, layer: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
+    ) -> None:
+        forward = self.forward
+        if forward is None or forward.config.mode != "infer":
+            return
+        for leaf, weight in layer._parameters.items():
+            name, key = strip_adapter_prefix(f"{self._name}.{leaf}"), prefix + leaf
+            decision = forward.decisions.get(name)
+            if weight is None or key not in state or decision is None or not decision.pattern:
+                continue
+            packed = forward.weights.find_finalized(weight, name)
+            if packed is not None:
+                state[key] = packed.unpack()
+            elif not weight.is_meta and state[key].data_ptr() == weight.data_ptr():
+                state[key] = _mask(weight.detach(), decision.pattern, name)
+
+    def unpack(self, *_: Any) -> None:
+        """Gives finalized weights their memory back before a part of them is loaded."""
+        root = None if self._root is None else self._root()
+        if root is not None:
+            _unpack_before_load(root)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PartHook:
+        root = None if self._root is None else self._root()
+        return PartHook(None if root is None else memo.get(id(root)), self._name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PartHook, (None, self._name)
+
+
 def install_state_hooks(module: nn.Module) -> None:
-    """Makes a module save its masked weights, and its finalized ones take new values."""
+    """Makes a module and its parts save masked weights, and their finalized ones take new values."""
+    for name, layer in module.named_modules():
+        if layer is not module and any(
+            weight is not None and weight.dim() > 1 for weight in layer._parameters.values()
+        ):
+            _install_part(PartHook(module, name), layer)
     if _fill_state_dict not in module._state_dict_hooks.values():
         module.register_state_dict_post_hook(_fill_state_dict)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_unpack_before_load)  # type: ignore[no-untyped-call]
+
+
+def _install_part(part: PartHook, layer: nn.Module) -> None:
+    """Puts a layer's hooks into the place of those that it has."""
+    saving, loading = layer._state_dict_hooks, layer._load_state_dict_pre_hooks
+    for key in [key for key, hook in saving.items() if isinstance(hook, PartHook)]:
+        del saving[key]
+    for key, wrapped in list(loading.items()):
+        if isinstance(getattr(wrapped.hook, "__self__", None), PartHook):
+            del loading[key]
+    layer.register_state_dict_post_hook(part)  # type: ignore[no-untyped-call]
+    layer.register_load_state_dict_pre_hook(part.unpack)  # type: ignore[no-untyped-call]
 
 
 def _unpack_before_load(module: nn.Module, *_: Any) -> None:

@@ -18,17 +18,22 @@ import torch._dynamo
 from torch import fx, nn
 from torch._dynamo.exc import (
     BackendCompilerFailed,
+    TorchRuntimeError,
     UncapturedHigherOrderOpError,
     Unsupported,
     UserError,
 )
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..errors import CaptureError, SparseDMError
 from .closures import list_wrapped
 from .dynamo_settings import SETTINGS
 from .flat_graph import Op
 
-GRAPH_BREAK_ERRORS = (Unsupported, UncapturedHigherOrderOpError, UserError)
+GRAPH_BREAK_ERRORS = (
+    *(Unsupported, UncapturedHigherOrderOpError, UserError),
+    *(TorchRuntimeError, GuardOnDataDependentSymNode),
+)
 """Errors that Dynamo raises for a forward that does not fit one graph."""
 
 Names = tuple[str, ...]

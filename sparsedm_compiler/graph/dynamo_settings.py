@@ -12,6 +12,8 @@ from torch._dynamo.eval_frame import OptimizeContext
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.types import GuardFilterEntry
 
+from .nested_compile import OURS
+
 RECOMPILE_LIMIT = 4096
 """Graphs one model may have: shapes, dtypes, train/eval, autocast. Beyond it a call raises."""
 
@@ -75,4 +77,5 @@ def _apply_settings(settings: dict[str, Any], convert_frame: Any) -> Callable[..
         with torch._dynamo.config.patch(settings):
             return convert_frame(*args, **kwargs)
 
+    setattr(convert, OURS, True)
     return convert

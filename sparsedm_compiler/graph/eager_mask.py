@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
 
+from ..errors import DenseRunError
 from .capture import Names
 from .eager_watch import EagerMode, EagerProduct, leave_to_python, name_read
 from .flat_graph import classify_step
 from .op_table import OP_TABLE
+from .recompute import explain_recompute
 
 _MOVES = ("to", "float", "double", "half", "bfloat16", "cpu", "cuda")
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -40,26 +43,56 @@ class EagerMask(EagerMode):
     ) -> None:
         super().__init__(module)
         self._release = release
-        self._mask = leave_to_python(mask)
+        self._choose = leave_to_python(mask)
         self._casts: dict[int, tuple[weakref.ref[Tensor], Callable[[], Any]]] = {}
         self._depth = 0
+        self._call: CodeType | None = None
+        """The code of the call of the model."""
+        self.for_backward = False
+        """Whether the call is asked for gradients."""
 
     def __enter__(self) -> Any:
         if not self._depth:  # what earlier calls have cast, and parameters of other models
+            self._call, self.for_backward = sys._getframe(1).f_code, torch.is_grad_enabled()
             self._casts.clear()
             if len(self._known) > len(self._own):
                 self._known = dict(self._own)
         self._depth += 1
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._depth -= 1
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)
 
     def _refresh(self) -> None:
         super()._refresh()
         names = map(id, self._module.parameters())
         self._own = {key: self._known[key] for key in names}
+
+    @leave_to_python
+    def explain_recompute(
+        self, inputs: Sequence[Any], is_pruned: Callable[..., bool]
+    ) -> DenseRunError | None:
+        """Returns the error for a graph called by Python that its backward runs again, or None.
+
+        Args:
+            inputs: The inputs of the graph.
+            is_pruned: Whether a weight of these names and this shape is pruned.
+        """
+        for value in inputs:
+            names = self._find_names(value) if isinstance(value, Tensor) else ()
+            if names and is_pruned(names, tuple(value.shape)) and self._call is not None:
+                return explain_recompute(names[0], self._call)
+        return None
+
+    @leave_to_python
+    def _mask(self, weight: Tensor, names: Names, product: EagerProduct | None) -> Tensor:
+        masked = self._choose(weight, names, product)
+        if masked is not weight and self.for_backward and self._call is not None:
+            error = explain_recompute(names[0], self._call)
+            if error is not None:
+                raise error
+        return masked
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_compiling() or not (

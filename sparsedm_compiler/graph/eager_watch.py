@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .capture import Names, map_parameter_names
 from .flat_graph import classify_step
+from .nested_compile import run_nested_eagerly
 from .op_table import OP_TABLE, OpEntry
 from .python_state import undo_after
 
@@ -59,7 +60,16 @@ class EagerMode(TorchFunctionMode):
         super().__init__()
         self._module = module
         self._known: dict[int, tuple[weakref.ref[Tensor], Names]] = {}
+        self._nested = run_nested_eagerly()
         self._refresh()
+
+    def __enter__(self) -> Any:
+        self._nested.__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._nested.__exit__()
 
     def _refresh(self) -> None:
         names = map_parameter_names(self._module)

@@ -102,16 +102,61 @@ def _parse_einsum(equation: str, operands: tuple[Any, ...]) -> tuple[dict[str, i
     return sizes, output
 
 
+_OPERANDS = ("input", "other", *(f"operand_{number}" for number in range(2, 26)))
+
+
+class _EinsumEntry(OpEntry):
+    """``einsum``, whose operands are given one by one or as a list."""
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the equation and the operands by name."""
+        equation, *operands = args
+        if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+            operands = list(operands[0])
+        return {"equation": equation, **dict(zip(_OPERANDS, operands, strict=False)), **kwargs}
+
+
 def _describe_einsum(a: Arguments, out: Any) -> tuple[Product, ...]:
-    operands = a["input"] if isinstance(a["input"], (tuple, list)) else (a["input"], a.get("other"))
-    if len(operands) != 2 or operands[1] is None:
+    names = tuple(name for name in _OPERANDS if name in a)
+    if len(names) < 2 or not isinstance(a["equation"], str):
         return ()
-    sizes, output = _parse_einsum(a["equation"], tuple(operands))
-    summed = [size for letter, size in sizes.items() if letter not in output]
-    if not summed:
+    sizes, output = _parse_einsum(a["equation"], tuple(a[name] for name in names))
+    if all(letter in output for letter in sizes):
         return ()  # an outer product accumulates nothing
-    macs = lambda: out.numel() * math.prod(summed)  # noqa: E731
-    return (Product(("other", "input"), macs, "attention", fixed=False),)
+    macs = lambda: _count_einsum_macs(a["equation"], sizes, output, out)  # noqa: E731
+    if len(names) == 2:
+        return (Product(("other", "input"), macs, "attention", fixed=False),)
+    refusal = "a factor of an einsum of more than two operands"
+    return (Product(names, macs, "attention", fixed=False, refusal=refusal),)
+
+
+def _count_einsum_macs(equation: str, sizes: Mapping[str, int], output: str, out: Any) -> int:
+    """Returns the MACs of contracting the operands from left to right, as torch does."""
+    first, *terms = equation.replace(" ", "").partition("->")[0].split(",")
+    if len(terms) == 1:
+        summed = (size for letter, size in sizes.items() if letter not in output)
+        return int(out.numel() * math.prod(summed))
+    total, held = 0, set(first.replace("...", ""))
+    for index, term in enumerate(terms):
+        held |= set(term.replace("...", ""))
+        kept = held & set(output).union(*terms[index + 1 :])
+        if kept != held:
+            total += math.prod(sizes[letter] for letter in held)
+        held = kept
+    letters = math.prod(sizes[letter] for letter in output.replace("...", ""))
+    return int(total * (out.numel() // max(letters, 1)))  # by what "..." stands for
+
+
+def _describe_tensordot(a: Arguments, out: Any) -> tuple[Product, ...]:
+    dims = a.get("dims", 2)
+    summed = range(-dims, 0) if isinstance(dims, int) else dims[0]
+    macs = lambda: out.numel() * math.prod(a["input"].shape[d] for d in summed)  # noqa: E731
+    return (Product(("other", "input"), macs, "attention", fixed=False, refusal="tensordot"),)
+
+
+def _describe_inner(a: Arguments, out: Any) -> tuple[Product, ...]:
+    macs = lambda: out.numel() * a["input"].shape[-1]  # noqa: E731
+    return (Product(("other", "input"), macs, "attention", fixed=False, refusal="inner product"),)
 
 
 def _count_attention_macs(query: Any, key: Any, value: Any) -> int:
@@ -226,7 +271,9 @@ def _build_table() -> dict[Any, OpEntry]:
     add("bmm", _PAIR, _describe_matmul, torch.bmm, Tensor.bmm, "bmm", _aten.bmm.default)
     add("addmm", _ADDED, _describe_matmul, torch.addmm, Tensor.addmm, "addmm", _aten.addmm.default)
     add("baddbmm", _ADDED, _describe_matmul, torch.baddbmm, Tensor.baddbmm, "baddbmm")
-    add("einsum", ("equation", "input", "other"), _describe_einsum, torch.einsum)
+    table[torch.einsum] = _EinsumEntry("einsum", ("equation", *_OPERANDS), _describe_einsum)
+    add("tensordot", (*_PAIR, "dims"), _describe_tensordot, torch.tensordot)
+    add("inner", _PAIR, _describe_inner, torch.inner, Tensor.inner, "inner")
     add("attention", _QKV, _describe_sdpa, F.scaled_dot_product_attention)
     add("attention", _QKV, _describe_sdpa, _aten.scaled_dot_product_attention.default)
     add("attention", _QKV, _describe_sdpa, torch.ops.higher_order.flex_attention)

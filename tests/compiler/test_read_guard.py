@@ -176,13 +176,15 @@ class Checkpointed(Chain):
 @pytest.mark.parametrize("kind", ["own", "own, of a method", "plain", "reentrant"])
 def test_checkpoint_when_it_runs_a_block_again_is_masked_or_raises(kind: str) -> None:
     student = sdm.compile(Checkpointed(kind), "2:4", backend="eager")
-    out = student(X)
-    assert_same(out, oracle_of(student)(X))
-    assert set(masked_patterns(student)) == {"b.weight", "c.weight"}
+    if not kind.startswith("re"):
+        with torch.no_grad():
+            assert_same(student(X), oracle_of(student)(X))
+        assert set(masked_patterns(student)) == {"b.weight", "c.weight"}
     if kind == "own":
-        with pytest.raises(sdm.DenseRunError, match=r"a backward of .* torch\.utils\.checkpoint"):
-            out.sum().backward()
+        with pytest.raises(sdm.DenseRunError, match=r"in the backward: .*Function OwnCheck"):
+            student(X)
     else:
+        assert_same(student(X), oracle_of(student)(X))
         assert_gradients(student, oracle_of(student), ((X,), {}))
 
 

@@ -1,0 +1,52 @@
+"""Pieces that a model's own code has compiled, in runs whose ops are seen one by one.
+
+A graph of ``torch.compile`` that is called between ours would hold weights without their masks, and
+no mode sees what it computes. While an eager mode is on, such pieces run as they were written.
+TorchDynamo's own stance "force_eager" would do so in all threads, and to our graphs.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch._dynamo
+from torch import nn
+from torch._dynamo import eval_frame
+
+OURS = "_sparsedm_graphs"
+"""The attribute of callbacks of TorchDynamo that mask what they compile."""
+
+_thread = threading.local()
+
+
+class run_nested_eagerly:  # noqa: N801
+    """Lets this thread run eagerly what others have compiled, while the block runs."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        _thread.depth = _thread.__dict__.get("depth", 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        _thread.depth -= 1
+
+
+def _choose_callback(callback: Any) -> Any:
+    """Returns what TorchDynamo calls for new frames: for a piece of others' nothing at times."""
+    chosen = _CHOOSE(callback)
+    if not _thread.__dict__.get("depth") or chosen in (None, False) or hasattr(callback, OURS):
+        return chosen
+    piece = sys._getframe(1).f_locals.get("fn")
+    is_layer = isinstance(getattr(piece, "__self__", piece), nn.Module)
+    if not is_layer and getattr(piece, "__module__", "").startswith("torch."):
+        return chosen  # of torch itself (flex_attention)
+    if (count := _set_count(1)) < 0:  # else fullgraph=True asks that something was compiled
+        _set_count(count)
+    return None
+
+
+_CHOOSE = eval_frame._callback_from_stance
+_set_count: Any = getattr(eval_frame, "set_fullgraph_compiled_frame_count", lambda count: -1)
+eval_frame._callback_from_stance = _choose_callback
