@@ -32,7 +32,7 @@ from ..backends.packing import PackedWeight
 from ..config import Backend, CompileConfig
 from ..errors import ConfigError
 from ..graph.capture import find_own_forward, map_parameter_names, wraps_forward
-from ..graph.names import strip_adapter_prefix
+from ..graph.names import list_adapter_parameters, strip_adapter_prefix
 from ..masks.detect import detect_patterns
 from ..meta_models import require_values
 from ..patterns import Pattern
@@ -193,8 +193,8 @@ def install(
     if config.mode == "infer":
         student.requires_grad_(False)
     if known is None:
-        names = chain.from_iterable(map_parameter_names(student).values())
-        known = frozenset(map(strip_adapter_prefix, names))
+        names = set(chain.from_iterable(map_parameter_names(student).values()))
+        known = frozenset(map(strip_adapter_prefix, names - list_adapter_parameters(student)))
     state = (student, config, known, decisions or {}, find_own_forward(student), packed, frozen)
     before = find_compiled(student)
     if before is not None and wraps_forward(student, before):  # in the place where it is wrapped

@@ -79,7 +79,7 @@ def refuse_own_copies(module: nn.Module) -> None:
     cls = type(module)
     if (cls.__reduce__, cls.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):
         return
-    pending: list[Any] = list(module.__reduce_ex__(4)[1])  # type: ignore[index]
+    pending: list[Any] = list(module.__reduce_ex__(4)[1])
     while pending:
         value = pending.pop()
         if isinstance(value, dict) and KEY in value:

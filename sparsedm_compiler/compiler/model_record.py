@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..files.container import VERSION
 from ..graph.names import strip_adapter_prefix
+from ..passes import ADDED
 from ..patterns import Pattern
 from ..reports import Decision
 from .guarded_forward import SparseForward
@@ -63,9 +64,11 @@ def read_decisions(texts: Mapping[str, str], model: nn.Module) -> dict[str, Deci
     }
     absent = [name for name in texts if name not in shapes]
     if absent:
+        adapted = any(texts[name].endswith(ADDED) for name in absent)
+        hint = ": add the adapters that it was saved with, or save it without any" * adapted
         raise CheckpointError(
             f"the record does not fit this {type(model).__name__}, which does not have "
-            f"{absent[0]!r} and {len(absent) - 1} more weights that it decides on"
+            f"{absent[0]!r} and {len(absent) - 1} more weights that it decides on" + hint
         )
     return {name: _read_decision(name, text, shapes[name]) for name, text in texts.items()}
 

@@ -71,7 +71,7 @@ class PartHook:
 
 
 def install_state_hooks(module: nn.Module) -> None:
-    """Makes a module and its parts save masked weights, and their finalized ones take new values."""
+    """Makes a module and its parts save masked weights, and finalized ones take new values."""
     for name, layer in module.named_modules():
         if layer is not module and any(
             weight is not None and weight.dim() > 1 for weight in layer._parameters.values()
@@ -88,7 +88,8 @@ def _install_part(part: PartHook, layer: nn.Module) -> None:
     for key in [key for key, hook in saving.items() if isinstance(hook, PartHook)]:
         del saving[key]
     for key, wrapped in list(loading.items()):
-        if isinstance(getattr(wrapped.hook, "__self__", None), PartHook):
+        hook = wrapped.hook  # type: ignore[attr-defined]
+        if isinstance(getattr(hook, "__self__", None), PartHook):
             del loading[key]
     layer.register_state_dict_post_hook(part)  # type: ignore[no-untyped-call]
     layer.register_load_state_dict_pre_hook(part.unpack)  # type: ignore[no-untyped-call]

@@ -11,7 +11,6 @@ import sys
 import threading
 from typing import Any
 
-import torch._dynamo
 from torch import nn
 from torch._dynamo import eval_frame
 

@@ -47,8 +47,8 @@ def explain_recompute(name: str, stop: types.CodeType) -> DenseRunError | None:
     if by is None:
         return None
     return DenseRunError(
-        f"{name!r} would be read dense in the backward: {by} runs outside of every graph. Make that "
-        "code capturable, leave the checkpointing out, or keep the weight dense with "
+        f"{name!r} would be read dense in the backward: {by} runs outside of every graph. Make "
+        "that code capturable, leave the checkpointing out, or keep the weight dense with "
         f"keep_dense=[{name!r}]"
     )
 

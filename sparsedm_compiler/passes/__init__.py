@@ -18,13 +18,14 @@ from .analysis.find_sites import (
     find_sites,
 )
 from .analysis.find_uses import find_uses
-from .analysis.mark_prunable import decide_weight, mark_prunable, may_be_pruned
+from .analysis.mark_prunable import ADDED, decide_weight, mark_prunable, may_be_pruned
 from .analysis.topology import trace_topology
 from .outline_blocks import extract_graph, outline_blocks
 from .pipeline import INFER, TRAIN, run_passes
 from .planned_weight import KernelTimes, Plan, PlannedWeight, Refusal, Status, WeightUse
 
 __all__ = [
+    "ADDED",
     "COMPUTED",
     "INFER",
     "TRAIN",

@@ -270,7 +270,7 @@ def test_lora_adapters_when_added_after_compile_stay_dense(family: Family, mode:
     assert wrapped == set(patterns)
     adapters = [row for row in sdm.explain(student).rows if "lora" in row.weight]
     assert adapters
-    assert all(row.refusal == "it was added to the model after compile()" for row in adapters)
+    assert all("added to the model after compile()" in str(row.refusal) for row in adapters)
 
 
 @families

@@ -16,6 +16,9 @@ from .topology import find_ends
 UVIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 """The layers that the authors of SparseDM prune in a U-ViT."""
 
+ADDED = "it is part of an adapter, or was added to the model after compile()"
+"""Why a weight stays dense that is none of the model's own."""
+
 
 def mark_prunable(
     sites: Sites, config: CompileConfig, known: Collection[str] | None = None, *, whole: bool = True
@@ -97,7 +100,7 @@ def _refuse_by_options(
     names: Names, config: CompileConfig, known: Collection[str] | None
 ) -> str | None:
     if known is not None and not any(name in known for name in names):
-        return "it was added to the model after compile()"
+        return ADDED
     for glob in config.dense_globs:
         if matches(glob, names):
             return f"kept dense by keep_dense={glob!r}"
