@@ -110,9 +110,17 @@ def explain_nothing_pruned(
     name = type(module).__name__
     if decisions and {row.refusal for row in decisions.values()} == {COMPUTED}:
         return ConfigError(
-            f"no weight of {name} is pruned to {config.pattern}: all are computed in the forward "
-            "by parametrizations; make them parameters first, by torch.nn.utils.parametrize."
-            "remove_parametrizations(layer, 'weight')"
+            f"no weight of {name} is pruned to {config.pattern}: all are computed in the forward; "
+            "only parameters are pruned. Those of parametrizations become some by torch.nn.utils."
+            "parametrize.remove_parametrizations(layer, 'weight')"
+        )
+    inner = [
+        path for path, part in module.named_modules() if part is not module and KEY in vars(part)
+    ]
+    if inner:
+        return ConfigError(
+            f"no weight of {name} is pruned to {config.pattern}: {inner[0]!r} is compiled already "
+            "and runs masked as it is; compile either it or all around it"
         )
     reasons = "; ".join(f"{d.weight}: {d.refusal}" for d in list(decisions.values())[:3])
     return ConfigError(

@@ -110,15 +110,20 @@ class GuardedHooks(OrderedDict[int, Any]):
     call has to put hooks in and out, of which TorchDynamo would check each.
     """
 
-    def __init__(self, hook: OutsideCallHook | None = None) -> None:
+    def __init__(self, *guards: OutsideCallHook) -> None:
         super().__init__()
-        self.hook = hook or OutsideCallHook(None)
+        self.guards = guards  # of more than one compiled model where they share the module
 
     @property
     def is_armed(self) -> bool:
-        """Whether the compiled model does not run."""
-        forward = self.hook.forward
-        return forward is not None and not forward.guard.active
+        """Whether the compiled model does not run, and no other one that shares the module."""
+        forwards = [guard.forward for guard in self.guards]
+        alive = [forward for forward in forwards if forward is not None]
+        return bool(alive) and not any(forward.guard.active for forward in alive)
+
+    def keep_others(self, *roots: nn.Module | None) -> tuple[OutsideCallHook, ...]:
+        """Returns the guard's hooks but those of some models."""
+        return tuple(guard for guard in self.guards if guard.root not in roots)
 
     def __bool__(self) -> bool:
         return self.is_armed or super().__len__() > 0
@@ -139,12 +144,14 @@ class GuardedHooks(OrderedDict[int, Any]):
         return self._list_all().values()
 
     def _list_all(self) -> OrderedDict[int, Any]:
-        hooks = OrderedDict[int, Any]({HOOK_ID: self.hook} if self.is_armed else {})
+        hooks = OrderedDict[int, Any]()
+        if self.is_armed:
+            hooks[HOOK_ID] = next(guard for guard in self.guards if guard.forward is not None)
         hooks.update(super().items())
         return hooks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardedHooks:
-        memo[id(self)] = hooks = GuardedHooks(copy.deepcopy(self.hook, memo))
+        memo[id(self)] = hooks = GuardedHooks(*(copy.deepcopy(g, memo) for g in self.guards))
         hooks.update({key: copy.deepcopy(hook, memo) for key, hook in super().items()})
         return hooks
 
@@ -222,7 +229,7 @@ def _install(hook: OutsideCallHook, module: nn.Module, shared: list[dict[int, An
     """Lets a module show a hook; appends its hooks to ``shared`` if it has had any before."""
     hooks = module._forward_pre_hooks
     if isinstance(hooks, GuardedHooks):
-        hooks.hook = hook
+        hooks.guards = (*hooks.keep_others(None, hook.root), hook)
     elif hooks:
         shared.append(hooks)
     else:
@@ -232,8 +239,8 @@ def _install(hook: OutsideCallHook, module: nn.Module, shared: list[dict[int, An
 def remove_hooks(module: nn.Module, root: nn.Module) -> None:
     """Removes the hooks of a compiled model from a module, and those of copies and files."""
     hooks = module._forward_pre_hooks
-    if isinstance(hooks, GuardedHooks) and hooks.hook.root in (None, root):
-        hooks.hook = OutsideCallHook(None)
+    if isinstance(hooks, GuardedHooks):
+        hooks.guards = hooks.keep_others(None, root)
     for key, hook in list(hooks.items()):  # under any key, where a library has copied hooks
         if isinstance(hook, OutsideCallHook) and hook.root in (None, root):
             del hooks[key]

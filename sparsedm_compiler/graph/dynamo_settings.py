@@ -24,6 +24,7 @@ SETTINGS = {
     "suppress_errors": False,
     "optimize_ddp": False,  # its splits hide the parameters behind FakeTensors
     "skip_nnmodule_hook_guards": False,  # hooks added after the first call must be seen
+    "allow_unspec_int_on_nn_module": True,  # a counter of calls would be a new graph at each
     # On in torch 2.11 alone: there a graph goes on for a module of which the class was exchanged.
     "use_recursive_dict_tags_for_guards": False,
 }

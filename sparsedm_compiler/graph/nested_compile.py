@@ -11,11 +11,13 @@ import sys
 import threading
 from typing import Any
 
-from torch import nn
 from torch._dynamo import eval_frame
 
 OURS = "_sparsedm_graphs"
 """The attribute of callbacks of TorchDynamo that mask what they compile."""
+
+_OF_TORCH = ("torch.nn.attention.", "torch._higher_order_ops.")
+"""Modules of torch that compile parts of themselves (flex_attention), which hold no weights."""
 
 _thread = threading.local()
 
@@ -38,9 +40,8 @@ def _choose_callback(callback: Any) -> Any:
     if not _thread.__dict__.get("depth") or chosen in (None, False) or hasattr(callback, OURS):
         return chosen
     piece = sys._getframe(1).f_locals.get("fn")
-    is_layer = isinstance(getattr(piece, "__self__", piece), nn.Module)
-    if not is_layer and getattr(piece, "__module__", "").startswith("torch."):
-        return chosen  # of torch itself (flex_attention)
+    if getattr(piece, "__module__", "").startswith(_OF_TORCH):
+        return chosen
     if (count := _set_count(1)) < 0:  # else fullgraph=True asks that something was compiled
         _set_count(count)
     return None

@@ -388,3 +388,34 @@ def count_graphs(blocks: int) -> int:
 def test_graphs_of_norms_when_blocks_are_equal_are_shared_and_those_of_layers_are_not() -> None:
     """A graph that holds a weight stays with its layer: one may be dense, the next pruned."""
     assert count_graphs(6) - count_graphs(4) == 2
+
+
+class Routed(nn.Module):
+    """Sends every token through one expert, by counts that Python reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 3)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.gate(x).argmax(-1)
+        counts = torch.bincount(chosen, minlength=3).tolist()
+        out = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            if counts[index] == 0:
+                continue
+            (rows,) = torch.where(chosen == index)
+            out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_experts_that_are_chosen_by_counts_run_masked(mode: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), Routed(), nn.Linear(16, 16))
+    x = torch.randn(40, 16)
+    student = sdm.compile(net, "2:4", backend="eager", **OPTIONS[mode])
+    for tokens in (x, x[:7]):
+        assert_same(student(tokens), oracle_of(student)(tokens))
+    assert sum("expert" in name for name in sdm.explain(student).masked) == 3

@@ -186,6 +186,9 @@ def test_adapter_when_added_merged_and_unmerged_runs_as_the_oracle(mode: str, or
         layer.unmerge()
     assert_same(student(X), oracle_of(student)(X))
     assert_same(student(X), out, tolerance=1e-6)  # (W + BA) - BA rounds
+    for layer in list_adapters(student):
+        layer.delete_adapter("default")
+    assert_same(student(X), oracle_of(student)(X))
 
 
 @modes

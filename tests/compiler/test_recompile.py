@@ -176,3 +176,24 @@ def test_weights_when_all_are_parametrized_say_how_to_go_on() -> None:
         nn.utils.parametrize.remove_parametrizations(layer, "weight")
     again = sdm.compile(net, "2:4", backend="eager")
     assert_same(again(X), oracle_of(again)(X))
+
+
+class Counting(Chain):
+    """Counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_counter_of_calls_is_no_reason_to_compile_anew() -> None:
+    student = sdm.compile(Counting(), "2:4", backend="eager")
+    for _ in range(3):
+        student(X)
+    graphs = student._sparsedm.entry._graphs
+    for _ in range(4):
+        student(X)
+    assert student.calls == 7
+    assert student._sparsedm.entry._graphs == graphs
