@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ..config import CompileConfig
 from ..errors import CaptureError, ConfigError
@@ -91,10 +92,18 @@ def decide_weights(
         graph = captured or capture(model, *args, **kwargs)
         if graph is not None:
             sites = find_sites(graph)
-            if all(isinstance(site.product.macs(), int) for site in sites.sites):
+            if _has_all_sizes(sites):
                 return sites.sites, mark_prunable(sites, config)
         sites = _record_sites(model, args, kwargs)
     return sites.sites, mark_prunable(sites, config)
+
+
+def _has_all_sizes(sites: Sites) -> bool:
+    """Returns whether a graph shows the sizes of all products, none of which depends on data."""
+    try:
+        return all(isinstance(site.product.macs(), int) for site in sites.sites)
+    except GuardOnDataDependentSymNode:
+        return False
 
 
 def _record_sites(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sites:

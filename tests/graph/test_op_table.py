@@ -133,3 +133,18 @@ def test_count_macs_of_cross_attention_with_other_key_widths() -> None:
     assert report.dense == queries * 16 * 16 * 2 + keys * 16 * (8 + 24)
     assert report.attention == queries * 7 * 16 * 2
     assert {row.name for row in report.rows if row.pattern} >= {"attn.q_proj_weight"}
+
+
+class Picked(nn.Module):
+    """Attends between the rows that are chosen by their values, beside as many others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x[torch.nonzero(x[:, 0] > 0).flatten()]
+        both = torch.cat([rows, x])[None]
+        return F.scaled_dot_product_attention(both, both, both)
+
+
+def test_count_macs_of_sizes_that_depend_on_values() -> None:
+    x = torch.linspace(-1, 1, 40).reshape(10, 4)
+    rows = 10 + int((x[:, 0] > 0).sum())
+    assert sdm.count_macs(Picked(), x).attention == 2 * rows * rows * 4
