@@ -119,7 +119,7 @@ class EntryPoint:
                 reason = str(failed.inner_exception)
             self._go_partial(reason, *args, **kwargs)
         if self._repeated is not None and torch.is_grad_enabled():
-            raise self._repeated
+            raise self._repeated.with_traceback(None)
         with self._mask_eagerly():
             return self._compiled(module, *args, **kwargs)
 

@@ -108,11 +108,13 @@ def explain_nothing_pruned(
 ) -> ConfigError:
     """Returns the error for a model of which every weight stays dense."""
     name = type(module).__name__
-    if decisions and {row.refusal for row in decisions.values()} == {COMPUTED}:
+    computed = sum(row.refusal == COMPUTED for row in decisions.values())
+    if computed > len(decisions) / 2:
         return ConfigError(
-            f"no weight of {name} is pruned to {config.pattern}: all are computed in the forward; "
-            "only parameters are pruned. Those of parametrizations become some by torch.nn.utils."
-            "parametrize.remove_parametrizations(layer, 'weight')"
+            f"no weight of {name} is pruned to {config.pattern}: {computed} of {len(decisions)} "
+            "are computed in the forward; only parameters are pruned. Those of parametrizations "
+            "become some by torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), "
+            "of the old weight_norm by torch.nn.utils.remove_weight_norm(layer)"
         )
     inner = [
         path for path, part in module.named_modules() if part is not module and KEY in vars(part)

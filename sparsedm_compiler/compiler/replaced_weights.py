@@ -63,7 +63,7 @@ class OriginalWeights:
             if now is not None and is_pruned(tuple(sorted(names)), tuple(parameter.shape)):
                 raise _explain_wrapped(min(names), now[0])
         added = shapes.keys() - self._known
-        for name in self._known - shapes.keys() if added else ():
+        for name in sorted(self._known - shapes.keys()) if added else ():
             layer, _, leaf = name.rpartition(".")
             inside = f"{layer}." if layer else "parametrizations."
             for other in sorted(added):

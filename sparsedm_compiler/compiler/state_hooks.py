@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..backends.kernel_family import WeightFormat
 from ..backends.packing import fold_weight
-from ..graph.capture import KEY
+from ..graph.capture import KEY, Names, map_parameter_names
 from ..graph.names import strip_adapter_prefix
 from ..masks.nm_mask import nm_mask
 from ..patterns import Pattern
@@ -27,11 +27,11 @@ class PartHook:
     A copy of the whole model saves itself. A copy of a part of it is an ordinary module.
     """
 
-    _from_public_api = True  # as of hooks that are registered after their module has saved itself
+    _from_public_api = True  # torch notes it when a hook is registered, as those of copies are not
 
-    def __init__(self, root: nn.Module | None, name: str) -> None:
+    def __init__(self, root: nn.Module | None, names: Mapping[str, Names]) -> None:
         self._root = None if root is None else weakref.ref(root)
-        self._name = name
+        self._names = names  # in the root, by name in the layer
 
     @property
     def forward(self) -> MaskedModel | None:
@@ -45,16 +45,17 @@ class PartHook:
         forward = self.forward
         if forward is None or forward.config.mode != "infer":
             return
-        for leaf, weight in layer._parameters.items():
-            name, key = strip_adapter_prefix(f"{self._name}.{leaf}"), prefix + leaf
-            decision = forward.decisions.get(name)
-            if weight is None or key not in state or decision is None or not decision.pattern:
+        for leaf, names in self._names.items():
+            name = next(filter(forward.decisions.get, map(strip_adapter_prefix, names)), None)
+            weight, key = layer._parameters.get(leaf), prefix + leaf
+            if name is None or weight is None or key not in state:
                 continue
+            pattern = forward.decisions[name].pattern
             packed = forward.weights.find_finalized(weight, name)
             if packed is not None:
                 state[key] = packed.unpack()
-            elif not weight.is_meta and state[key].data_ptr() == weight.data_ptr():
-                state[key] = _mask(weight.detach(), decision.pattern, name)
+            elif pattern and not weight.is_meta and state[key].data_ptr() == weight.data_ptr():
+                state[key] = _mask(weight.detach(), pattern, name)
 
     def unpack(self, *_: Any) -> None:
         """Gives finalized weights their memory back before a part of them is loaded."""
@@ -64,19 +65,20 @@ class PartHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PartHook:
         root = None if self._root is None else self._root()
-        return PartHook(None if root is None else memo.get(id(root)), self._name)
+        return PartHook(None if root is None else memo.get(id(root)), self._names)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PartHook, (None, self._name)
+        return PartHook, (None, self._names)
 
 
 def install_state_hooks(module: nn.Module) -> None:
     """Makes a module and its parts save masked weights, and finalized ones take new values."""
-    for name, layer in module.named_modules():
-        if layer is not module and any(
-            weight is not None and weight.dim() > 1 for weight in layer._parameters.values()
-        ):
-            _install_part(PartHook(module, name), layer)
+    by_id = map_parameter_names(module)
+    for layer in module.modules():
+        weights = ((k, w) for k, w in layer._parameters.items() if w is not None and w.dim() > 1)
+        names = {leaf: by_id[id(weight)] for leaf, weight in weights}
+        if names and layer is not module:
+            _install_part(PartHook(module, names), layer)
     if _fill_state_dict not in module._state_dict_hooks.values():
         module.register_state_dict_post_hook(_fill_state_dict)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_unpack_before_load)  # type: ignore[no-untyped-call]

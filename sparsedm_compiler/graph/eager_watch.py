@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .capture import Names, map_parameter_names
 from .flat_graph import classify_step
-from .nested_compile import run_nested_eagerly
+from .nested_compile import run_eagerly
 from .op_table import OP_TABLE, OpEntry
 from .python_state import undo_after
 
@@ -60,16 +60,15 @@ class EagerMode(TorchFunctionMode):
         super().__init__()
         self._module = module
         self._known: dict[int, tuple[weakref.ref[Tensor], Names]] = {}
-        self._nested = run_nested_eagerly()
         self._refresh()
 
     def __enter__(self) -> Any:
-        self._nested.__enter__()
+        run_eagerly(run_eagerly(0) + 1)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._nested.__exit__()
+        run_eagerly(run_eagerly(0) - 1)
 
     def _refresh(self) -> None:
         names = map_parameter_names(self._module)
@@ -118,9 +117,10 @@ def name_read(function: Any) -> Any:
 class leave_eager_modes:  # noqa: N801
     """Takes the modes of this module off the top of torch's stack while the block runs."""
 
-    __slots__ = ("_modes",)
+    __slots__ = ("_depth", "_modes")
 
     def __enter__(self) -> None:
+        self._depth = run_eagerly(0)
         self._modes: list[EagerMode] = []
         while depth := torch._C._len_torch_function_stack():
             if not isinstance(torch._C._get_function_stack_at(depth - 1), EagerMode):
@@ -130,6 +130,7 @@ class leave_eager_modes:  # noqa: N801
     def __exit__(self, *_: object) -> None:
         for mode in reversed(self._modes):
             torch._C._push_on_torch_function_stack(mode)
+        run_eagerly(self._depth)
 
 
 class EagerWatch(EagerMode):

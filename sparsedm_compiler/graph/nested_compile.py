@@ -22,16 +22,15 @@ _OF_TORCH = ("torch.nn.attention.", "torch._higher_order_ops.")
 _thread = threading.local()
 
 
-class run_nested_eagerly:  # noqa: N801
-    """Lets this thread run eagerly what others have compiled, while the block runs."""
+def run_eagerly(depth: int) -> int:
+    """Lets this thread run eagerly what others have compiled, unless ``depth`` is 0.
 
-    __slots__ = ()
-
-    def __enter__(self) -> None:
-        _thread.depth = _thread.__dict__.get("depth", 0) + 1
-
-    def __exit__(self, *_: object) -> None:
-        _thread.depth -= 1
+    Returns:
+        The depth before.
+    """
+    before: int = _thread.__dict__.get("depth", 0)
+    _thread.depth = depth
+    return before
 
 
 def _choose_callback(callback: Any) -> Any:

@@ -159,6 +159,15 @@ def _describe_inner(a: Arguments, out: Any) -> tuple[Product, ...]:
     return (Product(("other", "input"), macs, "attention", fixed=False, refusal="inner product"),)
 
 
+def _describe_grouped_mm(a: Arguments, out: Any) -> tuple[Product, ...]:
+    """Returns the product of every group. input [M, K] or [G, M, K], other [K, N] or [G, K, N]."""
+    x, other = a["input"], a["other"]
+    groups = out.shape[0] if x.dim() == other.dim() == 2 else 1  # which share the K columns
+    macs = lambda: out.numel() // groups * x.shape[-1]  # noqa: E731
+    refusal = "a factor of grouped_mm"
+    return (Product(("other", "input"), macs, "attention", fixed=False, refusal=refusal),)
+
+
 def _count_attention_macs(query: Any, key: Any, value: Any) -> int:
     """Returns the MACs of QK and AV. query [..., L, E], key [..., S, E], value [..., S, Ev]."""
     return int(
@@ -201,7 +210,8 @@ def _describe_multi_head_attention(a: Arguments, out: Any) -> tuple[Product, ...
             Product((name,), lambda x=x: x.numel() * width)  # type: ignore[misc]
             for name, x in projections.items()
         ]
-    products.append(Product(("out_proj_weight",), lambda: q.numel() * width))
+    out_proj = lambda: _count_tokens(q) * a["out_proj_weight"].numel()  # noqa: E731
+    products.append(Product(("out_proj_weight",), out_proj))
     attention = lambda: _count_heads_macs(q, k, extra, source=0)  # noqa: E731
     return (*products, Product((), attention, "attention", fixed=False))
 
@@ -274,6 +284,8 @@ def _build_table() -> dict[Any, OpEntry]:
     table[torch.einsum] = _EinsumEntry("einsum", ("equation", *_OPERANDS), _describe_einsum)
     add("tensordot", (*_PAIR, "dims"), _describe_tensordot, torch.tensordot)
     add("inner", _PAIR, _describe_inner, torch.inner, Tensor.inner, "inner")
+    grouped = (_aten._grouped_mm.default, torch._grouped_mm, getattr(F, "grouped_mm", None))
+    add("grouped_mm", _PAIR, _describe_grouped_mm, *filter(None, grouped))
     add("attention", _QKV, _describe_sdpa, F.scaled_dot_product_attention)
     add("attention", _QKV, _describe_sdpa, _aten.scaled_dot_product_attention.default)
     add("attention", _QKV, _describe_sdpa, torch.ops.higher_order.flex_attention)

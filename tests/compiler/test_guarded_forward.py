@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from tests.compiler.nets import Chain, X
+from tests.compiler.nets import Chain, X, assert_chain
 from tests.oracle import OPTIONS, assert_same, hand_masked, oracle_of
 
 
@@ -326,3 +326,14 @@ def test_layer_when_replaced_by_one_that_has_a_hook_runs_the_hook(mode: str) -> 
             student(X)
         student.norm = other
         assert_same(student(X), oracle_of(student)(X))
+
+
+class Alternating(Chain):
+    """Multiplies by powers of a negative number, as wavelets do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (-1) ** torch.arange(x.shape[-1])
+
+
+def test_powers_of_a_negative_number_have_both_signs() -> None:
+    assert_chain(sdm.compile(Alternating(), "2:4", backend="eager"))

@@ -302,5 +302,34 @@ class Standardized(nn.Linear):
 
 def test_model_of_computed_weights_alone_says_so() -> None:
     net = nn.Sequential(*(Standardized(16, 16) for _ in range(4)))
-    with pytest.raises(sdm.ConfigError, match="all are computed in the forward; only parameters"):
+    with pytest.raises(sdm.ConfigError, match="4 of 4 are computed in the forward; only para"):
         sdm.compile(net, "2:4", backend="eager")(X)
+
+
+class Scaled(nn.Module):
+    """Multiplies three times by what it makes of two parameters, and by what it makes of x."""
+
+    def __init__(self, broken: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+        self.one, self.two = (nn.Parameter(torch.randn(8, 16)) for _ in range(2))
+        self.broken = broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x))
+        if self.broken and len({x.sum().tolist() for _ in range(2)}) > 1:
+            x = x + 1
+        for _ in range(3):
+            x = nn.functional.linear(x, torch.cat([self.two, self.one]) / 4)
+        attended = nn.functional.linear(x, x @ self.c.weight)
+        return self.c(nn.functional.pad(attended, (0, 14)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_explain_names_what_a_weight_is_computed_from(broken: bool) -> None:
+    student = sdm.compile(Scaled(broken), "2:4", backend="eager")
+    student(X)
+    assert (sdm.explain(student).broken is not None) == broken
+    rows = {row.weight: row.refusal for row in sdm.explain(student).rows}
+    assert rows["from one, two"] == "its weight is computed in the forward, not a parameter"
+    assert sum("computed" in str(refusal) for refusal in rows.values()) == 2

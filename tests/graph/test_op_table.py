@@ -29,6 +29,9 @@ def counted(function: Any, weight: tuple[int, ...], x: tuple[int, ...]) -> sdm.M
     return sdm.count_macs(Call(function, *weight), torch.randn(x), policy="all")
 
 
+OFFSETS = torch.arange(1, 5, dtype=torch.int32) * 8
+
+
 @pytest.mark.parametrize(
     ("function", "weight", "x", "dense", "sparse"),
     [
@@ -64,6 +67,13 @@ def counted(function: Any, weight: tuple[int, ...], x: tuple[int, ...]) -> sdm.M
         (lambda x, w: torch.tensordot(x, w, ([1], [1])), (8, 16), (3, 16), 384, 384),
         (lambda x, w: torch.inner(x, w), (8, 16), (3, 16), 384, 384),
         (lambda x, w: x.inner(w), (8, 16), (3, 16), 384, 384),
+        (
+            lambda x, w: F.grouped_mm(x.bfloat16(), w.bfloat16(), offs=OFFSETS),
+            (4, 16, 8),
+            (32, 16),
+            32 * 16 * 8,
+            32 * 16 * 8,
+        ),
         (lambda x, w: F.linear(x, w.to(x.dtype)), (8, 16), (3, 16), 384, 192),
         (lambda x, w: F.linear(x, w[:4]), (8, 16), (3, 16), 192, 96),
         (lambda x, w: F.linear(x, w.squeeze(-1)), (8, 16, 1), (3, 16), 384, 192),
@@ -133,6 +143,27 @@ def test_count_macs_of_cross_attention_with_other_key_widths() -> None:
     assert report.dense == queries * 16 * 16 * 2 + keys * 16 * (8 + 24)
     assert report.attention == queries * 7 * 16 * 2
     assert {row.name for row in report.rows if row.pattern} >= {"attn.q_proj_weight"}
+
+
+class Pooled(nn.Module):
+    """Attention whose last projection has fewer rows than columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, rows) for rows in (8, 8, 8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        biases = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        weights = {f"{k}_proj_weight": getattr(self, k).weight for k in "qkv"}
+        fixed = (x, 8, 2, None, biases, None, None, False, 0.0, self.out.weight, self.out.bias)
+        return F.multi_head_attention_forward(
+            x[:1], x, *fixed, training=False, use_separate_proj_weight=True, **weights
+        )[0]
+
+
+def test_count_macs_of_attention_with_a_narrow_last_projection() -> None:
+    report = sdm.count_macs(Pooled(), torch.randn(5, 1, 8), policy="all")
+    assert report.dense == (1 + 5 + 5) * 8 * 8 + 8 * 4
 
 
 class Picked(nn.Module):

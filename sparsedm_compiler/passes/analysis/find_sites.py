@@ -27,6 +27,7 @@ class Site:
         refusal: Why this use of the weight cannot be pruned, whatever its size.
         op: The op; None where only its call is known.
         parameter: The parameter; None where only its name is known.
+        source: What a weight that is no parameter is computed from; "" for none or unknown.
     """
 
     node: str
@@ -38,11 +39,12 @@ class Site:
     refusal: str | None = None
     op: Op | None = None
     parameter: Op | None = None
+    source: str = ""
 
     @property
     def label(self) -> str:
-        """The parameter's name, or the node's where the weight is not a parameter."""
-        return self.names[0] if self.names else self.node
+        """The parameter's name; else what the weight is computed from, or the node's name."""
+        return self.names[0] if self.names else self.source or self.node
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def find_sites(captured: CapturedGraph) -> Sites:
     parameters = captured.map_parameters(ops)
     placeholders = (op for op in ops if op.node.op == "placeholder" and op not in parameters)
     inputs = frozenset(op for op in placeholders if op.node not in captured.buffers)
-    return Sites(ops, parameters, inputs, _list_sites(ops, parameters))
+    return Sites(ops, parameters, inputs, _list_sites(ops, parameters, inputs))
 
 
 def find_recorded_sites(run: RecordedRun) -> Sites:
@@ -87,18 +89,27 @@ def find_recorded_sites(run: RecordedRun) -> Sites:
     Returns:
         As ``find_sites``.
     """
-    return Sites(run.ops, run.parameters, run.inputs, _list_sites(run.ops, run.parameters))
+    sites = _list_sites(run.ops, run.parameters, run.inputs)
+    return Sites(run.ops, run.parameters, run.inputs, sites)
 
 
-def _list_sites(ops: Sequence[Op], parameters: dict[Op, Names]) -> tuple[Site, ...]:
+def _list_sites(
+    ops: Sequence[Op], parameters: dict[Op, Names], inputs: frozenset[Op]
+) -> tuple[Site, ...]:
     return tuple(
-        _site(op, product, factors, parameters)
+        _site(op, product, factors, parameters, inputs)
         for op in ops
         for product, factors in op.list_products()
     )
 
 
-def _site(op: Op, product: Product, factors: tuple[Op, ...], parameters: dict[Op, Names]) -> Site:
+def _site(
+    op: Op,
+    product: Product,
+    factors: tuple[Op, ...],
+    parameters: dict[Op, Names],
+    inputs: frozenset[Op],
+) -> Site:
     site = Site(op.name, OP_TABLE[op.node.target].name, product, product.kind, op=op)
     for index, factor in enumerate(factors):
         reading = trace_parameter(factor, parameters)
@@ -115,8 +126,23 @@ def _site(op: Op, product: Product, factors: tuple[Op, ...], parameters: dict[Op
             )
     if not product.fixed:
         return site
-    shape = tuple(factors[0].value.shape)
-    return replace(site, shape=shape, refusal=product.refusal or COMPUTED)
+    shape, source = tuple(factors[0].value.shape), _find_source(factors[0], parameters, inputs)
+    return replace(site, shape=shape, refusal=product.refusal or COMPUTED, source=source)
+
+
+def _find_source(weight: Op, parameters: dict[Op, Names], inputs: frozenset[Op]) -> str:
+    """Returns the largest parameters that a weight is made of; "" if of activations, too."""
+    pending, seen = [weight], {weight}
+    while pending:
+        op = pending.pop()
+        if op in inputs:
+            return ""
+        new = [] if op in parameters else [x for x in op.inputs if x not in seen]
+        seen.update(new)
+        pending.extend(new)
+    sizes = {parameters[op][0]: op.value.numel() for op in seen & parameters.keys()}
+    largest = sorted(name for name, size in sizes.items() if size == max(sizes.values()))
+    return f"from {', '.join(largest)}" if largest else ""
 
 
 COMPUTED = "its weight is computed in the forward, not a parameter"

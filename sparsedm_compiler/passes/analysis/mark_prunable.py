@@ -61,7 +61,7 @@ def decide_weight(
     Returns:
         The decision.
     """
-    names = tuple(strip_adapter_prefix(name) for name in site.names) or (site.node,)
+    names = tuple(strip_adapter_prefix(name) for name in site.names) or (site.label,)
     pattern = _find_pattern(names, config)
     refusal = _refuse_by_options(names, config, known if site.names else None) or refusal
     if pattern is None:
