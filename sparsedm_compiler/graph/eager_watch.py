@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from .capture import Names, map_parameter_names
 from .flat_graph import classify_step
 from .nested_compile import run_eagerly
-from .op_table import OP_TABLE, OpEntry
+from .op_entry import OpEntry
+from .op_table import OP_TABLE
 from .python_state import undo_after
 
 Run = TypeVar("Run", bound=Callable[..., Any])

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .op_table import OP_TABLE, Product
+from .op_entry import Product
+from .op_table import OP_TABLE
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"}
 _CASTS |= {"contiguous", "clone", "detach"}

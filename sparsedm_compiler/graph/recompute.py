@@ -16,17 +16,17 @@ from ..errors import DenseRunError
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _CHECKPOINT = torch.utils.checkpoint.__file__
 _TORCH = _CHECKPOINT.removesuffix("utils/checkpoint.py")
-_masked_again: set[types.CodeType] = set()
+_masked_again: dict[int, types.CodeType] = {}  # by id: code of Dynamo's cannot always be hashed
 
 
 def mask_again(method: Any) -> None:
     """Notes a function that masks what it calls, also where a backward calls it."""
-    _masked_again.add(method.__code__)
+    _masked_again[id(method.__code__)] = method.__code__
 
 
 def list_repeated(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     """Returns the inputs of a graph of Dynamo's that are read outside of such functions."""
-    files = tuple({code.co_filename for code in _masked_again})
+    files = {code.co_filename for code in _masked_again.values()}
     return [
         value
         for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
@@ -55,7 +55,7 @@ def explain_recompute(name: str, stop: types.CodeType) -> DenseRunError | None:
 
 def _find_recompute(stop: types.CodeType) -> str | None:
     frame: types.FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not stop and frame.f_code not in _masked_again:
+    while frame is not None and frame.f_code is not stop and id(frame.f_code) not in _masked_again:
         if frame.f_code.co_filename == _CHECKPOINT:
             return f"torch.utils.checkpoint {_locate(frame)}"
         if frame.f_code is _APPLY:

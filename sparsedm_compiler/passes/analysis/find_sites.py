@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from ...graph.capture import CapturedGraph, Names
 from ...graph.eager_watch import EagerProduct
 from ...graph.flat_graph import Op, ParameterRead, flatten, trace_parameter
-from ...graph.op_table import OP_TABLE, Product
+from ...graph.op_entry import Product
+from ...graph.op_table import OP_TABLE
 from ...graph.recorded_run import RecordedRun
 from ...packed_tensors import explain_packed
 

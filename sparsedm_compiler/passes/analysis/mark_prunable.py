@@ -30,7 +30,8 @@ def mark_prunable(
         config: The user's options.
         known: Names of the parameters that were in the model when it was compiled; weights added
             since (adapters) stay dense. None: all are known.
-        whole: Whether it is the whole model, so that its first and last ops are the model's.
+        whole: Whether it is the whole model, so that its first and last ops are the model's. Of a
+            part, where a value comes from is not known: it has decisions on parameters alone.
 
     Returns:
         One decision per weight, in execution order.
@@ -39,7 +40,7 @@ def mark_prunable(
     at_end: dict[Op | None, str] = {**dict.fromkeys(last, "last"), **dict.fromkeys(first, "first")}
     grouped: dict[str, list[Site]] = {}
     for site in sites.sites:
-        if site.kind != "attention":
+        if site.kind != "attention" and (whole or site.names):
             grouped.setdefault(site.label, []).append(site)
     return tuple(
         decide_weight(uses[0], _refuse_by_use(uses, at_end, config), config, known)

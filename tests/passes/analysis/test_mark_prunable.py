@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
-from sparsedm_compiler.passes import COMPUTED
 from sparsedm_compiler.models import UViT
+from sparsedm_compiler.passes import COMPUTED
 
 
 class Net(nn.Module):
