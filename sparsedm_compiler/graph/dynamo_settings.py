@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -75,8 +76,20 @@ def _apply_settings(settings: dict[str, Any], convert_frame: Any) -> Callable[..
 
     @functools.wraps(convert_frame)  # its attributes, too, by which Dynamo finds the backend
     def convert(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(settings):
-            return convert_frame(*args, **kwargs)
+        return _convert(settings, convert_frame, *args, **kwargs)
 
     setattr(convert, OURS, True)
     return convert
+
+
+def _convert(settings: dict[str, Any], convert_frame: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch._dynamo.config.patch(settings):
+        return convert_frame(*args, **kwargs)
+
+
+def read_compiled_frame(frame: FrameType) -> Any:
+    """Returns the frame that Dynamo compiles while ``frame`` runs our callback, else None.
+
+    The compiled frame is no part of the stack yet.
+    """
+    return frame.f_locals["args"][0] if frame.f_code is _convert.__code__ else None

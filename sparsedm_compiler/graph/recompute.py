@@ -7,13 +7,13 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.utils.checkpoint
 from torch import fx
+from torch.autograd.function import FunctionCtx, FunctionMeta
 
 from ..errors import DenseRunError
+from .dynamo_settings import read_compiled_frame
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _CHECKPOINT = torch.utils.checkpoint.__file__
 _TORCH = _CHECKPOINT.removesuffix("utils/checkpoint.py")
 _masked_again: dict[int, types.CodeType] = {}  # by id: code of Dynamo's cannot always be hashed
@@ -58,10 +58,25 @@ def _find_recompute(stop: types.CodeType) -> str | None:
     while frame is not None and frame.f_code is not stop and id(frame.f_code) not in _masked_again:
         if frame.f_code.co_filename == _CHECKPOINT:
             return f"torch.utils.checkpoint {_locate(frame)}"
-        if frame.f_code is _APPLY:
-            return f"the autograd.Function {frame.f_locals['cls'].__name__} {_locate(frame)}"
+        if function := _find_function(read_compiled_frame(frame) or frame):
+            return f"the autograd.Function {function} {_locate(frame.f_back)}"
         frame = frame.f_back
     return None
+
+
+def _find_function(frame: Any) -> str | None:
+    """Returns the name of the autograd.Function whose forward a frame runs; None for another's."""
+    code = frame.f_code
+    if code.co_name != "forward":
+        return None
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    if isinstance(first, FunctionCtx):
+        return type(first).__name__.removesuffix("Backward")
+    *path, _ = getattr(code, "co_qualname", "").split(".")  # since Python 3.11
+    owner: Any = frame.f_globals.get(path[0]) if path else None
+    for name in path[1:]:
+        owner = getattr(owner, name, None)
+    return owner.__name__ if isinstance(owner, FunctionMeta) else None
 
 
 def _locate(frame: types.FrameType | None) -> str:

@@ -158,6 +158,20 @@ class Product(torch.autograd.Function):
         return grad @ weight, grad.mT @ x
 
 
+class Split(torch.autograd.Function):
+    """The same in torch's other form."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    backward = Product.backward
+
+
 class Raw(nn.Module):
     """Reads a parameter of its own, where a backward in Python reads it again."""
 
@@ -171,13 +185,17 @@ class Raw(nn.Module):
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "function":
-            return Product.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
+        if self.kind != "checkpoint":
+            function = Product if self.kind == "function" else Split
+            return function.apply(x, self.weight)  # type: ignore
         return torch.utils.checkpoint.checkpoint(self.run, x, use_reentrant=False)  # type: ignore
 
 
 @modes
-@pytest.mark.parametrize(("kind", "by"), [("function", "Function Product"), ("c", "checkpoint")])
+@pytest.mark.parametrize(
+    ("kind", "by"),
+    [("function", "Function Product"), ("split", "Function Split"), ("checkpoint", "checkpoint")],
+)
 def test_weight_that_a_backward_in_python_reads_raises(kind: str, by: str, mode: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 16), Raw(kind), nn.Linear(16, 16))
