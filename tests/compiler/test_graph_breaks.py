@@ -287,14 +287,14 @@ def test_every_rule_decides_on_an_eager_run_as_on_a_graph(policy: str) -> None:
         return {
             name: (pattern, re.sub(r"by \w+,", "by it,", str(refusal)), *rest)
             for name, (pattern, refusal, *rest) in decisions.items()
-            if "." in name  # a computed weight is named by its node
         }
 
     model = Rules()
     captured = capture(model, *INPUTS)
     assert captured is not None
     graph = read(decide(find_sites(captured), model, policy))
-    assert len(graph) == 12
+    assert len(graph) == 13
+    assert sum(name.startswith("from ") for name in graph) == 1
     run = find_recorded_sites(record_run(model, *INPUTS))
     assert read(decide(run, model, policy)) == graph
 
