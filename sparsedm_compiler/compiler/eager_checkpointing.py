@@ -13,6 +13,8 @@ from torch import fx
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.utils.checkpoint import checkpoint
 
+from ..graph.retarget import retarget
+
 CONTEXT = "_checkpoint_context_fn"
 """Where Dynamo keeps the contexts of selective checkpointing, in the metadata of the sub-graph."""
 
@@ -22,15 +24,7 @@ def preserve_randomness(gm: fx.GraphModule) -> int:
 
     The latter restores the state of the random generators, unless the model itself says otherwise.
     """
-    count = 0
-    for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
-        nodes = module.graph.find_nodes(op="call_function", target=tag_activation_checkpoint)
-        for node in nodes:
-            node.target = run_checkpointed
-        if nodes:
-            module.recompile()
-        count += len(nodes)
-    return count
+    return retarget(gm, tag_activation_checkpoint, run_checkpointed)
 
 
 def run_checkpointed(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:

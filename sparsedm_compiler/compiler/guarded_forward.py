@@ -184,8 +184,8 @@ class SparseForward(OwnForward):
         """Makes the guard watch the weights that are pruned, or not decided on yet."""
         if self._watched is None:
             self.originals = OriginalWeights(self.module, self.known)
-        if self.config.mode == "infer":
-            install_state_hooks(self.module)
+            if self.config.mode == "infer":
+                install_state_hooks(self.module)
         self.guard.watch(self.module, self.is_pruned)
         self._watched = len(self.decisions)
         for method in list_methods(self.module):

@@ -16,6 +16,7 @@ from ..backends.cpp_compiler import find_compiler
 from ..config import GRAPHS, Backend
 from ..errors import ConfigError
 from ..graph.flat_graph import get_example_value
+from ..graph.retarget import retarget
 from .eager_checkpointing import preserve_randomness
 
 _KNOWN_OPS = ("aten", "prims", "sparsedm")
@@ -30,7 +31,8 @@ def compile_graph(
     ``folded``: whether it is called with folded weights. Inductor's code then does not check the
     layout of each input again, which TorchDynamo's guards and the fold check have done.
     """
-    bracket_powers(gm)
+    # torch.fx writes (-1) ** x as -1 ** x, which Python reads as -(1 ** x).
+    retarget(gm, operator.pow, torch.pow, _is_power_of_number)
     compile_fx: Any = backend
     if isinstance(backend, str):
         name = resolve_backend(backend)
@@ -46,25 +48,8 @@ def compile_graph(
     return keep_outputs(run) if backend == GRAPHS else run
 
 
-def bracket_powers(gm: fx.GraphModule) -> int:
-    """``(-1) ** x -> torch.pow(-1, x)``, and returns how many there were.
-
-    torch.fx writes the former as ``-1 ** x``, which Python reads as ``-(1 ** x)``.
-    """
-    count = 0
-    for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
-        nodes = [
-            node
-            for node in module.graph.find_nodes(op="call_function", target=operator.pow)
-            if isinstance(node.args[0], (int, float))
-            and isinstance(get_example_value(node), Tensor)
-        ]
-        for node in nodes:
-            node.target = torch.pow
-        if nodes:
-            module.recompile()
-        count += len(nodes)
-    return count
+def _is_power_of_number(node: fx.Node) -> bool:
+    return isinstance(node.args[0], (int, float)) and isinstance(get_example_value(node), Tensor)
 
 
 def keep_outputs(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import threading
 import types
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._guards import TracingContext
 
-from ..graph.capture import KEY, Names, map_parameter_names
+from ..graph.capture import Names, map_parameter_names
+from .root_hook import RootHook
 
 _dense_allowed: ContextVar[bool] = ContextVar("dense_allowed", default=False)
 
@@ -68,38 +68,14 @@ class Guarded(Protocol):
         """Raises DenseRunError for a pruned weight of ``owner``."""
 
 
-class OutsideCallHook:
-    """A forward pre-hook of the modules that hold pruned weights of the compiled model ``root``.
-
-    A copy of the whole model guards itself. A copy of a part of it is an ordinary module.
-    """
-
-    def __init__(self, root: nn.Module | None) -> None:
-        self._root = None if root is None else weakref.ref(root)
-
-    @property
-    def root(self) -> nn.Module | None:
-        """The compiled model; None for a hook of a copied or unpickled part."""
-        return None if self._root is None else self._root()
-
-    @property
-    def forward(self) -> Guarded | None:
-        """The guarded forward of the compiled model."""
-        root = self.root
-        return None if root is None else root.__dict__.get(KEY)
+class OutsideCallHook(RootHook):
+    """A forward pre-hook of the modules that hold pruned weights of the compiled model ``root``."""
 
     @torch.compiler.disable(reason=_REASON)  # type: ignore[no-untyped-call, untyped-decorator]
     def __call__(self, module: nn.Module, args: Any) -> None:
-        forward = self.forward
+        forward: Guarded | None = self.forward
         if forward is not None and not _dense_allowed.get():
             forward.refuse_outside_call(module)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OutsideCallHook:
-        root = self.root
-        return OutsideCallHook(None if root is None else memo.get(id(root)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OutsideCallHook, (None,)
 
 
 class GuardedHooks(OrderedDict[int, Any]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,30 +18,25 @@ from ..patterns import Pattern
 from ..reports import Decision
 from ..selection.top_n import KEYS
 from .masked_model import MaskedModel
+from .root_hook import RootHook
 
 
-class PartHook:
+class PartHook(RootHook):
     """Saves one layer of the compiled model ``root`` masked, where a part is saved by itself.
 
-    A copy of the whole model saves itself. A copy of a part of it is an ordinary module.
+    ``names``: of the layer's weights in the root, by their names in the layer.
     """
 
     _from_public_api = True  # torch notes it when a hook is registered, as those of copies are not
 
     def __init__(self, root: nn.Module | None, names: Mapping[str, Names]) -> None:
-        self._root = None if root is None else weakref.ref(root)
-        self._names = names  # in the root, by name in the layer
-
-    @property
-    def forward(self) -> MaskedModel | None:
-        """The guarded forward of the compiled model."""
-        root = None if self._root is None else self._root()
-        return None if root is None else root.__dict__.get(KEY)
+        super().__init__(root, names)
+        self._names = names
 
     def __call__(
         self, layer: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
     ) -> None:
-        forward = self.forward
+        forward: MaskedModel | None = self.forward
         if forward is None or forward.config.mode != "infer":
             return
         for leaf, names in self._names.items():
@@ -59,16 +53,9 @@ class PartHook:
 
     def unpack(self, *_: Any) -> None:
         """Gives finalized weights their memory back before a part of them is loaded."""
-        root = None if self._root is None else self._root()
+        root = self.root
         if root is not None:
             _unpack_before_load(root)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PartHook:
-        root = None if self._root is None else self._root()
-        return PartHook(None if root is None else memo.get(id(root)), self._names)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PartHook, (None, self._names)
 
 
 def install_state_hooks(module: nn.Module) -> None:

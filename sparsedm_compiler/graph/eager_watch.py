@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .capture import Names, map_parameter_names
 from .flat_graph import classify_step
-from .nested_compile import run_eagerly
+from .nested_compile import NESTED
 from .op_entry import OpEntry
 from .op_table import OP_TABLE
 from .python_state import undo_after
@@ -64,12 +64,12 @@ class EagerMode(TorchFunctionMode):
         self._refresh()
 
     def __enter__(self) -> Any:
-        run_eagerly(run_eagerly(0) + 1)
+        NESTED.depth += 1
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        run_eagerly(run_eagerly(0) - 1)
+        NESTED.depth -= 1
 
     def _refresh(self) -> None:
         names = map_parameter_names(self._module)
@@ -121,7 +121,7 @@ class leave_eager_modes:  # noqa: N801
     __slots__ = ("_depth", "_modes")
 
     def __enter__(self) -> None:
-        self._depth = run_eagerly(0)
+        self._depth, NESTED.depth = NESTED.depth, 0
         self._modes: list[EagerMode] = []
         while depth := torch._C._len_torch_function_stack():
             if not isinstance(torch._C._get_function_stack_at(depth - 1), EagerMode):
@@ -131,7 +131,7 @@ class leave_eager_modes:  # noqa: N801
     def __exit__(self, *_: object) -> None:
         for mode in reversed(self._modes):
             torch._C._push_on_torch_function_stack(mode)
-        run_eagerly(self._depth)
+        NESTED.depth = self._depth
 
 
 class EagerWatch(EagerMode):

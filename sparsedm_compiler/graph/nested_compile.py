@@ -19,24 +19,20 @@ OURS = "_sparsedm_graphs"
 _OF_TORCH = ("torch.nn.attention.", "torch._higher_order_ops.")
 """Modules of torch that compile parts of themselves (flex_attention), which hold no weights."""
 
-_thread = threading.local()
+
+class _Nested(threading.local):
+    """``depth``: how many eager modes are on in this thread; others' pieces run eagerly then."""
+
+    depth = 0
 
 
-def run_eagerly(depth: int) -> int:
-    """Lets this thread run eagerly what others have compiled, unless ``depth`` is 0.
-
-    Returns:
-        The depth before.
-    """
-    before: int = _thread.__dict__.get("depth", 0)
-    _thread.depth = depth
-    return before
+NESTED = _Nested()
 
 
 def _choose_callback(callback: Any) -> Any:
     """Returns what TorchDynamo calls for new frames: for a piece of others' nothing at times."""
     chosen = _CHOOSE(callback)
-    if not _thread.__dict__.get("depth") or chosen in (None, False) or hasattr(callback, OURS):
+    if not NESTED.depth or chosen in (None, False) or hasattr(callback, OURS):
         return chosen
     piece = sys._getframe(1).f_locals.get("fn")
     if getattr(piece, "__module__", "").startswith(_OF_TORCH):
