@@ -70,30 +70,6 @@ def refuse_transforms(module: nn.Module) -> None:
         )
 
 
-def refuse_own_copies(module: nn.Module) -> None:
-    """Raises ConfigError for a module whose class hands its ``__dict__`` to a function of its own.
-
-    As the persistent classes of EDM and StyleGAN3 do: a copy would be asked for the module anew
-    while it is being copied.
-    """
-    cls = type(module)
-    if (cls.__reduce__, cls.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):
-        return
-    pending: list[Any] = list(module.__reduce_ex__(4)[1])
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict) and KEY in value:
-            raise ConfigError(
-                f"a compiled {cls.__name__} is neither copied nor pickled, since its class copies "
-                "itself by its own __reduce__ (a persistent class): copy the model before compile "
-                "(of an EMA, too), keep it by sparsedm_compiler.save, compile with inplace=True"
-            )
-        if isinstance(value, (tuple, list)):
-            pending.extend(value)
-        elif isinstance(value, dict):
-            pending.extend(value.values())
-
-
 def explain_unexported(module: nn.Module) -> CaptureError:
     """Returns the error for an export of a model whose parameters are not masked themselves."""
     return CaptureError(

@@ -48,11 +48,11 @@ from .explanations import (
     explain_nothing_pruned,
     explain_outside_call,
     explain_unexported,
-    refuse_own_copies,
 )
 from .folded_weights import FoldedWeights
 from .frozen_masks import FrozenMasks
 from .lower import lower, plan_weights
+from .own_copies import install_own_copies
 from .phase_clock import PhaseClock
 from .read_guard import ReadGuard
 from .release_on_move import install_release
@@ -118,6 +118,7 @@ class SparseForward(OwnForward):
         install_methods(self.module)
         if self.config.mode == "infer":
             install_release(self.module)
+        install_own_copies(self.module)
         self._watch()
 
     @property
@@ -282,7 +283,6 @@ class SparseForward(OwnForward):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies all but the graphs, which the copy captures anew."""
-        refuse_own_copies(self.module)
         state = (self.module, self.config, self.known, self.decisions, self.override)
         return SparseForward, (*state, self.weights.packed, self.frozen)
 
