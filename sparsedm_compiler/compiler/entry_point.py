@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import types
+from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,12 +31,20 @@ from .masked_model import MaskedModel
 _NO_FRAMES = "found no compiled frames"
 """How newer torch words that a call ran uncompiled; the run counter says it for all."""
 
+_RECORDED_STEPS = 100
+"""A generator may have no end."""
+
 _OF_DEVICES = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 def _is_offloaded(module: nn.Module) -> bool:
     """Returns whether Accelerate gives layers their values when they run."""
     return any("_hf_hook" in layer.__dict__ for layer in module.modules())
+
+
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
+def _take_step(step: Callable[[Any], Any], value: Any) -> Any:
+    return step(value)
 
 
 class EntryPoint:
@@ -90,13 +101,29 @@ class EntryPoint:
         with self._mask_eagerly():
             return method(module, *args, **kwargs)
 
+    def resume(self, step: Callable[[Any], Any], value: Any) -> Any:
+        """Takes a step (``send`` or ``throw``) of a generator that ``run_eagerly`` returned."""
+        with self._mask_eagerly():
+            return _take_step(step, value)
+
     def copy(self) -> Callable[..., Any]:
         """Returns the method as a function of (self, ...)."""
         return copy_method(self._forward.module, self._name, self._override)
 
     def record(self, recorder: RunRecorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the method eagerly under a recorder, undone, and returns its result."""
-        return run_undone(recorder, self._forward.module, self.copy(), args, kwargs)
+        """Runs the method eagerly under a recorder, undone, and returns its result.
+
+        Of a generator the first steps are taken.
+        """
+        method = self.copy()
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            out = method(*args, **kwargs)
+            if isinstance(out, types.GeneratorType):
+                deque(islice(out, _RECORDED_STEPS), maxlen=0)
+            return out
+
+        return run_undone(recorder, self._forward.module, run, args, kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         own = getattr(type(self._forward.module), self._name)

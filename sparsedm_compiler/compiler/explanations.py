@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from ..config import CompileConfig
 from ..errors import CaptureError, ConfigError, DenseRunError
 from ..graph.capture import KEY, OwnForward, wraps_forward
-from ..graph.diagnostics import find_user_line
+from ..graph.diagnostics import find_method, find_user_line
 from ..passes import COMPUTED
 from ..reports import Decision
 from .read_guard import describe_function
@@ -27,7 +26,13 @@ def explain_outside_call(module: nn.Module, ours: OwnForward, owner: nn.Module) 
     """
     root = type(module).__name__
     name = next(name for name, child in module.named_modules() if child is owner)
+    method = find_method(module)
     why = f"it was called outside of the calls of the compiled {root}"
+    if method is not None:
+        why = (
+            f"{root}.{method} does not name the part that holds it (it uses getattr, modules() or "
+            "the like), so that compile left it as it was; write self.<part> there"
+        )
     if torch._C._current_autograd_node() is not None:
         why = (
             "a backward runs it again, outside of the model's graphs; checkpoint by "

@@ -28,12 +28,12 @@ class OwnCopy:
         memo[id(module)] = copied
         get_state = getattr(module, "__getstate__", None)  # every object has it from Python 3.11 on
         state = module.__dict__ if get_state is None else get_state()
-        copied.__setstate__(copy.deepcopy(state, memo))
+        copied.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
         return copied
 
 
 class OwnReduce:
-    """Stands in for ``__reduce_ex__``: the class pickles the module as it was before ``compile``."""
+    """Stands in for ``__reduce_ex__``: its class pickles the module as ``compile`` met it."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .entry_point import EntryPoint
 from .masked_model import MaskedModel
 from .read_guard import ReadGuard
 
+_Steps = Generator[Any, Any, Any]
 _REPEATS = 4
 """A method that multiplies by one weight more often than this is a loop, not to be unrolled."""
 
@@ -97,14 +98,34 @@ class SparseMethod:
             with forward.guard:
                 before = PythonState(self.module, args, kwargs)
                 try:
-                    return self._try_plainly(forward, args, kwargs)
+                    out = self._try_plainly(forward, args, kwargs)
                 except _ReadsWeights:
                     before.restore()
+                else:
+                    if not isinstance(out, types.GeneratorType):
+                        return out
                 self.captured = self._decide(forward, args, kwargs)
         if self.captured:
             return forward.run(self.entry, *args, **kwargs)
         with forward.guard:
-            return self.entry.run_eagerly(*args, **kwargs)
+            out = self.entry.run_eagerly(*args, **kwargs)
+        return self._generate(out) if isinstance(out, types.GeneratorType) else out
+
+    def _generate(self, steps: _Steps) -> _Steps:
+        """Yields what the generator of a method yields; its steps run masked, one by one."""
+        forward: MaskedModel = self.module.__dict__[KEY]
+        resume: Callable[[Any], Any] = steps.send
+        value: Any = None
+        while True:
+            try:
+                with forward.guard:
+                    value = self.entry.resume(resume, value)
+            except StopIteration as end:
+                return end.value
+            try:
+                resume, value = steps.send, (yield value)
+            except BaseException as error:  # thrown in, or closed
+                resume, value = steps.throw, error
 
     def _try_plainly(
         self, forward: MaskedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -131,11 +152,14 @@ class SparseMethod:
         recorder = RunRecorder(self.module, count)
         try:
             with forward.calls.refuse(_Loops):
-                self.entry.record(recorder, args, kwargs)
+                out = self.entry.record(recorder, args, kwargs)
         except _Loops:
-            forward.decide_eagerly(recorder.finish())
-            return False
-        return True
+            out = None
+        else:
+            if not isinstance(out, types.GeneratorType):
+                return True
+        forward.decide_eagerly(recorder.finish())
+        return False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SparseMethod, (self.module, self.name, self.override)

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 import sparsedm_compiler as sdm
 from sparsedm_compiler.compiler.sparse_method import find_methods
 from tests.compiler.nets import Chain
-from tests.oracle import OPTIONS, assert_gradients, assert_same, hand_masked, oracle_of
+from tests.oracle import (
+    OPTIONS,
+    ROUNDING,
+    assert_gradients,
+    assert_same,
+    hand_masked,
+    oracle_of,
+)
 from tests.zoo import fill_zeros
 
 X = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
@@ -168,6 +175,104 @@ def test_methods_when_they_loop_or_call_forward_run_masked(mode: str) -> None:
     captured = {name: getattr(student, name).captured for name in ("features", "unroll", "guide")}
     assert captured == {"features": True, "unroll": False, "guide": False}
     assert set(sdm.explain(student).eager) == {"a.weight", "b.weight", "c.weight", "d.weight"}
+
+
+class Stepper(Chain):
+    """A sampler whose methods yield what it has so far."""
+
+    closed = 0
+
+    @torch.no_grad()
+    def progressive(self, x: Tensor, count: int = 3) -> Any:
+        try:
+            for _ in range(count):
+                shift = yield (x := x + self(x) / 2)
+                x = x if shift is None else x + shift
+        finally:
+            Stepper.closed += 1
+        return "all"
+
+    def pieces(self, x: Tensor) -> Any:
+        yield (x := self.b(self.a(x)))
+        try:
+            yield self.c(x)
+        except ValueError:
+            yield self.d(x)
+
+    def endless(self, x: Tensor) -> Any:
+        while True:
+            yield self.a.bias + x
+
+    def last_piece(self, x: Tensor) -> Tensor:
+        return [*self.pieces(x)][-1]  # type: ignore[no-any-return]
+
+    def by_name(self, x: Tensor) -> Tensor:
+        return getattr(self, "ab"[1])(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", ["train", "infer", "sparse"])
+@pytest.mark.parametrize("forward_first", [False, True])
+def test_method_when_a_generator_runs_masked_step_by_step(mode: str, forward_first: bool) -> None:
+    x = torch.linspace(-1, 1, 32).reshape(2, 16)
+    dense = Stepper()
+    student = sdm.compile(dense, "2:4", backend="eager", **OPTIONS[mode])
+    if forward_first:
+        student(x)
+    ours = [*student.pieces(x), *student.progressive(x)]
+    oracle = oracle_of(student)
+    for out, masked, unmasked in zip(
+        ours,
+        [*oracle.pieces(x), *oracle.progressive(x)],
+        [*dense.pieces(x), *dense.progressive(x)],
+        strict=True,
+    ):
+        assert_same(out, masked, tolerance=ROUNDING[mode])
+        assert not torch.equal(out, unmasked)
+    if mode == "train":
+        unread = {"net.d.weight", "net.d.bias"}
+        assert_gradients(Last(student), Last(oracle), ((x,), {}), unread)
+
+
+class Last(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.last_piece(x) + sum(self.net.pieces(x))  # type: ignore
+
+
+def test_generator_of_a_method_is_closed_sent_to_and_thrown_into_as_a_plain_one() -> None:
+    x = torch.linspace(-1, 1, 32).reshape(2, 16)
+    student = sdm.compile(Stepper(), "2:4", backend="eager")
+    student(x)
+    oracle = oracle_of(student)
+    ours, theirs = student.pieces(x), oracle.pieces(x)
+    assert_same(next(ours), next(theirs))
+    assert_same(student(x), oracle(x))  # between two steps
+    with pytest.raises(sdm.DenseRunError, match=r"'b' would run dense.*: it was called outside"):
+        student.b(x)
+    assert_same(next(ours), next(theirs))
+    assert_same(ours.throw(ValueError()), theirs.throw(ValueError()))
+    assert [*ours] == []
+    ours, theirs = student.progressive(x, 2), oracle.progressive(x, 2)
+    assert_same(next(ours), next(theirs))
+    assert_same(ours.send(x), theirs.send(x))
+    with pytest.raises(StopIteration, match="all"):
+        next(ours)
+    ours, before = student.progressive(x), Stepper.closed
+    next(ours)
+    ours.close()
+    assert Stepper.closed == before + 1
+    assert_same(next(student.endless(x)), next(oracle.endless(x)))
+
+
+def test_method_that_reaches_a_layer_by_its_name_is_told_so() -> None:
+    student = sdm.compile(Stepper(), "2:4", backend="eager")
+    x = torch.linspace(-1, 1, 32).reshape(2, 16)
+    student(x)
+    with pytest.raises(sdm.DenseRunError, match=r"Stepper.by_name does not name the part that"):
+        student.by_name(x)
 
 
 class Staged(Chain):
