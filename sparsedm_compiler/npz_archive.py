@@ -14,7 +14,10 @@ import numpy as np
 
 from .errors import DataError
 
-DAMAGE = (OSError, ValueError, EOFError, RuntimeError, BadZipFile, zlib.error, struct.error)
+DAMAGE = (
+    *(OSError, ValueError, EOFError, RuntimeError, BadZipFile, zlib.error, struct.error),
+    *(MemoryError, OverflowError),  # a header may tell of any shape
+)
 """The errors of reading damaged bytes."""
 NOT_WHOLE = "no whole .npz file"
 
@@ -58,6 +61,8 @@ def explain(name: str, error: Exception) -> str:
         return (
             f"its array {name!r} holds Python objects, which are never unpickled here: save numbers"
         )
+    if isinstance(error, MemoryError):
+        return f"its array {name!r} does not fit into memory, if it is not damaged ({error})"
     reason = "" if "pickle" in str(error) else f" ({error})"
     return f"its array {name!r} is damaged{reason}"
 

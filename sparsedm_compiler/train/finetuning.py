@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ..optional_deps import require_extra
 from ..progress import show_announcements
 from .finetune_config import FinetuneConfig
+from .option_checks import check_inputs
 from .result import FinetuneResult
 from .run_inputs import RunInputs
 
@@ -148,6 +149,7 @@ def train_run(
     progress: bool = True,
 ) -> FinetuneResult:
     """Does the work of ``finetune``, with all inputs in one value."""
+    check_inputs(config, inputs)
     with require_extra("finetune", "train"):
         from .gradient_checkpointing import checkpointing_gradients, copy_checkpointing
         from .loop import train_to_end

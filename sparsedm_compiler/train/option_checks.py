@@ -145,6 +145,13 @@ def make_counts_whole(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_inputs(config: Any, inputs: Any) -> None:
+    """Raises ConfigError for an interval at which nothing can be done, for want of an input."""
+    for name, what in (("held_out_every", "held_out"), ("sample_every", "sample_grids")):
+        if getattr(config, name) is not None and getattr(inputs, what) is None:
+            raise ConfigError(f"{name} {getattr(config, name)} does nothing without {what}")
+
+
 def check_pairs(config: Any) -> None:
     """Raises ConfigError for options that do not go together."""
     if config.levels != "uniform" and config.objective != "flow":
@@ -155,6 +162,8 @@ def check_pairs(config: Any) -> None:
         raise ConfigError(
             f"shard=True spreads the state of optimizer 'adamw' alone, not of {config.optimizer!r}"
         )
+    if config.stages and not config.staged:
+        raise ConfigError(f"stages {list(config.stages)} are for a staged run: staged=True")
     if config.teacher == "previous" and not config.staged:
         raise ConfigError("teacher 'previous' is the student of the stage before: staged=True")
     if config.teacher_cache is not None and (config.teacher != "given" or config.beta == 0):

@@ -141,6 +141,14 @@ def test_npz_file_that_is_no_archive_raises(tmp_path: Path) -> None:
         assert "pickle" not in str(caught.value)
 
 
+def header_of(*shape: int) -> bytes:
+    """The first bytes of an array of a shape."""
+    header = io.BytesIO()
+    entry = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, entry)
+    return header.getvalue()
+
+
 def test_npz_entries_that_are_no_arrays_raise(tmp_path: Path) -> None:
     path, header = tmp_path / "x.npz", io.BytesIO()
     np.save(header, COLOUR)
@@ -148,6 +156,8 @@ def test_npz_entries_that_are_no_arrays_raise(tmp_path: Path) -> None:
     for entry, says in (
         (b"no array", "its entry 'x' is no array"),
         (header.getvalue()[:60], "its array 'x' is damaged"),
+        (header_of(10**15, 4), "its array 'x' does not fit into memory, if it is not damaged"),
+        (header_of(10**30), "its array 'x' is damaged"),
         (long, "its array 'x' is damaged$"),  # numpy's own words name allow_pickle
     ):
         with zipfile.ZipFile(path, "w") as archive:
