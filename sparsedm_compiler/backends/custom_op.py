@@ -44,14 +44,18 @@ def register(
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             (x_grad,) = torch.autograd.grad(reference(x, *rest), x, grad)
-        return x_grad
+        out = fake_gradient(grad, x)
+        return x_grad if x_grad.stride() == out.stride() else out.copy_(x_grad)
+
+    def fake_gradient(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        return torch.empty_like(x)  # laid out as x is: Inductor reads it by these strides
 
     op = register_without_gradient(name, full, runs, fake=fake)
     grad_op = register_without_gradient(
         f"{name}_grad",
         f"Tensor grad, {full}",
         {"CompositeExplicitAutograd": compute_x_gradient},
-        fake=lambda grad, x, *_: torch.empty_like(x),
+        fake=fake_gradient,
     )
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -71,10 +71,12 @@ def test_ops_under_a_compiler_give_the_same(backend: str) -> None:
         return nm_conv2d_op(y, second.packed, None, 16, [3, 3], ones, ones, ones, "none", 4) + 1
 
     compiled = torch.compile(run, backend=backend, fullgraph=True)
+    x, weights = torch.randn(2, 32, 16), torch.randn(2, 16, 4, 4)
     with torch.no_grad():
-        for tokens in (16,):
-            x = torch.randn(2, 32, tokens)
-            assert_same(compiled(x), run(x), tolerance=1e-6)
+        assert_same(compiled(x), run(x), tolerance=1e-6)
+    x.requires_grad_()
+    ours, theirs = (torch.autograd.grad(f(x), x, weights) for f in (compiled, run))
+    assert_same(*ours, *theirs, tolerance=1e-6)
 
 
 def test_op_when_a_mode_or_a_transform_waits_goes_through_the_dispatcher() -> None:
