@@ -65,6 +65,7 @@ class EntryPoint:
         self._graphs = 0  # how many have been made
         self._repeated: DenseRunError | None = None  # what a backward of Python would run again
         self._masks = threading.local()
+        self._deciding = threading.Lock()
         self._hooks = HookWatch(forward.module)
         self._guards_hooks = forward.config.mode == "train"  # of which one comparison is no part
 
@@ -167,10 +168,13 @@ class EntryPoint:
 
     def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
         """Runs as several graphs from now on, decided by an eager run, since none holds it all."""
-        recorder = RunRecorder(self._forward.module)
-        self._forward.decide_eagerly(recorder.finish(self.record(recorder, args, kwargs)))
-        self.broken, self._guards_hooks = reason, True
-        self._compiled = self._compile(fullgraph=False)
+        with self._deciding:
+            if self.broken is not None:  # another thread has come first
+                return
+            recorder = RunRecorder(self._forward.module)
+            self._forward.decide_eagerly(recorder.finish(self.record(recorder, args, kwargs)))
+            self._guards_hooks = True
+            self._compiled, self.broken = self._compile(fullgraph=False), reason
 
     @announce("compiling the model", COMPILING)
     def _lower(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -58,7 +58,7 @@ class FoldedWeights:
         self._asks = False  # whether some weights lie on a device that has to be asked
         self._pending: list[_Pending] = []
         self._settled: tuple[int, PlaceCheck] | None = None
-        self._checkers: weakref.WeakSet[HoldsCheck] = weakref.WeakSet()
+        self._checkers: tuple[weakref.ref[HoldsCheck], ...] = ()  # threads read it as it grows
 
     def __len__(self) -> int:
         """The number of weights that are held in a folded form."""
@@ -124,11 +124,11 @@ class FoldedWeights:
 
     def register(self, graph: HoldsCheck) -> None:
         """Makes a graph known that checks whether these weights are as they were folded."""
-        self._checkers.add(graph)
+        self._checkers = (*(ref for ref in self._checkers if ref() is not None), weakref.ref(graph))
 
     def drop_stale_checks(self) -> None:
         """Frees what checks of earlier generations keep, the memory of replaced weights too."""
-        for graph in self._checkers:
+        for graph in filter(None, (ref() for ref in self._checkers)):
             graph.drop_stale_check()
 
     def _finalize(

@@ -1,12 +1,16 @@
-"""Copies and pickles of a compiled model whose class makes its own, as EDM's persistent ones do.
+"""How a compiled model is copied and pickled.
 
-Such a class hands its ``__dict__`` to a function that makes the module. Ours lies in that
-``__dict__`` and refers to the module, so the copy would be asked for while it is being made.
+As any module, but where its ``__dict__``, in which ours refer to the module, is no state to be read
+back: a class may hand it to a function that makes the module (EDM's persistent classes), so that
+the copy would be asked for while it is being made; and a bound method, as which accelerate wraps
+a forward, is read back as the method that the class has.
 """
 
 from __future__ import annotations
 
 import copy
+import types
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -33,32 +37,47 @@ class OwnCopy:
 
 
 class OwnReduce:
-    """Stands in for ``__reduce_ex__``: its class pickles the module as ``compile`` met it."""
+    """Stands in for ``__reduce_ex__``, by which a module is pickled."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
-    def __call__(self, protocol: int) -> tuple[Any, ...]:
-        cls, (module, *state) = self._module.__dict__[KEY].__reduce__()
-        return _install, (cls, _strip(module), *state)
+    def __call__(self, protocol: int) -> Any:
+        module = self._module
+        if not (_reduces_itself(module) or _is_bound(module.__dict__.get("forward"), module)):
+            return type(module).__reduce_ex__(module, protocol)
+        cls, (_, config, known, decisions, override, *rest) = module.__dict__[KEY].__reduce__()
+        override = None if _is_bound(override, module) else override
+        return _install, (cls, _strip(module), config, known, decisions, override, *rest)
 
 
 def install_own_copies(module: nn.Module) -> None:
-    """Lets a compiled model be copied and pickled if its class does both in its own way."""
-    cls = type(module)
-    if (cls.__reduce__, cls.__reduce_ex__) != (object.__reduce__, object.__reduce_ex__):
+    """Lets a compiled model be copied and pickled, whatever its class and wrappers do."""
+    if _reduces_itself(module) or not hasattr(type(module), "__deepcopy__"):
         module.__dict__["__deepcopy__"] = OwnCopy(module)
-        module.__dict__["__reduce_ex__"] = OwnReduce(module)
+    module.__dict__["__reduce_ex__"] = OwnReduce(module)
+
+
+def _reduces_itself(module: nn.Module) -> bool:
+    cls = type(module)
+    return (cls.__reduce__, cls.__reduce_ex__) != (object.__reduce__, object.__reduce_ex__)
+
+
+def _is_bound(value: Any, module: nn.Module) -> bool:
+    return isinstance(value, types.MethodType) and value.__self__ is module
 
 
 def _strip(module: nn.Module) -> nn.Module:
-    """Returns a module of the same parameters and layers without what ``compile`` has set on it."""
+    """Returns a module of the same parameters and layers without what ``compile`` has set on it.
+
+    Nor has it what is bound to the module, which a file does not keep either.
+    """
     plain = type(module).__new__(type(module))
     for name, value in module.__dict__.items():
-        if isinstance(value, SparseMethod) and value.override is not None:
-            plain.__dict__[name] = value.override
-        elif not isinstance(value, (SparseMethod, OwnForward, ReleasingApply, OwnCopy, OwnReduce)):
-            plain.__dict__[name] = value
+        kept = value.override if isinstance(value, SparseMethod) else value
+        ours = isinstance(kept, (OwnForward, ReleasingApply, OwnCopy, OwnReduce, NoneType))
+        if kept is value is None or not (ours or _is_bound(kept, module)):
+            plain.__dict__[name] = kept
     return plain
 
 

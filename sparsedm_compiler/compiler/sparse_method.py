@@ -69,7 +69,7 @@ class SparseMethod:
         self.__signature__ = inspect.signature(method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and self.guard is not None and self.guard.active:
+        if torch.compiler.is_dynamo_compiling() and self.guard is not None and self.guard.active:
             return self._call_own(*args, **kwargs)
         return self._run(*args, **kwargs)
 

@@ -14,7 +14,7 @@ from torch._dynamo.eval_frame import skip_code
 
 from ..errors import DenseRunError
 from .capture import Names
-from .eager_watch import EagerMode, EagerProduct, leave_to_python, name_read
+from .eager_watch import EagerMode, EagerProduct, is_compiling_here, leave_to_python, name_read
 from .flat_graph import classify_step
 from .op_table import OP_TABLE
 from .recompute import explain_recompute
@@ -95,7 +95,7 @@ class EagerMask(EagerMode):
         return masked
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling() or not (
+        if is_compiling_here() or not (
             self._touches(args) or (kwargs and self._touches(kwargs.values()))
         ):
             return func(*args, **(kwargs or {}))

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
+from torch._guards import CompileContext
 from torch.overrides import TorchFunctionMode
 
 from .capture import Names, map_parameter_names
@@ -110,6 +111,14 @@ class EagerMode(TorchFunctionMode):
         return values, {k: names for k, names in named.items() if names}
 
 
+def is_compiling_here() -> bool:
+    """Returns whether TorchDynamo traces this call, or compiles in this thread.
+
+    ``torch.compiler.is_compiling()`` is true in every thread while one of them compiles.
+    """
+    return torch.compiler.is_dynamo_compiling() or CompileContext.try_get() is not None
+
+
 def name_read(function: Any) -> Any:
     """Returns the name of the attribute that a function reads, ``T`` of ``w.T``; else itself."""
     return function.__self__.__name__ if function.__name__ == "__get__" else function
@@ -144,7 +153,7 @@ class EagerWatch(EagerMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if torch.compiler.is_compiling():
+        if is_compiling_here():
             return out
         entry = OP_TABLE.get(func)
         if entry is not None:
@@ -158,6 +167,7 @@ class EagerWatch(EagerMode):
 
 # Dynamo may inline a mode into a graph it captures, but must not make a graph of the mode itself.
 skip_code(EagerWatch.__torch_function__.__code__)
+skip_code(is_compiling_here.__code__)
 
 
 def watch_eager(

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import skip_code
 
 from .capture import Names, copy_forward
-from .eager_watch import EagerMode, name_read, run_undone
+from .eager_watch import EagerMode, is_compiling_here, name_read, run_undone
 from .flat_graph import Op, classify_step, link_users, may_write, trace_parameter
 from .op_table import OP_TABLE
 
@@ -55,7 +55,7 @@ class RunRecorder(EagerMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not torch.compiler.is_compiling():
+        if not is_compiling_here():
             self._record(func, args, kwargs or {}, out)
         return out
 
