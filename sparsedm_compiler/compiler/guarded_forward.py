@@ -52,10 +52,10 @@ from .explanations import (
 from .folded_weights import FoldedWeights
 from .frozen_masks import FrozenMasks
 from .lower import lower, plan_weights
+from .own_apply import install_apply
 from .own_copies import install_own_copies
 from .phase_clock import PhaseClock
 from .read_guard import ReadGuard
-from .release_on_move import install_release
 from .replaced_weights import OriginalWeights, require_decisions, require_read_weights
 from .sparse_method import install_methods, list_methods
 from .state_hooks import install_state_hooks
@@ -117,7 +117,7 @@ class SparseForward(OwnForward):
         self.module.__dict__[KEY] = self
         install_methods(self.module)
         if self.config.mode == "infer":
-            install_release(self.module)
+            install_apply(self.module)
         install_own_copies(self.module)
         self._watch()
 

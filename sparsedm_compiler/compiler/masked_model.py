@@ -14,6 +14,7 @@ from ..graph.recorded_run import RecordedRun
 from ..reports import Decision
 from .call_state import CallState
 from .folded_weights import FoldedWeights
+from .frozen_masks import FrozenMasks
 from .read_guard import ReadGuard
 
 
@@ -24,6 +25,7 @@ class MaskedModel(Protocol):
     config: CompileConfig
     decisions: dict[str, Decision]
     weights: FoldedWeights
+    frozen: FrozenMasks
     guard: ReadGuard
     calls: CallState
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -15,7 +16,8 @@ from .guarded_forward import SparseForward
 from .lookup import require_compiled
 from .read_guard import describe_function, remove_hooks
 from .sparse_method import list_methods
-from .state_hooks import mask_state_dict
+from .stand_in import StandIn
+from .state_hooks import mask_state_dict, remove_state_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,7 +60,8 @@ def copy_masked(model: Model) -> Model:
         for name, weight in forward.module.named_parameters(remove_duplicate=False):
             if name in state and not _shares_memory(weight, state[name]):
                 memo[id(weight)] = nn.Parameter(state[name], requires_grad=False)
-        installed = (forward, *list_methods(forward.module))
+        stand_ins = (v for v in forward.module.__dict__.values() if isinstance(v, StandIn))
+        installed = (forward, *list_methods(forward.module), *stand_ins)
         memo.update({id(value): _REMOVED for value in installed})
     try:
         plain = copy.deepcopy(model, memo)
@@ -95,5 +98,7 @@ def _restore_own_methods(module: nn.Module, forward: SparseForward, memo: dict[i
     for name, override in own.items():
         if override is not None:
             module.__dict__[name] = copy.deepcopy(override, memo)
+    remove_state_hooks(module)
     for child in module.modules():
         remove_hooks(child, module)
+        child._forward_pre_hooks = OrderedDict(child._forward_pre_hooks)

@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import copy
 import types
-from types import NoneType
 from typing import Any
 
 from torch import nn
 
 from ..graph.capture import KEY, OwnForward
-from .release_on_move import ReleasingApply
 from .sparse_method import SparseMethod
+from .stand_in import StandIn
 
 
-class OwnCopy:
-    """Stands in for ``__deepcopy__``: copies the module as any other."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+class OwnCopy(StandIn):
+    """``__deepcopy__``, which copies the module as any other."""
 
     def __call__(self, memo: dict[int, Any]) -> nn.Module:
-        module = self._module
+        module = self.module
         copied = type(module).__new__(type(module))
         memo[id(module)] = copied
         get_state = getattr(module, "__getstate__", None)  # every object has it from Python 3.11 on
@@ -36,14 +32,11 @@ class OwnCopy:
         return copied
 
 
-class OwnReduce:
-    """Stands in for ``__reduce_ex__``, by which a module is pickled."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+class OwnReduce(StandIn):
+    """``__reduce_ex__``, by which the module is pickled."""
 
     def __call__(self, protocol: int) -> Any:
-        module = self._module
+        module = self.module
         if not (_reduces_itself(module) or _is_bound(module.__dict__.get("forward"), module)):
             return type(module).__reduce_ex__(module, protocol)
         cls, (_, config, known, decisions, override, *rest) = module.__dict__[KEY].__reduce__()
@@ -75,8 +68,9 @@ def _strip(module: nn.Module) -> nn.Module:
     plain = type(module).__new__(type(module))
     for name, value in module.__dict__.items():
         kept = value.override if isinstance(value, SparseMethod) else value
-        ours = isinstance(kept, (OwnForward, ReleasingApply, OwnCopy, OwnReduce, NoneType))
-        if kept is value is None or not (ours or _is_bound(kept, module)):
+        if isinstance(kept, (OwnForward, StandIn)) or _is_bound(kept, module):
+            continue
+        if kept is value or kept is not None:
             plain.__dict__[name] = kept
     return plain
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class PartHook(RootHook):
             if packed is not None:
                 state[key] = packed.unpack()
             elif pattern and not weight.is_meta and state[key].data_ptr() == weight.data_ptr():
-                state[key] = _mask(weight.detach(), pattern, name)
+                state[key] = mask_stored(weight.detach(), pattern, name)
 
     def unpack(self, *_: Any) -> None:
         """Gives finalized weights their memory back before a part of them is loaded."""
@@ -73,15 +73,27 @@ def install_state_hooks(module: nn.Module) -> None:
 
 def _install_part(part: PartHook, layer: nn.Module) -> None:
     """Puts a layer's hooks into the place of those that it has."""
-    saving, loading = layer._state_dict_hooks, layer._load_state_dict_pre_hooks
-    for key in [key for key, hook in saving.items() if isinstance(hook, PartHook)]:
-        del saving[key]
-    for key, wrapped in list(loading.items()):
-        hook = wrapped.hook  # type: ignore[attr-defined]
-        if isinstance(getattr(hook, "__self__", None), PartHook):
-            del loading[key]
+    _remove(_is_of_part, layer)
     layer.register_state_dict_post_hook(part)  # type: ignore[no-untyped-call]
     layer.register_load_state_dict_pre_hook(part.unpack)  # type: ignore[no-untyped-call]
+
+
+def remove_state_hooks(module: nn.Module) -> None:
+    """Removes what ``install_state_hooks`` has added, from a copy of a compiled model."""
+    for layer in module.modules():
+        _remove(_is_of_part, layer)
+    _remove((_fill_state_dict, _unpack_before_load).__contains__, module)
+
+
+def _is_of_part(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", hook), PartHook)
+
+
+def _remove(is_ours: Callable[[Any], bool], layer: nn.Module) -> None:
+    for hooks in (layer._state_dict_hooks, layer._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if is_ours(getattr(hook, "hook", hook)):  # torch wraps those that are called first
+                del hooks[key]
 
 
 def _unpack_before_load(module: nn.Module, *_: Any) -> None:
@@ -121,11 +133,11 @@ def mask_state_dict(
         if weight.is_meta or state[key].data_ptr() != weight.data_ptr():
             continue
         if id(weight) not in masked:
-            masked[id(weight)] = _mask(weight.detach(), patterns[name], name)
+            masked[id(weight)] = mask_stored(weight.detach(), patterns[name], name)
         state[key] = masked[id(weight)]
 
 
-def _mask(weight: Tensor, pattern: Pattern, name: str) -> Tensor:
+def mask_stored(weight: Tensor, pattern: Pattern, name: str) -> Tensor:
     """Returns a weight masked, also one that is stored in float8 (layerwise casting)."""
     if weight.dtype in KEYS:
         return fold_weight(weight, WeightFormat(pattern), name)

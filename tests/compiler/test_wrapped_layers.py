@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -253,66 +252,6 @@ def test_part_when_saved_and_loaded_alone_holds_masked_weights(finalize: bool) -
     plain = Sampler(Chain())
     plain.model.load_state_dict(student.model.state_dict())
     assert_same(student(X), plain(X), tolerance=ROUNDING["sparse"])
-
-
-def rebuild(state: dict[str, Any]) -> nn.Module:
-    net = Persistent.__new__(Persistent)
-    net.__setstate__(state["values"])
-    return net
-
-
-class Persistent(Chain):
-    """Copies itself as the persistent classes of EDM do."""
-
-    def __reduce__(self) -> Any:
-        return rebuild, ({"values": super().__reduce__()[2]},)
-
-    def tail(self, x: Tensor) -> Tensor:
-        return self.c(self.b(x))  # type: ignore[no-any-return]
-
-
-def pickled(value: Any) -> Any:
-    return pickle.loads(pickle.dumps(value))
-
-
-@pytest.mark.parametrize("mode", ["train", "infer", "sparse"])
-@pytest.mark.parametrize("again", [copy.deepcopy, pickled])
-def test_student_of_a_persistent_class_when_copied_masks_its_own(again: Any, mode: str) -> None:
-    torch.manual_seed(0)
-    net = Persistent()
-    student = sdm.compile(net, "2:4", backend="eager", **OPTIONS[mode])
-    early = again(student)
-    out = student(X)
-    assert_same(out, oracle_of(student)(X), tolerance=ROUNDING[mode])
-    for twin in (early, again(student), again(again({"ema": student}))["ema"]):
-        assert_same(twin(X), out, tolerance=ROUNDING[mode])
-        assert masked_patterns(twin) == masked_patterns(student)
-        with torch.no_grad():
-            for parameter in twin.parameters():
-                parameter.mul_(-1.5)
-        oracle = oracle_of(twin)
-        assert_same(twin(X), oracle(X), tolerance=ROUNDING[mode])
-        assert_same(twin.tail(X), oracle.tail(X), tolerance=ROUNDING[mode])
-        with pytest.raises(sdm.DenseRunError, match="outside of the calls of the compiled Persis"):
-            twin.b(X)
-    assert_same(student(X), out)
-    assert type(again(net)) is Persistent
-    assert "forward" not in again(net).__dict__
-
-
-def test_student_of_a_persistent_class_with_a_method_of_its_own_keeps_it_in_a_file() -> None:
-    torch.manual_seed(0)
-    net = Persistent()
-    net.tail = shifted  # type: ignore[method-assign]
-    student = pickled(sdm.compile(net, "2:4", backend="eager"))
-    student(X)
-    assert_same(student.tail(X), shifted(X))
-    fast = sdm.compile(pickled(student), mode="infer", backend="eager")
-    assert_same(fast(X), student(X))
-
-
-def shifted(x: Tensor) -> Tensor:
-    return x + 1
 
 
 class Branch(nn.Module):
