@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_KEEPS_VALUES = ("requires_grad_", "share_memory_", "rename_", "detach_")
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "and", "or", "xor")
+_IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
 _GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class HollowParameter(nn.Parameter):
     """A parameter that holds no values, because its packed form runs in its place.
 
-    What edits weights in place (an adapter that is merged) does so through ``data``, and gets the
+    What edits it in place (an adapter that is merged), by its methods or through ``data``, gets the
     masked dense values: ``refill`` puts them back first. Copies and files hold ordinary parameters.
     """
 
@@ -23,8 +26,9 @@ class HollowParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func == _GET_DATA:
-                cls.refill(args[0])
+            first = next(iter((*args, *(kwargs or {}).values())), None)
+            if isinstance(first, HollowParameter) and (func == _GET_DATA or _writes(func)):
+                first.refill(first)
             return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -36,6 +40,14 @@ class HollowParameter(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return super().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def _writes(function: Any) -> bool:
+    """Returns whether a method changes the values of its tensor."""
+    name = function.__name__
+    if name.startswith("_"):
+        return name in _IN_PLACE
+    return name.endswith("_") and name not in _KEEPS_VALUES
 
 
 def make_hollow_class(refill: Callable[[Tensor], None]) -> type[HollowParameter]:

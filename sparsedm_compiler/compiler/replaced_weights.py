@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import DenseRunError
 from ..graph.capture import CapturedGraph, Names, map_parameter_names
+from ..graph.eager_watch import Reference, refer_to
 from ..graph.flat_graph import get_example_value
 from ..graph.names import strip_adapter_prefix
 from ..reports import Decision
@@ -19,11 +19,11 @@ class OriginalWeights:
 
     def __init__(self, module: nn.Module, known: frozenset[str]) -> None:
         self._known = known
-        self._objects: list[tuple[weakref.ref[Tensor], frozenset[str]]] = []
+        self._objects: list[tuple[Reference, frozenset[str]]] = []
         names = map_parameter_names(module)
         for parameter in module.parameters():
             stripped = frozenset(map(strip_adapter_prefix, names[id(parameter)]))
-            self._objects.append((weakref.ref(parameter), stripped & known))
+            self._objects.append((refer_to(parameter), stripped & known))
 
     def require_in_place(
         self,

@@ -61,7 +61,7 @@ class EagerMode(TorchFunctionMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._module = module
-        self._known: dict[int, tuple[weakref.ref[Tensor], Names]] = {}
+        self._known: dict[int, tuple[Reference, Names]] = {}
         self._refresh()
 
     def __enter__(self) -> Any:
@@ -78,7 +78,7 @@ class EagerMode(TorchFunctionMode):
             self._note(parameter, names[id(parameter)])
 
     def _note(self, tensor: Tensor, names: Names) -> None:
-        self._known[id(tensor)] = weakref.ref(tensor), names
+        self._known[id(tensor)] = refer_to(tensor), names
 
     @leave_to_python
     def _find_names(self, value: Any, *, multiplied: bool = False) -> Names:
@@ -109,6 +109,19 @@ class EagerMode(TorchFunctionMode):
             if isinstance(v, Tensor)
         }
         return values, {k: names for k, names in named.items() if names}
+
+
+Reference = Callable[[], Tensor | None]
+
+
+def refer_to(tensor: Tensor) -> Reference:
+    """Returns what gives a tensor as long as it lives: a weak reference, but to a subclass.
+
+    Torch moves a parameter of a subclass (quantized weights) by swapping it with another one, and
+    refuses that for a tensor with weak references.
+    """
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return weakref.ref(tensor) if plain else lambda: tensor
 
 
 def is_compiling_here() -> bool:
