@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from ...config import CompileConfig, matches
 from ...graph.capture import Names
 from ...graph.flat_graph import Op, find_readers
 from ...graph.names import strip_adapter_prefix
+from ...graph.unknown_ops import may_multiply, name_target
 from ...patterns import Pattern
 from ...reports import Decision
 from .find_sites import Site, Sites
@@ -42,10 +43,25 @@ def mark_prunable(
     for site in sites.sites:
         if site.kind != "attention" and (whole or site.names):
             grouped.setdefault(site.label, []).append(site)
-    return tuple(
+    decisions = [
         decide_weight(uses[0], _refuse_by_use(uses, at_end, config), config, known)
         for uses in grouped.values()
-    )
+    ]
+    named = {decision.weight for decision in decisions}
+    return (*decisions, *_list_unknown(sites, named))
+
+
+def _list_unknown(sites: Sites, named: Collection[str]) -> Iterator[Decision]:
+    """Yields decisions on weights that no known product reads, but an op that may be one."""
+    for parameter, names in sites.parameters.items():
+        name, shape = strip_adapter_prefix(names[0]), tuple(parameter.value.shape)
+        if name in named or len(shape) < 2:
+            continue
+        for reader, _ in find_readers(parameter):
+            if may_multiply(reader):
+                refusal = f"it is read by {name_target(reader)}, an op that is not known here"
+                yield Decision(name, name_target(reader), shape, None, refusal)
+                break
 
 
 def decide_weight(
