@@ -6,6 +6,7 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -47,27 +48,32 @@ def _take_step(step: Callable[[Any], Any], value: Any) -> Any:
     return step(value)
 
 
-class EntryPoint:
-    """One method of a compiled model.
+_Compiled = tuple[Callable[..., Any], str | None]
+"""What to call, and why it is several graphs; None where one holds it all."""
 
-    ``broken``: why it runs as several graphs, None while one holds it all.
-    """
+
+class EntryPoint:
+    """One method of a compiled model."""
 
     def __init__(
         self, forward: MaskedModel, name: str, override: Callable[..., Any] | None
     ) -> None:
-        self.broken: str | None = None
         self._forward = forward
         self._name = name
         self._override = override
         self._own: Callable[..., Any] | None = None
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: _Compiled | None = None
         self._graphs = 0  # how many have been made
         self._repeated: DenseRunError | None = None  # what a backward of Python would run again
         self._masks = threading.local()
-        self._deciding = threading.Lock()
+        self._deciding = threading.RLock()
         self._hooks = HookWatch(forward.module)
         self._guards_hooks = forward.config.mode == "train"  # of which one comparison is no part
+
+    @property
+    def broken(self) -> str | None:
+        """Why the method runs as several graphs; None while one holds it all."""
+        return None if self._compiled is None else self._compiled[1]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the method. Raises DenseRunError where it would run without its masks."""
@@ -127,17 +133,11 @@ class EntryPoint:
         return run_undone(recorder, self._forward.module, run, args, kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        own = getattr(type(self._forward.module), self._name)
-        hooked = not self._guards_hooks and self._hooks.sees_hooks()
-        if self._compiled is None or own is not self._own or hooked:
-            self._own, self.broken = own, None  # captured anew where it was patched
-            self._repeated = None
-            self._guards_hooks |= hooked
-            self._compiled = self._compile(fullgraph=True)
-        module, reason = self._forward.module, self.broken
+        module = self._forward.module
+        compiled, reason = self._find_compiled()
         if reason is None:
             try:
-                return self._compiled(module, *args, **kwargs)
+                return compiled(module, *args, **kwargs)
             except GRAPH_BREAK_ERRORS as unsupported:
                 refuse_transforms(module)
                 reason = describe_graph_break(unsupported)
@@ -145,11 +145,26 @@ class EntryPoint:
                 if not isinstance(failed.inner_exception, StatefulHooksError):
                     raise
                 reason = str(failed.inner_exception)
-            self._go_partial(reason, *args, **kwargs)
+            compiled = self._go_partial(reason, *args, **kwargs)
         if self._repeated is not None and torch.is_grad_enabled():
             raise self._repeated.with_traceback(None)
         with self._mask_eagerly():
-            return self._compiled(module, *args, **kwargs)
+            return compiled(module, *args, **kwargs)
+
+    def _find_compiled(self) -> _Compiled:
+        """Returns what to call; anew at first, and where the method was patched or got hooks."""
+        own = getattr(type(self._forward.module), self._name)
+        hooked = not self._guards_hooks and self._hooks.sees_hooks()
+        compiled = self._compiled
+        if compiled is not None and own is self._own and not hooked:
+            return compiled
+        with self._deciding:
+            compiled = self._compiled
+            if compiled is None or own is not self._own or (hooked and not self._guards_hooks):
+                self._own, self._repeated = own, None
+                self._guards_hooks |= hooked
+                compiled = self._compiled = self._compile(whole=True), None
+            return compiled
 
     def _mask_eagerly(self) -> EagerMask:
         """Returns this thread's mode for what runs between graphs; anew after each new graph."""
@@ -160,31 +175,32 @@ class EntryPoint:
             kept = self._masks.kept = self._graphs, mask
         return kept[1]
 
-    def _compile(self, *, fullgraph: bool) -> Callable[..., Any]:
+    def _compile(self, *, whole: bool) -> Callable[..., Any]:
         isolate_stateful_hooks(self._forward.module)
-        return compile_method(
-            self.copy(), self._lower, fullgraph=fullgraph, guard_hooks=self._guards_hooks
-        )
+        lower, guard_hooks = partial(self._lower, whole=whole), self._guards_hooks
+        return compile_method(self.copy(), lower, fullgraph=whole, guard_hooks=guard_hooks)
 
-    def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> None:
+    def _go_partial(self, reason: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """Runs as several graphs from now on, decided by an eager run, since none holds it all."""
         with self._deciding:
-            if self.broken is not None:  # another thread has come first
-                return
-            recorder = RunRecorder(self._forward.module)
-            self._forward.decide_eagerly(recorder.finish(self.record(recorder, args, kwargs)))
-            self._guards_hooks = True
-            self._compiled, self.broken = self._compile(fullgraph=False), reason
+            if self._compiled is None or self._compiled[1] is None:  # no other thread came first
+                recorder = RunRecorder(self._forward.module)
+                self._forward.decide_eagerly(recorder.finish(self.record(recorder, args, kwargs)))
+                self._guards_hooks = True
+                self._compiled = self._compile(whole=False), reason
+            return self._compiled[0]
 
     @announce("compiling the model", COMPILING)
-    def _lower(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def _lower(
+        self, gm: fx.GraphModule, example_inputs: list[Any], *, whole: bool
+    ) -> Callable[..., Any]:
         self._graphs += 1
-        if isolate_stateful_hooks(self._forward.module) and self.broken is None:
+        if isolate_stateful_hooks(self._forward.module) and whole:
             raise StatefulHooksError("hooks of a cache carry state from call to call")
         if not self._guards_hooks:
             pin_modules_without_hooks()
-        repeated = [] if self.broken is None else list_repeated(gm, example_inputs)
-        run = self._forward.lower(gm, example_inputs, whole=self.broken is None)
+        repeated = [] if whole else list_repeated(gm, example_inputs)
+        run = self._forward.lower(gm, example_inputs, whole=whole)
         if repeated and self._repeated is None:
             mask: EagerMask = self._masks.kept[1]
             self._repeated = mask.explain_recompute(repeated, self._forward.is_pruned)

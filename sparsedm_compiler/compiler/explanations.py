@@ -28,7 +28,7 @@ def explain_outside_call(module: nn.Module, ours: OwnForward, owner: nn.Module) 
     name = next(name for name, child in module.named_modules() if child is owner)
     method = find_method(module)
     why = f"it was called outside of the calls of the compiled {root}"
-    if method is not None:
+    if method is not None and method not in module.__dict__:
         why = (
             f"{root}.{method} does not name the part that holds it (it uses getattr, modules() or "
             "the like), so that compile left it as it was; write self.<part> there"

@@ -92,10 +92,10 @@ class GuardedHooks(OrderedDict[int, Any]):
 
     @property
     def is_armed(self) -> bool:
-        """Whether the compiled model does not run, and no other one that shares the module."""
+        """Whether this thread runs neither the compiled model nor one that shares the module."""
         forwards = [guard.forward for guard in self.guards]
         alive = [forward for forward in forwards if forward is not None]
-        return bool(alive) and not any(forward.guard.active for forward in alive)
+        return bool(alive) and not any(forward.guard.is_running for forward in alive)
 
     def keep_others(self, *roots: nn.Module | None) -> tuple[OutsideCallHook, ...]:
         """Returns the guard's hooks but those of some models."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizeContext
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.types import GuardFilterEntry
@@ -83,7 +84,8 @@ def _apply_settings(settings: dict[str, Any], convert_frame: Any) -> Callable[..
 
 
 def _convert(settings: dict[str, Any], convert_frame: Any, *args: Any, **kwargs: Any) -> Any:
-    with torch._dynamo.config.patch(settings):
+    # The lock of all compilations: in torch 2.11 the settings are those of all threads.
+    with compile_lock, torch._dynamo.config.patch(settings):
         return convert_frame(*args, **kwargs)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
 from tests.compiler.nets import Chain
@@ -75,6 +76,30 @@ def test_first_call_while_another_thread_compiles_decides_as_any(
     assert set(sdm.explain(student).masked) == {"b.weight", "c.weight"}
 
 
+def hold(student: nn.Module, runs: threading.Event, done: threading.Event) -> None:
+    """Runs the model from ``runs`` to ``done``, as far as its guard can tell."""
+    with student._sparsedm.guard:
+        runs.set()
+        done.wait()
+
+
+@modes
+def test_layer_called_by_itself_while_another_thread_runs_the_model_raises(mode: str) -> None:
+    student = sdm.compile(Steady(), "2:4", backend="eager", **OPTIONS[mode])
+    student(X)
+    runs, done = threading.Event(), threading.Event()
+
+    def call() -> None:
+        runs.wait()
+        try:
+            with pytest.raises(sdm.DenseRunError, match="outside of the calls of the compiled"):
+                student.b(X)
+        finally:
+            done.set()
+
+    in_threads(partial(hold, student, runs, done), call)
+
+
 @modes
 def test_method_when_another_thread_runs_the_model_and_one_compiles_runs_masked(
     mode: str, monkeypatch: pytest.MonkeyPatch
@@ -82,11 +107,6 @@ def test_method_when_another_thread_runs_the_model_and_one_compiles_runs_masked(
     student = sdm.compile(Steady(), "2:4", backend="eager", **OPTIONS[mode])
     student(X)
     runs, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with student._sparsedm.guard:
-            runs.set()
-            done.wait()
 
     def call() -> None:
         runs.wait()
@@ -98,7 +118,7 @@ def test_method_when_another_thread_runs_the_model_and_one_compiles_runs_masked(
             done.set()
         assert_same(out, oracle_of(student).features(X), tolerance=ROUNDING[mode])
 
-    in_threads(hold, call)
+    in_threads(partial(hold, student, runs, done), call)
 
 
 @modes
