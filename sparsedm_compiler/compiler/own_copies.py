@@ -20,11 +20,15 @@ from .stand_in import StandIn
 
 
 class OwnCopy(StandIn):
-    """``__deepcopy__``, which copies the module as any other."""
+    """``__deepcopy__``, which copies the module as any other, or as its class does."""
 
     def __call__(self, memo: dict[int, Any]) -> nn.Module:
         module = self.module
-        copied = type(module).__new__(type(module))
+        own = getattr(type(module), "__deepcopy__", None)
+        if own is not None:  # fx.GraphModule
+            copied = memo[id(module)] = own(_strip(module), memo)
+            return _install(copied, *copy.deepcopy(_get_state(module), memo))
+        copied = object.__new__(type(module))
         memo[id(module)] = copied
         get_state = getattr(module, "__getstate__", None)  # every object has it from Python 3.11 on
         state = module.__dict__ if get_state is None else get_state()
@@ -39,9 +43,7 @@ class OwnReduce(StandIn):
         module = self.module
         if not (_reduces_itself(module) or _is_bound(module.__dict__.get("forward"), module)):
             return type(module).__reduce_ex__(module, protocol)
-        cls, (_, config, known, decisions, override, *rest) = module.__dict__[KEY].__reduce__()
-        override = None if _is_bound(override, module) else override
-        return _install, (cls, _strip(module), config, known, decisions, override, *rest)
+        return _install, (_strip(module), *_get_state(module))
 
 
 def install_own_copies(module: nn.Module) -> None:
@@ -65,7 +67,7 @@ def _strip(module: nn.Module) -> nn.Module:
 
     Nor has it what is bound to the module, which a file does not keep either.
     """
-    plain = type(module).__new__(type(module))
+    plain: nn.Module = object.__new__(type(module))
     for name, value in module.__dict__.items():
         kept = value.override if isinstance(value, SparseMethod) else value
         if isinstance(kept, (OwnForward, StandIn)) or _is_bound(kept, module):
@@ -75,7 +77,14 @@ def _strip(module: nn.Module) -> nn.Module:
     return plain
 
 
-def _install(cls: Any, module: nn.Module, *state: Any) -> nn.Module:
-    """Makes a module from a file a compiled one."""
+def _get_state(module: nn.Module) -> tuple[Any, ...]:
+    """Returns what ``_install`` takes: the class of the forward, and what it is made from."""
+    cls, (_, config, known, decisions, override, *rest) = module.__dict__[KEY].__reduce__()
+    override = None if _is_bound(override, module) else override
+    return cls, config, known, decisions, override, *rest
+
+
+def _install(module: nn.Module, cls: Any, *state: Any) -> nn.Module:
+    """Makes a copied or unpickled module a compiled one."""
     cls(module, *state).install(wrapped="forward" in module.__dict__)
     return module

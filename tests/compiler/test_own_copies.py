@@ -136,3 +136,20 @@ def test_plain_copy_of_a_student_knows_nothing_of_this_package(mode: str) -> Non
     ]
     assert ours == []
     assert b"sparsedm_compiler" not in pickle.dumps(plain)
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_student_of_a_graph_module_when_copied_masks_its_own(mode: str) -> None:
+    torch.manual_seed(0)
+    graph = torch.fx.symbolic_trace(Chain())
+    student = sdm.compile(graph, "2:4", backend="eager", **OPTIONS[mode])
+    out = student(X)
+    twin = copy.deepcopy(student)
+    assert_same(twin(X), out)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(-1.5)
+    assert not torch.equal(twin(X), out)
+    assert_same(student(X), out)
+    with pytest.raises(sdm.DenseRunError, match="outside of the calls"):
+        twin.b(X)
