@@ -44,11 +44,10 @@ def register(
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             (x_grad,) = torch.autograd.grad(reference(x, *rest), x, grad)
-        out = fake_gradient(grad, x)
-        return x_grad if x_grad.stride() == out.stride() else out.copy_(x_grad)
+        return lay_out_as(fake_gradient(grad, x), x_grad)
 
     def fake_gradient(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-        return torch.empty_like(x)  # laid out as x is: Inductor reads it by these strides
+        return torch.empty_like(x)
 
     op = register_without_gradient(name, full, runs, fake=fake)
     grad_op = register_without_gradient(
@@ -96,6 +95,11 @@ def register_without_gradient(
     torch.library.register_fake(f"sparsedm::{name}", fake, lib=_lib)
     overload: Callable[..., Tensor] = getattr(torch.ops.sparsedm, name).default
     return overload
+
+
+def lay_out_as(told: Tensor, out: Tensor) -> Tensor:
+    """Returns ``out`` laid out as ``told``, an empty output of the fake: Inductor reads it so."""
+    return out if out.stride() == told.stride() else told.copy_(out)
 
 
 def _is_plain() -> bool:

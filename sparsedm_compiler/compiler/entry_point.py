@@ -65,6 +65,7 @@ class EntryPoint:
         self._compiled: _Compiled | None = None
         self._graphs = 0  # how many have been made
         self._repeated: DenseRunError | None = None  # what a backward of Python would run again
+        self._transformed: EntryPoint | None = None
         self._masks = threading.local()
         self._deciding = threading.RLock()
         self._hooks = HookWatch(forward.module)
@@ -78,9 +79,11 @@ class EntryPoint:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the method. Raises DenseRunError where it would run without its masks."""
         forward = self._forward
+        transformed = torch._C._functorch.maybe_current_level() is not None
+        entry = self._find_transformed() if transformed else self
         before = forward.calls.runs
         try:
-            out = self._call(*args, **kwargs)
+            out = entry._call(*args, **kwargs)
         except FailOnRecompileLimitHit as limit:
             raise DenseRunError(
                 f"{self} has been compiled for more shapes and settings than it may: "
@@ -92,7 +95,7 @@ class EntryPoint:
                     require_values(forward.module, "this call")
                 raise_own_error(error)
                 raise
-        if forward.calls.runs == before and self.broken is None:  # else the rest is masked, too
+        if forward.calls.runs == before and entry.broken is None:  # else the rest is masked, too
             refuse_transforms(forward.module)
             raise DenseRunError(
                 f"{self} ran without its masks, so its output was dropped: TorchDynamo did "
@@ -150,6 +153,12 @@ class EntryPoint:
             raise self._repeated.with_traceback(None)
         with self._mask_eagerly():
             return compiled(module, *args, **kwargs)
+
+    def _find_transformed(self) -> EntryPoint:
+        """Returns the same method for calls under transforms (vmap), which break its graph."""
+        if self._transformed is None:
+            self._transformed = EntryPoint(self._forward, self._name, self._override)
+        return self._transformed
 
     def _find_compiled(self) -> _Compiled:
         """Returns what to call; anew at first, and where the method was patched or got hooks."""

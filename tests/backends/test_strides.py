@@ -11,14 +11,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsedm_compiler.backends.cpu import norm_conv
+from sparsedm_compiler.backends.cpu import ops as cpu_ops
 from sparsedm_compiler.backends.kernel_family import KernelFamily
 from sparsedm_compiler.backends.kernel_values import MatmulProblem, WeightFormat
-from sparsedm_compiler.backends.registry import list_families
+from sparsedm_compiler.backends.registry import find_family, list_families
 from sparsedm_compiler.errors import PackError
 from sparsedm_compiler.masks.held_mask import hold_mask_op, soft_threshold_op
 from sparsedm_compiler.masks.mask_ste import mask_ste_op
 from sparsedm_compiler.masks.nm_mask import nm_mask
 from sparsedm_compiler.patterns import Pattern
+from tests.backends.cpu.cases import case
 
 ROWS = COLS = 128
 PATTERNS = ("1:4", "2:4", "1:8x16", "64:2:8", "1:2@64x16", "1:2@128x64+2:4")
@@ -121,6 +124,35 @@ def check_family(
                 assert_lies_as_its_fake(gradient.default, torch.ones_like(out), *args)
                 checked += 1
     return checked
+
+
+@pytest.mark.parametrize("size", [(), (1, 1), (3, 3)], ids=str)
+def test_output_where_no_kernel_can_be_built_lies_as_its_fake(
+    size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file from elsewhere runs there."""
+    for module in (cpu_ops, norm_conv):
+        monkeypatch.setattr(module, "why_unavailable", lambda: "there is no compiler")
+    pattern, weight = Pattern.parse("2:4"), torch.randn(ROWS, COLS, *size)
+    images = torch.randn(2, COLS, 4, 6)
+    x = images if size else images.flatten(2).mT.contiguous()
+    geometry = [size, (1, 1), (0, 0), (1, 1)] if size else []
+    for name, layout in (IMAGES if size else TOKENS).items():
+        problem = MatmulProblem(tuple(x.shape), x.dtype, name == "channels_last", *geometry)
+        assert check_family(find_family("cpu_free"), problem, pattern, weight, layout(x))
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["kernel", "no kernel"])
+@pytest.mark.parametrize("layout", IMAGES)
+def test_convolution_behind_a_norm_lies_as_its_fake(
+    layout: str, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, x = case("2:4", 2, 12, torch.float32, (3, 3)), torch.randn(2, 8, 9, 11)
+    if not there:
+        monkeypatch.setattr(norm_conv, "why_unavailable", lambda: "there is no compiler")
+    norm, ones = (None, torch.ones(8), None, 4, 1e-5, "silu"), [1, 1]
+    args = (IMAGES[layout](x), held.packed, None, 12, *norm, [3, 3], ones, ones, ones, "none", 4)
+    assert_lies_as_its_fake(norm_conv.nm_norm_conv2d_op, *args)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4x4", "1:2@8x8"])

@@ -23,7 +23,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sparsedm_compiler as sdm
 from tests.compiler.nets import Chain, X, assert_chain, compiled_chain
-from tests.oracle import OPTIONS, assert_same, hand_masked, masked_patterns, oracle_of
+from tests.oracle import (
+    OPTIONS,
+    ROUNDING,
+    assert_same,
+    hand_masked,
+    masked_patterns,
+    oracle_of,
+)
 
 modes = pytest.mark.parametrize("mode", ["train", "infer"])
 orders = pytest.mark.parametrize("order", ["before", "after"])
@@ -306,3 +313,20 @@ def test_onnx_export_when_masks_are_applied_holds_the_masked_weights(tmp_path: P
         program.model.graph.initializers["b.weight"].const_value.numpy()
     )
     assert_same(weight, student.b.weight.detach())
+
+
+@pytest.mark.parametrize("mode", ["train", "infer", "sparse"])
+@pytest.mark.parametrize("called", [False, True])
+def test_student_under_a_transform_over_its_inputs_stays_one_graph(called: bool, mode: str) -> None:
+    student = sdm.compile(Chain(), "2:4", backend="eager", **OPTIONS[mode])
+    if called:
+        student(X)
+    batch = torch.stack([X, -X])
+    ours = torch.func.vmap(student)(batch)
+    oracle = oracle_of(student)
+    assert_same(ours, oracle(batch), tolerance=ROUNDING[mode])
+    tangent = torch.ones_like(X)
+    derived = [torch.func.jvp(model, (X,), (tangent,))[1] for model in (student, oracle)]
+    assert_same(*derived, tolerance=ROUNDING[mode])
+    assert_same(student(X), oracle(X), tolerance=ROUNDING[mode])
+    assert sdm.explain(student).broken is None

@@ -18,6 +18,7 @@ from ..custom_op import (
     apply_activation,
     cast_bias,
     compute_conv_shape,
+    lay_out_as,
     register_without_gradient,
 )
 from .build import why_unavailable
@@ -68,7 +69,8 @@ def run_norm_conv2d(
     norm that does not fit x.
     """
     if why_unavailable() is not None:
-        return reference_norm_conv2d(x, packed, bias, rows, *rest)
+        told = _fake(x, packed, bias, rows, *rest)
+        return lay_out_as(told, reference_norm_conv2d(x, packed, bias, rows, *rest))
     norm, geometry, (act, tile) = _Norm(*rest[:6]), rest[6:10], rest[10:]
     norm.require_fit(x)
     x, bias = x.contiguous(), lay_out_bias(bias, rows)

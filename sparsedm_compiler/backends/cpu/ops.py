@@ -23,6 +23,7 @@ from ..custom_op import (
     fake_conv2d,
     fake_linear,
     is_channels_last,
+    lay_out_as,
     register,
 )
 from ..weight_matrix import from_matrix
@@ -89,7 +90,8 @@ def run_conv2d(
     """Returns act(W * x + b) by the kernel: [N, C, H, W] -> [N, rows, H', W'], laid out as x is."""
     geometry = kernel, stride, padding, dilation
     if why_unavailable() is not None:
-        return reference_conv2d(x, packed, bias, rows, *geometry, act, tile)
+        told = fake_conv2d(x, packed, bias, rows, *geometry)
+        return lay_out_as(told, reference_conv2d(x, packed, bias, rows, *geometry, act, tile))
     form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     x = x.contiguous(memory_format=form)
     bias = lay_out_bias(bias, rows)
