@@ -94,7 +94,7 @@ def short(
         "batch_size": 8,
         "lr": 1e-2,
         "held_out": tuple(part[:8] for part in data()),
-        "held_out_every": None if "held_out" in options and options["held_out"] is None else 24,
+        "held_out_every": 24,
         "save_every": 24,
         "log_every": 16,
         "flip": True,

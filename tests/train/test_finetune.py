@@ -305,7 +305,6 @@ def test_finetune_with_mixed_up_models_raises() -> None:
         ({"sr_ste_form": "papers"}, "sr_ste_form 'papers' is neither 'paper' nor 'decoupled'"),
         ({"stages": "3:4"}, "stages '3:4' is no list of patterns"),
         ({"stages": ["3:4", "2:4"]}, r"stages \['3:4', '2:4'\] are for a staged run"),
-        ({"held_out_every": 8, "held_out": None}, "held_out_every 8 does nothing without held_out"),
         ({"sample_every": 8}, "sample_every 8 does nothing without sample_grids"),
         ({"method": {"dense": 1}}, "method {'dense': 1} is none of"),
         ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "no add_noise"),

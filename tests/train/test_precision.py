@@ -116,7 +116,7 @@ def test_average_of_frozen_bfloat16_weights_takes_no_more_memory_than_they() -> 
 def test_outputs_of_a_teacher_when_its_first_student_is_in_bfloat16_are_those_for_any(
     tmp_path: Path,
 ) -> None:
-    options: dict[str, Any] = {"images": 8, "held_out": None}
+    options: dict[str, Any] = {"images": 8, "held_out": None, "held_out_every": None}
     with pytest.warns(UserWarning, match=r"weights train in bfloat16.*mixed_precision='bf16'"):
         short(student=student_of(teacher().bfloat16()), teacher_cache=tmp_path, **options)
     assert short(teacher_cache=tmp_path, **options)[0].losses == short(**options)[0].losses

@@ -32,7 +32,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sparsedm", {"model": "entered", "gradient_checkpointing": True}),
     ("sparsedm", {"model": "dit", "gradient_checkpointing": True}),
 )
-OPTIONS: dict[str, Any] = {"images": 24, "held_out": None, "save_every": 8}
+OPTIONS: dict[str, Any] = {"images": 24, "held_out": None, "held_out_every": None, "save_every": 8}
 
 
 def make_model() -> UViT:

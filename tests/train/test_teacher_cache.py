@@ -19,7 +19,7 @@ from sparsedm_compiler.train import FinetuneConfig, fingerprints, teacher_cache
 from tests.group import run_group
 from tests.train.cases import CLASSES, data, short, student_of, teacher, weights
 
-OPTIONS: dict[str, Any] = {"images": 32, "held_out": None}
+OPTIONS: dict[str, Any] = {"images": 32, "held_out": None, "held_out_every": None}
 
 
 def count_calls(model: nn.Module) -> list[int]:
