@@ -73,11 +73,14 @@ def fast_of(model: nn.Module, pattern: str, backend: str = "eager", **options: A
 
 
 @torch.no_grad()
-def check(fast: nn.Module, *inputs: Tensor) -> Tensor:
-    """It gives its oracle's output, which is not the dense model's."""
+def check(fast: nn.Module, *inputs: Tensor, plain: nn.Module | None = None) -> Tensor:
+    """It gives its oracle's output, which is not the dense model's.
+
+    ``plain``: the dense model; None for one of the model's own parameters.
+    """
     out = fast(*inputs).clone()
     assert_same(out, oracle_of(fast)(*inputs), tolerance=CLOSE)
-    dense = hand_masked(fast, {})(*inputs)
+    dense = (plain or hand_masked(fast, {}))(*inputs)
     assert (out - dense).abs().max() > 4 * (out - oracle_of(fast)(*inputs)).abs().max()
     return out
 
@@ -144,7 +147,8 @@ def test_cuda_families_follow_autocast_and_casts(device: str, pattern: str) -> N
         check(fast, *inputs)
     assert KERNELS[pattern] in kernels_of(fast).values()
     fast.to(torch.float16)
-    check(fast, *call(device, dtype=torch.float16))
+    plain = uvit(device, torch.float32).to(torch.float16)
+    check(fast, *call(device, dtype=torch.float16), plain=plain)
     assert {parameter.dtype for parameter in fast.parameters()} == {torch.float16}
 
 
