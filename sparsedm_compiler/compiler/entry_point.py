@@ -6,6 +6,7 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -22,7 +23,7 @@ from ..graph.eager_mask import EagerMask
 from ..graph.eager_watch import run_undone
 from ..graph.module_guards import HookWatch, pin_modules_without_hooks
 from ..graph.recompute import list_repeated
-from ..graph.recorded_run import RunRecorder
+from ..graph.recorded_run import RecordingStopped, RunRecorder
 from ..graph.stateful_hooks import StatefulHooksError, isolate_stateful_hooks
 from ..meta_models import require_values
 from ..progress import COMPILING, announce
@@ -32,6 +33,7 @@ from .masked_model import MaskedModel
 _NO_FRAMES = "found no compiled frames"
 """How newer torch words that a call ran uncompiled; the run counter says it for all."""
 
+_NO_GRADIENT = "does not require grad and does not have a grad_fn"
 _RECORDED_STEPS = 100
 """A generator may have no end."""
 
@@ -123,7 +125,7 @@ class EntryPoint:
     def record(self, recorder: RunRecorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the method eagerly under a recorder, undone, and returns its result.
 
-        Of a generator the first steps are taken.
+        Of a generator the first steps are taken. Raises RecordingStopped before a backward.
         """
         method = self.copy()
 
@@ -133,7 +135,12 @@ class EntryPoint:
                 deque(islice(out, _RECORDED_STEPS), maxlen=0)
             return out
 
-        return run_undone(recorder, self._forward.module, run, args, kwargs)
+        try:
+            return run_undone(recorder, self._forward.module, run, args, kwargs)
+        except RuntimeError as error:
+            if _NO_GRADIENT in str(error):  # torch.autograd.backward, which no mode sees
+                raise RecordingStopped from error
+            raise
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         module = self._forward.module
@@ -193,8 +200,10 @@ class EntryPoint:
         """Runs as several graphs from now on, decided by an eager run, since none holds it all."""
         with self._deciding:
             if self._compiled is None or self._compiled[1] is None:  # no other thread came first
-                recorder = RunRecorder(self._forward.module)
-                self._forward.decide_eagerly(recorder.finish(self.record(recorder, args, kwargs)))
+                recorder, out = RunRecorder(self._forward.module), None
+                with suppress(RecordingStopped):
+                    out = self.record(recorder, args, kwargs)
+                self._forward.decide_eagerly(recorder.finish(out))
                 self._guards_hooks = True
                 self._compiled = self._compile(whole=False), reason
             return self._compiled[0]

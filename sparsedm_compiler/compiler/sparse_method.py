@@ -17,7 +17,8 @@ from ..graph.eager_mask import EagerMask
 from ..graph.eager_watch import EagerProduct
 from ..graph.python_state import PythonState
 from ..graph.recompute import mask_again
-from ..graph.recorded_run import RunRecorder
+from ..graph.recorded_run import RecordingStopped, RunRecorder
+from ..graph.written_parameters import WrittenParameters
 from .entry_point import EntryPoint
 from .masked_model import MaskedModel
 from .read_guard import ReadGuard
@@ -97,9 +98,11 @@ class SparseMethod:
             forward.require_weights()
             with forward.guard:
                 before = PythonState(self.module, args, kwargs)
+                written = WrittenParameters(self.module)
                 try:
-                    out = self._try_plainly(forward, args, kwargs)
+                    out = self._try_plainly(forward, written, args, kwargs)
                 except _ReadsWeights:
+                    written.restore()
                     before.restore()
                 else:
                     if not isinstance(out, types.GeneratorType):
@@ -128,7 +131,11 @@ class SparseMethod:
                 resume, value = steps.throw, error
 
     def _try_plainly(
-        self, forward: MaskedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        forward: MaskedModel,
+        written: WrittenParameters,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Calls the method. Raises _ReadsWeights before its first product by a pruned weight."""
 
@@ -137,7 +144,9 @@ class SparseMethod:
                 raise _ReadsWeights
             return weight
 
-        with EagerMask(self.module, stop):
+        mode = EagerMask(self.module, stop)
+        mode.written = written
+        with mode:
             return self._call_own(*args, **kwargs)
 
     def _decide(self, forward: MaskedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -153,8 +162,8 @@ class SparseMethod:
         try:
             with forward.calls.refuse(_Loops):
                 out = self.entry.record(recorder, args, kwargs)
-        except _Loops:
-            out = None
+        except (_Loops, RecordingStopped):
+            pass  # Dynamo would unroll the one, and run the other in pieces
         else:
             if not isinstance(out, types.GeneratorType):
                 return True

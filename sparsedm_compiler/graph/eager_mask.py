@@ -95,9 +95,10 @@ class EagerMask(EagerMode):
         return masked
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_compiling_here() or not (
-            self._touches(args) or (kwargs and self._touches(kwargs.values()))
-        ):
+        compiling = is_compiling_here()
+        if self.written is not None and not compiling:
+            self.written.note(func, args)
+        if compiling or not (self._touches(args) or (kwargs and self._touches(kwargs.values()))):
             return func(*args, **(kwargs or {}))
         return self._run_masked(func, args, kwargs or {})
 

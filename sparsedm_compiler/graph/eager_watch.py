@@ -20,6 +20,7 @@ from .nested_compile import NESTED
 from .op_entry import OpEntry
 from .op_table import OP_TABLE
 from .python_state import undo_after
+from .written_parameters import WrittenParameters
 
 Run = TypeVar("Run", bound=Callable[..., Any])
 
@@ -57,6 +58,9 @@ class EagerMode(TorchFunctionMode):
     It knows the parameters of a module, also those that the call brings in (offloaded weights),
     and the casts and views of them.
     """
+
+    written: WrittenParameters | None = None
+    """What its run has written to parameters, where it is to be undone."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -203,8 +207,13 @@ def run_undone(
 ) -> Any:
     """Runs ``method(module, *args, **kwargs)`` eagerly under a mode and undoes it.
 
-    The run leaves no trace: no gradients, and random states and Python objects are put back.
+    The run leaves no trace: random states, Python objects and written parameters are put back. Of
+    gradients it makes none, where its mode ends it before a backward.
     """
     run: Any = torch._dynamo.disable(method)  # type: ignore[no-untyped-call]
-    with undo_after(module, args, kwargs), torch.no_grad(), mode:
-        return run(module, *args, **kwargs)
+    try:
+        with undo_after(module, args, kwargs), torch.no_grad(), mode:
+            return run(module, *args, **kwargs)
+    finally:
+        if mode.written is not None:
+            mode.written.restore()

@@ -20,6 +20,7 @@ from .capture import Names, copy_forward
 from .eager_watch import EagerMode, is_compiling_here, name_read, run_undone
 from .flat_graph import Op, classify_step, link_users, may_write, trace_parameter
 from .op_table import OP_TABLE
+from .written_parameters import WrittenParameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,10 @@ class RecordedRun:
     inputs: frozenset[Op]
 
 
+class RecordingStopped(BaseException):
+    """Ends a run that is to be undone before a backward: it has none, and gradients would stay."""
+
+
 class RunRecorder(EagerMode):
     """A mode that records the ops that run eagerly while it is on, without their values.
 
@@ -46,6 +51,7 @@ class RunRecorder(EagerMode):
     def __init__(self, module: nn.Module, report: Callable[[Names], None] | None = None) -> None:
         super().__init__(module)
         self._report = report
+        self.written = WrittenParameters(module)
         self._graph = fx.Graph()
         self._ops: list[Op] = []
         self._parameters: dict[Op, Names] = {}
@@ -54,6 +60,10 @@ class RunRecorder(EagerMode):
         self._made: dict[int, tuple[weakref.ref[Tensor], Op]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.backward, torch.autograd.grad):
+            raise RecordingStopped
+        if self.written is not None:
+            self.written.note(func, args)
         out = func(*args, **(kwargs or {}))
         if not is_compiling_here():
             self._record(func, args, kwargs or {}, out)

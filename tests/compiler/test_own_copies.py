@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import sparsedm_compiler as sdm
@@ -18,6 +20,14 @@ from tests.compiler.nets import Chain, X, compiled_chain
 from tests.oracle import OPTIONS, ROUNDING, assert_same, masked_patterns, oracle_of
 
 modes = pytest.mark.parametrize("mode", ["train", "infer", "sparse"])
+
+
+@pytest.fixture(autouse=True)
+def _state_of_accelerate() -> Iterator[None]:
+    """Accelerators share a state within a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def rebuild(state: dict[str, Any]) -> nn.Module:
