@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import skip_code
 
+from ..errors import CaptureError
 from .capture import Names, copy_forward
 from .eager_watch import EagerMode, is_compiling_here, name_read, run_undone
 from .flat_graph import Op, classify_step, link_users, may_write, trace_parameter
@@ -158,6 +159,15 @@ skip_code(RunRecorder.__torch_function__.__code__)
 
 
 def record_run(module: nn.Module, *args: Any, **kwargs: Any) -> RecordedRun:
-    """Runs the module's own forward eagerly, undone, and returns its ops."""
+    """Runs the module's own forward eagerly, undone, and returns its ops.
+
+    Raises CaptureError for a forward that takes gradients itself.
+    """
     recorder = RunRecorder(module)
-    return recorder.finish(run_undone(recorder, module, copy_forward(module), args, kwargs))
+    try:
+        return recorder.finish(run_undone(recorder, module, copy_forward(module), args, kwargs))
+    except RecordingStopped:
+        raise CaptureError(
+            f"the forward of {type(module).__name__} takes gradients itself, so that its products "
+            "are not known before it has run"
+        ) from None

@@ -24,10 +24,10 @@ def may_multiply(op: Op) -> bool:
     if target in OP_TABLE or op.node.op != "call_function":
         return False
     overloads = (OpOverload, OpOverloadPacket, HigherOrderOperator)
-    return isinstance(target, overloads) or name_target(op) in _PRODUCTS
+    return isinstance(target, overloads) or describe_target(op) in _PRODUCTS
 
 
-def name_target(op: Op) -> str:
+def describe_target(op: Op) -> str:
     """Returns the name of what an op calls, e.g. "mylib.linear.default", "gru"."""
     target = op.node.target
     if isinstance(target, (OpOverload, OpOverloadPacket)):

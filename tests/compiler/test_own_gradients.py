@@ -142,3 +142,8 @@ def test_model_that_is_the_gradient_of_an_energy_runs_masked(first: str, mode: s
         out = call(student)
         assert_same(out, call(oracle_of(student)), tolerance=ROUNDING[mode])
     assert set(sdm.explain(student).masked) >= {"b.weight", "c.weight"}
+
+
+def test_macs_of_a_forward_that_takes_gradients_are_an_error() -> None:
+    with pytest.raises(sdm.CaptureError, match="forward of Energy takes gradients itself"):
+        sdm.count_macs(Energy(), X)

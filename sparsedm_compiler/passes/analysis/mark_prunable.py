@@ -8,7 +8,7 @@ from ...config import CompileConfig, matches
 from ...graph.capture import Names
 from ...graph.flat_graph import Op, find_readers
 from ...graph.names import strip_adapter_prefix
-from ...graph.unknown_ops import may_multiply, name_target
+from ...graph.unknown_ops import describe_target, may_multiply
 from ...patterns import Pattern
 from ...reports import Decision
 from .find_sites import Site, Sites
@@ -59,8 +59,8 @@ def _list_unknown(sites: Sites, named: Collection[str]) -> Iterator[Decision]:
             continue
         for reader, _ in find_readers(parameter):
             if may_multiply(reader):
-                refusal = f"it is read by {name_target(reader)}, an op that is not known here"
-                yield Decision(name, name_target(reader), shape, None, refusal)
+                refusal = f"it is read by {describe_target(reader)}, an op that is not known here"
+                yield Decision(name, describe_target(reader), shape, None, refusal)
                 break
 
 
