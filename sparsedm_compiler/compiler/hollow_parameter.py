@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graph.flat_graph import may_write
+
 _KEEPS_VALUES = ("requires_grad_", "share_memory_", "rename_", "detach_")
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "and", "or", "xor")
-_IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in _OPERATORS)}
 _GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -44,10 +44,7 @@ class HollowParameter(nn.Parameter):
 
 def _writes(function: Any) -> bool:
     """Returns whether a method changes the values of its tensor."""
-    name = function.__name__
-    if name.startswith("_"):
-        return name in _IN_PLACE
-    return name.endswith("_") and name not in _KEEPS_VALUES
+    return may_write(function) and function.__name__ not in _KEEPS_VALUES
 
 
 def make_hollow_class(refill: Callable[[Tensor], None]) -> type[HollowParameter]:

@@ -97,13 +97,10 @@ class SparseMethod:
         if self.captured is None:
             forward.require_weights()
             with forward.guard:
-                before = PythonState(self.module, args, kwargs)
-                written = WrittenParameters(self.module)
                 try:
-                    out = self._try_plainly(forward, written, args, kwargs)
+                    out = self._try_plainly(forward, args, kwargs)
                 except _ReadsWeights:
-                    written.restore()
-                    before.restore()
+                    pass
                 else:
                     if not isinstance(out, types.GeneratorType):
                         return out
@@ -131,23 +128,25 @@ class SparseMethod:
                 resume, value = steps.throw, error
 
     def _try_plainly(
-        self,
-        forward: MaskedModel,
-        written: WrittenParameters,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, forward: MaskedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Calls the method. Raises _ReadsWeights before its first product by a pruned weight."""
+        """Calls the method. Raises _ReadsWeights, undone, before a product by a pruned weight."""
 
         def stop(weight: Tensor, names: Names, product: EagerProduct | None) -> Tensor:
             if product is not None and forward.is_pruned(names, tuple(weight.shape)):
                 raise _ReadsWeights
             return weight
 
+        before, written = PythonState(self.module, args, kwargs), WrittenParameters(self.module)
         mode = EagerMask(self.module, stop)
         mode.written = written
-        with mode:
-            return self._call_own(*args, **kwargs)
+        try:
+            with mode:
+                return self._call_own(*args, **kwargs)
+        except _ReadsWeights:
+            written.restore()
+            before.restore()
+            raise
 
     def _decide(self, forward: MaskedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Returns whether the method can be one graph; if not, decides on its weights."""

@@ -18,9 +18,9 @@ from .eager_watch import EagerMode, EagerProduct, is_compiling_here, leave_to_py
 from .flat_graph import classify_step
 from .op_table import OP_TABLE
 from .recompute import explain_recompute
+from .written_parameters import SET_DATA
 
 _MOVES = ("to", "float", "double", "half", "bfloat16", "cpu", "cuda")
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class EagerMask(EagerMode):
@@ -137,7 +137,7 @@ class EagerMask(EagerMode):
             out = func(masked_weight, *args[1:], **kwargs)
             self._note_cast(out, func, args, kwargs)
             return out
-        elif func == _SET_DATA:
+        elif func == SET_DATA:
             args = (args[0], self._undo_mask(args[1]))
             if self._release is not None:
                 self._release(args[0])

@@ -23,7 +23,8 @@ _VIEWS = {
     *("squeeze", "unsqueeze", "view", "reshape", "flatten", "chunk", "split", "narrow", "unbind"),
     *("getitem", "__getitem__", "select", "view_as", "reshape_as", "tensor_split", "unflatten"),
 }
-_WRITES = {"setitem", "iadd", "isub", "imul", "itruediv"}
+_WRITES = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod"}
+_WRITES |= {"iand", "ior", "ixor"}
 """In-place operators, which eager code calls by names like ``__iadd__``."""
 _TURNS = {"t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint"}
 _TURNS |= {"T", "numpy_T", "mT", "H", "matrix_H", "mH"}  # w.T is aten.numpy_T since torch 2.14

@@ -49,6 +49,8 @@ class RunRecorder(EagerMode):
     ``report``: called with the names of every parameter that is a factor of a product.
     """
 
+    written: WrittenParameters
+
     def __init__(self, module: nn.Module, report: Callable[[Names], None] | None = None) -> None:
         super().__init__(module)
         self._report = report
@@ -63,8 +65,7 @@ class RunRecorder(EagerMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.backward, torch.autograd.grad):
             raise RecordingStopped
-        if self.written is not None:
-            self.written.note(func, args)
+        self.written.note(func, args)
         out = func(*args, **(kwargs or {}))
         if not is_compiling_here():
             self._record(func, args, kwargs or {}, out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from .flat_graph import Op
+from .flat_graph import Op, name_target
 from .op_table import OP_TABLE
 
 _CELLS = ("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell")
@@ -32,4 +32,4 @@ def describe_target(op: Op) -> str:
     target = op.node.target
     if isinstance(target, (OpOverload, OpOverloadPacket)):
         return str(target)
-    return str(getattr(target, "__name__", target))
+    return name_target(target)

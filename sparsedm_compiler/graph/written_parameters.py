@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .flat_graph import may_write
 
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class WrittenParameters:
@@ -22,7 +22,7 @@ class WrittenParameters:
 
     def note(self, function: Any, args: Any) -> None:
         """Keeps the values of parameters that a call is about to write."""
-        if not args or not (function == _SET_DATA or may_write(function)):
+        if not args or not (function == SET_DATA or may_write(function)):
             return
         written = args[0] if isinstance(args[0], (tuple, list)) else args[:1]
         with torch._C.DisableTorchFunction():

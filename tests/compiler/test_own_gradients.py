@@ -28,9 +28,6 @@ class Trained(Chain):
         super().__init__()
         self.count = nn.Parameter(torch.zeros(()), requires_grad=False)
 
-    def loss(self, x: Tensor) -> Tensor:
-        return self.d(self.c(torch.tanh(self.b(self.a(x))))).square().mean()  # type: ignore
-
     def backward_of_loss(self, x: Tensor) -> Tensor:
         loss = self.d(self.c(torch.tanh(self.b(self.a(x))))).square().mean()
         loss.backward()
@@ -112,9 +109,6 @@ def test_forward_that_writes_parameters_and_breaks_its_graph_writes_them_once() 
 
 class Energy(Chain):
     """Its output is the gradient of an energy."""
-
-    def energy(self, x: Tensor) -> Tensor:
-        return self.d(self.c(torch.tanh(self.b(self.a(x))))).square().sum()  # type: ignore
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
