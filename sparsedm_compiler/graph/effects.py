@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .flat_graph import name_target
+from .flat_graph import may_write, name_target
 
-_WRITES = {"iadd", "isub", "imul", "itruediv", "setitem"}
 _DRAWS = ("bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softmax")
 
 
@@ -22,8 +21,7 @@ def may_write_in_place(node: fx.Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    name = name_target(node.target)
-    if name.strip("_") in _WRITES or (name.endswith("_") and not name.endswith("__")):
+    if may_write(node.target):
         return True
     return bool(_bind(node).get("inplace")) or "out" in node.kwargs
 
